@@ -1,0 +1,58 @@
+"""The console command `maskllm VERB`.
+
+A verb is a module of this package with `HELP` (one line), `add_arguments(parser)` and `run(args)`. Verbs only parse and call; a
+verb's module is imported when it is used, so that `maskllm --help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from maskllm import __version__
+from maskllm.errors import MaskLLMError
+
+VERBS = {
+    "quickstart": "the whole pipeline on a small model, with a report",
+    "preprocess": "JSON lines to a Megatron indexed dataset",
+    "convert": "Hugging Face checkpoint to Megatron checkpoint",
+    "prune": "add a one-shot mask to a Megatron checkpoint",
+    "trim": "keep only the winning mask of a trained checkpoint",
+    "export": "Megatron checkpoint to Hugging Face checkpoint and mask file",
+    "evaluate": "perplexity of a Hugging Face model or a Megatron checkpoint",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `maskllm VERB ...`; returns the exit status (0 done, 1 bad input, 2 bad usage, 130 interrupted)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    verb = argv[0] if argv and argv[0] in VERBS else None
+    parser = argparse.ArgumentParser(prog="maskllm", description="Learn N:M sparse masks for language models.")
+    parser.add_argument("--version", action="version", version=f"maskllm {__version__}")
+    commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, summary in VERBS.items():
+        command = commands.add_parser(
+            name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        if name == verb:
+            importlib.import_module(f"maskllm.cli.{name}").add_arguments(command)
+    args = parser.parse_args(argv)
+    return run_guarded(f"maskllm {verb}", lambda: importlib.import_module(f"maskllm.cli.{verb}").run(args))
+
+
+def run_guarded(program: str, call) -> int:
+    """Call `call`; turn a user's mistake into one line on standard error and an exit status instead of a traceback."""
+    try:
+        call()
+    except MaskLLMError as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"{program}: error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    return 0

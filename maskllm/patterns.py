@@ -1,0 +1,93 @@
+"""N:M sparsity patterns: the candidate masks of a block, and masks as bits.
+
+A pattern N:M keeps N of every M consecutive weights along a matrix's input dimension. Its candidates are the C(M, N) binary rows
+with N ones, in lexicographic order of the kept positions (MaskLLM, arXiv 2409.17481, section 3.2): for 2:4 they are
+1100, 1010, 1001, 0110, 0101, 0011.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from maskllm.errors import MaskLLMError
+
+MAX_CANDIDATES = 128
+"""The most candidates a block may have for its mask to be learned."""
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """N of every M consecutive weights are kept."""
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m <= 32:
+            raise MaskLLMError(f"pattern {self.n}:{self.m}: wanted N:M with 0 < N < M <= 32, for example 2:4")
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Read "N:M". Raises MaskLLMError for anything else."""
+        match = re.fullmatch(r"(\d+):(\d+)", text.strip())
+        if match is None:
+            raise MaskLLMError(f"pattern {text!r}: wanted N:M, for example 2:4")
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def num_candidates(self) -> int:
+        """C(M, N), the number of masks a block can take."""
+        return math.comb(self.m, self.n)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of weights removed."""
+        return 1 - self.n / self.m
+
+    def require_learnable(self) -> None:
+        """Raise MaskLLMError where a block has more than MAX_CANDIDATES candidates."""
+        if self.num_candidates > MAX_CANDIDATES:
+            raise MaskLLMError(
+                f"pattern {self} has {self.num_candidates} candidate masks a block; learning takes at most {MAX_CANDIDATES}"
+            )
+
+    def candidates(self, *, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The candidate matrix `S`, shape [C(M, N), M], of zeros and ones."""
+        return torch.from_numpy(_candidates(self.n, self.m).copy()).to(device=device, dtype=dtype)
+
+    def check_divides(self, in_features: int, name: str) -> None:
+        """Raise MaskLLMError where rows of `in_features` weights do not split into whole blocks; `name` is the tensor's."""
+        if in_features % self.m:
+            raise MaskLLMError(
+                f"{name}: its (shard's) input dimension {in_features} is not a multiple of {self.m}, so pattern {self} does not fit; "
+                "use another pattern or a smaller tensor-model-parallel size"
+            )
+
+
+@functools.lru_cache
+def _candidates(n: int, m: int) -> np.ndarray:
+    rows = np.zeros((math.comb(m, n), m), dtype=np.uint8)
+    for row, kept in zip(rows, itertools.combinations(range(m), n), strict=True):
+        row[list(kept)] = 1
+    return rows
+
+
+def pack_mask(mask: torch.Tensor) -> torch.Tensor:
+    """Pack a boolean mask [out, in] to bits, uint8 [out, ceil(in / 8)], row by row, high bit first (`numpy.packbits(axis=1)`)."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy().astype(bool), axis=1)).to(mask.device)
+
+
+def unpack_mask(bits: torch.Tensor, in_features: int) -> torch.Tensor:
+    """The boolean mask [out, in_features] of `pack_mask`'s bits."""
+    shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)
+    return ((bits.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, :in_features].bool()
