@@ -23,11 +23,11 @@ def _fsync(path: Path) -> None:
 def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`; move it there, on disk, when the block ends without an exception.
 
-    On an exception the temporary file is removed and `path` is left as it was.
+    On an exception the temporary file is removed and `path` is left as it was. What a killed process left is overwritten.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
         _fsync(temporary)
@@ -45,7 +45,7 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir()
     try:
@@ -60,7 +60,7 @@ def publish_directory(temporary: Path, path: Path) -> None:
     for entry in sorted(temporary.rglob("*")):
         _fsync(entry)
     _fsync(temporary)
-    retired = path.with_name(f".{path.name}.{os.getpid()}.old")
+    retired = path.with_name(f".{path.name}.old")
     if path.exists():
         os.replace(path, retired)
     os.replace(temporary, path)

@@ -69,8 +69,8 @@ class Pattern:
         """Raise MaskLLMError where rows of `in_features` weights do not split into whole blocks; `name` is the tensor's."""
         if in_features % self.m:
             raise MaskLLMError(
-                f"{name}: its (shard's) input dimension {in_features} is not a multiple of {self.m}, so pattern {self} does not fit; "
-                "use another pattern or a smaller tensor-model-parallel size"
+                f"{name}: its (shard's) input dimension {in_features} is not a multiple of {self.m}, so pattern {self} does not "
+                "fit; use another pattern or a smaller tensor-model-parallel size"
             )
 
 
