@@ -1,0 +1,21 @@
+"""Magnitude pruning: the largest weights stay."""
+
+from __future__ import annotations
+
+import torch
+
+from maskllm.patterns import Pattern
+from maskllm.pruning.selection import Sparsity, check_sparsity, keep_of_all, keep_of_each_block
+
+
+def magnitude_mask(weight: torch.Tensor, sparsity: Sparsity) -> torch.Tensor:
+    """The mask, bool [out, in], that keeps the largest |weight| [out, in].
+
+    `sparsity` is an N:M pattern (exactly N of every M consecutive weights of a row stay; `in` a multiple of M) or a share to
+    remove from the whole matrix. Of equal magnitudes the lower index stays. Raises MaskLLMError where the pattern does not fit.
+    """
+    check_sparsity(sparsity)
+    if isinstance(sparsity, Pattern):
+        sparsity.check_divides(weight.shape[1], "weight")
+        return keep_of_each_block(weight.abs(), sparsity)
+    return keep_of_all(weight.abs(), sparsity)

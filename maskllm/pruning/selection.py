@@ -1,0 +1,43 @@
+"""Which scores to keep: the largest N of each M, or the largest share of a row or of a matrix.
+
+Every choice is deterministic: of equal scores the one with the lower index is kept.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from maskllm.errors import MaskLLMError
+from maskllm.patterns import Pattern
+
+Sparsity = Pattern | float
+"""What a pruner aims at: an N:M pattern, or the share of weights to remove wherever they are (unstructured)."""
+
+
+def check_sparsity(sparsity: Sparsity) -> None:
+    """Raise MaskLLMError for an unstructured sparsity that is not a share strictly between 0 and 1."""
+    if not isinstance(sparsity, Pattern) and not 0 < sparsity < 1:
+        raise MaskLLMError(f"sparsity {sparsity}: wanted the share of weights to remove, between 0 and 1, for example 0.5")
+
+
+def keep_of_each_block(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    """The mask, bool [..., in], that keeps the N largest of every M consecutive `scores` [..., in]; `in` is a multiple of M."""
+    blocks = scores.unflatten(-1, (-1, pattern.m))
+    return _keep_largest(blocks, pattern.n).flatten(-2)
+
+
+def keep_of_each_row(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """The mask, bool [..., in], that removes the floor(in * sparsity) smallest `scores` of each row."""
+    columns = scores.shape[-1]
+    return _keep_largest(scores, columns - int(columns * sparsity))
+
+
+def keep_of_all(scores: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """The mask, bool of `scores`' shape, that removes the floor(numel * sparsity) smallest of all `scores`."""
+    return keep_of_each_row(scores.flatten(), sparsity).view_as(scores)
+
+
+def _keep_largest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    return mask.scatter_(-1, order[..., :count], True)
