@@ -1,0 +1,110 @@
+"""The noise of a mask draw: a pure function of seed, layer, block, candidate and sample, by a counter-based generator.
+
+Philox-4x32-10 is from Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011). Nothing here depends on how a
+tensor is sharded: the counter holds the index of a block in the unsharded tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+_WORD = 0xFFFFFFFF
+
+UNIFORM_BITS = 21
+"""Bits of a uniform draw: three draws fit each half of a Philox call's 128 bits."""
+
+DRAWS_PER_CALL = 6
+"""Uniform draws one Philox call yields, so that a 2:4 block's six candidates cost one call."""
+
+
+def philox_key(seed: int, layer_name: str) -> int:
+    """The 64-bit Philox key of a layer in a run: the first 8 bytes, little-endian, of BLAKE2b of "SEED:LAYER_NAME".
+
+    `layer_name` is the layer's name in the unsharded model, for example "decoder.layers.3.mlp.linear_fc1".
+    """
+    return int.from_bytes(hashlib.blake2b(f"{seed}:{layer_name}".encode(), digest_size=8).digest(), "little")
+
+
+@dataclass(frozen=True)
+class ShardMap:
+    """Where the blocks of a tensor-parallel shard lie in the unsharded tensor.
+
+    Local row `r` is global row `row_offset + r`, or from `split_row` on `split_offset + (r - split_row)`: the shard of a gated
+    fc1 holds gate rows and then up rows. Local block column `b` is global block column `block_offset + b`, and the unsharded
+    tensor has `blocks_per_row` blocks in a row.
+    """
+
+    blocks_per_row: int
+    block_offset: int = 0
+    row_offset: int = 0
+    split_row: int | None = None
+    split_offset: int = 0
+
+    def global_rows(self, rows: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Global row of each of `rows` local rows, int64 [rows]."""
+        local = torch.arange(rows, dtype=torch.int64, device=device)
+        if self.split_row is None:
+            return self.row_offset + local
+        return torch.where(local < self.split_row, self.row_offset + local, self.split_offset - self.split_row + local)
+
+    def blocks(self, rows: int, blocks: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Index in the unsharded tensor of each local block, int64 [rows, blocks]."""
+        columns = self.block_offset + torch.arange(blocks, dtype=torch.int64, device=device)
+        return self.global_rows(rows, device).unsqueeze(1) * self.blocks_per_row + columns
+
+
+@dataclass(frozen=True)
+class NoiseKey:
+    """What a layer's mask draw is a function of: the Philox key, the global sample index and the shard's place."""
+
+    key: int
+    sample: int
+    shard: ShardMap
+
+
+def philox(counter: tuple[torch.Tensor, ...], key: int) -> tuple[torch.Tensor, ...]:
+    """Philox-4x32-10: four 32-bit words (in int64 tensors) for four 32-bit counter words and a 64-bit key.
+
+    The products wrap modulo 2^64 in int64, which leaves their low and high words right.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key & _WORD, key >> 32 & _WORD
+    for _ in range(_ROUNDS):
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (p1 >> 32 & _WORD) ^ c1 ^ k0, p1 & _WORD, (p0 >> 32 & _WORD) ^ c3 ^ k1, p0 & _WORD
+        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
+    return c0, c1, c2, c3
+
+
+def uniform_bits(key: NoiseKey, rows: int, blocks: int, candidates: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The 21-bit draws of a shard's blocks, int64 [rows, blocks, candidates].
+
+    Counter words: low word of the block's global index; its next 24 bits and the call in the top 8; low and high word of the
+    sample. The call for candidate c is c // 6, and its 128 bits hold two halves of three 21-bit fields each, low field first.
+    """
+    block = key.shard.blocks(rows, blocks, device)
+    low, high = block & _WORD, block >> 32 & 0xFFFFFF
+    sample_low = torch.full_like(block, key.sample & _WORD)
+    sample_high = torch.full_like(block, key.sample >> 32 & _WORD)
+    mask = (1 << UNIFORM_BITS) - 1
+    fields: list[torch.Tensor] = []
+    for call in range(-(-candidates // DRAWS_PER_CALL)):
+        words = philox((low, high | call << 24, sample_low, sample_high), key.key)
+        for half in (words[0] | words[1] << 32, words[2] | words[3] << 32):
+            fields += [half >> shift & mask for shift in (0, UNIFORM_BITS, 2 * UNIFORM_BITS)]
+    return torch.stack(fields[:candidates], dim=-1)
+
+
+def gumbel(key: NoiseKey, rows: int, blocks: int, candidates: int, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    """Standard Gumbel noise of a shard's blocks, `dtype` (fp32 or fp64) [rows, blocks, candidates].
+
+    `u = (k + 1/2) 2^-21` is exact in fp32 and strictly inside (0, 1), so that -log(-log u) lies in (-2.73, 15.3).
+    """
+    uniform = (uniform_bits(key, rows, blocks, candidates, device).to(dtype) + 0.5) * 2.0**-UNIFORM_BITS
+    return -torch.log(-torch.log(uniform))

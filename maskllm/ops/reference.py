@@ -1,0 +1,88 @@
+"""The kernels' PyTorch reference: what they compute, in operators. Runs where no kernel was built, and the tests compare with it.
+
+All arithmetic is in fp32 (fp64 for fp64 logits). The scaled logits are taken relative to the block's largest one: the softmax does
+not change, and logits of any size neither overflow nor drown the noise in rounding.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from maskllm.ops.noise import NoiseKey, gumbel
+from maskllm.patterns import Pattern
+
+
+def _compute_dtype(mask_logits: torch.Tensor) -> torch.dtype:
+    return torch.float64 if mask_logits.dtype == torch.float64 else torch.float32
+
+
+def probabilities(mask_logits: torch.Tensor, key: NoiseKey | None, scale: float, temperature: float) -> torch.Tensor:
+    """`softmax((scale * l + g) / temperature)` over the last dimension, or of `scale * l` alone where `key` is None."""
+    logits = mask_logits.to(_compute_dtype(mask_logits))
+    scores = scale * (logits - logits.amax(-1, keepdim=True))
+    if key is None:
+        return torch.softmax(scores, -1)
+    noise = gumbel(key, *logits.shape, dtype=logits.dtype, device=logits.device)
+    return torch.softmax((scores + noise) * (1 / temperature), -1)
+
+
+def first_argmax(values: torch.Tensor) -> torch.Tensor:
+    """Index of the largest value of the last dimension, the lowest of equal ones (`torch.argmax` promises no order)."""
+    index = torch.arange(values.shape[-1], device=values.device)
+    best = torch.where(values == values.amax(-1, keepdim=True), index, values.shape[-1]).amin(-1)
+    return best.clamp_(max=values.shape[-1] - 1)  # NaN equals nothing
+
+
+def mask_of(probability: torch.Tensor, pattern: Pattern, hard: bool) -> torch.Tensor:
+    """The mask `y @ S` [out, in / M, M], or the rows of `S` of the most probable candidates where `hard`."""
+    candidates = pattern.candidates(dtype=probability.dtype, device=probability.device)
+    if hard:
+        return candidates[first_argmax(probability)]
+    return probability @ candidates
+
+
+def forward(
+    weight: torch.Tensor,
+    mask_logits: torch.Tensor,
+    pattern: Pattern,
+    key: NoiseKey,
+    scale: float,
+    temperature: float,
+    hard: bool,
+    with_stats: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The masked weight [out, in] in `weight`'s dtype, and the two sums of `masked_weight`'s `stats`: fp32 [2], or empty."""
+    mask = mask_of(probabilities(mask_logits, key, scale, temperature), pattern, hard)
+    masked = weight.to(mask.dtype).view_as(mask) * mask
+    stats = weight.new_empty(0, dtype=torch.float32)
+    if with_stats:
+        certainty = probabilities(mask_logits, None, scale, 1.0).amax(-1)
+        stats = torch.stack([masked.double().square().sum(), certainty.double().sum()]).float()
+    return masked.to(weight.dtype).view_as(weight), stats
+
+
+def backward(
+    grad: torch.Tensor,
+    weight: torch.Tensor,
+    mask_logits: torch.Tensor,
+    pattern: Pattern,
+    key: NoiseKey,
+    scale: float,
+    temperature: float,
+    weight_reg: float,
+    hard: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the logits [out, in / M, C] and of the weight [out, in], both in the compute dtype.
+
+    With y the probabilities, m the mask and `G = grad - 2 weight_reg W m`: dL/dW = G m and, with a = S (G W),
+    dL/dl = scale / temperature * y (a - sum_c y_c a_c). A hard mask passes its gradient on as if it were the soft one.
+    """
+    probability = probabilities(mask_logits, key, scale, temperature)
+    mask = mask_of(probability, pattern, hard)
+    dense = weight.to(mask.dtype).view_as(mask)
+    grad = grad.to(mask.dtype).view_as(mask) - 2 * weight_reg * dense * mask
+    candidates = pattern.candidates(dtype=mask.dtype, device=mask.device)
+    scores = (grad * dense) @ candidates.T
+    expected = (probability * scores).sum(-1, keepdim=True)
+    grad_logits = probability * (scores - expected) * (scale / temperature)
+    return grad_logits, (grad * mask).view_as(weight)
