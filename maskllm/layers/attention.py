@@ -1,0 +1,56 @@
+"""Core attention over `torch.nn.functional.scaled_dot_product_attention`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+
+class SDPACoreAttention(MegatronModule):
+    """Causal attention that never materializes the scores, in place of upstream's `DotProductAttention`.
+
+    Raises ValueError where the caller wants anything but a causal mask: no model family here has another.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        **_: object,
+    ) -> None:
+        super().__init__(config=config)
+        if attn_mask_type != AttnMaskType.causal:
+            raise ValueError(f"layer {layer_number}: attention mask type {attn_mask_type}, wanted causal")
+        self.softmax_scale = softmax_scale
+        self.dropout = config.attention_dropout
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **_: object
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            query: [sequence, batch, heads, head size] of this tensor-parallel rank.
+            key: [sequence, batch, query groups, head size]; `value` alike.
+            attention_mask: ignored; the mask is causal.
+
+        Returns:
+            [sequence, batch, heads * head size].
+        """
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        context = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=True,
+            scale=self.softmax_scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return context.permute(2, 0, 1, 3).flatten(2)

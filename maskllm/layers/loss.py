@@ -1,0 +1,82 @@
+"""Language-model loss over a frozen output matrix, without ever holding all logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+MAX_CHUNK_LOGITS = 1 << 25
+"""Most logits computed at once; 128 MiB in fp32."""
+
+
+class _FrozenLinearCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of `hidden @ weight.T`, vocabulary split over tensor-parallel ranks, in chunks of tokens.
+
+    A token's loss has the gradient (softmax - one-hot) @ weight with respect to its hidden state, whatever follows. With the
+    weight frozen nothing else is needed for the backward pass, so it is computed while the chunk's logits exist and only
+    scaled later.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, tp_group: dist.ProcessGroup
+    ) -> torch.Tensor:
+        vocabulary = weight.shape[0]
+        first = tp_group.rank() * vocabulary
+        parallel = tp_group.size() > 1
+        losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        step = max(1, MAX_CHUNK_LOGITS // vocabulary)
+        for start in range(0, hidden.shape[0], step):
+            tokens = slice(start, start + step)
+            logits = (hidden[tokens] @ weight.t()).float()
+            maximum = logits.amax(-1, keepdim=True)
+            if parallel:
+                dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=tp_group)
+            logits -= maximum
+            local = labels[tokens, None] - first
+            inside = (local >= 0) & (local < vocabulary)
+            local = local.clamp(0, vocabulary - 1)
+            target = logits.gather(1, local).mul_(inside)
+            probabilities = logits.exp_()
+            total = probabilities.sum(-1, keepdim=True)
+            if parallel:
+                both = torch.cat([target, total])
+                dist.all_reduce(both, group=tp_group)
+                target, total = both.chunk(2)
+            losses[tokens] = (total.log() - target).squeeze(1)
+            if gradient is not None:
+                probabilities /= total
+                probabilities.scatter_add_(1, local, -inside.to(probabilities.dtype))
+                gradient[tokens] = probabilities.to(weight.dtype) @ weight
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_losses.unsqueeze(1).to(gradient.dtype), None, None, None
+
+
+def frozen_linear_cross_entropy(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, tp_group: dist.ProcessGroup
+) -> torch.Tensor:
+    """Loss of each token, in fp32.
+
+    Args:
+        hidden: [tokens, hidden size], the same on every rank of `tp_group`; its gradient is this rank's share of the sum.
+        weight: [vocabulary / ranks, hidden size], this rank's rows of the output matrix; gets no gradient.
+        labels: int64 [tokens].
+
+    Returns:
+        fp32 [tokens].
+
+    Raises:
+        ValueError: `weight` requires a gradient.
+    """
+    if weight.requires_grad:
+        raise ValueError("frozen_linear_cross_entropy: the output matrix requires a gradient, wanted a frozen one")
+    return _FrozenLinearCrossEntropy.apply(hidden, weight, labels, tp_group)

@@ -1,0 +1,156 @@
+"""Tensor-parallel linears whose weight passes through an N:M mask on its way to the matrix product.
+
+Megatron Core's own `ColumnParallelLinear` and `RowParallelLinear` do the product, the communication and the weight's gradient; the
+classes here only replace the weight they use. A layer starts dense. `attach_bits` gives it a fixed mask, `attach_logits` a learnable one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, set_tensor_model_parallel_attributes
+from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+
+from maskllm.errors import MaskLLMError
+from maskllm.masking.prior import add_prior, initial_logits
+from maskllm.masking.sampler import MaskMode, MaskSampler
+from maskllm.ops import NoiseKey, ShardMap, masked_weight, philox_key, winner_mask
+from maskllm.patterns import Pattern, unpack_mask
+
+
+class _MaskedLinear:
+    """What the column-parallel and the row-parallel masked linear share."""
+
+    partition_dim: int
+    name: str = ""
+    """The layer's name in the whole model, for example decoder.layers.3.mlp.linear_fc1; set by `name_layers`."""
+    gated: bool = False
+    """Whether the rows are a gate slice followed by an up slice (fc1 of a gated MLP)."""
+    mask_bits: torch.Tensor | None = None
+    """uint8 [out, ceil(in / 8)], the fixed or prior mask as `patterns.pack_mask` has it."""
+    mask_logits: torch.nn.Parameter | None = None
+    """fp32 [out, in / M, candidates]."""
+    sampler: MaskSampler | None = None
+    _shard: ShardMap
+    _philox_key: int
+
+    def attach_bits(self) -> None:
+        """Give the layer room for a fixed mask; its contents come from a checkpoint.
+
+        Raises MaskLLMError where a tensor-parallel shard's rows do not fill whole bytes.
+        """
+        out_features, in_features = self.weight.shape
+        if self.partition_dim == 1 and self.tp_group.size() > 1 and in_features % 8:
+            raise MaskLLMError(
+                f"{self.name}: a tensor-parallel shard has {in_features} input columns, not a multiple of 8, so its mask bits do "
+                "not fill whole bytes; use a smaller --tensor-model-parallel-size"
+            )
+        bits = torch.zeros(out_features, -(-in_features // 8), dtype=torch.uint8, device=self.weight.device)
+        self.register_buffer("mask_bits", bits)
+
+    def attach_logits(self, sampler: MaskSampler) -> None:
+        """Freeze the weight and give the layer learnable logits, drawn as `initial_logits` says."""
+        out_features, in_features = self.weight.shape
+        sampler.pattern.check_divides(in_features, self.name)
+        self._shard = self._shard_map(sampler.pattern)
+        self._philox_key = philox_key(sampler.seed, self.name)
+        self.sampler = sampler
+        logits = initial_logits(
+            (out_features, in_features // sampler.pattern.m),
+            sampler.pattern,
+            seed=sampler.seed,
+            layer_name=self.name,
+            shard=self._shard,
+            device=self.weight.device,
+        )
+        self.mask_logits = torch.nn.Parameter(logits)
+        set_tensor_model_parallel_attributes(self.mask_logits, True, self.partition_dim, 1)
+        self.mask_logits.allreduce = True
+
+    def add_prior(self, strength: float) -> None:
+        """Move the logits toward the mask in `mask_bits`."""
+        add_prior(self.mask_logits.data, self.fixed_mask(), self.sampler.pattern, strength)
+
+    def fixed_mask(self) -> torch.Tensor:
+        """The mask in `mask_bits`, bool [out, in]."""
+        return unpack_mask(self.mask_bits, self.weight.shape[1])
+
+    def winner(self) -> torch.Tensor:
+        """The arg-max mask of the logits, bool [out, in]."""
+        return winner_mask(self.mask_logits, self.sampler.pattern)
+
+    def effective_weight(self) -> torch.Tensor:
+        """The weight that the matrix product uses, [out, in], in the weight's dtype."""
+        if self.mask_logits is None:
+            return self.weight if self.mask_bits is None else self.weight * self.fixed_mask()
+        sampler = self.sampler
+        if sampler.mode is MaskMode.WINNER:
+            return self.weight * self.winner()
+        return masked_weight(
+            self.weight,
+            self.mask_logits,
+            pattern=sampler.pattern,
+            key=NoiseKey(self._philox_key, sampler.sample, self._shard),
+            scale=sampler.scale,
+            temperature=sampler.temperature,
+            weight_reg=sampler.weight_reg,
+            hard=sampler.hard,
+            stats=sampler.stats,
+        )
+
+    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return super()._forward_impl(input, self.effective_weight(), *args, **kwargs)
+
+    def _shard_map(self, pattern: Pattern) -> ShardMap:
+        """Where this rank's rows and blocks lie in the unsharded weight."""
+        rank = self.tp_group.rank()
+        rows, columns = self.weight.shape
+        blocks_per_row = self.input_size // pattern.m
+        if self.partition_dim == 1:
+            return ShardMap(blocks_per_row, block_offset=rank * (columns // pattern.m))
+        if self.gated:
+            half = rows // 2
+            return ShardMap(
+                blocks_per_row, row_offset=rank * half, split_row=half, split_offset=self.output_size // 2 + rank * half
+            )
+        return ShardMap(blocks_per_row, row_offset=rank * rows)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> ShardedStateDict:
+        """Upstream's, with the mask's tensors sharded as the weight is.
+
+        Upstream's MLP splits a gated fc1's `weight` and `bias` into gate and up rows but knows no other name, so the same factory is
+        applied here to the mask's tensors; without it a change of tensor-parallel size would mix gate and up rows.
+        """
+        axes = {"weight": self.partition_dim, "mask_logits": self.partition_dim, "mask_bits": self.partition_dim}
+        if self.partition_dim == 0:
+            axes["bias"] = 0
+        sharded = make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            axes,
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
+        if self.gated:
+            for key in (f"{prefix}mask_logits", f"{prefix}mask_bits"):
+                if key in sharded:
+                    sharded[key] = apply_swiglu_sharded_factory(
+                        sharded[key], sharded_offsets, metadata.get("singleton_local_shards", False)
+                    )
+        return sharded
+
+
+class MaskedColumnParallelLinear(_MaskedLinear, ColumnParallelLinear):
+    """`ColumnParallelLinear` (outputs split over tensor-parallel ranks) with a masked weight."""
+
+    partition_dim = 0
+
+
+class MaskedRowParallelLinear(_MaskedLinear, RowParallelLinear):
+    """`RowParallelLinear` (inputs split over tensor-parallel ranks) with a masked weight."""
+
+    partition_dim = 1

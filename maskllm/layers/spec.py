@@ -1,0 +1,71 @@
+"""The layer spec that puts masked linears into a Megatron GPT model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from maskllm.layers.attention import SDPACoreAttention
+from maskllm.layers.masked_linear import MaskedColumnParallelLinear, MaskedRowParallelLinear
+from maskllm.layers.norm import TorchNorm
+
+MaskedLinear = MaskedColumnParallelLinear | MaskedRowParallelLinear
+
+
+def masked_layer_spec() -> ModuleSpec:
+    """One transformer layer whose four linears can be masked; checkpoint keys are those of Megatron's own GPT layer specs."""
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=TorchNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=MaskedColumnParallelLinear,
+                    core_attention=SDPACoreAttention,
+                    linear_proj=MaskedRowParallelLinear,
+                    q_layernorm=IdentityOp,
+                    k_layernorm=IdentityOp,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=TorchNorm,
+            mlp=ModuleSpec(
+                module=MLP,
+                submodules=MLPSubmodules(linear_fc1=MaskedColumnParallelLinear, linear_fc2=MaskedRowParallelLinear),
+            ),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map={
+                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
+                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+            },
+        ),
+    )
+
+
+def block_spec(config: TransformerConfig, pp_rank: int) -> TransformerBlockSubmodules:
+    """This pipeline rank's layers and the final norm."""
+    layers = get_num_layers_to_build(config, pp_rank=pp_rank)
+    return TransformerBlockSubmodules(layer_specs=[masked_layer_spec()] * layers, layer_norm=TorchNorm)
+
+
+def masked_linears(model: torch.nn.Module) -> Iterator[MaskedLinear]:
+    """The model's masked linears in layer order, named on first use."""
+    for module in model.modules():
+        if isinstance(module, TransformerLayer):
+            for name, child in module.named_modules():
+                if isinstance(child, MaskedLinear):
+                    child.name = f"decoder.layers.{module.layer_number - 1}.{name}"
+                    child.gated = name == "mlp.linear_fc1" and module.config.gated_linear_unit
+                    yield child

@@ -1,0 +1,193 @@
+"""Patches that let Megatron Core run on CPU tensors and gloo.
+
+Upstream assumes a CUDA device in a few dozen places: `torch.cuda.current_device()` and the literal "cuda" as the device of new
+tensors, type names such as 'torch.cuda.FloatTensor', and the CUDA random-number tracker. Each patch here is one small function
+that names the upstream symbol and the text in it that makes the patch necessary; `tests/test_megatron_patches.py` fails when
+that text has gone upstream, so that the patch can go too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One patch: what it does, where, and the upstream text that makes it necessary."""
+
+    function: Callable[[], None]
+    upstream: str
+    """Dotted module, or module:Symbol."""
+    needed_for: str
+    """Text in the upstream source without which this patch has no purpose."""
+
+
+PATCHES: list[Patch] = []
+
+
+def _patch(upstream: str, needed_for: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    def register(function: Callable[[], None]) -> Callable[[], None]:
+        PATCHES.append(Patch(function, upstream, needed_for))
+        return function
+
+    return register
+
+
+def upstream_object(upstream: str) -> Any:
+    """The module or, for "module:Class.attribute", the object that a patch's `upstream` names."""
+    module, _, symbol = upstream.partition(":")
+    found = importlib.import_module(module)
+    for part in filter(None, symbol.split(".")):
+        found = inspect.getattr_static(found, part)
+    return found
+
+
+class _CpuTorch:
+    """Stands in for the name `torch` inside an upstream module: the same library, where "cuda" means the CPU."""
+
+    cuda = SimpleNamespace(
+        current_device=lambda: torch.device("cpu"),
+        synchronize=lambda *args, **kwargs: None,
+        is_available=torch.cuda.is_available,
+        is_current_stream_capturing=lambda: False,
+        OutOfMemoryError=torch.cuda.OutOfMemoryError,
+        nvtx=torch.cuda.nvtx,
+        Stream=torch.cuda.Stream,
+        Event=torch.cuda.Event,
+    )
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(torch, name)
+        if name not in ("tensor", "empty", "zeros", "ones", "full"):
+            return value
+
+        def make(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if kwargs.get("device") == "cuda":
+                kwargs["device"] = "cpu"
+            return value(*args, **kwargs)
+
+        return make
+
+
+def _redirect(module: str) -> None:
+    importlib.import_module(module).torch = _CpuTorch()
+
+
+def _rewrite(upstream: str, old: str, new: str) -> None:
+    """Replace the text `old` by `new` in the source of an upstream function and compile it in its module."""
+    module_name, _, symbol = upstream.partition(":")
+    owner_name, _, name = symbol.rpartition(".")
+    module = importlib.import_module(module_name)
+    owner = getattr(module, owner_name) if owner_name else module
+    source = textwrap.dedent(inspect.getsource(upstream_object(upstream)))
+    namespace: dict[str, Any] = {}
+    exec(compile(source.replace(old, new), f"<{upstream}, patched for the CPU>", "exec"), module.__dict__, namespace)
+    setattr(owner, name, namespace[name])
+
+
+@_patch("megatron.core.models.common.embeddings.rotary_pos_embedding", "torch.cuda.current_device()")
+def rotary_frequencies_on_cpu() -> None:
+    """`RotaryEmbedding` moves its frequencies to the current CUDA device."""
+    _redirect("megatron.core.models.common.embeddings.rotary_pos_embedding")
+
+
+@_patch("megatron.core.distributed.param_and_grad_buffer", "torch.cuda.current_device()")
+def ddp_buffers_on_cpu() -> None:
+    """`_ParamAndGradBuffer` allocates the flat gradient buffer on the current CUDA device."""
+    _redirect("megatron.core.distributed.param_and_grad_buffer")
+
+
+@_patch("megatron.core.tensor_parallel.mappings", "torch.cuda.current_device()")
+def tensor_parallel_gathers_on_cpu() -> None:
+    """The sequence-parallel all-gather and reduce-scatter allocate their outputs on the current CUDA device."""
+    _redirect("megatron.core.tensor_parallel.mappings")
+
+
+@_patch("megatron.core.tensor_parallel.utils", "torch.cuda.current_device()")
+def tensor_parallel_buffers_on_cpu() -> None:
+    """`gather_split_1d_tensor` allocates its output on the current CUDA device."""
+    _redirect("megatron.core.tensor_parallel.utils")
+
+
+@_patch("megatron.core.pipeline_parallel.p2p_communication", "torch.cuda.current_device()")
+def pipeline_transfers_on_cpu() -> None:
+    """`P2PCommunicator` receives into tensors on the current CUDA device and synchronizes it after each transfer."""
+    _redirect("megatron.core.pipeline_parallel.p2p_communication")
+
+
+@_patch("megatron.core.pipeline_parallel.schedules", 'device="cuda"')
+def pipeline_counters_on_cpu() -> None:
+    """The schedules count tokens in a tensor on device "cuda"."""
+    _redirect("megatron.core.pipeline_parallel.schedules")
+
+
+@_patch("megatron.core.optimizer.optimizer", "device='cuda'")
+def optimizer_scalars_on_cpu() -> None:
+    """`MixedPrecisionOptimizer` and `FP32Optimizer` keep their scale in tensors on device "cuda"."""
+    _redirect("megatron.core.optimizer.optimizer")
+
+
+@_patch("megatron.core.optimizer.clip_grads:get_grad_norm_fp32", "device='cuda'")
+def gradient_norm_on_cpu() -> None:
+    """The gradient norm's buffers are on device "cuda"."""
+    _redirect("megatron.core.optimizer.clip_grads")
+
+
+@_patch("megatron.core.optimizer.clip_grads:clip_grad_by_total_norm_fp32", "'torch.cuda.FloatTensor'")
+def gradient_clipping_of_cpu_tensors() -> None:
+    """`clip_grad_by_total_norm_fp32` asserts that gradients are CUDA tensors."""
+    symbol = "megatron.core.optimizer.clip_grads:clip_grad_by_total_norm_fp32"
+    _rewrite(symbol, "torch.cuda.FloatTensor", "torch.FloatTensor")
+    importlib.import_module("megatron.core.optimizer.optimizer").clip_grad_by_total_norm_fp32 = upstream_object(symbol)
+
+
+@_patch(
+    "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._build_model_and_main_param_groups", "'torch.cuda.FloatTensor'"
+)
+def distributed_optimizer_of_cpu_tensors() -> None:
+    """`DistributedOptimizer` accepts fp32 parameters by their CUDA type name only."""
+    _rewrite(
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._build_model_and_main_param_groups",
+        "torch.cuda.FloatTensor",
+        "torch.FloatTensor",
+    )
+
+
+@_patch("megatron.core.optimizer.distrib_optimizer", "torch.cuda.current_device()")
+def distributed_optimizer_states_on_cpu() -> None:
+    """`DistributedOptimizer` allocates loaded states on the current CUDA device."""
+    _redirect("megatron.core.optimizer.distrib_optimizer")
+
+
+@_patch(
+    "megatron.core.models.common.language_module.language_module:LanguageModule.setup_embeddings_and_output_layer",
+    "weight.data.cuda()",
+)
+def tied_embeddings_on_cpu() -> None:
+    """Tied embeddings under pipeline parallelism are moved to CUDA before their first all-reduce."""
+    _rewrite(
+        "megatron.core.models.common.language_module.language_module:LanguageModule.setup_embeddings_and_output_layer",
+        "weight.data.cuda()",
+        "weight.data",
+    )
+
+
+@_patch("megatron.core.tensor_parallel.random:CudaRNGStatesTracker.fork", "_get_cuda_rng_state")
+def random_tracker_without_cuda() -> None:
+    """Sequence parallelism forks the CUDA random state, which a CPU has not got; nothing here draws from it (no dropout)."""
+    tracker = upstream_object("megatron.core.tensor_parallel.random:CudaRNGStatesTracker")
+
+    @contextlib.contextmanager
+    def fork(self, name: str = "model-parallel-rng"):
+        yield
+
+    tracker.fork = fork
