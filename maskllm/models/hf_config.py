@@ -1,0 +1,82 @@
+"""Reading a Hugging Face `config.json` as plain data, with errors that name the key."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maskllm.errors import MaskLLMError
+
+_REQUIRED = object()
+
+
+@dataclass(frozen=True)
+class HFConfig:
+    """The values of a `config.json` or of a section of it; a key with the value null counts as absent."""
+
+    values: dict[str, Any]
+    where: str
+    """The file (and section) that errors name."""
+
+    def error(self, message: str) -> MaskLLMError:
+        """An error about this config."""
+        return MaskLLMError(f"{self.where}: {message}")
+
+    def has(self, key: str) -> bool:
+        """Whether `key` is present."""
+        return self.values.get(key) is not None
+
+    def _get(self, key: str, kinds: tuple[type, ...], wanted: str, default: Any) -> Any:
+        if not self.has(key):
+            if default is _REQUIRED:
+                raise self.error(f"{key} is missing; wanted {wanted}")
+            return default
+        value = self.values[key]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise self.error(f"{key} is {value!r}; wanted {wanted}")
+        return value
+
+    def integer(self, key: str, *, default: Any = _REQUIRED) -> int:
+        """A positive integer. Raises MaskLLMError for anything else, or where it is absent and has no default."""
+        value = self._get(key, (int,), "a positive integer", default)
+        if value <= 0:
+            raise self.error(f"{key} is {value}; wanted a positive integer")
+        return value
+
+    def number(self, key: str, *, default: Any = _REQUIRED) -> float:
+        """A positive number. Raises MaskLLMError for anything else, or where it is absent and has no default."""
+        value = self._get(key, (int, float), "a positive number", default)
+        if not 0 < value < float("inf"):
+            raise self.error(f"{key} is {value}; wanted a positive number")
+        return float(value)
+
+    def boolean(self, key: str, *, default: bool) -> bool:
+        """True or false. Raises MaskLLMError for anything else."""
+        return self._get(key, (bool,), "true or false", default)
+
+    def section(self, key: str) -> HFConfig:
+        """A JSON object inside this one. Raises MaskLLMError where it is absent or something else."""
+        return HFConfig(self._get(key, (dict,), "a JSON object", _REQUIRED), f"{self.where}: {key}")
+
+    def require(self, key: str, wanted: Any, *, default: Any) -> None:
+        """Raise MaskLLMError where `key` has another value than `wanted`."""
+        value = self._get(key, (object,), repr(wanted), default)
+        if value != wanted:
+            raise self.error(f"{key} {value!r} is not supported, only {wanted!r}")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises MaskLLMError naming file and line where it holds anything else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MaskLLMError(f"{path}: no such file") from None
+    except UnicodeDecodeError:
+        raise MaskLLMError(f"{path}: not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise MaskLLMError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None
+    if not isinstance(values, dict):
+        raise MaskLLMError(f"{path}: wanted a JSON object, found {type(values).__name__}")
+    return values

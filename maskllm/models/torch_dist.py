@@ -1,0 +1,137 @@
+"""Reading and writing the tensors of a Megatron `torch_dist` checkpoint one at a time, without a model and without ranks.
+
+`torch_dist` is PyTorch's distributed checkpoint (DCP) plus Megatron's `metadata.json` and `common.pt`. Megatron's own `save` and
+`load` want all tensors in memory at once; conversion, trimming and export use DCP directly and hold one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from tqdm import tqdm
+
+from maskllm.errors import MaskLLMError
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that is made when it is written."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], torch.Tensor]
+    """Makes it, on the CPU, with the shape and dtype stated here."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class TensorReader(Mapping[str, LazyTensor]):
+    """The tensors in an iteration directory of a checkpoint, by key; each is read when its `load` is called."""
+
+    def __init__(self, directory: Path) -> None:
+        """Read the directory's index. Raises MaskLLMError where there is none or it cannot be read."""
+        self.directory = directory
+        try:
+            self._reader = _IndexedReader(directory)
+        except FileNotFoundError as error:
+            raise MaskLLMError(f"{directory}: not a torch_dist checkpoint, {Path(error.filename).name} is missing") from None
+        except Exception as error:  # a damaged pickle raises nearly anything
+            raise MaskLLMError(f"{directory / '.metadata'}: cannot be read ({type(error).__name__}: {error})") from None
+        stored = self._reader.metadata.state_dict_metadata
+        self._tensors = {key: entry for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+
+    def __getitem__(self, key: str) -> LazyTensor:
+        """Raises MaskLLMError where the checkpoint has no such tensor."""
+        if key not in self._tensors:
+            raise MaskLLMError(f"{self.directory}: has no tensor {key}")
+        entry = self._tensors[key]
+        return LazyTensor(tuple(entry.size), entry.properties.dtype, lambda: self._load(key))
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def _load(self, key: str) -> torch.Tensor:
+        entry = self._tensors[key]
+        values = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
+        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        try:
+            with _one_process():
+                dcp.load(values, storage_reader=self._reader, planner=planner, no_dist=True)
+        except Exception as error:  # a damaged file raises nearly anything
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise MaskLLMError(f"{self.directory}: tensor {key} cannot be read ({reason})") from None
+        return values[key]
+
+
+class _IndexedReader(dcp.FileSystemReader):
+    """A reader that keeps the checkpoint's index instead of reading it again for each tensor."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.metadata = super().read_metadata()
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self.metadata
+
+
+class _LazyPlanner(DefaultSavePlanner):
+    """Plans with the shapes alone and makes each tensor when its turn to be written comes."""
+
+    def __init__(self, tensors: Mapping[str, LazyTensor], progress: tqdm) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._lazy = tensors
+        self._progress = progress
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        lazy = self._lazy[index.fqn]
+        tensor = lazy.load()
+        if (tuple(tensor.shape), tensor.dtype) != (lazy.shape, lazy.dtype):
+            raise RuntimeError(f"{index.fqn}: made {tensor.dtype} {list(tensor.shape)}, announced {lazy.dtype} {list(lazy.shape)}")
+        self._progress.update(lazy.nbytes)
+        return tensor.contiguous()
+
+
+def write_tensors(directory: Path, tensors: Mapping[str, LazyTensor], description: str) -> None:
+    """Write `tensors`, in their order, as a `torch_dist` checkpoint into the existing `directory`, one in memory at a time.
+
+    Not atomic by itself; `description` labels the progress bar. What a tensor's `load` raises comes out as it was.
+    """
+    placeholders = {key: torch.empty(lazy.shape, dtype=lazy.dtype, device="meta") for key, lazy in tensors.items()}
+    total = sum(lazy.nbytes for lazy in tensors.values())
+    # Copying ahead is for CUDA tensors; it would hold several tensors at once and sort them by size.
+    writer = dcp.FileSystemWriter(directory, thread_count=1, per_thread_copy_ahead=0)
+    with _one_process(), tqdm(total=total, unit="B", unit_scale=True, desc=description, disable=None) as progress:
+        dcp.save(placeholders, storage_writer=writer, planner=_LazyPlanner(tensors, progress), no_dist=True)
+    torch.save({}, directory / "common.pt")
+    save_config(CheckpointingConfig(sharded_backend="torch_dist", sharded_backend_version=1), str(directory))
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """Use DCP from a single process: without its remark that this is one, and with its failures as they were raised."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        try:
+            yield
+        except dcp.api.CheckpointException as error:
+            cause, _ = next(iter(error.failures.values()))
+            raise cause from None
