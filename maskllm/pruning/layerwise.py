@@ -1,0 +1,176 @@
+"""Prune a model one transformer layer at a time: calibrate, solve, go on with the layer's outputs.
+
+Every driver comes down to `prune_layers`. Memory: the statistics of one layer, its inputs for one sample, and the hidden states between
+two layers of all samples, which stay on the host in the model's dtype.
+
+Parallel ranks each hold the whole layer under work. They split the samples, sum the statistics, and solve different matrices. A sample
+goes through a layer by itself and a matrix is solved by one rank, so that the masks do not depend on the number of ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import distributed as dist
+from tqdm import tqdm
+
+from maskllm.patterns import pack_mask, unpack_mask
+from maskllm.pruning.solve import PrunedMatrix, PruneSettings, prune_matrices
+from maskllm.pruning.statistics import InputStatistics
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A transformer layer: `forward` maps one sample's hidden states to the next layer's, `linears` are the modules to prune.
+
+    A linear has a `weight` parameter [out, in] and is called with its input as first argument; the keys are the names reports use.
+    """
+
+    forward: Callable[[torch.Tensor], torch.Tensor]
+    linears: dict[str, torch.nn.Module]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes."""
+        return next(iter(self.linears.values())).weight.device
+
+
+class LayerStore(Protocol):
+    """Where finished layers are kept, so that an interrupted run goes on after the last of them."""
+
+    def load(self, index: int) -> dict[str, PrunedMatrix] | None:
+        """What `save` was given for the layer, None where it was not."""
+
+    def save(self, index: int, pruned: dict[str, PrunedMatrix]) -> None:
+        """Keep a finished layer."""
+
+
+@torch.no_grad()
+def prune_layers(
+    layers: Iterable[Layer],
+    num_layers: int,
+    hidden: list[torch.Tensor],
+    settings: PruneSettings,
+    *,
+    store: LayerStore,
+    group: dist.ProcessGroup | None = None,
+) -> list[dict[str, Any]]:
+    """Prune each layer in place and hand it to `store`; returns a report per layer.
+
+    `hidden` are this rank's samples as the first layer reads them, on the host; they are overwritten. `group` are the ranks that work
+    together. `layers` may yield its layers as it loads them. With `settings.sequential` a layer's inputs come from pruned
+    predecessors, as in the papers, else from the dense model.
+    """
+    reports = []
+    progress = tqdm(layers, total=num_layers, desc="prune", unit="layer", disable=group is not None and group.rank() != 0)
+    for index, layer in enumerate(progress):
+        started = time.perf_counter()
+        pruned, resumed = store.load(index), True
+        if pruned is None:
+            resumed = False
+            statistics = calibrate(layer, hidden, keep_outputs=not settings.sequential)
+            pruned = _solve(layer, statistics, settings, group)
+            store.save(index, pruned)
+        elif not settings.sequential:
+            _advance(layer, hidden)
+        for name, matrix in pruned.items():
+            layer.linears[name].weight.copy_(matrix.weight)
+        if settings.sequential and index + 1 < num_layers:
+            _advance(layer, hidden)
+        matrices = {name: matrix.report for name, matrix in pruned.items()}
+        reports.append({"layer": index, "seconds": time.perf_counter() - started, "resumed": resumed, "matrices": matrices})
+        errors = {name.split(".")[-1]: report["relative_error"] for name, report in matrices.items()}
+        progress.set_postfix_str(" ".join(f"{name} {error:.3f}" for name, error in errors.items() if error is not None))
+    return reports
+
+
+def calibrate(layer: Layer, hidden: list[torch.Tensor], *, keep_outputs: bool) -> dict[tuple[str, ...], InputStatistics]:
+    """The input statistics of a layer's linears over this rank's samples; linears that read the same tensor share theirs.
+
+    With `keep_outputs` the samples in `hidden` are replaced by the layer's outputs.
+    """
+    inputs: dict[str, torch.Tensor] = {}
+
+    def capture(name: str) -> Callable[..., None]:
+        def hook(_module: torch.nn.Module, args: tuple) -> None:
+            inputs[name] = args[0]
+
+        return hook
+
+    handles = [linear.register_forward_pre_hook(capture(name)) for name, linear in layer.linears.items()]
+    statistics: dict[tuple[str, ...], InputStatistics] = {}
+    try:
+        for index, sample in enumerate(hidden):
+            output = layer.forward(sample.to(layer.device))
+            if keep_outputs:
+                hidden[index] = output.cpu()
+            readers: dict[int, list[str]] = {}
+            for name, tensor in inputs.items():
+                readers.setdefault(id(tensor), []).append(name)
+            for names in readers.values():
+                tensor = inputs[names[0]]
+                if tuple(names) not in statistics:
+                    statistics[tuple(names)] = InputStatistics(tensor.shape[-1], tensor.device)
+                statistics[tuple(names)].add(tensor)
+            inputs.clear()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return statistics
+
+
+def _advance(layer: Layer, hidden: list[torch.Tensor]) -> None:
+    for index, sample in enumerate(hidden):
+        hidden[index] = layer.forward(sample.to(layer.device)).cpu()
+
+
+def _solve(
+    layer: Layer,
+    statistics: dict[tuple[str, ...], InputStatistics],
+    settings: PruneSettings,
+    group: dist.ProcessGroup | None,
+) -> dict[str, PrunedMatrix]:
+    """Prune the layer's matrices, those that share an input together, the work of finding them split over the ranks."""
+    pruned: dict[str, PrunedMatrix] = {}
+    ranks = 1 if group is None else group.size()
+    # Largest first: the cost of a matrix grows with the cube of its inputs.
+    order = sorted(statistics, key=lambda names: -len(statistics[names].gram))
+    for position, names in enumerate(order):
+        if group is not None:
+            statistics[names].reduce(position % ranks, group)
+    for position, names in enumerate(order):
+        if group is None or group.rank() == position % ranks:
+            weights = {name: layer.linears[name].weight.data for name in names}
+            pruned.update(prune_matrices(weights, statistics.pop(names), settings))
+        else:
+            del statistics[names]
+    if group is not None:
+        for position, names in enumerate(order):
+            for name in names:
+                pruned[name] = _broadcast(layer.linears[name].weight.data, pruned.get(name), position % ranks, settings, group)
+    return {name: pruned[name] for name in layer.linears}
+
+
+def _broadcast(
+    weight: torch.Tensor, matrix: PrunedMatrix | None, source: int, settings: PruneSettings, group: dist.ProcessGroup
+) -> PrunedMatrix:
+    """Give every rank the `matrix` that rank `source` has."""
+    out_features, in_features = weight.shape
+    bits = pack_mask(matrix.mask) if matrix else weight.new_empty(out_features, -(-in_features // 8), dtype=torch.uint8)
+    report = [matrix.report if matrix else None]
+    dist.broadcast(bits, group_src=source, group=group)
+    dist.broadcast_object_list(report, group_src=source, group=group)
+    mask = unpack_mask(bits, in_features)
+    if settings.update_weights:
+        sparse = matrix.weight.contiguous() if matrix else torch.empty_like(weight)
+        dist.broadcast(sparse, group_src=source, group=group)
+    else:
+        sparse = weight * mask
+    return PrunedMatrix(mask, sparse, report[0])

@@ -1,0 +1,121 @@
+"""Prune the matrices that read one input: the step every driver shares."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from maskllm.errors import MaskLLMError
+from maskllm.patterns import Pattern
+from maskllm.pruning.magnitude import magnitude_mask
+from maskllm.pruning.selection import Sparsity, check_sparsity
+from maskllm.pruning.sparsegpt import DAMPING, factor_hessian, sparsegpt
+from maskllm.pruning.statistics import InputStatistics
+from maskllm.pruning.wanda import wanda_mask
+
+logger = logging.getLogger(__name__)
+
+METHODS = ("magnitude", "wanda", "sparsegpt")
+
+
+@dataclass(frozen=True)
+class PruneSettings:
+    """How to prune. `sparsity` is an N:M pattern or a share to remove; `sequential` calibrates a layer on pruned predecessors."""
+
+    method: str = "sparsegpt"
+    sparsity: Sparsity = Pattern(2, 4)
+    update_weights: bool = False
+    sequential: bool = True
+    damping: float = DAMPING
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise MaskLLMError(f"prune method {self.method!r}: wanted one of {', '.join(METHODS)}")
+        if self.update_weights and self.method != "sparsegpt":
+            raise MaskLLMError(f"method {self.method} chooses a mask only; updating the weights takes sparsegpt")
+        check_sparsity(self.sparsity)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as JSON values."""
+        return {**asdict(self), "sparsity": str(self.sparsity) if isinstance(self.sparsity, Pattern) else self.sparsity}
+
+
+@dataclass(frozen=True)
+class PrunedMatrix:
+    """A matrix's `mask`, bool [out, in], its sparse `weight` in its own dtype, and what a report says of it.
+
+    `relative_error` is ||(W - W_hat) X|| / ||W X|| over the calibration tokens, with the weight as it is stored.
+    """
+
+    mask: torch.Tensor
+    weight: torch.Tensor
+    report: dict[str, Any]
+
+
+@torch.no_grad()
+def prune_matrices(
+    weights: dict[str, torch.Tensor], statistics: InputStatistics, settings: PruneSettings
+) -> dict[str, PrunedMatrix]:
+    """Prune `weights`, name -> [out, in] of any float dtype, which all read the inputs of `statistics`.
+
+    They share one factorization. Raises MaskLLMError for a weight that is not finite and for a pattern that does not fit.
+    """
+    first = next(iter(weights))
+    for name, weight in weights.items():
+        check_matrix(weight, name, settings.sparsity)
+    dead = int((statistics.gram.diagonal() == 0).sum())
+    note = {"calibration_tokens": statistics.tokens, "skipped_tokens": statistics.skipped_tokens, "dead_inputs": dead}
+    if statistics.skipped_tokens:
+        logger.warning("%s: left %d tokens with non-finite inputs out", ", ".join(weights), statistics.skipped_tokens)
+    if statistics.tokens == 0:
+        logger.warning("%s: no calibration token has finite inputs; every input counts the same", ", ".join(weights))
+    elif dead:
+        logger.warning("%s: %d of %d inputs are 0 for every token", ", ".join(weights), dead, len(statistics.gram))
+
+    hessian = statistics.hessian()
+    if settings.method == "sparsegpt":
+        factor = factor_hessian(hessian.clone(), first, damping=settings.damping)
+        note["damping"] = factor.damping
+
+    def solve(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if settings.method == "magnitude":
+            mask = magnitude_mask(weight, settings.sparsity)
+        elif settings.method == "wanda":
+            mask = wanda_mask(weight, hessian.diagonal(), settings.sparsity)
+        else:
+            mask, updated = sparsegpt(weight, factor, settings.sparsity)
+            if settings.update_weights:
+                return mask, updated.to(weight.dtype)
+        return mask, weight * mask
+
+    if isinstance(settings.sparsity, Pattern):
+        # Rows do not depend on each other: one sweep over all of them.
+        rows = [len(weight) for weight in weights.values()]
+        masks, sparse = (tensor.split(rows) for tensor in solve(torch.cat(list(weights.values()))))
+        solved = list(zip(masks, sparse, strict=True))
+    else:
+        solved = [solve(weight) for weight in weights.values()]
+
+    pruned = {}
+    for (name, weight), (mask, sparse_weight) in zip(weights.items(), solved, strict=True):
+        error = output_norm(weight.float() - sparse_weight.float(), hessian) / output_norm(weight.float(), hessian)
+        report = {"relative_error": None if error.isnan() else error.item(), "kept": mask.float().mean().item(), **note}
+        pruned[name] = PrunedMatrix(mask, sparse_weight, report)
+    return pruned
+
+
+def output_norm(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    """||weight X||, up to the common factor between `hessian` and X X^T: the square root of trace(W H W^T)."""
+    return ((weight @ hessian) * weight).sum(dtype=torch.float64).clamp(min=0).sqrt()
+
+
+def check_matrix(weight: torch.Tensor, name: str, sparsity: Sparsity) -> None:
+    """Raise MaskLLMError where the pattern does not fit `weight` [out, in] or it holds NaN or infinity."""
+    if isinstance(sparsity, Pattern):
+        sparsity.check_divides(weight.shape[1], name)
+    if not weight.isfinite().all():
+        row, column = (~weight.isfinite()).nonzero()[0].tolist()
+        raise MaskLLMError(f"{name}: weight [{row}, {column}] is {weight[row, column].item()}; the checkpoint is damaged")

@@ -1,0 +1,109 @@
+"""SparseGPT: pruning by approximate second-order reconstruction (arXiv 2301.00774, section 3 and algorithm 1)."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from maskllm.errors import MaskLLMError
+from maskllm.patterns import Pattern
+from maskllm.pruning.selection import Sparsity, check_sparsity, keep_of_all, keep_of_each_block
+
+logger = logging.getLogger(__name__)
+
+BLOCK_SIZE = 128
+"""Columns swept before their errors are propagated to the columns that follow (the paper's B)."""
+
+DAMPING = 0.01
+"""Share of the Hessian's mean diagonal added to its diagonal (appendix A of the paper)."""
+
+_MAX_DAMPING = 1e3
+"""With this much of the mean diagonal added, a positive semi-definite Hessian of any width has a Cholesky factor in fp32."""
+
+_UNSTRUCTURED_STEP = 16
+"""Columns of a block swept between updates of the block's rest where no pattern sets it (speed only)."""
+
+
+@dataclass(frozen=True)
+class HessianFactor:
+    """What the sweep needs of a Hessian: `upper` fp32 [in, in] with H^-1 = upper^T upper, and `dead` bool [in], inputs always 0."""
+
+    upper: torch.Tensor
+    dead: torch.Tensor
+    damping: float
+
+
+def factor_hessian(hessian: torch.Tensor, name: str, *, damping: float = DAMPING) -> HessianFactor:
+    """The upper Cholesky factor of the inverse of the damped `hessian`, fp32 [in, in] and finite, which is overwritten.
+
+    Inputs that are always 0 get 1 on the diagonal. Where the Hessian is too close to singular for fp32, it is tried again with ten
+    times the damping, and the log says so with `name`, the layer's; `HessianFactor.damping` is what was used. Raises MaskLLMError
+    for a Hessian with a non-finite or negative diagonal.
+    """
+    diagonal = hessian.diagonal()
+    if not (diagonal.isfinite().all() and (diagonal >= 0).all()):
+        raise MaskLLMError(
+            f"{name}: the diagonal of its inputs' Hessian is not finite and non-negative; the statistics are damaged"
+        )
+    dead = diagonal == 0
+    diagonal[dead] = 1
+    undamped, mean = diagonal.clone(), diagonal.mean()
+    while True:
+        diagonal.copy_(undamped + damping * mean)
+        # With J the reversal of the order, J H J = L L^T gives H = U U^T for the upper U = J L J, hence H^-1 = (U^-1)^T U^-1: the
+        # factor the paper gets by inverting H and factoring the inverse, in half the work and with one factorization's error.
+        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+        if not failed:
+            upper = torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(hessian), device=hessian.device), upper=True)
+            if upper.isfinite().all():
+                return HessianFactor(upper, dead, damping)
+        if damping >= _MAX_DAMPING:
+            raise MaskLLMError(f"{name}: its inputs' Hessian has no Cholesky factor; it is not positive semi-definite")
+        damping *= 10
+        logger.warning("%s: Hessian is rank-deficient; damping raised to %g of its mean diagonal", name, damping)
+
+
+def sparsegpt(weight: torch.Tensor, factor: HessianFactor, sparsity: Sparsity) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sweep `weight` [out, in] from left to right; returns the mask, bool [out, in], and the compensated weight, fp32 [out, in].
+
+    The mask of each block of M columns keeps the N largest W^2 / diag(upper)^2 of each row, chosen when the sweep reaches it, so that
+    all compensation by the columns before is in W. With a share instead of a pattern, it is chosen for 128 columns of all rows at
+    once. The compensated weight is 0 where the mask is. Raises MaskLLMError where the pattern does not fit.
+    """
+    check_sparsity(sparsity)
+    out_features, in_features = weight.shape
+    if isinstance(sparsity, Pattern):
+        sparsity.check_divides(in_features, "weight")
+        step = sparsity.m
+    else:
+        step = _UNSTRUCTURED_STEP
+    width = BLOCK_SIZE // step * step
+
+    # Columns are rows here, so that a column is contiguous.
+    columns = weight.t().float().clone(memory_format=torch.contiguous_format)
+    columns[factor.dead] = 0
+    keep = torch.empty(in_features, out_features, dtype=torch.bool, device=weight.device)
+    for start in range(0, in_features, width):
+        end = min(start + width, in_features)
+        block, block_keep = columns[start:end], keep[start:end]
+        upper = factor.upper[start:end, start:end]
+        diagonal = upper.diagonal().unsqueeze(1)
+        errors = torch.empty_like(block)
+        if not isinstance(sparsity, Pattern):
+            block_keep.copy_(keep_of_all((block / diagonal).square().t(), sparsity).t())
+        for low in range(0, end - start, step):
+            high = min(low + step, end - start)
+            if isinstance(sparsity, Pattern):
+                scores = (block[low:high] / diagonal[low:high]).square()
+                block_keep[low:high] = keep_of_each_block(scores.t(), sparsity).t()
+            removed = ~block_keep[low:high] / diagonal[low:high]
+            for column in range(low, high):
+                torch.mul(block[column], removed[column - low], out=errors[column])
+                if column + 1 < high:
+                    block[column + 1 : high].addr_(upper[column, column + 1 : high], errors[column], alpha=-1)
+            block[high:].addmm_(upper[low:high, high:].t(), errors[low:high], alpha=-1)
+        columns[end:].addmm_(factor.upper[start:end, end:].t(), errors, alpha=-1)
+    columns.masked_fill_(~keep, 0)
+    return keep.t().contiguous(), columns.t().contiguous()

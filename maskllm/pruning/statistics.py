@@ -1,0 +1,49 @@
+"""What calibration keeps of a linear layer's inputs: their second moments."""
+
+from __future__ import annotations
+
+import torch
+from torch import distributed as dist
+
+
+class InputStatistics:
+    """The Gram matrix `sum over tokens of x x^T` of one linear layer's inputs.
+
+    It serves every method: its diagonal is Wanda's sum of squares, twice its mean over samples is SparseGPT's Hessian, and
+    `trace(D G D^T)` is the squared output error ||D X||^2 of a change D of the weight.
+
+    Each sample's product is taken in fp32 and added in fp64. A sum of fp32 numbers in fp64 hardly ever rounds, so the result does
+    not depend on the order of the samples or on how data-parallel ranks split them.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        self.gram = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+        self.samples = 0
+        self.tokens = 0
+        self.skipped_tokens = 0
+
+    def add(self, inputs: torch.Tensor) -> None:
+        """Add one sample's inputs [..., in], any float dtype. Tokens with a non-finite input are counted and left out."""
+        inputs = inputs.reshape(-1, inputs.shape[-1]).float()
+        gram = inputs.t() @ inputs
+        if not gram.diagonal().isfinite().all():
+            finite = inputs.square().sum(dim=1).isfinite()
+            self.skipped_tokens += int((~finite).sum())
+            inputs = inputs[finite]
+            gram = inputs.t() @ inputs
+        self.gram += gram
+        self.samples += 1
+        self.tokens += len(inputs)
+
+    def reduce(self, destination: int, group: dist.ProcessGroup) -> None:
+        """Sum the statistics of `group`'s ranks, each of which has seen other samples, on its rank `destination`."""
+        dist.reduce(self.gram, group_dst=destination, group=group)
+        counts = torch.tensor([self.samples, self.tokens, self.skipped_tokens], device=self.gram.device)
+        dist.reduce(counts, group_dst=destination, group=group)
+        self.samples, self.tokens, self.skipped_tokens = counts.tolist()
+
+    def hessian(self) -> torch.Tensor:
+        """SparseGPT's Hessian 2 X X^T, a mean over samples, fp32 [in, in]; the identity where no token was finite."""
+        if self.tokens == 0:
+            return torch.eye(len(self.gram), device=self.gram.device)
+        return (self.gram * (2 / self.samples)).float()
