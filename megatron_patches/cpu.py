@@ -14,7 +14,6 @@ import inspect
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -51,19 +50,23 @@ def upstream_object(upstream: str) -> Any:
     return found
 
 
+class _CpuCuda:
+    """Stands in for `torch.cuda`: the current device is the CPU, and there is nothing to synchronize."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+    def current_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def synchronize(self, *_: Any, **__: Any) -> None:
+        pass
+
+
 class _CpuTorch:
     """Stands in for the name `torch` inside an upstream module: the same library, where "cuda" means the CPU."""
 
-    cuda = SimpleNamespace(
-        current_device=lambda: torch.device("cpu"),
-        synchronize=lambda *args, **kwargs: None,
-        is_available=torch.cuda.is_available,
-        is_current_stream_capturing=lambda: False,
-        OutOfMemoryError=torch.cuda.OutOfMemoryError,
-        nvtx=torch.cuda.nvtx,
-        Stream=torch.cuda.Stream,
-        Event=torch.cuda.Event,
-    )
+    cuda = _CpuCuda()
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(torch, name)
@@ -112,6 +115,12 @@ def tensor_parallel_gathers_on_cpu() -> None:
     _redirect("megatron.core.tensor_parallel.mappings")
 
 
+@_patch("megatron.core.tensor_parallel.layers", "torch.cuda.current_device()")
+def tensor_parallel_gradients_on_cpu() -> None:
+    """The linears' backward pass under sequence parallelism allocates the reduced gradient on the current CUDA device."""
+    _redirect("megatron.core.tensor_parallel.layers")
+
+
 @_patch("megatron.core.tensor_parallel.utils", "torch.cuda.current_device()")
 def tensor_parallel_buffers_on_cpu() -> None:
     """`gather_split_1d_tensor` allocates its output on the current CUDA device."""
@@ -134,6 +143,12 @@ def pipeline_counters_on_cpu() -> None:
 def optimizer_scalars_on_cpu() -> None:
     """`MixedPrecisionOptimizer` and `FP32Optimizer` keep their scale in tensors on device "cuda"."""
     _redirect("megatron.core.optimizer.optimizer")
+
+
+@_patch("megatron.core.utils:local_multi_tensor_l2_norm", 'device="cuda"')
+def norm_without_apex_on_cpu() -> None:
+    """The norm of a list of tensors, where neither Transformer Engine nor Apex provides it, is returned on device "cuda"."""
+    _redirect("megatron.core.utils")
 
 
 @_patch("megatron.core.optimizer.clip_grads:get_grad_norm_fp32", "device='cuda'")

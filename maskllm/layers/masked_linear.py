@@ -25,17 +25,18 @@ class _MaskedLinear:
     """What the column-parallel and the row-parallel masked linear share."""
 
     partition_dim: int
-    name: str = ""
-    """The layer's name in the whole model, for example decoder.layers.3.mlp.linear_fc1; set by `name_layers`."""
-    gated: bool = False
-    """Whether the rows are a gate slice followed by an up slice (fc1 of a gated MLP)."""
-    mask_bits: torch.Tensor | None = None
-    """uint8 [out, ceil(in / 8)], the fixed or prior mask as `patterns.pack_mask` has it."""
-    mask_logits: torch.nn.Parameter | None = None
-    """fp32 [out, in / M, candidates]."""
-    sampler: MaskSampler | None = None
-    _shard: ShardMap
-    _philox_key: int
+    """The weight's dimension that tensor-parallel ranks share."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.name = ""
+        """The layer's name in the whole model, for example decoder.layers.3.mlp.linear_fc1; `spec.masked_linears` sets it."""
+        self.gated = False
+        """Whether the rows are a gate slice followed by an up slice (fc1 of a gated MLP); `spec.masked_linears` sets it."""
+        self.register_buffer("mask_bits", None)
+        """uint8 [out, ceil(in / 8)], the fixed or prior mask as `patterns.pack_mask` has it."""
+        self.register_parameter("mask_logits", None)
+        """fp32 [out, in / M, candidates]."""
 
     def attach_bits(self) -> None:
         """Give the layer room for a fixed mask; its contents come from a checkpoint.
@@ -48,8 +49,7 @@ class _MaskedLinear:
                 f"{self.name}: a tensor-parallel shard has {in_features} input columns, not a multiple of 8, so its mask bits do "
                 "not fill whole bytes; use a smaller --tensor-model-parallel-size"
             )
-        bits = torch.zeros(out_features, -(-in_features // 8), dtype=torch.uint8, device=self.weight.device)
-        self.register_buffer("mask_bits", bits)
+        self.mask_bits = torch.zeros(out_features, -(-in_features // 8), dtype=torch.uint8, device=self.weight.device)
 
     def attach_logits(self, sampler: MaskSampler) -> None:
         """Freeze the weight and give the layer learnable logits, drawn as `initial_logits` says."""

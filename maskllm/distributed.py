@@ -1,0 +1,64 @@
+"""Bring up torch.distributed and Megatron's process groups, under torchrun or alone, on CUDA with NCCL or on the CPU with gloo."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+import megatron_patches
+from maskllm.errors import MaskLLMError
+
+
+def device() -> torch.device:
+    """The device of this rank."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+@contextlib.contextmanager
+def parallel_processes(
+    *,
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    timeout_minutes: float = 10,
+) -> Iterator[None]:
+    """Join the processes that torchrun started (or be the only one) and set up Megatron's groups for as long as the block runs.
+
+    Raises MaskLLMError where the number of processes does not divide by the sizes asked for.
+    """
+    megatron_patches.apply()
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world % (tensor_model_parallel_size * pipeline_model_parallel_size):
+        raise MaskLLMError(
+            f"{world} processes: wanted a multiple of --tensor-model-parallel-size {tensor_model_parallel_size} x "
+            f"--pipeline-model-parallel-size {pipeline_model_parallel_size} (torchrun --nproc-per-node sets it)"
+        )
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        backend = "nccl"
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    with contextlib.ExitStack() as stack:
+        if "RANK" in os.environ:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            store = dist.FileStore(str(Path(folder) / "store"), 1)
+            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        try:
+            parallel_state.initialize_model_parallel(
+                tensor_model_parallel_size=tensor_model_parallel_size,
+                pipeline_model_parallel_size=pipeline_model_parallel_size,
+                distributed_timeout_minutes=timeout_minutes,
+            )
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()

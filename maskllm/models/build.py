@@ -1,0 +1,41 @@
+"""Build this rank's part of a model."""
+
+from __future__ import annotations
+
+import torch
+from megatron.core import parallel_state
+
+from maskllm.errors import MaskLLMError
+from maskllm.layers.gpt import FrozenVocabularyGPTModel
+from maskllm.layers.spec import block_spec
+from maskllm.models.config import ModelConfig, gpt_model_arguments, set_rotary_frequencies, transformer_config
+
+
+def build_model(
+    model_config: ModelConfig, *, params_dtype: torch.dtype, sequence_parallel: bool = False
+) -> FrozenVocabularyGPTModel:
+    """This rank's stage and shard of the model: dense, frozen, its weights not yet loaded.
+
+    Needs `maskllm.distributed.parallel_processes`. Raises MaskLLMError where the parallel sizes do not divide the model.
+    """
+    pp_size = parallel_state.get_pipeline_model_parallel_world_size()
+    tp_size = parallel_state.get_tensor_model_parallel_world_size()
+    if model_config.num_layers % pp_size:
+        raise MaskLLMError(f"pipeline-model-parallel size {pp_size} does not divide the model's {model_config.num_layers} layers")
+    config = transformer_config(
+        model_config,
+        params_dtype=params_dtype,
+        tensor_model_parallel_size=tp_size,
+        pipeline_model_parallel_size=pp_size,
+        pipeline_dtype=params_dtype,
+        sequence_parallel=sequence_parallel and tp_size > 1,
+    )
+    model = FrozenVocabularyGPTModel(
+        config=config,
+        transformer_layer_spec=block_spec(config, parallel_state.get_pipeline_model_parallel_rank()),
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        **gpt_model_arguments(model_config),
+    )
+    set_rotary_frequencies(model, model_config)
+    return model.requires_grad_(False)

@@ -1,0 +1,34 @@
+"""`torchrun ... -m maskllm.train`: learn the masks of a Megatron checkpoint, on one process or many."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse, build, train; returns the exit status."""
+    # Megatron Core says on import, once a module, that Transformer Engine and Apex are missing.
+    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    from maskllm.cli import run_guarded
+    from maskllm.training.arguments import parse_arguments
+
+    arguments = parse_arguments(argv)
+
+    def run() -> None:
+        from maskllm.distributed import parallel_processes
+        from maskllm.training.trainer import Trainer
+
+        with parallel_processes(
+            tensor_model_parallel_size=arguments.tensor_model_parallel_size,
+            pipeline_model_parallel_size=arguments.pipeline_model_parallel_size,
+            timeout_minutes=arguments.distributed_timeout_minutes,
+        ):
+            Trainer(arguments).train()
+
+    return run_guarded("maskllm.train", run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""The options of mask learning: one dataclass with the defaults, and the command line made from it.
+
+Flags that mean what a Megatron-LM flag means carry its name and default; the optimizer's, the batch's and the sequence's are the
+single-node recipe of the paper (MaskLLM, arXiv 2409.17481, appendix).
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maskllm.errors import MaskLLMError
+from maskllm.patterns import Pattern
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def _option(default: Any, help: str, **kwargs: Any) -> Any:
+    return field(default=default, metadata={"help": help, **kwargs})
+
+
+@dataclass
+class TrainArguments:
+    """Everything `maskllm.train` can be told."""
+
+    data_path: list[str] = _option((), "indexed-dataset prefixes to train on: P, or W1 P1 W2 P2 ... to blend", nargs="+")
+    load: str | None = _option(None, "checkpoint to go on from; a trained one is resumed exactly, another one is started from")
+    pretrained_checkpoint: str | None = _option(
+        None, "checkpoint to start from when --load holds none yet, so that one command both starts and resumes"
+    )
+    save: str | None = _option(None, "directory to write checkpoints and metrics.jsonl to")
+    save_interval: int | None = _option(None, "steps between checkpoints; one is written at the end and on SIGTERM in any case")
+    split: str = _option("969,30,1", "shares of the documents for training, validation and test")
+    data_cache_path: str | None = _option(None, "where the dataset's index files are cached; beside the dataset by default")
+
+    pattern: str = _option("2:4", "N:M, keep N of every M consecutive weights")
+    gumbel_temperature_range: tuple[float, float] = _option((4.0, 0.05), "softmax temperature, first and last", nargs=2)
+    gumbel_scale_range: tuple[float, float] = _option((1e2, 5e2), "multiplier of the logits, first and last", nargs=2)
+    prior_strength: float = _option(3.0, "how far a prior mask moves the initial logits, in their standard deviations")
+    weight_reg: float = _option(1e-5, "weight of the sparse weight regularization, decaying linearly to zero")
+    hard: bool = _option(False, "use the arg-max of each draw in the forward pass (straight-through gradient)")
+
+    train_iters: int = _option(2000, "optimizer steps")
+    micro_batch_size: int = _option(1, "sequences a forward pass")
+    global_batch_size: int = _option(256, "sequences a step, over all data-parallel ranks")
+    seq_length: int = _option(4096, "tokens a sequence")
+    lr: float = _option(5e-5, "learning rate of the logits")
+    min_lr: float = _option(5e-6, "learning rate at the end")
+    lr_decay_style: str = _option("cosine", "how the learning rate goes down", choices=["constant", "linear", "cosine"])
+    lr_warmup_iters: int = _option(0, "steps of linear warm-up")
+    weight_decay: float = _option(0.1, "decoupled weight decay of the logits")
+    adam_beta1: float = _option(0.9, "Adam's first moment's decay")
+    adam_beta2: float = _option(0.95, "Adam's second moment's decay")
+    adam_eps: float = _option(1e-5, "Adam's epsilon")
+    clip_grad: float = _option(1.0, "largest norm of the gradient")
+    seed: int = _option(1234, "seed of the masks' noise, the initial logits and the data order")
+
+    tensor_model_parallel_size: int = _option(1, "ranks a layer is split over")
+    pipeline_model_parallel_size: int = _option(1, "ranks the layers are dealt out to")
+    sequence_parallel: bool = _option(False, "split activations outside the linears along the sequence too")
+    use_distributed_optimizer: bool = _option(False, "split optimizer states over data-parallel ranks")
+    distributed_timeout_minutes: int = _option(10, "how long a rank waits for the others")
+    params_dtype: str = _option("bf16", "type of the frozen weights and of the computation", choices=sorted(DTYPES))
+
+    eval_interval: int = _option(1000, "steps between validations")
+    eval_iters: int = _option(100, "batches a validation, always the same ones; 0 for none")
+    log_interval: int = _option(100, "steps between lines of the log")
+    tensorboard_dir: str | None = _option(None, "directory for TensorBoard events")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch type that `params_dtype` names."""
+        return DTYPES[self.params_dtype]
+
+    def check(self) -> Pattern:
+        """Raise MaskLLMError for values that cannot work, whatever the number of ranks; returns the pattern."""
+        pattern = Pattern.parse(self.pattern)
+        pattern.require_learnable()
+        if not self.data_path:
+            raise MaskLLMError("--data-path: wanted at least one indexed-dataset prefix (make one with `maskllm preprocess`)")
+        if self.load is None and self.pretrained_checkpoint is None:
+            raise MaskLLMError("--load: wanted a checkpoint to start from (make one with `maskllm convert` and `maskllm prune`)")
+        for name in ("train_iters", "micro_batch_size", "global_batch_size", "seq_length", "log_interval", "eval_interval"):
+            if getattr(self, name) < 1:
+                raise MaskLLMError(f"{_flag(name)}: found {getattr(self, name)}, wanted at least 1")
+        if self.save_interval is not None and (self.save_interval < 1 or self.save is None):
+            raise MaskLLMError("--save-interval: wanted a positive number of steps, and --save")
+        if min(self.gumbel_temperature_range) <= 0 or min(self.gumbel_scale_range) <= 0:
+            raise MaskLLMError("--gumbel-temperature-range, --gumbel-scale-range: wanted positive numbers")
+        if self.sequence_parallel and self.seq_length % self.tensor_model_parallel_size:
+            raise MaskLLMError(
+                f"--seq-length {self.seq_length}: with --sequence-parallel wanted a multiple of --tensor-model-parallel-size "
+                f"{self.tensor_model_parallel_size}"
+            )
+        return pattern
+
+    def num_microbatches(self, data_parallel_size: int) -> int:
+        """Micro-batches a step on each data-parallel rank. Raises MaskLLMError where they do not come out whole."""
+        per_pass = self.micro_batch_size * data_parallel_size
+        if self.global_batch_size % per_pass:
+            raise MaskLLMError(
+                f"--global-batch-size {self.global_batch_size}: wanted a multiple of --micro-batch-size {self.micro_batch_size} x "
+                f"{data_parallel_size} data-parallel ranks"
+            )
+        return self.global_batch_size // per_pass
+
+    def blend(self) -> tuple[list[str], list[float] | None]:
+        """`data_path` as Megatron Core's (prefixes, weights). Raises MaskLLMError for a half-given blend or a missing file."""
+        prefixes, weights = list(self.data_path), None
+        if len(prefixes) > 1:
+            if len(prefixes) % 2:
+                raise MaskLLMError(f"--data-path: found {len(prefixes)} values, wanted W1 P1 W2 P2 ...")
+            try:
+                weights = [float(weight) for weight in prefixes[::2]]
+            except ValueError as error:
+                raise MaskLLMError(f"--data-path: wanted W1 P1 W2 P2 ..., a number before each prefix ({error})") from None
+            prefixes = prefixes[1::2]
+        for prefix in prefixes:
+            for suffix in (".bin", ".idx"):
+                if not Path(prefix + suffix).is_file():
+                    raise MaskLLMError(f"--data-path: no file {prefix}{suffix} (make it with `maskllm preprocess`)")
+        return prefixes, weights
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> TrainArguments:
+    """Read the command line of `python -m maskllm.train`."""
+    parser = argparse.ArgumentParser(
+        prog="torchrun ... -m maskllm.train",
+        description="Learn the N:M masks of a Megatron checkpoint's linears.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for entry in dataclasses.fields(TrainArguments):
+        options = dict(entry.metadata)
+        value = entry.default
+        if entry.type == "bool":
+            parser.add_argument(_flag(entry.name), action="store_true", **options)
+        else:
+            kinds = {"int": int, "int | None": int, "float": float, "tuple[float, float]": float}
+            required = entry.name == "data_path"
+            parser.add_argument(
+                _flag(entry.name),
+                type=kinds.get(entry.type, str),
+                required=required,
+                default=None if required else value,
+                **options,
+            )
+    values = vars(parser.parse_args(argv))
+    for name in ("gumbel_temperature_range", "gumbel_scale_range"):
+        values[name] = tuple(values[name])
+    return TrainArguments(**values)

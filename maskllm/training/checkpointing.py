@@ -1,0 +1,151 @@
+"""Where a run starts from, and what it writes to go on from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.optimizer import MegatronOptimizer
+
+from maskllm.errors import MaskLLMError
+from maskllm.layers.gpt import FrozenVocabularyGPTModel
+from maskllm.layers.spec import masked_linears
+from maskllm.masking.sampler import MaskSampler
+from maskllm.models.build import build_model
+from maskllm.models.checkpoint import LATEST, Checkpoint, CheckpointInfo, resolve, save_checkpoint
+from maskllm.models.config import ModelConfig
+from maskllm.patterns import Pattern
+from maskllm.training.arguments import TrainArguments
+
+SETTINGS_THAT_MUST_MATCH = (
+    "pattern",
+    "seed",
+    "train_iters",
+    "global_batch_size",
+    "micro_batch_size",
+    "seq_length",
+    "hard",
+    "gumbel_temperature_range",
+    "gumbel_scale_range",
+    "weight_reg",
+)
+"""Arguments that a resumed run must share with the run it continues; the rest (layout, intervals, paths) may change."""
+
+
+@dataclass
+class Start:
+    """The checkpoint a run starts from."""
+
+    arguments: TrainArguments
+    checkpoint: Checkpoint
+    resumed: bool
+    """Whether it was written by training and is continued, rather than started from."""
+
+    @property
+    def iteration(self) -> int:
+        """Steps already done."""
+        return int(self.checkpoint.iteration) if self.resumed else 0
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The architecture."""
+        return self.checkpoint.model_config
+
+    def build_model(self, sampler: MaskSampler) -> FrozenVocabularyGPTModel:
+        """This rank's part of the model, weights and prior loaded, with learnable logits.
+
+        A new run's logits are drawn, and moved toward the prior if there is one; a resumed run's are loaded by `load_training_state`.
+        """
+        arguments = self.arguments
+        model = build_model(self.model_config, params_dtype=arguments.dtype, sequence_parallel=arguments.sequence_parallel)
+        layers = list(masked_linears(model))
+        has_prior = self.checkpoint.info.method is not None
+        if has_prior:
+            for layer in layers:
+                layer.attach_bits()
+        load_model(self.checkpoint, model)
+        for layer in layers:
+            layer.attach_logits(sampler)
+            if has_prior and not self.resumed:
+                layer.add_prior(arguments.prior_strength)
+        return model
+
+
+def resolve_start(arguments: TrainArguments, pattern: Pattern) -> Start:
+    """Open `--load` or, while that directory holds no checkpoint yet, `--pretrained-checkpoint`.
+
+    Raises MaskLLMError where the checkpoint's pattern or a setting of the run it continues contradicts the arguments.
+    """
+    path = arguments.load
+    if arguments.pretrained_checkpoint is not None and (path is None or not (Path(path) / LATEST).is_file()):
+        path = arguments.pretrained_checkpoint
+    checkpoint = resolve(path)
+    info = checkpoint.info
+    if info.stage == "trimmed":
+        raise MaskLLMError(
+            f"{checkpoint.path}: a trimmed checkpoint's weights have their zeros written in; start from the pruned one"
+        )
+    if info.pattern is not None and info.pattern != str(pattern):
+        raise MaskLLMError(f"{checkpoint.path}: its masks have pattern {info.pattern}; --pattern is {pattern}")
+    resumed = info.stage == "trained"
+    if resumed:
+        before = info.details["settings"]
+        for name, now in _settings(arguments).items():
+            if before[name] != now:
+                raise MaskLLMError(
+                    f"--{name.replace('_', '-')} {now}: the run in {checkpoint.path} has {before[name]}; resume with the same value, or "
+                    "start a new run with another --save"
+                )
+    return Start(arguments, checkpoint, resumed)
+
+
+def load_model(checkpoint: Checkpoint, model: FrozenVocabularyGPTModel) -> None:
+    """Fill the model, as far as it has been given masks, from a checkpoint written under any layout."""
+    model.load_state_dict(checkpoint.load({"model": model.sharded_state_dict()})["model"])
+
+
+def save_training_state(
+    start: Start, arguments: TrainArguments, iteration: int, model: FrozenVocabularyGPTModel, optimizer: MegatronOptimizer
+) -> None:
+    """Write everything that the next step depends on, on every rank."""
+    info = start.checkpoint.info
+    save_checkpoint(
+        arguments.save,
+        iteration,
+        _sharded_state(model, optimizer, is_loading=False),
+        CheckpointInfo(
+            stage="trained",
+            source=info.source,
+            pattern=arguments.pattern,
+            method=info.method,
+            details={"iteration": iteration, "settings": _settings(arguments)},
+        ),
+        hf_files_from=start.checkpoint.hf_directory,
+    )
+
+
+def load_training_state(start: Start, model: FrozenVocabularyGPTModel, optimizer: MegatronOptimizer) -> None:
+    """Read logits and optimizer state back, under any layout."""
+    state = start.checkpoint.load(_sharded_state(model, optimizer, is_loading=True))
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+
+
+def _sharded_state(model: FrozenVocabularyGPTModel, optimizer: MegatronOptimizer, *, is_loading: bool) -> dict[str, Any]:
+    # "fully_reshardable" is the distributed optimizer's only kind of state that any other layout can load.
+    metadata = {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+    model_state = model.sharded_state_dict(metadata=metadata)
+    return {
+        "model": model_state,
+        "optimizer": optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata),
+    }
+
+
+def _settings(arguments: TrainArguments) -> dict[str, Any]:
+    values = {name: getattr(arguments, name) for name in SETTINGS_THAT_MUST_MATCH}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}

@@ -1,0 +1,98 @@
+"""Training and validation batches, from Megatron Core's GPTDataset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+
+from maskllm.errors import MaskLLMError
+from maskllm.training.arguments import TrainArguments
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """The little that GPTDataset asks of a tokenizer when documents are tokenized already."""
+
+    vocab_size: int
+    eod: int = -1
+    pad: int = -1
+
+    @property
+    def unique_identifiers(self) -> dict[str, Any]:
+        return {"vocab_size": self.vocab_size}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A micro-batch, int64 [micro batch, sequence] each, on this rank's device."""
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+
+
+class Batches:
+    """Micro-batches by their global index: a function of the data, the seed and the index alone, so nothing needs saving.
+
+    Micro-batch i holds samples i * micro_batch_size and on, as Megatron-LM's single-epoch sampler deals them out.
+    """
+
+    def __init__(self, dataset: GPTDataset, micro_batch_size: int, vocab_size: int, device: torch.device) -> None:
+        self.dataset = dataset
+        self.micro_batch_size = micro_batch_size
+        self.vocab_size = vocab_size
+        self.device = device
+
+    def __getitem__(self, index: int) -> Batch:
+        """Micro-batch `index`. Raises MaskLLMError where a token is outside the model's vocabulary."""
+        first = index * self.micro_batch_size
+        samples = [self.dataset[first + i] for i in range(self.micro_batch_size)]
+        tokens, labels, position_ids = (
+            torch.stack([sample[key] for sample in samples]) for key in ("tokens", "labels", "position_ids")
+        )
+        largest = int(torch.maximum(tokens.max(), labels.max()))
+        if largest >= self.vocab_size:
+            raise MaskLLMError(
+                f"--data-path: found token {largest}, wanted less than the model's vocabulary of {self.vocab_size}; the dataset was "
+                "made with another tokenizer"
+            )
+        return Batch(*(x.to(self.device, non_blocking=True) for x in (tokens, labels, position_ids)))
+
+
+def build_batches(arguments: TrainArguments, vocab_size: int, device: torch.device) -> tuple[Batches, Batches | None]:
+    """The training batches and, with `eval_iters`, the validation batches (None without).
+
+    Raises MaskLLMError where the split leaves a part without a single document.
+    """
+    samples = [arguments.train_iters * arguments.global_batch_size, arguments.eval_iters * arguments.global_batch_size, 0]
+    config = GPTDatasetConfig(
+        random_seed=arguments.seed,
+        sequence_length=arguments.seq_length,
+        blend=arguments.blend(),
+        split=arguments.split,
+        path_to_cache=arguments.data_cache_path,
+        tokenizer=_Tokens(vocab_size),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+    )
+    # One rank writes the index cache while the others wait; that is upstream's own protocol.
+    train, valid, _ = BlendedMegatronDatasetBuilder(
+        GPTDataset, samples, lambda: parallel_state.get_tensor_model_parallel_rank() >= 0, config
+    ).build()
+    for part, dataset in (("training", train), ("validation", valid)):
+        if dataset is None and (part == "training" or arguments.eval_iters):
+            raise MaskLLMError(
+                f"--split {arguments.split}: leaves no document for {part}; change the split"
+                + (" or set --eval-iters 0" if part == "validation" else "")
+            )
+    return (
+        Batches(train, arguments.micro_batch_size, vocab_size, device),
+        Batches(valid, arguments.micro_batch_size, vocab_size, device) if arguments.eval_iters else None,
+    )

@@ -1,0 +1,101 @@
+"""What a run reports: console, TensorBoard and a JSON-lines file."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maskllm.files import write_text
+from maskllm.layers.spec import MaskedLinear
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held: on the device with CUDA, resident otherwise."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class WinnerTracker:
+    """Counts the blocks whose arg-max candidate has moved since the last look and since the prior."""
+
+    def __init__(self, layers: list[MaskedLinear]) -> None:
+        self.layers = layers
+        self.previous = [layer.winner() for layer in layers]
+
+    def changed(self) -> tuple[int, int]:
+        """(blocks changed since the last call, blocks that differ from the prior; 0 without one), on this rank."""
+        since_last = since_prior = 0
+        for index, layer in enumerate(self.layers):
+            m = layer.sampler.pattern.m
+            winner = layer.winner()
+            since_last += _blocks_that_differ(winner, self.previous[index], m)
+            if layer.mask_bits is not None:
+                since_prior += _blocks_that_differ(winner, layer.fixed_mask(), m)
+            self.previous[index] = winner
+        return since_last, since_prior
+
+
+def _blocks_that_differ(one: torch.Tensor, other: torch.Tensor, m: int) -> int:
+    return int((one != other).view(-1, m).any(-1).sum())
+
+
+class MetricsWriter:
+    """Writes a step's metrics on the one rank that has them: a line on the console, TensorBoard scalars, a JSON line.
+
+    A JSON line's `kind` is "train" or "validation". A resumed run continues the file, leaving out lines of steps it will do again.
+    """
+
+    def __init__(self, file: Path | None, tensorboard_dir: str | None, start_iteration: int) -> None:
+        self.file = None
+        if file is not None:
+            write_text(file, "".join(_lines_before(file, start_iteration)))
+            self.file = file.open("a", encoding="utf-8")
+        self.board = None
+        if tensorboard_dir is not None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(tensorboard_dir, purge_step=start_iteration + 1)
+
+    def write(self, kind: str, iteration: int, values: dict[str, Any]) -> None:
+        """Report `values` of the step that ends as number `iteration` (the first is 1)."""
+        line = {"kind": kind, "iteration": iteration, **values}
+        if self.file is not None:
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
+        if self.board is not None:
+            for name, value in values.items():
+                if value is not None:
+                    self.board.add_scalar(f"{kind}/{name}", value, iteration)
+            self.board.flush()
+        text = " | ".join(f"{name.replace('_', ' ')} {_format(value)}" for name, value in values.items() if value is not None)
+        print(f"{kind} iteration {iteration} | {text}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Close the files."""
+        if self.file is not None:
+            self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def _lines_before(file: Path, start_iteration: int) -> list[str]:
+    """The complete lines in `file` of steps up to `start_iteration`."""
+    kept = []
+    if file.exists():
+        for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+            try:
+                if line.endswith("\n") and json.loads(line)["iteration"] <= start_iteration:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                break  # a killed run's last, torn line
+    return kept
+
+
+def _format(value: float) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
