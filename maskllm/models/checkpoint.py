@@ -57,6 +57,8 @@ class CheckpointInfo:
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
             raise MaskLLMError(f"checkpoint stage {self.stage!r}; wanted one of {', '.join(STAGES)}")
+        if (self.pattern is None) != (self.stage == "dense"):
+            raise MaskLLMError(f"checkpoint stage {self.stage} with pattern {self.pattern}; wanted a pattern for all but dense")
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,10 @@ class Checkpoint:
     def check_weights(self) -> None:
         """Raise MaskLLMError naming the first weight that is missing or whose shape is not what the config says."""
         for mapping in parameter_map(self.model_config):
-            self._check_shape(mapping.megatron, mapping.megatron_shape(self.model_config))
+            self.check_shape(mapping.megatron, mapping.megatron_shape(self.model_config))
 
-    def _check_shape(self, key: str, wanted: tuple[int, ...]) -> None:
+    def check_shape(self, key: str, wanted: tuple[int, ...]) -> None:
+        """Raise MaskLLMError where the tensor `key` is missing or has another shape than `wanted`."""
         found = self.tensors[key].shape
         if found != wanted:
             raise MaskLLMError(f"{self.path}: tensor {key} has shape {list(found)}; the model's config asks for {list(wanted)}")
@@ -101,7 +104,7 @@ class Checkpoint:
         """
         sharded_state_dict = _without_extra_state(sharded_state_dict)
         for tensor in _sharded_tensors(sharded_state_dict):
-            self._check_shape(tensor.key, tuple(tensor.global_shape))
+            self.check_shape(tensor.key, tuple(tensor.global_shape))
         return dist_checkpointing.load(sharded_state_dict, str(self.path))
 
 
@@ -136,9 +139,12 @@ def write_checkpoint(
     """Write `ROOT/release` from tensors that are made one at a time, in a single process; returns the iteration directory.
 
     It appears, replacing an older one, when it is complete. Side files are copied from the Hugging Face directory `hf_files_from`.
+    Raises MaskLLMError where ROOT/release is something else than a checkpoint.
     """
     root = Path(root)
     path = root / iteration_name("release")
+    if path.exists() and not (path / INFO).is_file():
+        raise MaskLLMError(f"{path}: exists and is not a checkpoint of this program; remove it or name another --output")
     with atomic_directory(path) as temporary:
         write_tensors(temporary, tensors, description)
         _write_side_files(temporary, info, hf_files_from)

@@ -57,13 +57,13 @@ def find_source(directory_or_id: str | Path) -> Path:
 
 
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copy the files of `source` that match SIDE_FILES into `target`, a new directory.
+    """Copy the files of `source` that match SIDE_FILES into the directory `target`, made if it is not there.
 
     Raises MaskLLMError where config.json, without which nothing can be loaded, is missing.
     """
     if not (source / "config.json").is_file():
         raise MaskLLMError(f"{source / 'config.json'}: no such file")
-    target.mkdir()
+    target.mkdir(exist_ok=True)
     for file in sorted(source.iterdir()):
         if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in SIDE_FILES):
             shutil.copyfile(file, target / file.name)

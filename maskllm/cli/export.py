@@ -1,0 +1,23 @@
+"""`maskllm export`."""
+
+from __future__ import annotations
+
+import argparse
+
+from maskllm.export.hf import MAX_SHARD_SIZE, export
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the verb."""
+    parser.add_argument(
+        "--load", required=True, metavar="CKPT", help="dense or trimmed checkpoint: its directory or one iteration's"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="Hugging Face checkpoint directory to write")
+    parser.add_argument("--mask-file", metavar="F.npz", help="also write the masks to this file")
+    parser.add_argument("--max-shard-size", default=MAX_SHARD_SIZE, metavar="SIZE", help="largest safetensors file to write")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Export and say where to."""
+    export(args.load, args.output, mask_file=args.mask_file, max_shard_size=args.max_shard_size)
+    print(f"wrote {args.output}" + (f" and {args.mask_file}" if args.mask_file else ""))
