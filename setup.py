@@ -1,10 +1,111 @@
-"""Packaging that pyproject.toml cannot state: dependencies that follow the torch the package is built against."""
+"""Packaging that pyproject.toml cannot state: the compiled kernels, and dependencies that follow the torch they are built against.
+
+MASKLLM_BUILD_CUDA=1 insists on the CUDA kernels (for TORCH_CUDA_ARCH_LIST), 0 leaves them out; unset, they are built where torch is a
+CUDA build and nvcc is of its CUDA version. Without a C++ compiler or torch the package installs with no kernels and runs its PyTorch
+reference.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 from setuptools import setup
 
+CSRC = Path("csrc")
+
+
+def say(message: str) -> None:
+    print(f"maskllm: {message}", file=sys.stderr)
+
+
+def why_no_compiler() -> str | None:
+    """What keeps the kernels from being compiled, or None."""
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if shutil.which(compiler) is None:
+        return f"there is no C++ compiler ({compiler})"
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return "torch is not installed where this is built"
+    return None
+
+
+def why_no_cuda() -> str | None:
+    """What keeps the CUDA kernels from being compiled, or None."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not a CUDA build"
+    if CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
+        return "nvcc was not found (set CUDA_HOME)"
+    text = subprocess.run([str(Path(CUDA_HOME) / "bin" / "nvcc"), "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+)\.", text)
+    if release is None or release[1] != torch.version.cuda.split(".")[0]:
+        return f"nvcc is of CUDA {release[1] if release else 'an unknown version'} and torch of CUDA {torch.version.cuda}"
+    return None
+
+
+def kernels() -> dict:
+    """The setup() arguments that build maskllm.ops._kernels, empty where nothing can be compiled."""
+    forced = os.environ.get("MASKLLM_BUILD_CUDA", "")
+    if forced not in ("", "0", "1"):
+        raise SystemExit(f"MASKLLM_BUILD_CUDA={forced}: wanted 0, 1 or nothing")
+    reason = why_no_compiler()
+    if reason is not None:
+        if forced == "1":
+            raise SystemExit(f"MASKLLM_BUILD_CUDA=1, but {reason}")
+        say(f"{reason}: installing without compiled kernels; the slower PyTorch reference will be used")
+        return {}
+
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    reason = "MASKLLM_BUILD_CUDA=0" if forced == "0" else why_no_cuda()
+    if forced == "1" and reason is not None:
+        raise SystemExit(f"MASKLLM_BUILD_CUDA=1, but {reason}")
+    with_cuda = reason is None
+    say("building the CPU and CUDA kernels" if with_cuda else f"building the CPU kernels only: {reason}")
+
+    sources = [CSRC / "bindings.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
+    # at::parallel_for is a template over OpenMP's pragmas. The runtime they call is the one torch itself has loaded: linking another
+    # (-fopenmp for the linker) would give the process a second pool of threads.
+    host_flags = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+    macros = [("MASKLLM_TORCH_VERSION", f'"{torch.__version__.split("+")[0]}"')]
+    flags = {"cxx": host_flags}
+    if with_cuda:
+        sources += sorted((CSRC / "cuda").glob("*.c*"))
+        macros.append(("MASKLLM_CUDA_VERSION", f'"{torch.version.cuda}"'))
+        flags["nvcc"] = ["-O3", "-std=c++20"]
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    extension = (CUDAExtension if with_cuda else CppExtension)(
+        name="maskllm.ops._kernels",
+        sources=[str(path) for path in sources],
+        depends=[str(path) for pattern in ("*.h", "*.inl", "*.cuh") for path in sorted(CSRC.rglob(pattern))],
+        define_macros=macros,
+        extra_compile_args=flags,
+        extra_link_args=["-Wl,-s"],
+    )
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
+
+
+def torch_requirement(built: bool) -> str:
+    """A compiled extension runs with the torch release it was built against and no other."""
+    if not built:
+        return "torch>=2.6"
+    import torch
+
+    return f"torch=={torch.__version__.split('+')[0]}"
+
+
+arguments = kernels()
 setup(
+    **arguments,
     install_requires=[
-        "torch>=2.6",
+        torch_requirement(built=bool(arguments)),
         "megatron-core>=0.16,<0.20",
         "transformers>=4.56",
         "safetensors>=0.4.5",
@@ -16,5 +117,5 @@ setup(
         "tqdm>=4.66",
         "packaging",
         "psutil",
-    ]
+    ],
 )

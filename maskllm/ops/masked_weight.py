@@ -12,6 +12,7 @@ import torch
 
 from maskllm.errors import MaskLLMError
 from maskllm.ops import reference
+from maskllm.ops.extension import kernels, tell_if_reference
 from maskllm.ops.noise import NoiseKey, ShardMap
 from maskllm.patterns import Pattern
 
@@ -63,6 +64,7 @@ def masked_weight(
         MaskLLMError: shapes, dtypes, strides or the temperature do not fit.
     """
     _check_inputs(weight, mask_logits, pattern, scale, temperature, stats)
+    tell_if_reference(weight.device.type)
     shard = key.shard
     if shard.split_row is None:
         place = [shard.blocks_per_row, shard.block_offset, shard.row_offset, weight.shape[0], 0]
@@ -183,3 +185,5 @@ def _backward(ctx, grad, _grad_stats):
 
 
 torch.library.register_autograd("maskllm::masked_weight", _backward, setup_context=_setup_context)
+
+kernels()  # registers the compiled operators for the devices they serve

@@ -1,0 +1,61 @@
+// The extension module maskllm.ops._kernels. Importing it registers the operators' compiled kernels with torch; what it exports tells
+// about the build, chooses CPU instructions for tests and benchmarks, and shows the shared arithmetic to the tests.
+#include <torch/extension.h>
+
+#include "cpu/kernels.h"
+
+namespace {
+
+// maskllm/ops/extension.py looks for this text in the file before loading it: an extension built against another torch may crash.
+#if defined(MASKLLM_CUDA_VERSION)
+const char kBuiltWith[] = "maskllm kernels built with torch=" MASKLLM_TORCH_VERSION ";cuda=" MASKLLM_CUDA_VERSION ";";
+#else
+const char kBuiltWith[] = "maskllm kernels built with torch=" MASKLLM_TORCH_VERSION ";";
+#endif
+
+// The draws k of one block, one a candidate.
+std::vector<int64_t> draws(uint64_t key, uint64_t sample, int64_t block, int candidates) {
+  const maskllm::Key words = {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32), static_cast<uint32_t>(sample),
+                              static_cast<uint32_t>(sample >> 32)};
+  const uint32_t low[1] = {maskllm::counter_low(block)}, high[1] = {maskllm::counter_high(block)};
+  std::vector<int64_t> result;
+  for (int call = 0; static_cast<int>(result.size()) < candidates; ++call) {
+    float six[maskllm::kDrawsPerCall][1];
+    maskllm::draw_six<1>(words, low, high, call, six);
+    for (const auto& draw : six) result.push_back(static_cast<int64_t>(draw[0]));
+  }
+  result.resize(candidates);
+  return result;
+}
+
+template <float (*function)(float)>
+at::Tensor mapped(const at::Tensor& values) {
+  TORCH_CHECK(values.scalar_type() == at::kFloat && values.is_contiguous() && values.is_cpu(), "wanted contiguous fp32 on the CPU");
+  at::Tensor result = at::empty_like(values);
+  const float* from = values.const_data_ptr<float>();
+  float* to = result.mutable_data_ptr<float>();
+  for (int64_t i = 0; i < values.numel(); ++i) to[i] = function(from[i]);
+  return result;
+}
+
+float exp_value(float x) { return maskllm::exp_of(x); }
+float log_value(float x) { return maskllm::log_of(x); }
+float gumbel_value(float draw) { return maskllm::gumbel_of(draw); }
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  module.attr("built_with") = kBuiltWith;
+#if defined(MASKLLM_CUDA_VERSION)
+  module.attr("cuda_version") = MASKLLM_CUDA_VERSION;
+#else
+  module.attr("cuda_version") = pybind11::none();
+#endif
+  module.def("instruction_sets", maskllm::instruction_sets, "Instruction sets of the CPU kernels this processor can run, widest first.");
+  module.def("instruction_set", [] { return maskllm::cpu_kernels().name; }, "The instruction set in use.");
+  module.def("use_instruction_set", maskllm::use_instruction_set, "Use another of `instruction_sets()`.");
+  module.def("draws", draws, "The 21-bit draws of one block, one a candidate: what the noise is made of.");
+  module.def("exp", mapped<exp_value>, "The kernels' e^x of an fp32 tensor of non-positive numbers.");
+  module.def("log", mapped<log_value>, "The kernels' natural logarithm of an fp32 tensor of positive numbers.");
+  module.def("gumbel", mapped<gumbel_value>, "The kernels' Gumbel noise of an fp32 tensor of draws k + 0.5.");
+}

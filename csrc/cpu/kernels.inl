@@ -1,0 +1,162 @@
+// The loops over blocks, included once for each instruction set: MASKLLM_ISA names the instance and MASKLLM_TARGET is the function
+// attribute that selects it. Only functions with that attribute may use the set, so no header is compiled for it as a whole: an
+// inline function that the linker shares would carry its instructions to processors that lack them.
+
+#include <algorithm>
+#include <type_traits>
+
+#include "kernels.h"
+
+namespace maskllm {
+namespace {
+
+constexpr int kLanes = 32;
+
+// Copies a tile of `count` blocks of `size` values each into lanes, value by value; lanes from `count` on are zero.
+template <class Value, int Capacity>
+MASKLLM_TARGET void read_as(const Value* from, int size, int count, float (&lanes)[Capacity][kLanes]) {
+  if (count == kLanes) {
+    for (int j = 0; j < size; ++j) {
+      for (int i = 0; i < kLanes; ++i) lanes[j][i] = load(from[i * size + j]);
+    }
+    return;
+  }
+  for (int j = 0; j < size; ++j) {
+    for (int i = 0; i < kLanes; ++i) lanes[j][i] = i < count ? load(from[i * size + j]) : 0.0f;
+  }
+}
+
+template <int Capacity>
+MASKLLM_TARGET void read(const void* from, Type type, int64_t block, int size, int count, float (&lanes)[Capacity][kLanes]) {
+  const int64_t start = block * size;
+  switch (type) {
+    case Type::kFloat32:
+      return read_as(static_cast<const float*>(from) + start, size, count, lanes);
+    case Type::kBFloat16:
+      return read_as(static_cast<const BFloat16*>(from) + start, size, count, lanes);
+    case Type::kFloat16:
+      return read_as(static_cast<const Float16*>(from) + start, size, count, lanes);
+  }
+}
+
+template <class Value, int Capacity>
+MASKLLM_TARGET void write_as(Value* to, bool accumulate, int size, int count, const float (&lanes)[Capacity][kLanes]) {
+  if (accumulate) {
+    for (int j = 0; j < size; ++j) {
+      for (int i = 0; i < count; ++i) store(to[i * size + j], load(to[i * size + j]) + lanes[j][i]);
+    }
+    return;
+  }
+  for (int j = 0; j < size; ++j) {
+    for (int i = 0; i < count; ++i) store(to[i * size + j], lanes[j][i]);
+  }
+}
+
+template <int Capacity>
+MASKLLM_TARGET void write(void* to, Type type, bool accumulate, int64_t block, int size, int count,
+                          const float (&lanes)[Capacity][kLanes]) {
+  const int64_t start = block * size;
+  switch (type) {
+    case Type::kFloat32:
+      return write_as(static_cast<float*>(to) + start, accumulate, size, count, lanes);
+    case Type::kBFloat16:
+      return write_as(static_cast<BFloat16*>(to) + start, accumulate, size, count, lanes);
+    case Type::kFloat16:
+      return write_as(static_cast<Float16*>(to) + start, accumulate, size, count, lanes);
+  }
+}
+
+// Counter words of the tile that starts at local block `block`, row by row of the shard.
+MASKLLM_TARGET void counters(const Shard& shard, int64_t block, uint32_t (&low)[kLanes], uint32_t (&high)[kLanes]) {
+  int64_t row = block / shard.blocks, column = block % shard.blocks;
+  for (int filled = 0; filled < kLanes; ++row, column = 0) {
+    const int64_t first = shard.global_block(row, column) - filled;
+    const int end = static_cast<int>(std::min<int64_t>(kLanes, filled + shard.blocks - column));
+    for (; filled < end; ++filled) {
+      low[filled] = counter_low(first + filled);
+      high[filled] = counter_high(first + filled);
+    }
+  }
+}
+
+// A tile of blocks with its probabilities and mask.
+template <class P>
+struct Tile {
+  float weight[P::capacity_m][kLanes], logit[P::capacity][kLanes], y[P::capacity][kLanes], mask[P::capacity_m][kLanes];
+};
+
+template <class P>
+MASKLLM_TARGET void draw_tile(const P& p, const MaskedWeightArgs& args, int64_t block, int count, Tile<P>& tile) {
+  uint32_t low[kLanes], high[kLanes];
+  counters(args.shard, block, low, high);
+  read(args.weight, args.weight_type, block, p.m, count, tile.weight);
+  read(args.logits, args.logits_type, block, p.candidates, count, tile.logit);
+  probabilities<P, kLanes>(p, args.draw, low, high, tile.logit, tile.y);
+  mask_of<P, kLanes>(p, args.draw.hard, tile.y, tile.mask);
+}
+
+template <class P>
+MASKLLM_TARGET void forward_of(const P& p, const ForwardArgs& args, int64_t begin, int64_t end, Sums* sums) {
+  Tile<P> tile;
+  for (int64_t block = begin; block < end; block += kLanes) {
+    const int count = static_cast<int>(std::min<int64_t>(kLanes, end - block));
+    draw_tile(p, args, block, count, tile);
+    for (int j = 0; j < p.m; ++j) {
+      MASKLLM_LANES
+      for (int i = 0; i < kLanes; ++i) tile.mask[j][i] *= tile.weight[j][i];
+    }
+    write(args.masked, args.weight_type, false, block, p.m, count, tile.mask);
+    if (sums != nullptr) {
+      float squares[kLanes] = {}, certainty[kLanes];
+      certainty_of<P, kLanes>(p, args.draw.scale, tile.logit, certainty);
+      for (int j = 0; j < p.m; ++j) {
+        MASKLLM_LANES
+        for (int i = 0; i < kLanes; ++i) squares[i] += tile.mask[j][i] * tile.mask[j][i];
+      }
+      for (int i = 0; i < count; ++i) {
+        sums->squares += squares[i];
+        sums->certainty += certainty[i];
+      }
+    }
+  }
+}
+
+template <class P>
+MASKLLM_TARGET void backward_of(const P& p, const BackwardArgs& args, int64_t begin, int64_t end) {
+  Tile<P> tile;
+  float grad[P::capacity_m][kLanes];
+  for (int64_t block = begin; block < end; block += kLanes) {
+    const int count = static_cast<int>(std::min<int64_t>(kLanes, end - block));
+    draw_tile(p, args, block, count, tile);
+    read(args.grad, args.weight_type, block, p.m, count, grad);
+    gradients<P, kLanes>(p, args.draw, tile.weight, tile.mask, grad, tile.y);
+    write(args.grad_logits, args.grad_logits_type, args.accumulate, block, p.candidates, count, tile.y);
+    if (args.grad_weight != nullptr) write(args.grad_weight, args.weight_type, false, block, p.m, count, grad);
+  }
+}
+
+bool is(const AnyPattern& p, int m, int candidates) { return p.m == m && p.candidates == candidates; }
+
+// 1:4 and 3:4 both have four candidates; only the first one's masks tell them apart.
+bool is_two_of_four(const AnyPattern& p) { return is(p, 4, 6); }
+bool is_one_of_four(const AnyPattern& p) { return is(p, 4, 4) && p.kept[0] == 1; }
+
+void forward(const AnyPattern& p, const ForwardArgs& args, int64_t begin, int64_t end, Sums* sums) {
+  if (is_two_of_four(p)) return forward_of(TwoOfFour{}, args, begin, end, sums);
+  if (is_one_of_four(p)) return forward_of(OneOfFour{}, args, begin, end, sums);
+  forward_of(p, args, begin, end, sums);
+}
+
+void backward(const AnyPattern& p, const BackwardArgs& args, int64_t begin, int64_t end) {
+  if (is_two_of_four(p)) return backward_of(TwoOfFour{}, args, begin, end);
+  if (is_one_of_four(p)) return backward_of(OneOfFour{}, args, begin, end);
+  backward_of(p, args, begin, end);
+}
+
+}  // namespace
+
+#define MASKLLM_CONCAT_(a, b) a##b
+#define MASKLLM_CONCAT(a, b) MASKLLM_CONCAT_(a, b)
+const CpuKernels MASKLLM_CONCAT(k, MASKLLM_CONCAT(MASKLLM_ISA, Kernels)) = {MASKLLM_ISA_NAME, forward, backward};
+
+}  // namespace maskllm

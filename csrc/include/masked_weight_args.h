@@ -1,0 +1,36 @@
+// Arguments of the masked-weight kernels, in plain types. All tensors are contiguous, [out, in] and [out, in / M, C], so a block is
+// an index into the flattened rows.
+#pragma once
+
+#include "masked_block.h"
+#include "storage.h"
+
+namespace maskllm {
+
+struct MaskedWeightArgs {
+  const void* weight;
+  const void* logits;
+  Type weight_type;  // also of the masked weight and the gradients of both
+  Type logits_type;
+  Shard shard;
+  Draw draw;
+};
+
+struct ForwardArgs : MaskedWeightArgs {
+  void* masked;
+};
+
+struct BackwardArgs : MaskedWeightArgs {
+  const void* grad;
+  void* grad_logits;
+  Type grad_logits_type;
+  bool accumulate;    // add to grad_logits
+  void* grad_weight;  // or null
+};
+
+// What a chunk of blocks adds to `stats`.
+struct Sums {
+  double squares = 0, certainty = 0;
+};
+
+}  // namespace maskllm

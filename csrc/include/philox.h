@@ -1,0 +1,65 @@
+// The noise: Philox-4x32-10 (Salmon et al., SC 2011) by counter. maskllm/ops/noise.py documents the counter and the fields.
+#pragma once
+
+#include "elementary.h"
+
+namespace maskllm {
+
+constexpr int kDrawsPerCall = 6;
+
+struct Key {
+  uint32_t low, high;                // of the layer's key
+  uint32_t sample_low, sample_high;  // of the global sample index
+};
+
+// One call for W blocks: the six 21-bit draws of candidates 6 * call to 6 * call + 5, as floats k + 0.5 (exact).
+template <int W>
+MASKLLM_INLINE void draw_six(const Key& key, const uint32_t (&block_low)[W], const uint32_t (&block_high)[W], int call,
+                             float (&draw)[kDrawsPerCall][W]) {
+  MASKLLM_LANES
+  for (int i = 0; i < W; ++i) {
+    uint32_t c0 = block_low[i], c1 = block_high[i] | static_cast<uint32_t>(call) << 24;
+    uint32_t c2 = key.sample_low, c3 = key.sample_high;
+    uint32_t k0 = key.low, k1 = key.high;
+    MASKLLM_UNROLL
+    for (int round = 0; round < 10; ++round) {
+      const uint64_t p0 = static_cast<uint64_t>(c0) * 0xD2511F53u;
+      const uint64_t p1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
+      const uint32_t high0 = static_cast<uint32_t>(p0 >> 32), low0 = static_cast<uint32_t>(p0);
+      const uint32_t high1 = static_cast<uint32_t>(p1 >> 32), low1 = static_cast<uint32_t>(p1);
+      c0 = high1 ^ c1 ^ k0;
+      c1 = low1;
+      c2 = high0 ^ c3 ^ k1;
+      c3 = low0;
+      k0 += 0x9E3779B9u;
+      k1 += 0xBB67AE85u;
+    }
+    // The draws are below 2^21, so the signed conversion (which every vector unit has) is the same.
+    constexpr uint32_t mask = (1u << 21) - 1;
+    draw[0][i] = static_cast<float>(static_cast<int32_t>(c0 & mask)) + 0.5f;
+    draw[1][i] = static_cast<float>(static_cast<int32_t>((c0 >> 21 | c1 << 11) & mask)) + 0.5f;
+    draw[2][i] = static_cast<float>(static_cast<int32_t>(c1 >> 10 & mask)) + 0.5f;
+    draw[3][i] = static_cast<float>(static_cast<int32_t>(c2 & mask)) + 0.5f;
+    draw[4][i] = static_cast<float>(static_cast<int32_t>((c2 >> 21 | c3 << 11) & mask)) + 0.5f;
+    draw[5][i] = static_cast<float>(static_cast<int32_t>(c3 >> 10 & mask)) + 0.5f;
+  }
+}
+
+// Standard Gumbel noise -log(-log u) of a draw k + 0.5, u = (k + 0.5) 2^-21.
+MASKLLM_INLINE float gumbel_of(float draw) { return -log_of(-log_of(draw * 4.76837158203125e-7f)); }
+
+// Where the blocks of a shard lie in the unsharded tensor (maskllm.ops.noise.ShardMap).
+struct Shard {
+  int64_t blocks;  // in a local row
+  int64_t blocks_per_row, block_offset, row_offset, split_row, split_offset;
+
+  MASKLLM_INLINE int64_t global_block(int64_t row, int64_t column) const {
+    const int64_t global_row = row < split_row ? row_offset + row : split_offset + (row - split_row);
+    return global_row * blocks_per_row + block_offset + column;
+  }
+};
+
+MASKLLM_INLINE uint32_t counter_low(int64_t block) { return static_cast<uint32_t>(block); }
+MASKLLM_INLINE uint32_t counter_high(int64_t block) { return static_cast<uint32_t>(block >> 32) & 0xffffffu; }
+
+}  // namespace maskllm
