@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, train; returns the exit status."""
-    # Megatron Core says on import, once a module, that Transformer Engine and Apex are missing.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+    # Megatron Core warns once a module that Transformer Engine and Apex are missing, and of deprecations inside itself.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
     from maskllm.cli import run_guarded
     from maskllm.training.arguments import parse_arguments
 

@@ -206,3 +206,15 @@ def random_tracker_without_cuda() -> None:
         yield
 
     tracker.fork = fork
+
+
+@_patch("megatron.core.dist_checkpointing.strategies.filesystem_async", "torch.cuda.synchronize()")
+def checkpoint_writer_on_cpu() -> None:
+    """The checkpoint writer synchronizes CUDA after copying tensors to the host."""
+    _redirect("megatron.core.dist_checkpointing.strategies.filesystem_async")
+
+
+@_patch("megatron.core.dist_checkpointing.strategies.state_dict_saver", "torch.cuda.current_device()")
+def checkpoint_verdict_on_cpu() -> None:
+    """After a save the ranks agree on its success with a tensor on the current CUDA device."""
+    _redirect("megatron.core.dist_checkpointing.strategies.state_dict_saver")

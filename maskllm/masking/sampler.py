@@ -9,7 +9,7 @@ import torch
 
 from maskllm.patterns import Pattern
 
-VALIDATION_SAMPLES = 1 << 63
+VALIDATION_SAMPLES = 1 << 62
 """Sample indices from here on belong to validation, so that looking at the model never changes what training draws."""
 
 

@@ -20,7 +20,7 @@ class _Tokens:
 
     vocab_size: int
     eod: int = -1
-    pad: int = -1
+    pad: int = -2
 
     @property
     def unique_identifiers(self) -> dict[str, Any]:

@@ -1,0 +1,102 @@
+"""What several rooms' tests share: a tiny model, its checkpoints, a tiny dataset and real processes under torchrun."""
+
+from __future__ import annotations
+
+import os
+import pydoc_data.topics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real test data, where the checkout has it beside it."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("needs ../shared/data")
+    return SHARED_DATA
+
+
+def torchrun(
+    processes: int, module: str, *arguments: object, check: bool = True, timeout: float = 300
+) -> subprocess.CompletedProcess:
+    """Run `python -m MODULE ARGUMENTS` in `processes` processes under torchrun; one thread each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", module]
+    done = subprocess.run(
+        [*command, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+    assert not check or done.returncode == 0, done.stderr[-6000:]
+    return done
+
+
+@pytest.fixture(scope="session")
+def tiny_hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random LLaMA with grouped queries, gated MLP and byte vocabulary, in bf16, as a Hugging Face directory."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        initializer_range=0.15,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    path = tmp_path_factory.mktemp("tiny") / "hf"
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_dense(tiny_hf: Path) -> Path:
+    """`tiny_hf` as a Megatron checkpoint."""
+    from maskllm.models.convert import convert
+
+    path = tiny_hf.parent / "dense"
+    convert(str(tiny_hf), str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_pruned(tiny_dense: Path) -> Path:
+    """`tiny_dense` with magnitude masks."""
+    from maskllm.patterns import Pattern
+    from maskllm.pruning.checkpoint import prune_by_magnitude
+    from maskllm.pruning.solve import PruneSettings
+
+    path = tiny_dense.parent / "pruned"
+    prune_by_magnitude(str(tiny_dense), str(path), PruneSettings("magnitude", Pattern(2, 4)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The prefix of an indexed dataset of real text, a byte a token."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder, get_bin_path, get_idx_path
+
+    prefix = str(tmp_path_factory.mktemp("data") / "bytes_text_document")
+    builder = IndexedDatasetBuilder(get_bin_path(prefix), dtype=np.uint16)
+    for text in list(pydoc_data.topics.topics.values())[:40]:
+        tokens = np.frombuffer(text.encode()[:2000], dtype=np.uint8)
+        builder.add_document(torch.from_numpy(tokens.astype(np.int64)), [len(tokens)])
+    builder.finalize(get_idx_path(prefix))
+    return prefix
