@@ -117,8 +117,8 @@ def write_tensors(directory: Path, tensors: Mapping[str, LazyTensor], descriptio
     """
     placeholders = {key: torch.empty(lazy.shape, dtype=lazy.dtype, device="meta") for key, lazy in tensors.items()}
     total = sum(lazy.nbytes for lazy in tensors.values())
-    # Copying ahead is for CUDA tensors; it would hold several tensors at once and sort them by size.
-    writer = dcp.FileSystemWriter(directory, thread_count=1, per_thread_copy_ahead=0)
+    # The writer keeps a file's tensors until the file is closed, so each gets its own; copying ahead would hold several as well.
+    writer = dcp.FileSystemWriter(directory, single_file_per_rank=False, per_thread_copy_ahead=0)
     with _one_process(), tqdm(total=total, unit="B", unit_scale=True, desc=description, disable=None) as progress:
         dcp.save(placeholders, storage_writer=writer, planner=_LazyPlanner(tensors, progress), no_dist=True)
     torch.save({}, directory / "common.pt")
