@@ -1,28 +1,71 @@
-"""`maskllm prune`."""
+"""`maskllm prune`, alone or under torchrun."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 
+import torch
+
+from maskllm.errors import MaskLLMError
 from maskllm.patterns import Pattern
-from maskllm.pruning.solve import PruneSettings
+from maskllm.pruning.checkpoint import Calibration, prune_by_magnitude, prune_calibrated
+from maskllm.pruning.solve import METHODS, PruneSettings
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
-    defaults = PruneSettings()
+    settings, calibration = PruneSettings(), Calibration(data="")
     parser.add_argument("--load", required=True, metavar="CKPT", help="dense checkpoint: its directory or one iteration's")
     parser.add_argument("--output", required=True, metavar="CKPT", help="Megatron checkpoint directory to write")
-    parser.add_argument("--method", choices=("magnitude",), default="magnitude", help="how the mask is chosen")
+    parser.add_argument("--method", choices=METHODS, default=settings.method, help="how the mask is chosen")
     target = parser.add_mutually_exclusive_group()
-    target.add_argument("--pattern", default=str(defaults.sparsity), metavar="N:M", help="keep N of every M consecutive weights")
+    target.add_argument("--pattern", default=str(settings.sparsity), metavar="N:M", help="keep N of every M consecutive weights")
     target.add_argument("--sparsity", type=float, metavar="SHARE", help="remove this share of the weights wherever they are")
+    parser.add_argument("--update-weights", action="store_true", help="keep SparseGPT's compensated weights")
+    parser.add_argument(
+        "--no-sequential", action="store_true", help="calibrate every layer on the dense model's inputs, not on pruned layers'"
+    )
+    parser.add_argument(
+        "--calibration-data",
+        metavar="PREFIX_OR_FILE",
+        help="indexed dataset's prefix or JSON-lines file; magnitude works without, and then reports no errors",
+    )
+    parser.add_argument("--calibration-samples", type=int, default=calibration.samples, metavar="K", help="windows to draw")
+    parser.add_argument("--seq-length", type=int, default=calibration.seq_length, metavar="S", help="tokens a window")
+    parser.add_argument("--seed", type=int, default=calibration.seed, metavar="X", help="of the choice of windows")
+    parser.add_argument("--pack", action="store_true", help="join documents into one stream before cutting windows")
+    parser.add_argument("--params-dtype", choices=sorted(DTYPES), default="bf16", help="type the layers compute in")
+    parser.add_argument("--json", metavar="FILE", help="write the report, with errors by layer and matrix")
 
 
 def run(args: argparse.Namespace) -> None:
     """Prune and say where to."""
-    from maskllm.pruning.checkpoint import prune_by_magnitude
+    from maskllm.distributed import parallel_processes
+    from maskllm.files import write_json
 
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("maskllm").setLevel(logging.INFO)
     sparsity = Pattern.parse(args.pattern) if args.sparsity is None else args.sparsity
-    path = prune_by_magnitude(args.load, args.output, PruneSettings(args.method, sparsity))
-    print(f"wrote {path}")
+    settings = PruneSettings(args.method, sparsity, args.update_weights, sequential=not args.no_sequential)
+    for name in ("calibration_samples", "seq_length"):
+        if getattr(args, name) < 1:
+            raise MaskLLMError(f"--{name.replace('_', '-')} {getattr(args, name)}: wanted a positive number")
+    if args.calibration_data is None:
+        if args.method != "magnitude":
+            raise MaskLLMError(f"--method {args.method} needs --calibration-data")
+        if args.json is not None:
+            raise MaskLLMError("--json: the report is made of calibration data; give --calibration-data too")
+        print(f"wrote {prune_by_magnitude(args.load, args.output, settings)}")
+        return
+    calibration = Calibration(
+        args.calibration_data, args.calibration_samples, args.seq_length, args.seed, args.pack, DTYPES[args.params_dtype]
+    )
+    with parallel_processes(timeout_minutes=60):
+        path, report = prune_calibrated(args.load, args.output, settings, calibration)
+        if torch.distributed.get_rank() == 0:
+            if args.json is not None:
+                write_json(args.json, report)
+            print(f"wrote {path}")

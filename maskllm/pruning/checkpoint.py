@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed as dist
+from transformers import AutoTokenizer
 
+from maskllm.distributed import device
 from maskllm.errors import MaskLLMError
-from maskllm.models.checkpoint import Checkpoint, CheckpointInfo, resolve, write_checkpoint
+from maskllm.models.checkpoint import Checkpoint, CheckpointInfo, iteration_name, resolve, write_checkpoint
 from maskllm.models.families import parameter_map
 from maskllm.models.mapping import Mapping
 from maskllm.models.torch_dist import LazyTensor
 from maskllm.patterns import Pattern, pack_mask
+from maskllm.pruning.calibration import open_documents, sample_windows
+from maskllm.pruning.layerwise import prune_layers
 from maskllm.pruning.magnitude import magnitude_mask
 from maskllm.pruning.solve import PruneSettings, check_matrix
+from maskllm.pruning.store import DirectoryStore
+from maskllm.pruning.stream import LayerStream
 
 UNSTRUCTURED = "unstructured"
 """The pattern in the info of a checkpoint whose masks follow none."""
@@ -59,6 +69,103 @@ def prune_by_magnitude(load: str | Path, output: str | Path, settings: PruneSett
         return mapping.to_megatron([pack_mask(magnitude_mask(part, settings.sparsity)) for part in parts], config)
 
     return write_pruned(checkpoint, output, settings, bits)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which tokens calibrate, as `sample_windows` draws them from `data`, and the dtype the layers compute in."""
+
+    data: str
+    """An indexed dataset's prefix or a JSON-lines file."""
+    samples: int = 128
+    seq_length: int = 2048
+    seed: int = 1234
+    pack: bool = False
+    params_dtype: torch.dtype = torch.bfloat16
+
+    def tokens(self, checkpoint: Checkpoint) -> torch.Tensor:
+        """int64 [samples, seq_length]. Raises MaskLLMError where the data do not fit the checkpoint's model."""
+        documents = open_documents(self.data, lambda: _tokenizing(checkpoint))
+        tokens = sample_windows(documents, self.samples, self.seq_length, seed=self.seed, pack=self.pack)
+        vocabulary = checkpoint.model_config.vocab_size
+        if tokens.max() >= vocabulary:
+            raise MaskLLMError(
+                f"{self.data}: found token {int(tokens.max())}, wanted less than the model's vocabulary of {vocabulary}; the dataset "
+                "was made with another tokenizer"
+            )
+        return tokens
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {**dataclasses.asdict(self), "params_dtype": str(self.params_dtype).removeprefix("torch.")}
+
+
+def prune_calibrated(
+    load: str | Path, output: str | Path, settings: PruneSettings, calibration: Calibration
+) -> tuple[Path, dict[str, Any]]:
+    """Write the dense checkpoint `load` to OUTPUT/release with masks chosen on calibration data, on all ranks of the job.
+
+    Inside `maskllm.distributed.parallel_processes`. The ranks share `output`'s file system; each works on `maskllm.distributed.device`.
+    Finished layers are kept beside `output`; the same call after an interruption goes on after the last of them. Returns the written
+    directory and the report, JSON values. Raises MaskLLMError as `open_for_pruning` does, where there are fewer samples than ranks,
+    and for calibration data or weights that cannot be used.
+    """
+    checkpoint = open_for_pruning(load, output, settings)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    if calibration.samples < ranks:
+        raise MaskLLMError(f"--calibration-samples {calibration.samples}: wanted at least one for each of the {ranks} processes")
+    tokens = calibration.tokens(checkpoint)
+    run = {
+        "load": str(checkpoint.path.resolve()),
+        "settings": settings.as_dict(),
+        "calibration": {**calibration.as_dict(), "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()},
+    }
+    output = Path(output)
+    store = DirectoryStore(output.with_name(f".{output.name}.layers"), run)
+    stream = LayerStream(checkpoint, device(), calibration.params_dtype)
+    hidden = stream.first_hidden(tokens[rank::ranks])
+    layers = prune_layers(
+        stream, checkpoint.model_config.num_layers, hidden, settings, store=store, group=dist.group.WORLD if ranks > 1 else None
+    )
+    report = {"load": str(load), **settings.as_dict(), "calibration": calibration.as_dict(), "layers": layers}
+
+    def stored(kind: str, mapping: Mapping) -> torch.Tensor:
+        layer = int(re.search(r"\.layers\.(\d+)\.", mapping.megatron)[1])
+        parts = [store.tensor(layer, f"{name.removesuffix('.weight')}.{kind}") for name in mapping.hf]
+        tensor = mapping.to_megatron(parts, checkpoint.model_config)
+        return tensor if kind == "mask_bits" else tensor.to(checkpoint.tensors[mapping.megatron].dtype)
+
+    path = output / iteration_name("release")
+    if rank == 0:
+        errors = [m["relative_error"] for layer in layers for m in layer["matrices"].values() if m["relative_error"] is not None]
+        details = {
+            "update_weights": settings.update_weights,
+            "sequential": settings.sequential,
+            "calibration": run["calibration"],
+            "mean_relative_error": sum(errors) / len(errors) if errors else None,
+        }
+        write_pruned(
+            checkpoint,
+            output,
+            settings,
+            functools.partial(stored, "mask_bits"),
+            weight=functools.partial(stored, "weight") if settings.update_weights else None,
+            details=details,
+        )
+        store.remove()
+    dist.barrier()
+    return path, report
+
+
+def _tokenizing(checkpoint: Checkpoint) -> Callable[[str], list[int]]:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.hf_directory)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise MaskLLMError(
+            f"{checkpoint.hf_directory}: no tokenizer to read JSON lines with ({reason}); give an indexed dataset"
+        ) from None
+    return lambda text: tokenizer(text, verbose=False).input_ids
 
 
 def write_pruned(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PruneResult:
-    """The masks, parameter name -> `patterns.pack_mask` bits, and a report of JSON values."""
+    """What `prune_hf` found."""
 
     masks: dict[str, torch.Tensor]
+    """Parameter name -> `patterns.pack_mask` bits."""
     report: dict[str, Any]
+    """JSON values: the settings and, by layer and matrix, the relative output error."""
 
 
 @torch.no_grad()
@@ -43,17 +47,18 @@ def prune_hf(model: PreTrainedModel, input_ids: torch.Tensor, settings: PruneSet
         raise MaskLLMError(f"calibration tokens have shape {list(input_ids.shape)}; wanted [samples, sequence], none of them 0")
     names = {module: name for name, module in model.named_modules()}
     for layer in layers:
-        for linear in _linears(layer).values():
-            check_matrix(linear.weight, names[linear], settings.sparsity)
+        for name, linear in linears_of(layer, names[layer]).items():
+            check_matrix(linear.weight, name, settings.sparsity)
     was_training = model.training
     model.eval()
     try:
-        arguments = _layer_arguments(model, layers, input_ids[:1])
-        hidden = [_first_hidden(model, layers[0], ids) for ids in input_ids.split(1)]
+        # The whole model, once: each layer may get other arguments (rotary embeddings, attention masks).
+        arguments = layer_inputs(model, layers, input_ids[:1])
+        hidden = [layer_inputs(model, layers[:1], ids)[0][0].cpu() for ids in input_ids.split(1)]
         store = _Memory()
         prepared = (
-            _prepare(layer, kwargs, {names[linear]: linear for linear in _linears(layer).values()})
-            for layer, kwargs in zip(layers, arguments, strict=True)
+            Layer(layer_forward(layer, kwargs), linears_of(layer, names[layer]))
+            for layer, (_, kwargs) in zip(layers, arguments, strict=True)
         )
         reports = prune_layers(prepared, len(layers), hidden, settings, store=store)
     finally:
@@ -75,51 +80,44 @@ class _Memory:
         self.masks.update({f"{name}.weight": pack_mask(matrix.mask) for name, matrix in pruned.items()})
 
 
-def _linears(layer: torch.nn.Module) -> dict[str, torch.nn.Linear]:
-    return {name: module for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
+def linears_of(layer: torch.nn.Module, prefix: str) -> dict[str, torch.nn.Module]:
+    """The linears of a decoder layer by name, `prefix` before it."""
+    return {f"{prefix}.{name}": module for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)}
 
 
-def _prepare(layer: torch.nn.Module, kwargs: dict[str, Any], linears: dict[str, torch.nn.Module]) -> Layer:
+def layer_forward(layer: torch.nn.Module, kwargs: dict[str, Any]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The layer as a function of the hidden states alone. Before version 5, transformers' layers return a tuple."""
+
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         output = layer(hidden, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
-    return Layer(forward, linears)
-
-
-def _layer_arguments(model: PreTrainedModel, layers: torch.nn.ModuleList, input_ids: torch.Tensor) -> list[dict[str, Any]]:
-    """What the model passes to each layer besides the hidden states (masks, rotary embeddings): the same for every sample."""
-    arguments: list[dict[str, Any]] = []
-
-    def capture(_module: torch.nn.Module, _args: tuple, kwargs: dict[str, Any]) -> None:
-        arguments.append(kwargs)
-
-    handles = [layer.register_forward_pre_hook(capture, with_kwargs=True) for layer in layers]
-    try:
-        model.base_model(input_ids.to(model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return arguments
+    return forward
 
 
 class _Reached(Exception):  # noqa: N818 - not an error
-    """The forward pass has come to the first layer."""
+    """The forward pass has come to the last layer asked for."""
 
 
-def _first_hidden(model: PreTrainedModel, first: torch.nn.Module, input_ids: torch.Tensor) -> torch.Tensor:
-    """One sample's hidden states [1, sequence, hidden size] as the first layer reads them, on the host."""
-    captured: list[torch.Tensor] = []
+def layer_inputs(
+    model: PreTrainedModel, layers: Sequence[torch.nn.Module], input_ids: torch.Tensor
+) -> list[tuple[torch.Tensor, dict[str, Any]]]:
+    """What each of the model's first `layers` is called with: the hidden states [batch, sequence, hidden size] and all else.
 
-    def capture(_module: torch.nn.Module, args: tuple) -> None:
-        captured.append(args[0].cpu())
-        raise _Reached
+    `input_ids` are int64 [batch, sequence]. The forward pass stops before the last of `layers` runs.
+    """
+    calls: list[tuple[torch.Tensor, dict[str, Any]]] = []
 
-    handle = first.register_forward_pre_hook(capture)
+    def capture(_module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        calls.append((args[0], kwargs))
+        if len(calls) == len(layers):
+            raise _Reached
+
+    handles = [layer.register_forward_pre_hook(capture, with_kwargs=True) for layer in layers]
     try:
-        model.base_model(input_ids.to(model.device), use_cache=False)
-    except _Reached:
-        return captured[0]
+        with contextlib.suppress(_Reached):
+            model.base_model(input_ids.to(model.device), use_cache=False)
     finally:
-        handle.remove()
-    raise MaskLLMError(f"{type(model).__name__} did not call its first decoder layer")
+        for handle in handles:
+            handle.remove()
+    return calls

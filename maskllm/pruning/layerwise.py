@@ -35,6 +35,8 @@ class Layer:
 
     forward: Callable[[torch.Tensor], torch.Tensor]
     linears: dict[str, torch.nn.Module]
+    dtype: torch.dtype | None = None
+    """The dtype in which weights are stored, where it is not the one they compute in."""
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +83,7 @@ def prune_layers(
         elif not settings.sequential:
             _advance(layer, hidden)
         for name, matrix in pruned.items():
-            layer.linears[name].weight.copy_(matrix.weight)
+            matrix.apply(layer.linears[name].weight)
         if settings.sequential and index + 1 < num_layers:
             _advance(layer, hidden)
         matrices = {name: matrix.report for name, matrix in pruned.items()}
@@ -148,7 +150,7 @@ def _solve(
     for position, names in enumerate(order):
         if group is None or group.rank() == position % ranks:
             weights = {name: layer.linears[name].weight.data for name in names}
-            pruned.update(prune_matrices(weights, statistics.pop(names), settings))
+            pruned.update(prune_matrices(weights, statistics.pop(names), settings, dtype=layer.dtype))
         else:
             del statistics[names]
     if group is not None:
@@ -167,10 +169,8 @@ def _broadcast(
     report = [matrix.report if matrix else None]
     dist.broadcast(bits, group_src=source, group=group)
     dist.broadcast_object_list(report, group_src=source, group=group)
-    mask = unpack_mask(bits, in_features)
+    updated = None
     if settings.update_weights:
-        sparse = matrix.weight.contiguous() if matrix else torch.empty_like(weight)
-        dist.broadcast(sparse, group_src=source, group=group)
-    else:
-        sparse = weight * mask
-    return PrunedMatrix(mask, sparse, report[0])
+        updated = matrix.weight.contiguous() if matrix else torch.empty_like(weight)
+        dist.broadcast(updated, group_src=source, group=group)
+    return PrunedMatrix(unpack_mask(bits, in_features), updated, report[0])

@@ -45,23 +45,32 @@ class PruneSettings:
 
 @dataclass(frozen=True)
 class PrunedMatrix:
-    """A matrix's `mask`, bool [out, in], its sparse `weight` in its own dtype, and what a report says of it.
+    """What pruning makes of a matrix.
 
-    `relative_error` is ||(W - W_hat) X|| / ||W X|| over the calibration tokens, with the weight as it is stored.
+    The report's `relative_error` is ||(W - W_hat) X|| / ||W X|| over the calibration tokens.
     """
 
     mask: torch.Tensor
-    weight: torch.Tensor
+    """bool [out, in]"""
+    weight: torch.Tensor | None
+    """The compensated weight [out, in] in the old one's dtype, 0 where the mask is; None where the kept weights stay as they are."""
     report: dict[str, Any]
+
+    def apply(self, weight: torch.Tensor) -> None:
+        """Make `weight` [out, in] the sparse one."""
+        if self.weight is not None:
+            weight.copy_(self.weight)
+        weight.masked_fill_(~self.mask, 0)
 
 
 @torch.no_grad()
 def prune_matrices(
-    weights: dict[str, torch.Tensor], statistics: InputStatistics, settings: PruneSettings
+    weights: dict[str, torch.Tensor], statistics: InputStatistics, settings: PruneSettings, *, dtype: torch.dtype | None = None
 ) -> dict[str, PrunedMatrix]:
     """Prune `weights`, name -> [out, in] of any float dtype, which all read the inputs of `statistics`.
 
-    They share one factorization. Raises MaskLLMError for a weight that is not finite and for a pattern that does not fit.
+    They share one factorization. Updated weights are rounded to `dtype`, the one in which they will be stored, where it is not that of
+    `weights`. Raises MaskLLMError for a weight that is not finite and for a pattern that does not fit.
     """
     first = next(iter(weights))
     for name, weight in weights.items():
@@ -88,7 +97,7 @@ def prune_matrices(
         else:
             mask, updated = sparsegpt(weight, factor, settings.sparsity)
             if settings.update_weights:
-                return mask, updated.to(weight.dtype)
+                return mask, updated.to(dtype or weight.dtype).to(weight.dtype)
         return mask, weight * mask
 
     if isinstance(settings.sparsity, Pattern):
@@ -103,7 +112,7 @@ def prune_matrices(
     for (name, weight), (mask, sparse_weight) in zip(weights.items(), solved, strict=True):
         error = output_norm(weight.float() - sparse_weight.float(), hessian) / output_norm(weight.float(), hessian)
         report = {"relative_error": None if error.isnan() else error.item(), "kept": mask.float().mean().item(), **note}
-        pruned[name] = PrunedMatrix(mask, sparse_weight, report)
+        pruned[name] = PrunedMatrix(mask, sparse_weight if settings.update_weights else None, report)
     return pruned
 
 

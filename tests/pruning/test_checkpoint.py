@@ -1,34 +1,20 @@
-"""`maskllm prune` from checkpoint to checkpoint."""
+"""`maskllm prune` from checkpoint to checkpoint, against `prune_hf` on the same model in memory."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from maskllm.cli import main
 from maskllm.models.checkpoint import resolve
-from maskllm.models.convert import convert
 from maskllm.models.families import parameter_map
 from maskllm.patterns import Pattern, unpack_mask
-
-
-@pytest.fixture(scope="module")
-def dense(tmp_path_factory):
-    """A small Llama with grouped-query attention: the Hugging Face model and its Megatron checkpoint."""
-    folder = tmp_path_factory.mktemp("dense")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-    )
-    model = LlamaForCausalLM(config).bfloat16().eval()
-    model.save_pretrained(folder / "hf")
-    convert(folder / "hf", folder / "megatron")
-    return model, folder / "megatron"
+from maskllm.pruning import PruneSettings, prune_hf
+from maskllm.pruning.calibration import open_documents, sample_windows
+from maskllm.pruning.store import DirectoryStore
+from tests.conftest import torchrun
 
 
 def hf_masks(path):
@@ -53,16 +39,20 @@ def hf_weights(path):
     return weights
 
 
+def prune(load, output, *options):
+    return main(["prune", "--load", str(load), "--output", str(output), *map(str, options)])
+
+
 @pytest.mark.parametrize(
     "options, share", [(["--pattern", "2:4"], None), (["--pattern", "4:8"], None), (["--sparsity", "0.75"], 0.75)]
 )
-def test_magnitude_needs_no_data_and_keeps_the_weights(dense, tmp_path, options, share):
-    model, megatron = dense
-    assert main(["prune", "--load", str(megatron), "--output", str(tmp_path / "out"), "--method", "magnitude", *options]) == 0
+def test_magnitude_needs_no_data_and_keeps_the_weights(tiny_hf, tiny_dense, tmp_path, options, share):
+    model = LlamaForCausalLM.from_pretrained(tiny_hf)
+    assert prune(tiny_dense, tmp_path / "out", "--method", "magnitude", *options) == 0
     info = resolve(tmp_path / "out").info
     assert (info.stage, info.method, info.pattern) == ("pruned", "magnitude", "unstructured" if share else options[1])
     masks, weights = hf_masks(tmp_path / "out"), hf_weights(tmp_path / "out")
-    assert len(masks) == 3 * 7
+    assert len(masks) == 4 * 7
     for name, weight in model.named_parameters():
         if name in weights:
             assert torch.equal(weights[name], weight)
@@ -77,20 +67,177 @@ def test_magnitude_needs_no_data_and_keeps_the_weights(dense, tmp_path, options,
             assert (smallest_kept >= blocks.masked_fill(kept, 0).amax(-1)).all()
 
 
-def test_refuses_before_any_work(dense, tmp_path, capsys):
-    _, megatron = dense
-    output = tmp_path / "out"
+def calibrated(dataset, method, *options):
+    """Few and short samples in fp32; the same as `in_memory` has."""
+    data = [
+        "--calibration-data",
+        dataset,
+        "--calibration-samples",
+        "6",
+        "--seq-length",
+        "48",
+        "--seed",
+        "3",
+        "--params-dtype",
+        "fp32",
+    ]
+    return ["--method", method, *data, *options]
 
-    def prune(*options):
-        assert main(["prune", "--load", str(megatron), "--output", str(output), "--method", "magnitude", *options]) == 1
-        assert not output.exists()
+
+def in_memory(hf, dataset, settings):
+    """The pruned model and the masks, Hugging Face name -> bool [out, in], of `prune_hf`."""
+    model = LlamaForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    tokens = sample_windows(open_documents(dataset, list), 6, 48, seed=3)
+    result = prune_hf(model, tokens, settings)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    return model, {name: unpack_mask(bits, shapes[name][1]) for name, bits in result.masks.items()}, result.report
+
+
+@pytest.mark.parametrize(
+    "method, options, settings",
+    [
+        ("wanda", [], PruneSettings("wanda", Pattern(2, 4))),
+        ("sparsegpt", ["--no-sequential"], PruneSettings("sparsegpt", Pattern(2, 4), sequential=False)),
+        ("sparsegpt", ["--sparsity", "0.5"], PruneSettings("sparsegpt", 0.5)),
+    ],
+)
+def test_is_the_same_as_in_memory(tiny_hf, tiny_dense, tiny_dataset, tmp_path, method, options, settings):
+    assert prune(tiny_dense, tmp_path / "out", *calibrated(tiny_dataset, method, *options, "--json", tmp_path / "report.json")) == 0
+    _, expected, expected_report = in_memory(tiny_hf, tiny_dataset, settings)
+    masks, weights, dense = hf_masks(tmp_path / "out"), hf_weights(tmp_path / "out"), hf_weights(tiny_dense)
+    assert masks.keys() == expected.keys()
+    assert all(torch.equal(masks[name], expected[name]) for name in expected)
+    assert all(torch.equal(weights[name], dense[name]) for name in dense)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert len(report["layers"]) == 4
+    for layer, expected_layer in zip(report["layers"], expected_report["layers"], strict=True):
+        for name, matrix in layer["matrices"].items():
+            assert matrix["relative_error"] == pytest.approx(expected_layer["matrices"][name]["relative_error"], rel=1e-4)
+    assert list(tmp_path.glob(".*")) == []  # nothing of the work is left
+
+
+def test_updated_weights_are_stored_in_the_checkpoints_dtype(tiny_hf, tiny_dense, tiny_dataset, tmp_path):
+    assert prune(tiny_dense, tmp_path / "out", *calibrated(tiny_dataset, "sparsegpt", "--update-weights")) == 0
+    masks, weights, dense = hf_masks(tmp_path / "out"), hf_weights(tmp_path / "out"), hf_weights(tiny_dense)
+    model, _, _ = in_memory(tiny_hf, tiny_dataset, PruneSettings("sparsegpt", Pattern(2, 4), update_weights=True))
+    for name, weight in weights.items():
+        assert weight.dtype == torch.bfloat16
+        if name in masks:
+            assert (weight[~masks[name]] == 0).all()
+            assert (weight[masks[name]] != dense[name][masks[name]]).float().mean() > 0.5
+        else:
+            assert torch.equal(weight, dense[name])
+    # The first layer's inputs are the same; later ones follow the weights as they are stored, rounded to bf16.
+    first = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(weights[first], model.get_parameter(first).bfloat16())
+    assert resolve(tmp_path / "out").info.details["update_weights"] is True
+
+
+@pytest.mark.slow
+def test_two_ranks_find_the_masks_of_one(tiny_dense, tiny_dataset, tmp_path):
+    """Bit for bit, updated weights included, though the ranks split the samples and the matrices."""
+    arguments = calibrated(tiny_dataset, "sparsegpt", "--update-weights")
+    arguments[arguments.index("fp32")] = "bf16"
+    torchrun(2, "maskllm", "prune", "--load", tiny_dense, "--output", tmp_path / "two", *arguments)
+    assert prune(tiny_dense, tmp_path / "one", *arguments) == 0
+    one, two = hf_masks(tmp_path / "one"), hf_masks(tmp_path / "two")
+    assert len(one) == 28 and all(torch.equal(one[name], two[name]) for name in one)
+    one, two = hf_weights(tmp_path / "one"), hf_weights(tmp_path / "two")
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_an_interrupted_run_goes_on_after_its_last_layer(tiny_dense, tiny_dataset, tmp_path, monkeypatch):
+    arguments = calibrated(tiny_dataset, "sparsegpt", "--update-weights", "--json", tmp_path / "report.json")
+    assert prune(tiny_dense, tmp_path / "whole", *arguments) == 0
+    save = DirectoryStore.save
+
+    def stop_at_layer_2(self, index, pruned):
+        if index == 2:
+            raise KeyboardInterrupt
+        save(self, index, pruned)
+
+    monkeypatch.setattr(DirectoryStore, "save", stop_at_layer_2)
+    assert prune(tiny_dense, tmp_path / "out", *arguments) == 130
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(DirectoryStore, "save", save)
+    assert prune(tiny_dense, tmp_path / "out", *arguments) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [layer["resumed"] for layer in report["layers"]] == [True, True, False, False]
+    for read in (hf_masks, hf_weights):
+        whole, resumed = read(tmp_path / "whole"), read(tmp_path / "out")
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_layers_of_another_run_are_not_taken_up(tiny_dense, tiny_dataset, tmp_path, monkeypatch):
+    def stop(self, index, pruned):
+        raise KeyboardInterrupt
+
+    save = DirectoryStore.save
+    monkeypatch.setattr(DirectoryStore, "save", lambda self, index, pruned: (stop if index else save)(self, index, pruned))
+    assert prune(tiny_dense, tmp_path / "out", *calibrated(tiny_dataset, "wanda")) == 130
+    monkeypatch.setattr(DirectoryStore, "save", save)
+    report = tmp_path / "report.json"
+    assert prune(tiny_dense, tmp_path / "out", *calibrated(tiny_dataset, "wanda", "--no-sequential", "--json", report)) == 0
+    assert not any(layer["resumed"] for layer in json.loads(report.read_text())["layers"])
+
+
+def test_calibrates_on_json_lines_with_the_models_tokenizer(tiny_hf, tmp_path, capsys):
+    """Without a tokenizer in the checkpoint this says so; with one, its tokens are those that count."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from maskllm.models.convert import convert
+
+    (tmp_path / "data.json").write_text("".join(json.dumps({"text": f"{i} " * 60}) + "\n" for i in range(9)))
+    options = [
+        "--method",
+        "wanda",
+        "--calibration-data",
+        tmp_path / "data.json",
+        "--calibration-samples",
+        "3",
+        "--seq-length",
+        "32",
+    ]
+    hf = tmp_path / "hf"
+    LlamaForCausalLM.from_pretrained(tiny_hf).save_pretrained(hf)
+    convert(str(hf), str(tmp_path / "without"))
+    assert prune(tmp_path / "without", tmp_path / "out", *options) == 1
+    assert "no tokenizer" in capsys.readouterr().err
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(hf)
+    convert(str(hf), str(tmp_path / "with"))
+    assert prune(tmp_path / "with", tmp_path / "out", *options) == 0
+    assert len(hf_masks(tmp_path / "out")) == 28
+
+
+def test_refuses_before_any_work(tiny_dense, tiny_dataset, tmp_path, capsys):
+    def refused(*options):
+        assert prune(tiny_dense, tmp_path / "out", *options) == 1
+        assert not (tmp_path / "out").exists()
         return capsys.readouterr().err
 
-    assert "decoder.layers.0.self_attention.linear_qkv.weight" in prune("--pattern", "2:5")
-    assert "between 0 and 1" in prune("--sparsity", "50")
-    assert "wanted N:M" in prune("--pattern", "half")
-    assert "name another directory" in prune("--output", str(megatron))
-    assert main(["prune", "--load", str(megatron), "--output", str(output), "--method", "magnitude"]) == 0
-    again = ["prune", "--load", str(output), "--output", str(tmp_path / "again"), "--method", "magnitude"]
-    assert main(again) == 1
+    magnitude = ("--method", "magnitude")
+    assert "decoder.layers.0.self_attention.linear_qkv.weight" in refused(*magnitude, "--pattern", "2:5")
+    assert "between 0 and 1" in refused(*magnitude, "--sparsity", "50")
+    assert "wanted N:M" in refused(*magnitude, "--pattern", "half")
+    assert "name another directory" in refused(*magnitude, "--output", str(tiny_dense))
+    assert "--json" in refused(*magnitude, "--json", tmp_path / "report.json")
+    assert "needs --calibration-data" in refused("--method", "sparsegpt")
+    assert "takes sparsegpt" in refused(*magnitude, "--update-weights")
+    assert "wanted a positive number" in refused(*calibrated(tiny_dataset, "wanda", "--seq-length", "0"))
+    assert "longer than 5000" in refused(*calibrated(tiny_dataset, "wanda", "--seq-length", "5000"))
+
+
+def test_refuses_a_checkpoint_with_masks_and_a_foreign_vocabulary(tiny_dense, tiny_pruned, tmp_path, capsys):
+    assert prune(tiny_pruned, tmp_path / "out", "--method", "magnitude") == 1
     assert "is a pruned checkpoint" in capsys.readouterr().err
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "data.bin"), dtype=np.int32)
+    builder.add_document(torch.full((100,), 256), [100])
+    builder.finalize(str(tmp_path / "data.idx"))
+    assert prune(tiny_dense, tmp_path / "out", *calibrated(tmp_path / "data", "wanda")) == 1
+    assert "found token 256, wanted less than the model's vocabulary of 256" in capsys.readouterr().err

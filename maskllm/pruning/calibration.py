@@ -1,0 +1,136 @@
+"""Calibration samples: windows of tokens from an indexed dataset or from JSON lines.
+
+As in the papers (Wanda, section 4; SparseGPT, section 4): random windows from documents longer than a window. Where documents are
+short, `pack` makes one stream of them and cuts it into windows.
+"""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from tqdm import tqdm
+
+from maskllm.errors import MaskLLMError
+
+
+class IndexedDocuments(Sequence[np.ndarray]):
+    """The documents of a Megatron indexed dataset, int64 [tokens] each."""
+
+    def __init__(self, prefix: str | Path) -> None:
+        """Open PREFIX.bin and PREFIX.idx. Raises MaskLLMError where they cannot be read."""
+        try:
+            self._dataset = IndexedDataset(str(prefix))
+        except Exception as error:  # upstream asserts, and numpy raises on truncated files
+            raise MaskLLMError(f"{prefix}.idx: cannot be read as an indexed dataset ({type(error).__name__}: {error})") from None
+        self._bounds = self._dataset.document_indices
+
+    def __len__(self) -> int:
+        return len(self._bounds) - 1
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        sequences = [self._dataset[i] for i in range(self._bounds[index], self._bounds[index + 1])]
+        return np.concatenate(sequences or [np.empty(0)]).astype(np.int64)
+
+
+class JsonLinesDocuments(Sequence[np.ndarray]):
+    """The `text` fields of a JSON-lines file, gzip or plain, tokenized when asked for, int64 [tokens] each."""
+
+    def __init__(self, path: str | Path, tokenize: Callable[[str], list[int]]) -> None:
+        """Read the file. Raises MaskLLMError where that fails."""
+        self._path = Path(path)
+        self._tokenize = tokenize
+        try:
+            with gzip.open(self._path) if self._path.suffix == ".gz" else self._path.open("rb") as file:
+                self._lines = file.read().splitlines()
+        except (gzip.BadGzipFile, EOFError) as error:
+            raise MaskLLMError(f"{path}: damaged gzip file ({error})") from None
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        try:
+            text = json.loads(self._lines[index])["text"]
+        except (ValueError, KeyError, TypeError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise MaskLLMError(f"{self._path}: line {index + 1}: wanted a JSON object with a text field ({reason})") from None
+        if not isinstance(text, str):
+            raise MaskLLMError(f"{self._path}: line {index + 1}: text is {type(text).__name__}, wanted a string")
+        return np.asarray(self._tokenize(text), dtype=np.int64)
+
+
+def open_documents(path: str | Path, tokenize: Callable[[], Callable[[str], list[int]]]) -> Sequence[np.ndarray]:
+    """The documents at `path`: an indexed dataset's prefix, or a JSON-lines file, for which `tokenize` makes the tokenizing function.
+
+    Raises MaskLLMError where it is neither.
+    """
+    if IndexedDataset.exists(str(path)):
+        return IndexedDocuments(path)
+    if Path(path).is_file():
+        return JsonLinesDocuments(path, tokenize())
+    raise MaskLLMError(f"{path}: wanted an indexed dataset's prefix ({path}.bin and .idx are not there) or a JSON-lines file")
+
+
+def sample_windows(
+    documents: Sequence[np.ndarray], samples: int, seq_length: int, *, seed: int, pack: bool = False
+) -> torch.Tensor:
+    """`samples` windows of `seq_length` tokens, int64 [samples, seq_length], the same for the same arguments.
+
+    Documents are drawn in random order, each again only when all have been, and the window of a document longer than `seq_length`
+    starts at random; shorter ones are passed over. With `pack` the drawn documents follow each other in one stream that is cut into
+    windows. Raises MaskLLMError where no document is long enough, or with `pack` where there is no token at all.
+    """
+    generator = np.random.default_rng(seed)
+    windows = _packed(documents, seq_length, generator) if pack else _within(documents, seq_length, generator)
+    progress = tqdm(windows, total=samples, desc="calibration data", unit="sample", disable=None, leave=False)
+    with progress:
+        found = list(itertools.islice(progress, samples))
+    if not found:
+        if pack:
+            raise MaskLLMError("the calibration data has no tokens")
+        raise MaskLLMError(
+            f"none of the {len(documents)} calibration documents is longer than {seq_length} tokens; use a smaller --seq-length, or "
+            "--pack to join documents"
+        )
+    return torch.from_numpy(np.stack(found))
+
+
+def _within(documents: Sequence[np.ndarray], seq_length: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
+    """Windows of documents longer than `seq_length`, without end unless there are none."""
+    candidates = np.arange(len(documents))
+    while len(candidates):
+        long_enough = []
+        for index in generator.permutation(candidates):
+            tokens = documents[index]
+            if len(tokens) > seq_length:
+                long_enough.append(index)
+                start = generator.integers(len(tokens) - seq_length)
+                yield tokens[start : start + seq_length]
+        candidates = np.asarray(long_enough)
+
+
+def _packed(documents: Sequence[np.ndarray], seq_length: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
+    """Consecutive windows of all documents in random order, without end unless they are empty."""
+    pending: list[np.ndarray] = []
+    length = 0
+    while True:
+        seen = 0
+        for index in generator.permutation(len(documents)):
+            tokens = documents[index]
+            seen += len(tokens)
+            pending.append(tokens)
+            length += len(tokens)
+            if length >= seq_length:
+                stream = np.concatenate(pending)
+                whole = length // seq_length * seq_length
+                yield from stream[:whole].reshape(-1, seq_length)
+                pending, length = [stream[whole:]], length - whole
+        if not seen:
+            return

@@ -1,0 +1,92 @@
+"""Finished layers on disk, so that an interrupted run goes on after the last of them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import distributed as dist
+
+from maskllm.errors import MaskLLMError
+from maskllm.files import atomic_file, write_json
+from maskllm.models.hf_config import read_json_object
+from maskllm.patterns import pack_mask, unpack_mask
+from maskllm.pruning.solve import PrunedMatrix
+
+logger = logging.getLogger(__name__)
+
+_RUN = "run.json"
+
+
+class DirectoryStore:
+    """One safetensors file a layer in a directory: mask bits, updated weights, report.
+
+    The ranks of a job share it: rank 0 writes, all read.
+    """
+
+    def __init__(self, directory: Path, run: dict[str, Any]) -> None:
+        """Open `directory` for the run that the JSON values `run` describe; what another run left there is removed.
+
+        Called by all ranks of the default process group.
+        """
+        self.directory = directory
+        finished: list[list[int]] = [[]]
+        if dist.get_rank() == 0:
+            if (directory / _RUN).is_file() and read_json_object(directory / _RUN) == run:
+                finished[0] = sorted(int(file.stem.split("_")[1]) for file in directory.glob("layer_*.safetensors"))
+                logger.info("%s: going on with %d finished layers", directory, len(finished[0]))
+            else:
+                shutil.rmtree(directory, ignore_errors=True)
+                directory.mkdir(parents=True)
+                write_json(directory / _RUN, run)
+        dist.broadcast_object_list(finished)
+        self._finished = set(finished[0])
+
+    def load(self, index: int) -> dict[str, PrunedMatrix] | None:
+        """The layer's matrices, None where it is not finished. Raises MaskLLMError where its file cannot be read."""
+        if index not in self._finished:
+            return None
+        path = self._path(index)
+        try:
+            with safe_open(path, framework="pt") as file:
+                keys = set(file.keys())
+                pruned = {}
+                for name, entry in json.loads(file.metadata()["matrices"]).items():
+                    mask = unpack_mask(file.get_tensor(f"{name}.mask_bits"), entry["in_features"])
+                    weight = file.get_tensor(f"{name}.weight") if f"{name}.weight" in keys else None
+                    pruned[name] = PrunedMatrix(mask, weight, entry["report"])
+                return pruned
+        except (OSError, SafetensorError) as error:
+            raise MaskLLMError(f"{path}: cannot be read ({error}); delete {self.directory} to start over") from None
+
+    def save(self, index: int, pruned: dict[str, PrunedMatrix]) -> None:
+        """Keep a finished layer."""
+        if dist.get_rank() != 0:
+            return
+        tensors: dict[str, torch.Tensor] = {}
+        entries = {}
+        for name, matrix in pruned.items():
+            tensors[f"{name}.mask_bits"] = pack_mask(matrix.mask).cpu()
+            if matrix.weight is not None:
+                tensors[f"{name}.weight"] = matrix.weight.cpu().contiguous()
+            entries[name] = {"in_features": matrix.mask.shape[1], "report": matrix.report}
+        with atomic_file(self._path(index)) as temporary:
+            save_file(tensors, temporary, metadata={"matrices": json.dumps(entries)})
+
+    def tensor(self, index: int, name: str) -> torch.Tensor:
+        """One tensor of a finished layer: MATRIX.mask_bits, or MATRIX.weight where weights were updated."""
+        with safe_open(self._path(index), framework="pt") as file:
+            return file.get_tensor(name)
+
+    def remove(self) -> None:
+        """Delete the directory."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def _path(self, index: int) -> Path:
+        return self.directory / f"layer_{index:05d}.safetensors"

@@ -1,0 +1,101 @@
+import gzip
+import json
+
+import numpy as np
+import pytest
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+from maskllm.errors import MaskLLMError
+from maskllm.pruning.calibration import IndexedDocuments, open_documents, sample_windows
+
+
+def documents(lengths):
+    """Document d holds the tokens 1000 d, 1000 d + 1, ... so that a window tells where it is from."""
+    return [1000 * d + np.arange(length) for d, length in enumerate(lengths)]
+
+
+def write_indexed(prefix, docs):
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
+    for doc in docs:
+        builder.add_item(torch.from_numpy(doc))
+        builder.end_document()
+    builder.finalize(f"{prefix}.idx")
+
+
+def test_windows_lie_within_documents_longer_than_the_window():
+    windows = sample_windows(documents([40, 8, 9, 100, 3]), 60, 8, seed=1)
+    assert windows.shape == (60, 8) and windows.dtype == torch.int64
+    assert (windows.diff(dim=1) == 1).all()
+    sources = windows[:, 0] // 1000
+    assert sources.unique().tolist() == [0, 2, 3]
+    assert sources.bincount().max() - sources.bincount()[[0, 2, 3]].min() <= 1  # each again only when all have been
+    assert windows[sources == 3, 0].unique().numel() > 10  # starts differ
+    assert (windows[sources == 2, 0] == 2000).all()
+
+
+def test_the_seed_decides():
+    docs = documents([40, 50, 60])
+    first = sample_windows(docs, 5, 8, seed=1)
+    assert torch.equal(first, sample_windows(docs, 5, 8, seed=1))
+    assert not torch.equal(first, sample_windows(docs, 5, 8, seed=2))
+
+
+def test_packing_uses_every_token_once_before_any_twice():
+    docs = documents([5, 3, 6, 2])
+    windows = sample_windows(docs, 4, 4, seed=0, pack=True)
+    assert sorted(windows.flatten().tolist()) == sorted(np.concatenate(docs).tolist())
+    more = sample_windows(docs, 9, 4, seed=0, pack=True)
+    assert torch.equal(more[:4], windows)
+    starts = [stream.tolist().index(1000 * d) for d, stream in enumerate([windows.flatten()] * 4)]
+    for d, (start, doc) in enumerate(zip(starts, docs, strict=True)):  # documents stay whole
+        assert windows.flatten()[start : start + len(doc)].tolist() == doc.tolist(), d
+
+
+def test_too_short_documents_are_an_error_that_says_what_helps():
+    with pytest.raises(MaskLLMError, match=r"none of the 2 .* longer than 8 .*--pack"):
+        sample_windows(documents([8, 4]), 2, 8, seed=0)
+    with pytest.raises(MaskLLMError, match="no tokens"):
+        sample_windows(documents([0, 0]), 2, 8, seed=0, pack=True)
+    assert len(sample_windows(documents([3, 4]), 2, 8, seed=0, pack=True)) == 2
+
+
+def test_an_indexed_dataset_and_json_lines_give_the_same_documents(tmp_path):
+    docs = documents([9, 1, 30])
+    write_indexed(tmp_path / "data", docs)
+    lines = "".join(json.dumps({"text": " ".join(map(str, doc)), "url": "x"}) + "\n" for doc in docs).encode()
+    (tmp_path / "data.json").write_bytes(lines)
+    (tmp_path / "data.json.gz").write_bytes(gzip.compress(lines))
+    for name in ("data", "data.json", "data.json.gz"):
+        found = open_documents(tmp_path / name, lambda: lambda text: [int(word) for word in text.split()])
+        assert [doc.tolist() for doc in found] == [doc.tolist() for doc in docs], name
+
+
+def test_a_document_of_several_sequences_is_one(tmp_path):
+    builder = IndexedDatasetBuilder(str(tmp_path / "data.bin"), dtype=np.int32)
+    for sequence, ends in (([1, 2], False), ([3], True), ([4, 5, 6], True)):
+        builder.add_item(torch.tensor(sequence))
+        if ends:
+            builder.end_document()
+    builder.finalize(str(tmp_path / "data.idx"))
+    assert [doc.tolist() for doc in IndexedDocuments(tmp_path / "data")] == [[1, 2, 3], [4, 5, 6]]
+
+
+@pytest.mark.parametrize("line", ["{}", "[1]", '{"text": 5}', "not json", ""])
+def test_bad_lines_are_named(tmp_path, line):
+    path = tmp_path / "data.json"
+    path.write_text('{"text": "1 2"}\n' + line + "\n")
+    with pytest.raises(MaskLLMError, match=r"data\.json: line 2"):
+        list(open_documents(path, lambda: lambda text: [0]))
+
+
+def test_missing_and_damaged_data_are_named(tmp_path):
+    with pytest.raises(MaskLLMError, match="nowhere: wanted an indexed dataset's prefix"):
+        open_documents(tmp_path / "nowhere", list)
+    (tmp_path / "bad.bin").write_bytes(b"")
+    (tmp_path / "bad.idx").write_bytes(b"MMIDIDX")
+    with pytest.raises(MaskLLMError, match=r"bad\.idx: cannot be read"):
+        open_documents(tmp_path / "bad", list)
+    (tmp_path / "bad.json.gz").write_bytes(b"plain")
+    with pytest.raises(MaskLLMError, match="damaged gzip"):
+        open_documents(tmp_path / "bad.json.gz", lambda: list)
