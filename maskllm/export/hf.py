@@ -20,7 +20,7 @@ from maskllm.models.hf_source import INDEX, copy_side_files
 from maskllm.models.mapping import Mapping
 from maskllm.models.torch_dist import LazyTensor
 from maskllm.ops import check_mask
-from maskllm.patterns import Pattern, unpack_mask
+from maskllm.patterns import unpack_mask
 
 MAX_SHARD_SIZE = "5GB"
 """The default of Hugging Face's own writers; one file of at most this size is in memory at a time."""
@@ -108,9 +108,10 @@ def _checked_parts(checkpoint: Checkpoint, mapping: Mapping) -> list[torch.Tenso
     weights = mapping.to_hf(checkpoint.tensors[mapping.megatron].load(), config)
     if mapping.linear is None or checkpoint.info.stage == "dense":
         return weights
-    pattern = Pattern.parse(checkpoint.info.pattern)
+    pattern = checkpoint.info.block_pattern
     for name, weight, mask in zip(mapping.hf, weights, mapping.to_hf(_mask(checkpoint, mapping), config), strict=True):
-        check_mask(weight, pattern, name)
+        if pattern is not None:
+            check_mask(weight, pattern, name)
         outside = int(((weight != 0) & ~mask).sum())
         if outside:
             raise MaskLLMError(f"{checkpoint.path}: {name} has {outside} non-zero weights that its mask removes; trim it again")

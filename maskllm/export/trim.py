@@ -58,8 +58,15 @@ def _mask_source(checkpoint: Checkpoint, linear: str, shape: tuple[int, ...]) ->
     rows, columns = shape
     if checkpoint.info.stage == "pruned":
         return f"{linear}.mask_bits", (rows, -(-columns // 8))
-    pattern = Pattern.parse(checkpoint.info.pattern)
+    pattern = _learned_pattern(checkpoint)
     return f"{linear}.mask_logits", (rows, columns // pattern.m, pattern.num_candidates)
+
+
+def _learned_pattern(checkpoint: Checkpoint) -> Pattern:
+    pattern = checkpoint.info.block_pattern
+    if pattern is None:
+        raise MaskLLMError(f"{checkpoint.path}: is a trained checkpoint with pattern {checkpoint.info.pattern}; wanted N:M")
+    return pattern
 
 
 def _mask(checkpoint: Checkpoint, linear: str) -> torch.Tensor:
@@ -69,7 +76,7 @@ def _mask(checkpoint: Checkpoint, linear: str) -> torch.Tensor:
     if checkpoint.info.stage == "pruned":
         return unpack_mask(source, shape[1])
     try:
-        return winner_mask(source, Pattern.parse(checkpoint.info.pattern))
+        return winner_mask(source, _learned_pattern(checkpoint))
     except MaskLLMError as error:
         raise MaskLLMError(f"{checkpoint.path}: {linear}: {error}") from None
 

@@ -29,10 +29,13 @@ from maskllm.models.families import parameter_map, read_model_config
 from maskllm.models.hf_config import read_json_object
 from maskllm.models.hf_source import copy_side_files
 from maskllm.models.torch_dist import LazyTensor, TensorReader, write_tensors
+from maskllm.patterns import Pattern
 
 FORMAT_VERSION = 1
 LATEST = "latest_checkpointed_iteration.txt"
 INFO = "maskllm.json"
+UNSTRUCTURED = "unstructured"
+"""The pattern of one-shot masks that follow none."""
 STAGES = ("dense", "pruned", "trained", "trimmed")
 
 Iteration = int | Literal["release"]
@@ -48,7 +51,7 @@ class CheckpointInfo:
     source: str
     """The Hugging Face directory or hub id that was converted."""
     pattern: str | None = None
-    """N:M; None for a dense checkpoint."""
+    """N:M or UNSTRUCTURED; None for a dense checkpoint."""
     method: str | None = None
     """How the one-shot mask in `mask_bits` was made; None where there is none."""
     details: dict[str, Any] = field(default_factory=dict)
@@ -59,6 +62,11 @@ class CheckpointInfo:
             raise MaskLLMError(f"checkpoint stage {self.stage!r}; wanted one of {', '.join(STAGES)}")
         if (self.pattern is None) != (self.stage == "dense"):
             raise MaskLLMError(f"checkpoint stage {self.stage} with pattern {self.pattern}; wanted a pattern for all but dense")
+
+    @property
+    def block_pattern(self) -> Pattern | None:
+        """The N:M pattern; None where masks follow none, or there are no masks. Raises MaskLLMError where it is malformed."""
+        return None if self.pattern in (None, UNSTRUCTURED) else Pattern.parse(self.pattern)
 
 
 @dataclass(frozen=True)

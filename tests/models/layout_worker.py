@@ -1,0 +1,61 @@
+"""Run under torchrun by test_layouts: load a checkpoint into a model under some layout, give its logits, write it back.
+
+usage: python -m tests.models.layout_worker SPEC TP PP CHECKPOINT OUTPUT
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+from maskllm.distributed import parallel_processes
+from maskllm.errors import MaskLLMError
+from maskllm.models.build import build_model
+from maskllm.models.checkpoint import resolve, save_checkpoint
+from maskllm.models.config import ModelConfig, gpt_model_arguments, set_rotary_frequencies, transformer_config
+
+
+def upstream_model(config: ModelConfig, tensor_model_parallel_size: int = 1) -> GPTModel:
+    """The model with upstream's own layers instead of this project's."""
+    model = GPTModel(
+        config=transformer_config(config, params_dtype=torch.float32, tensor_model_parallel_size=tensor_model_parallel_size),
+        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
+        **gpt_model_arguments(config),
+    )
+    set_rotary_frequencies(model, config)
+    return model
+
+
+def main(spec: str, tp: str, pp: str, load: str, output: str) -> None:
+    """Write logits.pt and the checkpoint CKPT into OUTPUT, then a checkpoint where none can be: below a file."""
+    with parallel_processes(tensor_model_parallel_size=int(tp), pipeline_model_parallel_size=int(pp)):
+        checkpoint = resolve(load)
+        config = checkpoint.model_config
+        model = upstream_model(config, int(tp)) if spec == "upstream" else build_model(config, params_dtype=torch.float32)
+        model.eval()
+        model.load_state_dict(checkpoint.load({"model": model.sharded_state_dict()})["model"])
+        if pp == "1":
+            tokens = torch.load(Path(output) / "tokens.pt", weights_only=True)
+            positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+            with torch.no_grad():
+                mask = torch.ones(1, 1, tokens.shape[1], tokens.shape[1]).triu(1).bool()
+                logits = tensor_parallel.gather_from_tensor_model_parallel_region(model(tokens, positions, mask))
+            if dist.get_rank() == 0:
+                torch.save(logits, Path(output) / "logits.pt")
+        state = model.sharded_state_dict(metadata={"dp_cp_group": parallel_state.get_data_parallel_group(True)})
+        arguments = {"hf_files_from": checkpoint.hf_directory}
+        save_checkpoint(Path(output) / "CKPT", 7, {"model": state}, checkpoint.info, **arguments)
+        try:
+            save_checkpoint(Path(output) / "tokens.pt", 7, {"model": state}, checkpoint.info, **arguments)
+        except (MaskLLMError, OSError) as error:
+            (Path(output) / f"failure-{dist.get_rank()}").write_text(str(error))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

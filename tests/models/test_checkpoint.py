@@ -1,0 +1,120 @@
+"""The checkpoint directory: complete or not there, and every contradiction named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from maskllm.errors import MaskLLMError
+from maskllm.models.checkpoint import INFO, LATEST, CheckpointInfo, resolve, write_checkpoint
+from maskllm.models.convert import convert
+from maskllm.models.torch_dist import LazyTensor
+from tests.models.tiny import write_tiny
+
+
+@pytest.fixture
+def dense(tmp_path):
+    write_tiny("llama3", tmp_path / "hf", torch.bfloat16)
+    convert(tmp_path / "hf", tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+def lazy(tensor: torch.Tensor) -> LazyTensor:
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+def test_the_root_and_the_iteration_are_the_same_checkpoint(dense):
+    assert resolve(dense).path == resolve(dense / "release").path == dense / "release"
+    assert (dense / LATEST).read_text() == "release\n"
+    assert resolve(dense).iteration == "release"
+
+
+def test_the_latest_iteration_is_the_one_that_is_named(dense):
+    (dense / "release").rename(dense / "iter_0000012")
+    (dense / LATEST).write_text("12")
+    assert resolve(dense).path == dense / "iter_0000012"
+    assert resolve(dense).iteration == 12
+
+
+def test_an_interrupted_write_leaves_the_older_checkpoint(dense):
+    before = {file.name: file.stat().st_mtime_ns for file in (dense / "release").iterdir()}
+    written = []
+
+    def fail():
+        written.extend((dense / ".release.tmp").glob("*.distcp"))
+        raise KeyboardInterrupt
+
+    tensors = {"a": lazy(torch.ones(3)), "b": LazyTensor((3,), torch.float32, fail)}
+    with pytest.raises(KeyboardInterrupt):
+        write_checkpoint(dense, tensors, resolve(dense).info, hf_files_from=dense / "release" / "hf", description="")
+    assert written, "nothing had been written when the interruption came"
+    assert {file.name: file.stat().st_mtime_ns for file in (dense / "release").iterdir()} == before
+    assert sorted(file.name for file in dense.iterdir()) == [LATEST, "release"]
+
+
+def test_a_directory_of_someone_elses_is_not_replaced(dense, tmp_path):
+    (tmp_path / "other" / "release").mkdir(parents=True)
+    with pytest.raises(MaskLLMError, match="exists and is not a checkpoint of this program"):
+        convert(tmp_path / "hf", tmp_path / "other")
+
+
+def edit_info(root, **values) -> None:
+    path = root / "release" / INFO
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda root: (root / "release" / INFO).unlink(), "not a checkpoint"),
+        (lambda root: (root / LATEST).write_text("../x"), "holds '../x'; wanted 'release' or an iteration number"),
+        (lambda root: (root / LATEST).write_text("3"), "iter_0000003: no such directory"),
+        (lambda root: (root / "release" / INFO).write_text("{"), "line 1: not JSON"),
+        (lambda root: edit_info(root, format_version=2), "format_version 2 is newer than this program's 1"),
+        (lambda root: edit_info(root, format_version="1"), "format_version is '1'"),
+        (lambda root: edit_info(root, stage="half-done"), "stage 'half-done'"),
+        (lambda root: edit_info(root, stage="trained"), "wanted a pattern"),
+        (lambda root: edit_info(root, colour="red"), "colour"),
+        (lambda root: (root / "release" / ".metadata").unlink(), "not a torch_dist checkpoint"),
+        (lambda root: (root / "release" / ".metadata").write_bytes(b"junk"), "cannot be read"),
+        (lambda root: (root / "release" / "hf" / "config.json").unlink(), "config.json: no such file"),
+        (lambda root: next((root / "release").glob("*.distcp")).write_bytes(b""), "cannot be read"),
+    ],
+)
+def test_what_is_wrong_is_named(dense, spoil, words):
+    spoil(dense)
+    with pytest.raises(MaskLLMError) as error:
+        checkpoint = resolve(dense)
+        checkpoint.check_weights()
+        for key in checkpoint.tensors:
+            checkpoint.tensors[key].load()
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_not_a_checkpoint_at_all(tmp_path):
+    with pytest.raises(MaskLLMError, match="no such directory"):
+        resolve(tmp_path / "nothing")
+    with pytest.raises(MaskLLMError, match="not a checkpoint"):
+        resolve(tmp_path)
+
+
+def test_a_weight_that_contradicts_the_config_is_named(dense, tmp_path):
+    checkpoint = resolve(dense)
+    key = "decoder.layers.1.mlp.linear_fc2.weight"
+    tensors = dict(checkpoint.tensors) | {key: lazy(torch.ones(32, 44))}
+    write_checkpoint(tmp_path / "b", tensors, checkpoint.info, hf_files_from=checkpoint.hf_directory, description="")
+    with pytest.raises(MaskLLMError, match=rf"{key} has shape \[32, 44\]; the model's config asks for \[32, 48\]"):
+        resolve(tmp_path / "b").check_weights()
+    del tensors[key]
+    write_checkpoint(tmp_path / "b", tensors, checkpoint.info, hf_files_from=checkpoint.hf_directory, description="")
+    with pytest.raises(MaskLLMError, match=f"has no tensor {key}"):
+        resolve(tmp_path / "b").check_weights()
+
+
+def test_info_comes_back_as_it_was(dense, tmp_path):
+    info = CheckpointInfo("pruned", "some/model", "2:4", "wanda", {"calibration": [1, 2]})
+    write_checkpoint(tmp_path / "b", dict(resolve(dense).tensors), info, hf_files_from=dense / "release" / "hf", description="")
+    assert resolve(tmp_path / "b").info == info
