@@ -1,0 +1,98 @@
+"""Corpora in C4's format: JSON lines, plain or gzip, one object a line whose text is under one key."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from maskllm.errors import MaskLLMError
+
+_GZIP_MAGIC = b"\x1f\x8b"
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class Line(NamedTuple):
+    """One line of a corpus."""
+
+    path: Path
+    number: int
+    """From 1."""
+    data: bytes
+    """With its line end, without the file's byte order mark."""
+    position: int
+    """Bytes of the input files, as stored, that had been read when this line was."""
+
+
+class BadLineError(MaskLLMError):
+    """A line that holds no document; the message names file, line and reason."""
+
+
+def check_inputs(paths: Iterable[str | os.PathLike]) -> list[Path]:
+    """The paths as `Path`; raises MaskLLMError where one is not a file or there are none."""
+    paths = [Path(path) for path in paths]
+    if not paths:
+        raise MaskLLMError("no input files given")
+    for path in paths:
+        if not path.is_file():
+            raise MaskLLMError(f"{path}: {'is a directory, wanted a JSON-lines file' if path.is_dir() else 'no such file'}")
+    return paths
+
+
+def read_lines(paths: Sequence[Path]) -> Iterator[Line]:
+    """Every line of the files but those of white space only. Gzip is told by its first bytes, whatever the file is called.
+
+    Raises MaskLLMError where a gzip stream is damaged or ends early.
+    """
+    before = 0
+    for path in paths:
+        with path.open("rb") as stored:
+            compressed = stored.peek(2)[:2] == _GZIP_MAGIC
+            stream = gzip.GzipFile(fileobj=stored) if compressed else stored
+            number = 0
+            try:
+                for number, data in enumerate(stream, start=1):
+                    if number == 1:
+                        data = data.removeprefix(_BYTE_ORDER_MARK)
+                    if not data.isspace():
+                        yield Line(path, number, data, before + stored.tell())
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise MaskLLMError(
+                    f"{path}: the gzip stream is damaged or cut off after line {number} ({error}); fetch the file again"
+                ) from error
+            before += stored.tell()
+
+
+def document(line: Line, key: str) -> str:
+    """The text of a line. Raises BadLineError where the line is no JSON object with a string of valid Unicode under `key`."""
+
+    def bad(reason: str) -> BadLineError:
+        return BadLineError(f"{line.path}:{line.number}: {reason}")
+
+    try:
+        value = json.loads(line.data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise bad(f"not UTF-8: byte 0x{line.data[error.start]:02x} at offset {error.start}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise bad(f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise bad(f"a JSON {_kind(value)}, wanted an object with the key {key!r}")
+    if key not in value:
+        raise bad(f"no key {key!r} (it has {', '.join(map(repr, list(value)[:8])) or 'none'})")
+    text = value[key]
+    if not isinstance(text, str):
+        raise bad(f"{key!r} is a JSON {_kind(text)}, wanted a string")
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise bad(f"{key!r} holds half of a surrogate pair, \\u{ord(text[error.start]):04x}") from error
+    return text
+
+
+def _kind(value: object) -> str:
+    return {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}.get(type(value), "number")

@@ -1,0 +1,181 @@
+"""Pre-tokenization: JSON lines to a Megatron indexed dataset.
+
+The files are byte for byte those of Megatron-LM's `tools/preprocess_data.py` for the same input, tokenizer and `--append-eod`. What
+that tool does, and this module with it: every line is a document of one sequence; token ids are uint16 where the vocabulary has
+fewer than 65500 tokens, else int32 (`DType.optimal_dtype`); EOD is appended to documents that have tokens; a document without
+tokens adds nothing to the .bin file and no sequence, but an entry to the document index. (With a tokenizer that puts BOS first no
+document is without tokens.) That tool tokenizes one document at a time in a pool of processes; here threads hand whole batches to
+the tokenizer's library, which works outside Python's interpreter lock.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from array import array
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder, get_bin_path, get_idx_path
+from tqdm import tqdm
+
+from maskllm.data.json_lines import BadLineError, Line, check_inputs, document, read_lines
+from maskllm.data.tokenizer import InexactError, TokenBatch, Tokenizer, load_tokenizer, one_core_a_call
+from maskllm.errors import MaskLLMError
+from maskllm.files import atomic_file
+
+CHUNK_BYTES = 1 << 20
+"""Lines are handed to a worker in chunks of about this size."""
+REPORTED_BAD_LINES = 20
+
+
+@dataclass
+class PreprocessSummary:
+    """What `preprocess` wrote."""
+
+    prefix: str
+    """The dataset: `prefix`.bin and `prefix`.idx, what `--data-path` takes."""
+    library: str
+    """The library that encoded: gigatoken, tokenizers or sentencepiece."""
+    vocab_size: int
+    documents: int = 0
+    """Documents written, those without tokens included."""
+    empty_documents: int = 0
+    tokens: int = 0
+    bad_lines: int = 0
+    bad_line_messages: list[str] = field(default_factory=list)
+    """The first REPORTED_BAD_LINES of them: file, line number and reason."""
+    input_bytes: int = 0
+    """Size of the input files as stored."""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    batch: TokenBatch
+    bad_lines: list[str]
+    position: int
+
+
+def preprocess(
+    inputs: Sequence[str | os.PathLike],
+    output_prefix: str | os.PathLike,
+    tokenizer: str | os.PathLike,
+    *,
+    append_eod: bool = False,
+    workers: int | None = None,
+    json_key: str = "text",
+    skip_bad_lines: bool = False,
+) -> PreprocessSummary:
+    """Tokenize JSON-lines files, in order, into `{output_prefix}_{json_key}_document.bin` and `.idx`.
+
+    Args:
+        inputs: JSON-lines files, plain or gzip; white-space-only lines are passed over.
+        tokenizer: what `load_tokenizer` reads.
+        append_eod: end every document that has tokens with the tokenizer's end-of-sequence token.
+        workers: threads that tokenize; all cores by default. Memory is bounded by a few chunks of CHUNK_BYTES a worker (or the
+            longest line), plus 12 bytes a document for the index.
+        json_key: where in a line's object the text is.
+        skip_bad_lines: count and report lines without a document; otherwise the first one raises.
+
+    The pair of files appears complete or not at all; a dataset already there is replaced. Raises MaskLLMError for a missing or
+    damaged input, a bad line (BadLineError), a tokenizer that cannot be read or lacks an end-of-sequence token, or input without
+    a single token.
+    """
+    inputs = check_inputs(inputs)
+    workers = workers or os.cpu_count() or 1
+    options = (append_eod, workers, json_key, skip_bad_lines)
+    loaded = load_tokenizer(tokenizer)
+    if append_eod and loaded.eod is None:
+        raise MaskLLMError(
+            f"{tokenizer}: the tokenizer names no end-of-sequence token to append; give its directory with tokenizer_config.json"
+        )
+    try:
+        return _preprocess(inputs, f"{os.fspath(output_prefix)}_{json_key}_document", loaded, *options)
+    except InexactError:
+        loaded = load_tokenizer(tokenizer, use_gigatoken=False)
+        tqdm.write(f"gigatoken is not exact for {tokenizer} on this input; starting over with {loaded.library}")
+        return _preprocess(inputs, f"{os.fspath(output_prefix)}_{json_key}_document", loaded, *options)
+
+
+def _preprocess(
+    inputs: list[Path], prefix: str, tokenizer: Tokenizer, append_eod: bool, workers: int, json_key: str, skip_bad_lines: bool
+) -> PreprocessSummary:
+    started = time.perf_counter()
+    summary = PreprocessSummary(prefix, tokenizer.library, tokenizer.vocab_size)
+    summary.input_bytes = sum(path.stat().st_size for path in inputs)
+    bin_path, idx_path = Path(get_bin_path(prefix)), Path(get_idx_path(prefix))
+    # The index is what makes a dataset: it is published last, and a former one goes before the former data does.
+    with atomic_file(idx_path) as new_idx, atomic_file(bin_path) as new_bin:
+        builder = IndexedDatasetBuilder(str(new_bin), dtype=DType.optimal_dtype(tokenizer.vocab_size))
+        builder.sequence_lengths, builder.document_indices = array("i"), array("q", [0])  # a list costs six times the memory
+        with tqdm(total=summary.input_bytes, desc="preprocess", unit="B", unit_scale=True) as progress:
+            for chunk in _encoded(inputs, tokenizer, append_eod, workers, json_key, skip_bad_lines):
+                _write(builder, chunk.batch)
+                summary.documents += len(chunk.batch.lengths)
+                summary.empty_documents += int((chunk.batch.lengths == 0).sum())
+                summary.tokens += len(chunk.batch.ids)
+                summary.bad_lines += len(chunk.bad_lines)
+                summary.bad_line_messages += chunk.bad_lines[: REPORTED_BAD_LINES - len(summary.bad_line_messages)]
+                progress.update(chunk.position - progress.n)
+        if not summary.tokens:
+            raise MaskLLMError(f"{', '.join(map(str, inputs))}: no document with text, nothing to write")
+        builder.finalize(str(new_idx))
+        idx_path.unlink(missing_ok=True)
+    summary.seconds = time.perf_counter() - started
+    return summary
+
+
+def _encoded(
+    inputs: list[Path], tokenizer: Tokenizer, append_eod: bool, workers: int, json_key: str, skip_bad_lines: bool
+) -> Iterator[_Chunk]:
+    """The input's chunks in order, encoded by `workers` threads that are at most a few chunks ahead."""
+
+    def encode(lines: list[Line]) -> _Chunk:
+        texts, bad_lines = [], []
+        for line in lines:
+            try:
+                texts.append(document(line, json_key))
+            except BadLineError as error:
+                if not skip_bad_lines:
+                    raise BadLineError(f"{error}; correct the line or pass --skip-bad-lines") from error
+                bad_lines.append(str(error))
+        batch = tokenizer.encode_batch(texts)
+        if append_eod:
+            batch = batch.wrapped(after=[tokenizer.eod], empty=False)
+        return _Chunk(batch, bad_lines, lines[-1].position)
+
+    pending: deque[Future[_Chunk]] = deque()
+    with one_core_a_call(), ThreadPoolExecutor(workers) as pool:
+        try:
+            for lines in _chunks(inputs):
+                pending.append(pool.submit(encode, lines))
+                while len(pending) > 2 * workers or (pending and pending[0].done()):
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _chunks(inputs: list[Path]) -> Iterator[list[Line]]:
+    chunk: list[Line] = []
+    size = 0
+    for line in read_lines(inputs):
+        chunk.append(line)
+        size += len(line.data)
+        if size >= CHUNK_BYTES:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _write(builder: IndexedDatasetBuilder, batch: TokenBatch) -> None:
+    ends = np.cumsum(batch.lengths)
+    for start, end in zip((ends - batch.lengths).tolist(), ends.tolist(), strict=True):
+        builder.add_document(batch.ids[start:end], [end - start] if end > start else [])

@@ -1,0 +1,126 @@
+"""Tokenizers against transformers and sentencepiece called one text at a time, and gigatoken's place in them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from transformers import AutoTokenizer
+
+from maskllm.data import tokenizer as module
+from maskllm.data.tokenizer import TokenBatch, load_tokenizer
+from maskllm.errors import MaskLLMError
+
+from .conftest import passages
+
+
+def reference_rows(path: Path, texts: list[str]) -> list[list[int]]:
+    if path.suffix == ".model":
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        return [[processor.bos_id(), *processor.encode(text)] for text in texts]
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    return [tokenizer(text).input_ids for text in texts]
+
+
+def rows(batch: TokenBatch) -> list[list[int]]:
+    assert batch.ids.dtype == np.int32
+    return [row.tolist() for row in np.split(batch.ids, np.cumsum(batch.lengths)[:-1])]
+
+
+@pytest.mark.parametrize(
+    ("name", "library"),
+    [("gigatoken", "gigatoken"), ("bos", "gigatoken"), ("digits", "tokenizers"), ("tokenizer.model", "gigatoken")],
+)
+@pytest.mark.parametrize("use_gigatoken", [True, False])
+def test_tokens_are_those_of_the_tokenizers_own_library(tokenizers_directory, corpus, name, library, use_gigatoken):
+    tokenizer = load_tokenizer(tokenizers_directory / name, use_gigatoken=use_gigatoken)
+    if use_gigatoken:
+        assert tokenizer.library == library
+    else:
+        assert tokenizer.library == ("sentencepiece" if name == "tokenizer.model" else "tokenizers")
+    assert rows(tokenizer.encode_batch(corpus)) == reference_rows(tokenizers_directory / name, corpus)
+    assert len(tokenizer.encode_batch([]).lengths) == 0
+    assert tokenizer.vocab_size == (420 if name == "tokenizer.model" else 600)
+    assert tokenizer.eod == (2 if name == "tokenizer.model" else 1)
+
+
+def test_llama2_tokenizer_is_exact_with_gigatoken(shared_data):
+    with (shared_data / "c4-sample.train.json").open(encoding="utf-8") as lines:
+        texts = [json.loads(line)["text"] for line in lines]
+    tokenizer = load_tokenizer(shared_data / "llama2-tokenizer.model")
+    assert tokenizer.library == "gigatoken"
+    assert rows(tokenizer.encode_batch(texts)) == reference_rows(shared_data / "llama2-tokenizer.model", texts)
+
+
+@pytest.mark.parametrize(("token", "dropout"), [({"lstrip": True}, None), ({"single_word": True}, None), ({}, 0.1)])
+def test_features_that_gigatoken_reads_differently_are_left_to_the_library(tokenizers_directory, tmp_path, token, dropout):
+    from tokenizers import AddedToken, Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(tokenizers_directory / "gigatoken" / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken("word", **token)])
+    tokenizer.model.dropout = dropout
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert load_tokenizer(tmp_path / "tokenizer.json").library == "tokenizers"
+
+
+class Lying:
+    """gigatoken with another answer for texts that contain a word."""
+
+    def __init__(self, tokenizer, word: str) -> None:
+        self.tokenizer, self.word = tokenizer, word
+
+    def encode_batch(self, texts, parallel):
+        return self.tokenizer.encode_batch([text.replace(self.word, "?") for text in texts], parallel=parallel)
+
+
+def test_a_wrong_gigatoken_is_not_used(tokenizers_directory, monkeypatch):
+    honest = module.gigatoken.Tokenizer.from_json
+    monkeypatch.setattr(module.gigatoken.Tokenizer, "from_json", lambda contents: Lying(honest(contents), "2024"))
+    assert load_tokenizer(tokenizers_directory / "gigatoken").library == "tokenizers"
+
+
+def test_a_gigatoken_that_goes_wrong_later_is_caught(tokenizers_directory):
+    tokenizer = load_tokenizer(tokenizers_directory / "gigatoken")
+    tokenizer._tokenizer = Lying(tokenizer._tokenizer, "mask")
+    with pytest.raises(module.InexactError):
+        for seed in range(20):
+            tokenizer.encode_batch(passages(3, seed))
+
+
+def test_wrapped_against_lists():
+    texts = [[5, 6], [], [7], [], []]
+    batch = TokenBatch.from_lists(texts)
+    assert rows(batch.wrapped([1, 2], [3])) == [[1, 2, *text, 3] for text in texts]
+    assert rows(batch.wrapped(after=[3], empty=False)) == [[*text, 3] if text else [] for text in texts]
+    assert rows(TokenBatch.from_lists([[], []]).wrapped([1])) == [[1], [1]]
+
+
+@pytest.mark.parametrize(
+    ("files", "name", "message"),
+    [
+        ({}, "missing", "no such tokenizer"),
+        ({"d/readme": "x"}, "d", r"no tokenizer.json and no tokenizer.model"),
+        ({"tokenizer.json": "{"}, "tokenizer.json", "not a readable Hugging Face tokenizer"),
+        ({"tokenizer.json": "{}"}, "tokenizer.json", "not a readable Hugging Face tokenizer"),
+        ({"x.model": "garbage"}, "x.model", "not a readable SentencePiece model"),
+        ({"x.model": ""}, "x.model", "not a readable SentencePiece model"),
+    ],
+)
+def test_what_is_no_tokenizer_is_refused(tmp_path, files, name, message):
+    for file, contents in files.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(contents)
+    with pytest.raises(MaskLLMError, match=message) as error:
+        load_tokenizer(tmp_path / name)
+    assert str(tmp_path / name) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_vocabulary_with_gaps_is_refused(tmp_path):
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"a": 0, "b": 70000}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(MaskLLMError, match="token 70000 lies outside the 2 tokens"):
+        load_tokenizer(tmp_path / "tokenizer.json")
