@@ -11,6 +11,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, train; returns the exit status."""
     # Megatron Core warns once a module that Transformer Engine and Apex are missing, and of deprecations inside itself.
     warnings.filterwarnings("ignore", module=r"megatron\.")
+    import megatron_patches
+
+    megatron_patches.import_megatron()
     from maskllm.cli import run_guarded
     from maskllm.training.arguments import parse_arguments
 

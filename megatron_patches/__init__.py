@@ -1,14 +1,30 @@
 """Every change this project makes to Megatron Core's behaviour, for versions 0.16 to 0.19.
 
-`apply()` is called once by each entry point that runs Megatron. Without a CUDA device it applies the patches of
-`megatron_patches.cpu`; with one it changes nothing.
+Each entry point that may run Megatron calls `import_megatron()` before anything imports Megatron Core, and `apply()` before it uses it.
+With a CUDA device both change nothing.
 """
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
 import torch
 
 _applied = False
+
+
+def import_megatron() -> None:
+    """Import Megatron Core without `torch.compile`, where there is no CUDA device.
+
+    Upstream (`megatron.core.jit.jit_fuser`) decorates its fused functions with `torch.compile` on import, which loads the whole
+    compiler, seconds for each process, for functions that only the CUDA configurations call.
+    """
+    if not torch.cuda.is_available():
+        with mock.patch.object(torch, "compile", _leave_uncompiled):
+            importlib.import_module("megatron.core.models.gpt")
 
 
 def apply() -> None:
@@ -21,3 +37,7 @@ def apply() -> None:
     for patch in cpu.PATCHES:
         patch.function()
     _applied = True
+
+
+def _leave_uncompiled(function: Callable | None = None, **_: Any) -> Callable:
+    return (lambda decorated: decorated) if function is None else function

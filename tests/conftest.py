@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+import megatron_patches
+
+megatron_patches.import_megatron()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"

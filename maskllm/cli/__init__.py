@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
 
 from maskllm import __version__
@@ -27,6 +28,8 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `maskllm VERB ...`; returns the exit status (0 done, 1 bad input, 2 bad usage, 130 interrupted)."""
+    # Megatron Core warns once a module that Transformer Engine and Apex are missing, and of deprecations inside itself.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
     argv = list(sys.argv[1:] if argv is None else argv)
     verb = argv[0] if argv and argv[0] in VERBS else None
     parser = argparse.ArgumentParser(prog="maskllm", description="Learn N:M sparse masks for language models.")
@@ -37,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
         )
         if name == verb:
+            importlib.import_module("megatron_patches").import_megatron()
             importlib.import_module(f"maskllm.cli.{name}").add_arguments(command)
     args = parser.parse_args(argv)
     return run_guarded(f"maskllm {verb}", lambda: importlib.import_module(f"maskllm.cli.{verb}").run(args))

@@ -134,9 +134,11 @@ def load_training_state(start: Start, model: FrozenVocabularyGPTModel, optimizer
 
 
 def _sharded_state(model: FrozenVocabularyGPTModel, optimizer: MegatronOptimizer, *, is_loading: bool) -> dict[str, Any]:
-    # "fully_reshardable" is the distributed optimizer's only kind of state that any other layout can load.
+    # "fully_reshardable" is the distributed optimizer's only kind of state that any other layout can load; gathering it over gloo on
+    # one rank needs no room on the device.
     metadata = {
         "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": True,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
     }
     model_state = model.sharded_state_dict(metadata=metadata)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from maskllm.errors import MaskLLMError
 from maskllm.training.arguments import TrainArguments
@@ -82,17 +82,23 @@ def build_batches(arguments: TrainArguments, vocab_size: int, device: torch.devi
         eod_mask_loss=False,
         create_attention_mask=False,
     )
+    used = {0: "training", 1: "validation"} if arguments.eval_iters else {0: "training"}
+    config.split_matrix = [bounds if part in used else None for part, bounds in enumerate(config.split_matrix)]
+    for prefix in config.blend[0]:
+        for part, name in used.items():
+            _check_not_empty(prefix, config.split_matrix[part], name, arguments.split)
     # One rank writes the index cache while the others wait; that is upstream's own protocol.
-    train, valid, _ = BlendedMegatronDatasetBuilder(
-        GPTDataset, samples, lambda: parallel_state.get_tensor_model_parallel_rank() >= 0, config
-    ).build()
-    for part, dataset in (("training", train), ("validation", valid)):
-        if dataset is None and (part == "training" or arguments.eval_iters):
-            raise MaskLLMError(
-                f"--split {arguments.split}: leaves no document for {part}; change the split"
-                + (" or set --eval-iters 0" if part == "validation" else "")
-            )
+    train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, samples, lambda: True, config).build()
     return (
         Batches(train, arguments.micro_batch_size, vocab_size, device),
         Batches(valid, arguments.micro_batch_size, vocab_size, device) if arguments.eval_iters else None,
     )
+
+
+def _check_not_empty(prefix: str, bounds: tuple[float, float] | None, part: str, split: str) -> None:
+    """Raise MaskLLMError where a part of the split has no token in a dataset; upstream would look for its samples for ever."""
+    lengths = IndexedDataset(prefix).sequence_lengths
+    first, last = (round(bound * float(len(lengths))) for bound in bounds) if bounds else (0, 0)
+    if not lengths[first:last].any():
+        advice = "change it, or set --eval-iters 0" if part == "validation" else "change it"
+        raise MaskLLMError(f"--split {split}: leaves no text for {part} in {prefix}, which has {len(lengths)} documents; {advice}")

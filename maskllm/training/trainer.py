@@ -278,7 +278,8 @@ class Trainer:
 def _mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """The loss of a micro-batch from its tokens' losses, fp32 [micro batch, sequence]."""
     loss = losses.mean()
-    return loss, {"lm loss": loss.detach()}
+    # A copy, since upstream divides the loss by the number of micro-batches in place.
+    return loss, {"lm loss": loss.detach().clone()}
 
 
 def _model_parallel_sum(value: float) -> float:

@@ -60,9 +60,10 @@ def test_layout_gives_the_same_run(name, single, tmp_path, tiny_dataset, tiny_pr
     assert expected[-1]["changed_since_prior"] > 0.01, "the run moves too little to tell layouts apart"
     for one, other in zip(expected, found, strict=True):
         for key in ("loss", "regularizer", "mean_max_probability", "grad_norm"):
-            assert other[key] == pytest.approx(one[key], rel=2e-5), (one["iteration"], key)
+            assert other[key] == pytest.approx(one[key], rel=1e-4 if key == "grad_norm" else 1e-5), (one["iteration"], key)
     for one, other in zip(metrics(single, "validation"), metrics(tmp_path / name, "validation"), strict=True):
-        assert other == pytest.approx(one, rel=2e-5)
+        for key in ("loss_sampled", "loss_winner"):
+            assert other[key] == pytest.approx(one[key], rel=1e-5), key
     expected_logits, found_logits = logits(single), logits(tmp_path / name)
     assert expected_logits.keys() == found_logits.keys()
     for key, one in expected_logits.items():
