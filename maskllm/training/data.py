@@ -97,7 +97,8 @@ def build_batches(arguments: TrainArguments, vocab_size: int, device: torch.devi
 
 def _check_not_empty(prefix: str, bounds: tuple[float, float] | None, part: str, split: str) -> None:
     """Raise MaskLLMError where a part of the split has no token in a dataset; upstream would look for its samples for ever."""
-    lengths = IndexedDataset(prefix).sequence_lengths
+    dataset = IndexedDataset(prefix)  # its lengths lie in memory that is mapped for as long as it lives
+    lengths = dataset.sequence_lengths
     first, last = (round(bound * float(len(lengths))) for bound in bounds) if bounds else (0, 0)
     if not lengths[first:last].any():
         advice = "change it, or set --eval-iters 0" if part == "validation" else "change it"
