@@ -6,10 +6,8 @@ short, `pack` makes one stream of them and cuts it into windows.
 
 from __future__ import annotations
 
-import gzip
 import itertools
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +15,8 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tqdm import tqdm
 
+from maskllm.data.json_lines import check_inputs, document, read_lines
+from maskllm.data.tokenizer import Tokenizer, load_tokenizer
 from maskllm.errors import MaskLLMError
 
 
@@ -40,41 +40,35 @@ class IndexedDocuments(Sequence[np.ndarray]):
 
 
 class JsonLinesDocuments(Sequence[np.ndarray]):
-    """The `text` fields of a JSON-lines file, gzip or plain, tokenized when asked for, int64 [tokens] each."""
+    """The `text` fields of a JSON-lines file, plain or gzip, tokenized when asked for, int64 [tokens] each."""
 
-    def __init__(self, path: str | Path, tokenize: Callable[[str], list[int]]) -> None:
-        """Read the file. Raises MaskLLMError where that fails."""
-        self._path = Path(path)
-        self._tokenize = tokenize
-        try:
-            with gzip.open(self._path) if self._path.suffix == ".gz" else self._path.open("rb") as file:
-                self._lines = file.read().splitlines()
-        except (gzip.BadGzipFile, EOFError) as error:
-            raise MaskLLMError(f"{path}: damaged gzip file ({error})") from None
+    def __init__(self, path: str | Path, tokenizer: Tokenizer, *, append_eod: bool) -> None:
+        """Read the file into memory. `append_eod` ends documents with the tokenizer's end-of-sequence token, where it has one.
+
+        Raises MaskLLMError where the file cannot be read.
+        """
+        self._lines = list(read_lines(check_inputs([path])))
+        self._tokenizer = tokenizer
+        self._end = [] if tokenizer.eod is None or not append_eod else [tokenizer.eod]
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        try:
-            text = json.loads(self._lines[index])["text"]
-        except (ValueError, KeyError, TypeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise MaskLLMError(f"{self._path}: line {index + 1}: wanted a JSON object with a text field ({reason})") from None
-        if not isinstance(text, str):
-            raise MaskLLMError(f"{self._path}: line {index + 1}: text is {type(text).__name__}, wanted a string")
-        return np.asarray(self._tokenize(text), dtype=np.int64)
+        tokens = self._tokenizer.encode(document(self._lines[index], "text"))
+        return np.concatenate([tokens, self._end]).astype(np.int64)
 
 
-def open_documents(path: str | Path, tokenize: Callable[[], Callable[[str], list[int]]]) -> Sequence[np.ndarray]:
-    """The documents at `path`: an indexed dataset's prefix, or a JSON-lines file, for which `tokenize` makes the tokenizing function.
+def open_documents(path: str | Path, tokenizer: str | Path, *, append_eod: bool = False) -> Sequence[np.ndarray]:
+    """The documents at `path`: an indexed dataset's prefix, or a JSON-lines file, which the tokenizer in `tokenizer` reads.
 
-    Raises MaskLLMError where it is neither.
+    Raises MaskLLMError where it is neither, or the tokenizer cannot be read.
     """
     if IndexedDataset.exists(str(path)):
         return IndexedDocuments(path)
     if Path(path).is_file():
-        return JsonLinesDocuments(path, tokenize())
+        # Few documents are read: the tokenizer's own library will do.
+        return JsonLinesDocuments(path, load_tokenizer(tokenizer, use_gigatoken=False), append_eod=append_eod)
     raise MaskLLMError(f"{path}: wanted an indexed dataset's prefix ({path}.bin and .idx are not there) or a JSON-lines file")
 
 

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import distributed as dist
-from transformers import AutoTokenizer
 
 from maskllm.distributed import device
 from maskllm.errors import MaskLLMError
-from maskllm.models.checkpoint import Checkpoint, CheckpointInfo, iteration_name, resolve, write_checkpoint
+from maskllm.models.checkpoint import UNSTRUCTURED, Checkpoint, CheckpointInfo, iteration_name, resolve, write_checkpoint
 from maskllm.models.families import parameter_map
 from maskllm.models.mapping import Mapping
 from maskllm.models.torch_dist import LazyTensor
@@ -28,9 +27,6 @@ from maskllm.pruning.magnitude import magnitude_mask
 from maskllm.pruning.solve import PruneSettings, check_matrix
 from maskllm.pruning.store import DirectoryStore
 from maskllm.pruning.stream import LayerStream
-
-UNSTRUCTURED = "unstructured"
-"""The pattern in the info of a checkpoint whose masks follow none."""
 
 
 def open_for_pruning(load: str | Path, output: str | Path, settings: PruneSettings) -> Checkpoint:
@@ -85,7 +81,7 @@ class Calibration:
 
     def tokens(self, checkpoint: Checkpoint) -> torch.Tensor:
         """int64 [samples, seq_length]. Raises MaskLLMError where the data do not fit the checkpoint's model."""
-        documents = open_documents(self.data, lambda: _tokenizing(checkpoint))
+        documents = open_documents(self.data, checkpoint.hf_directory, append_eod=self.pack)
         tokens = sample_windows(documents, self.samples, self.seq_length, seed=self.seed, pack=self.pack)
         vocabulary = checkpoint.model_config.vocab_size
         if tokens.max() >= vocabulary:
@@ -155,17 +151,6 @@ def prune_calibrated(
         store.remove()
     dist.barrier()
     return path, report
-
-
-def _tokenizing(checkpoint: Checkpoint) -> Callable[[str], list[int]]:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.hf_directory)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise MaskLLMError(
-            f"{checkpoint.hf_directory}: no tokenizer to read JSON lines with ({reason}); give an indexed dataset"
-        ) from None
-    return lambda text: tokenizer(text, verbose=False).input_ids
 
 
 def write_pruned(

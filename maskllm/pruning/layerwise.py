@@ -74,11 +74,14 @@ def prune_layers(
     progress = tqdm(layers, total=num_layers, desc="prune", unit="layer", disable=group is not None and group.rank() != 0)
     for index, layer in enumerate(progress):
         started = time.perf_counter()
-        pruned, resumed = store.load(index), True
+        solve_seconds = 0.0
+        pruned = store.load(index)
+        resumed = pruned is not None
         if pruned is None:
-            resumed = False
             statistics = calibrate(layer, hidden, keep_outputs=not settings.sequential)
+            solve_started = time.perf_counter()
             pruned = _solve(layer, statistics, settings, group)
+            solve_seconds = time.perf_counter() - solve_started
             store.save(index, pruned)
         elif not settings.sequential:
             _advance(layer, hidden)
@@ -87,7 +90,8 @@ def prune_layers(
         if settings.sequential and index + 1 < num_layers:
             _advance(layer, hidden)
         matrices = {name: matrix.report for name, matrix in pruned.items()}
-        reports.append({"layer": index, "seconds": time.perf_counter() - started, "resumed": resumed, "matrices": matrices})
+        seconds = {"seconds": time.perf_counter() - started, "solve_seconds": solve_seconds}
+        reports.append({"layer": index, **seconds, "resumed": resumed, "matrices": matrices})
         errors = {name.split(".")[-1]: report["relative_error"] for name, report in matrices.items()}
         progress.set_postfix_str(" ".join(f"{name} {error:.3f}" for name, error in errors.items() if error is not None))
     return reports

@@ -54,9 +54,10 @@ def factor_hessian(hessian: torch.Tensor, name: str, *, damping: float = DAMPING
         diagonal.copy_(undamped + damping * mean)
         # With J the reversal of the order, J H J = L L^T gives H = U U^T for the upper U = J L J, hence H^-1 = (U^-1)^T U^-1: the
         # factor the paper gets by inverting H and factoring the inverse, in half the work and with one factorization's error.
-        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+        root, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if not failed:
-            upper = torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(hessian), device=hessian.device), upper=True)
+            root = root.flip(0, 1)
+            upper = torch.linalg.solve_triangular(root, torch.eye(len(hessian), device=hessian.device), upper=True)
             if upper.isfinite().all():
                 return HessianFactor(upper, dead, damping)
         if damping >= _MAX_DAMPING:

@@ -46,4 +46,4 @@ class InputStatistics:
         """SparseGPT's Hessian 2 X X^T, a mean over samples, fp32 [in, in]; the identity where no token was finite."""
         if self.tokens == 0:
             return torch.eye(len(self.gram), device=self.gram.device)
-        return (self.gram * (2 / self.samples)).float()
+        return self.gram.float().mul_(2 / self.samples)

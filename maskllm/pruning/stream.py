@@ -45,11 +45,13 @@ class LayerStream:
     def __iter__(self) -> Iterator[Layer]:
         """Each layer in turn; the one before is gone. To be called after `first_hidden`."""
         for index in range(self._checkpoint.model_config.num_layers):
+            self._layer.to("meta")  # lets go of the weights of the layer before
             prefix, state, stored = f"model.layers.{index}", {}, None
             for name, tensor in self._tensors(f"{prefix}."):
                 stored = tensor.dtype
                 state[name] = tensor.to(self._device, self._dtype)
             self._layer.load_state_dict(state, assign=True)
+            del state, tensor
             yield Layer(layer_forward(self._layer, self._kwargs), linears_of(self._layer, prefix), stored)
 
     def _one_layer_model(self) -> PreTrainedModel:

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from maskllm.errors import MaskLLMError
 from maskllm.pruning.calibration import IndexedDocuments, open_documents, sample_windows
@@ -60,15 +62,28 @@ def test_too_short_documents_are_an_error_that_says_what_helps():
     assert len(sample_windows(documents([3, 4]), 2, 8, seed=0, pack=True)) == 2
 
 
+def write_tokenizer(folder):
+    """A tokenizer for which the word "n" is the token n, and "." ends a document."""
+    vocabulary = {str(n): n for n in range(100)} | {".": 100}
+    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="."))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=".").save_pretrained(folder)
+    return folder
+
+
 def test_an_indexed_dataset_and_json_lines_give_the_same_documents(tmp_path):
-    docs = documents([9, 1, 30])
+    docs = [np.array([5, 6, 7, 8]), np.array([9]), np.arange(30)]
     write_indexed(tmp_path / "data", docs)
     lines = "".join(json.dumps({"text": " ".join(map(str, doc)), "url": "x"}) + "\n" for doc in docs).encode()
     (tmp_path / "data.json").write_bytes(lines)
     (tmp_path / "data.json.gz").write_bytes(gzip.compress(lines))
+    tokenizer = write_tokenizer(tmp_path / "tokenizer")
     for name in ("data", "data.json", "data.json.gz"):
-        found = open_documents(tmp_path / name, lambda: lambda text: [int(word) for word in text.split()])
+        found = open_documents(tmp_path / name, tokenizer)
         assert [doc.tolist() for doc in found] == [doc.tolist() for doc in docs], name
+        assert all(doc.dtype == np.int64 for doc in found)
+    ended = open_documents(tmp_path / "data.json", tokenizer, append_eod=True)
+    assert [doc.tolist() for doc in ended] == [[*doc.tolist(), 100] for doc in docs]
 
 
 def test_a_document_of_several_sequences_is_one(tmp_path):
@@ -81,21 +96,21 @@ def test_a_document_of_several_sequences_is_one(tmp_path):
     assert [doc.tolist() for doc in IndexedDocuments(tmp_path / "data")] == [[1, 2, 3], [4, 5, 6]]
 
 
-@pytest.mark.parametrize("line", ["{}", "[1]", '{"text": 5}', "not json", ""])
+@pytest.mark.parametrize("line", ["{}", "[1]", '{"text": 5}', "not json"])
 def test_bad_lines_are_named(tmp_path, line):
     path = tmp_path / "data.json"
     path.write_text('{"text": "1 2"}\n' + line + "\n")
-    with pytest.raises(MaskLLMError, match=r"data\.json: line 2"):
-        list(open_documents(path, lambda: lambda text: [0]))
+    with pytest.raises(MaskLLMError, match=r"data\.json:2: "):
+        list(open_documents(path, write_tokenizer(tmp_path / "tokenizer")))
 
 
 def test_missing_and_damaged_data_are_named(tmp_path):
     with pytest.raises(MaskLLMError, match="nowhere: wanted an indexed dataset's prefix"):
-        open_documents(tmp_path / "nowhere", list)
+        open_documents(tmp_path / "nowhere", tmp_path)
     (tmp_path / "bad.bin").write_bytes(b"")
     (tmp_path / "bad.idx").write_bytes(b"MMIDIDX")
     with pytest.raises(MaskLLMError, match=r"bad\.idx: cannot be read"):
-        open_documents(tmp_path / "bad", list)
-    (tmp_path / "bad.json.gz").write_bytes(b"plain")
-    with pytest.raises(MaskLLMError, match="damaged gzip"):
-        open_documents(tmp_path / "bad.json.gz", lambda: list)
+        open_documents(tmp_path / "bad", tmp_path)
+    (tmp_path / "data.json").write_text('{"text": "1"}\n')
+    with pytest.raises(MaskLLMError, match="tokenizer"):
+        open_documents(tmp_path / "data.json", tmp_path)

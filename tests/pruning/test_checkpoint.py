@@ -1,5 +1,6 @@
 """`maskllm prune` from checkpoint to checkpoint, against `prune_hf` on the same model in memory."""
 
+import gc
 import json
 
 import numpy as np
@@ -13,6 +14,7 @@ from maskllm.models.families import parameter_map
 from maskllm.patterns import Pattern, unpack_mask
 from maskllm.pruning import PruneSettings, prune_hf
 from maskllm.pruning.calibration import open_documents, sample_windows
+from maskllm.pruning.statistics import InputStatistics
 from maskllm.pruning.store import DirectoryStore
 from tests.conftest import torchrun
 
@@ -87,7 +89,7 @@ def calibrated(dataset, method, *options):
 def in_memory(hf, dataset, settings):
     """The pruned model and the masks, Hugging Face name -> bool [out, in], of `prune_hf`."""
     model = LlamaForCausalLM.from_pretrained(hf, dtype=torch.float32)
-    tokens = sample_windows(open_documents(dataset, list), 6, 48, seed=3)
+    tokens = sample_windows(open_documents(dataset, hf), 6, 48, seed=3)
     result = prune_hf(model, tokens, settings)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     return model, {name: unpack_mask(bits, shapes[name][1]) for name, bits in result.masks.items()}, result.report
@@ -144,6 +146,40 @@ def test_two_ranks_find_the_masks_of_one(tiny_dense, tiny_dataset, tmp_path):
     assert len(one) == 28 and all(torch.equal(one[name], two[name]) for name in one)
     one, two = hf_weights(tmp_path / "one"), hf_weights(tmp_path / "two")
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def live_bytes():
+    """The bytes of all tensors that are alive, each storage once."""
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type != "meta":
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def test_memory_is_one_layers(tiny_dense, tiny_dataset, tmp_path, monkeypatch):
+    """While statistics are taken: a layer's weights, its Gram matrices, its inputs for one sample, and all hidden states."""
+    hidden, ffn, qkv, tokens, samples = 64, 128, 128, 48, 6
+    gc.collect()
+    before, seen = live_bytes(), []
+    add = InputStatistics.add
+
+    def measured(self, inputs):
+        add(self, inputs)
+        if self.samples == samples:
+            seen.append(live_bytes() - before)
+
+    monkeypatch.setattr(InputStatistics, "add", measured)
+    assert prune(tiny_dense, tmp_path / "out", *calibrated(tiny_dataset, "sparsegpt")) == 0
+    weights = 4 * (qkv * hidden + hidden * hidden + 3 * ffn * hidden + 2 * hidden)
+    grams = 8 * (3 * hidden**2 + ffn**2)
+    one_sample = 4 * tokens * (3 * hidden + ffn + 2 * hidden)  # the inputs of the linears, the layer's input and output
+    between_layers = 4 * samples * tokens * hidden + 8 * samples * tokens  # and the tokens themselves
+    rotary = 2 * 4 * tokens * 16
+    assert max(seen) <= weights + grams + one_sample + between_layers + rotary + 4096
+    assert len(seen) == 4 * 4
+    per_layer = [max(seen[i : i + len(seen) // 4]) for i in range(0, len(seen), len(seen) // 4)]
+    assert max(per_layer[1:]) - min(per_layer[1:]) < 4096  # nothing piles up
 
 
 def test_an_interrupted_run_goes_on_after_its_last_layer(tiny_dense, tiny_dataset, tmp_path, monkeypatch):
@@ -203,7 +239,7 @@ def test_calibrates_on_json_lines_with_the_models_tokenizer(tiny_hf, tmp_path, c
     LlamaForCausalLM.from_pretrained(tiny_hf).save_pretrained(hf)
     convert(str(hf), str(tmp_path / "without"))
     assert prune(tmp_path / "without", tmp_path / "out", *options) == 1
-    assert "no tokenizer" in capsys.readouterr().err
+    assert "tokenizer.json" in capsys.readouterr().err
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
