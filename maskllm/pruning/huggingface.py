@@ -71,13 +71,14 @@ class _Memory:
     """Keeps the masks; there is nothing to resume."""
 
     def __init__(self) -> None:
+        self.finished: frozenset[int] = frozenset()
         self.masks: dict[str, torch.Tensor] = {}
 
-    def load(self, index: int) -> None:
-        return None
+    def load(self, index: int) -> dict[str, PrunedMatrix]:
+        raise KeyError(index)
 
     def save(self, index: int, pruned: dict[str, PrunedMatrix]) -> None:
-        self.masks.update({f"{name}.weight": pack_mask(matrix.mask) for name, matrix in pruned.items()})
+        self.masks.update({f"{name}.weight": pack_mask(matrix.mask).cpu() for name, matrix in pruned.items()})
 
 
 def linears_of(layer: torch.nn.Module, prefix: str) -> dict[str, torch.nn.Module]:

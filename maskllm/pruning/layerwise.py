@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -47,8 +47,11 @@ class Layer:
 class LayerStore(Protocol):
     """Where finished layers are kept, so that an interrupted run goes on after the last of them."""
 
-    def load(self, index: int) -> dict[str, PrunedMatrix] | None:
-        """What `save` was given for the layer, None where it was not."""
+    finished: Set[int]
+    """Layers that an earlier run has saved."""
+
+    def load(self, index: int) -> dict[str, PrunedMatrix]:
+        """What `save` was given for a finished layer."""
 
     def save(self, index: int, pruned: dict[str, PrunedMatrix]) -> None:
         """Keep a finished layer."""
@@ -71,30 +74,51 @@ def prune_layers(
     predecessors, as in the papers, else from the dense model.
     """
     reports = []
+    last_to_solve = max((index for index in range(num_layers) if index not in store.finished), default=-1)
     progress = tqdm(layers, total=num_layers, desc="prune", unit="layer", disable=group is not None and group.rank() != 0)
     for index, layer in enumerate(progress):
-        started = time.perf_counter()
-        solve_seconds = 0.0
-        pruned = store.load(index)
-        resumed = pruned is not None
-        if pruned is None:
-            statistics = calibrate(layer, hidden, keep_outputs=not settings.sequential)
-            solve_started = time.perf_counter()
-            pruned = _solve(layer, statistics, settings, group)
-            solve_seconds = time.perf_counter() - solve_started
-            store.save(index, pruned)
-        elif not settings.sequential:
-            _advance(layer, hidden)
-        for name, matrix in pruned.items():
-            matrix.apply(layer.linears[name].weight)
-        if settings.sequential and index + 1 < num_layers:
-            _advance(layer, hidden)
-        matrices = {name: matrix.report for name, matrix in pruned.items()}
-        seconds = {"seconds": time.perf_counter() - started, "solve_seconds": solve_seconds}
-        reports.append({"layer": index, **seconds, "resumed": resumed, "matrices": matrices})
-        errors = {name.split(".")[-1]: report["relative_error"] for name, report in matrices.items()}
+        report = _prune_layer(layer, index, hidden, settings, store, group, outputs_wanted=index < last_to_solve)
+        reports.append(report)
+        errors = {name.split(".")[-1]: matrix["relative_error"] for name, matrix in report["matrices"].items()}
         progress.set_postfix_str(" ".join(f"{name} {error:.3f}" for name, error in errors.items() if error is not None))
     return reports
+
+
+def _prune_layer(
+    layer: Layer,
+    index: int,
+    hidden: list[torch.Tensor],
+    settings: PruneSettings,
+    store: LayerStore,
+    group: dist.ProcessGroup | None,
+    *,
+    outputs_wanted: bool,
+) -> dict[str, Any]:
+    """Prune one layer; with `outputs_wanted` the samples in `hidden` are replaced by its outputs."""
+    started = time.perf_counter()
+    solve_seconds = 0.0
+    resumed = index in store.finished
+    if resumed:
+        pruned = store.load(index)
+        if outputs_wanted and not settings.sequential:
+            _advance(layer, hidden)
+    else:
+        statistics = calibrate(layer, hidden, keep_outputs=outputs_wanted and not settings.sequential)
+        solve_started = time.perf_counter()
+        pruned = _solve(layer, statistics, settings, group)
+        solve_seconds = time.perf_counter() - solve_started
+        store.save(index, pruned)
+    for name, matrix in pruned.items():
+        matrix.apply(layer.linears[name].weight)
+    if outputs_wanted and settings.sequential:
+        _advance(layer, hidden)
+    return {
+        "layer": index,
+        "seconds": time.perf_counter() - started,
+        "solve_seconds": solve_seconds,
+        "resumed": resumed,
+        "matrices": {name: matrix.report for name, matrix in pruned.items()},
+    }
 
 
 def calibrate(layer: Layer, hidden: list[torch.Tensor], *, keep_outputs: bool) -> dict[tuple[str, ...], InputStatistics]:

@@ -57,10 +57,10 @@ class PrunedMatrix:
     report: dict[str, Any]
 
     def apply(self, weight: torch.Tensor) -> None:
-        """Make `weight` [out, in] the sparse one."""
+        """Make `weight` [out, in], on any device, the sparse one."""
         if self.weight is not None:
             weight.copy_(self.weight)
-        weight.masked_fill_(~self.mask, 0)
+        weight.masked_fill_(~self.mask.to(weight.device), 0)
 
 
 @torch.no_grad()

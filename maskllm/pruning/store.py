@@ -46,12 +46,10 @@ class DirectoryStore:
                 directory.mkdir(parents=True)
                 write_json(directory / _RUN, run)
         dist.broadcast_object_list(finished)
-        self._finished = set(finished[0])
+        self.finished = frozenset(finished[0])
 
-    def load(self, index: int) -> dict[str, PrunedMatrix] | None:
-        """The layer's matrices, None where it is not finished. Raises MaskLLMError where its file cannot be read."""
-        if index not in self._finished:
-            return None
+    def load(self, index: int) -> dict[str, PrunedMatrix]:
+        """A finished layer's matrices. Raises MaskLLMError where its file cannot be read."""
         path = self._path(index)
         try:
             with safe_open(path, framework="pt") as file:

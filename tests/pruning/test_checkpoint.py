@@ -204,6 +204,20 @@ def test_an_interrupted_run_goes_on_after_its_last_layer(tiny_dense, tiny_datase
         assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+def test_a_run_interrupted_while_writing_only_writes(tiny_dense, tiny_dataset, tmp_path, monkeypatch):
+    def no_room(*args, **kwargs):
+        raise OSError(28, "No space left on device", "out")
+
+    arguments = calibrated(tiny_dataset, "wanda")
+    monkeypatch.setattr("maskllm.pruning.checkpoint.write_pruned", no_room)
+    assert prune(tiny_dense, tmp_path / "out", *arguments) == 1
+    monkeypatch.undo()
+    monkeypatch.setattr("maskllm.pruning.layerwise.calibrate", None)
+    monkeypatch.setattr("maskllm.pruning.layerwise._advance", None)
+    assert prune(tiny_dense, tmp_path / "out", *arguments) == 0
+    assert len(hf_masks(tmp_path / "out")) == 28
+
+
 def test_layers_of_another_run_are_not_taken_up(tiny_dense, tiny_dataset, tmp_path, monkeypatch):
     def stop(self, index, pruned):
         raise KeyboardInterrupt
