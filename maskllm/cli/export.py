@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
 from maskllm.export.hf import MAX_SHARD_SIZE, export
+from maskllm.files import write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,10 +16,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="Hugging Face checkpoint directory to write")
     parser.add_argument("--mask-file", metavar="F.npz", help="also write the masks to this file")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
     parser.add_argument("--max-shard-size", default=MAX_SHARD_SIZE, metavar="SIZE", help="largest safetensors file to write")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Export and say where to."""
-    export(args.load, args.output, mask_file=args.mask_file, max_shard_size=args.max_shard_size)
+    """Export and say what was written."""
+    report = export(args.load, args.output, mask_file=args.mask_file, max_shard_size=args.max_shard_size)
+    if args.json:
+        write_json(args.json, dataclasses.asdict(report))
     print(f"wrote {args.output}" + (f" and {args.mask_file}" if args.mask_file else ""))
+    print(f"{report.parameters:,} parameters, {report.bytes:,} bytes")
+    if report.pruned_parameters:
+        print(
+            f"{report.zeros:,} of {report.pruned_parameters:,} pruned weights are zero ({report.zeros / report.pruned_parameters:.2%})"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from maskllm.errors import MaskLLMError
+from maskllm.export.mask_file import write_mask_file
 from maskllm.files import atomic_directory, write_json
 from maskllm.models.checkpoint import Checkpoint, resolve
 from maskllm.models.families import parameter_map
@@ -23,18 +25,28 @@ from maskllm.ops import check_mask
 from maskllm.patterns import unpack_mask
 
 MAX_SHARD_SIZE = "5GB"
-"""The default of Hugging Face's own writers; one file of at most this size is in memory at a time."""
+"""The default of huggingface_hub's own writer; one file of at most this size is in memory at a time."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, in elements and bytes; the zeros are those inside of the pruned matrices."""
+
+    parameters: int
+    pruned_parameters: int
+    zeros: int
+    bytes: int
 
 
 def export(
     load: str | Path, output: str | Path, *, mask_file: str | Path | None = None, max_shard_size: str = MAX_SHARD_SIZE
-) -> None:
+) -> ExportReport:
     """Write the checkpoint `load`, dense or trimmed, as a Hugging Face checkpoint to the directory `output`.
 
     Tensors keep their dtype and their bits. `output` appears when it is complete and every pruned matrix has been found to have at
     most N non-zeros in every M. `mask_file` also gets the masks (`maskllm.export.mask_file`). `max_shard_size` is a number with a
     unit, such as "5GB". Raises MaskLLMError where `output` exists and is not empty, for checkpoints of other stages, for missing or
-    misshapen tensors, and for a weight outside of its mask.
+    misshapen tensors, and for a weight outside of its mask. Returns what was written.
     """
     output = Path(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
@@ -58,6 +70,8 @@ def export(
     except ValueError as error:
         raise MaskLLMError(f"--max-shard-size {max_shard_size}: {error}") from None
     total = shards.metadata["total_size"]
+    pruned = _pruned_names(checkpoint)
+    zeros = 0
     with (
         atomic_directory(output) as temporary,
         tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=None) as progress,
@@ -67,13 +81,25 @@ def export(
             shard = {}
             for name in names:
                 shard[name] = tensors[name].load().contiguous()
+                zeros += int((shard[name] == 0).sum()) if name in pruned else 0
                 progress.update(tensors[name].nbytes)
             save_file(shard, temporary / file, metadata={"format": "pt"})
         if shards.is_sharded:
             write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": shards.tensor_to_filename})
+    if mask_file is not None:  # after `output` took its place, which may be where the mask file goes
+        write_mask_file(mask_file, _hf_masks(checkpoint))
+    sizes = {name: torch.Size(tensor.shape).numel() for name, tensor in tensors.items()}
+    return ExportReport(sum(sizes.values()), sum(sizes[name] for name in pruned), zeros, total)
 
 
-def hf_masks(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
+def _pruned_names(checkpoint: Checkpoint) -> set[str]:
+    """The Hugging Face names of the weights that have masks."""
+    if checkpoint.info.stage == "dense":
+        return set()
+    return {name for mapping in parameter_map(checkpoint.model_config) if mapping.linear is not None for name in mapping.hf}
+
+
+def _hf_masks(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
     """Each pruned weight's Hugging Face name and its mask, bool [out, in], of a checkpoint with `mask_bits`."""
     for mapping in parameter_map(checkpoint.model_config):
         if mapping.linear is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from maskllm.cli import main
 from maskllm.errors import MaskLLMError
-from maskllm.export.hf import export, hf_masks
+from maskllm.export.hf import export
 from maskllm.export.trim import trim
 from maskllm.models.checkpoint import CheckpointInfo, resolve, write_checkpoint
 from maskllm.models.convert import convert
@@ -75,7 +76,8 @@ PRUNED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 def test_pruned_matrices_keep_two_of_four_and_the_rest_is_untouched(trimmed, tmp_path):
-    export(trimmed, tmp_path / "sparse")
+    arguments = ["--load", str(trimmed), "--output", str(tmp_path / "sparse"), "--json", str(tmp_path / "report.json")]
+    assert main(["export", *arguments]) == 0
     before, after = tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "sparse")
     pruned = {key for key in before if key.split(".")[-2] in PRUNED}
     assert len(pruned) == 2 * 7
@@ -86,16 +88,26 @@ def test_pruned_matrices_keep_two_of_four_and_the_rest_is_untouched(trimmed, tmp
         kept = after[key] != 0
         assert kept.unflatten(1, (-1, 4)).sum(-1).eq(2).all(), key
         assert torch.equal(after[key][kept], before[key][kept]), key
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report == {
+        "parameters": sum(tensor.numel() for tensor in before.values()),
+        "pruned_parameters": sum(before[key].numel() for key in pruned),
+        "zeros": sum(before[key].numel() for key in pruned) // 2,
+        "bytes": sum(tensor.nbytes for tensor in before.values()),
+    }
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
     assert (model.model.layers[1].mlp.up_proj.weight == 0).float().mean() == 0.5
 
 
-def test_masks_come_under_their_hugging_face_names(trimmed, tmp_path):
-    export(trimmed, tmp_path / "sparse")
-    weights = tensors_of(tmp_path / "sparse")
-    masks = dict(hf_masks(resolve(trimmed)))
-    assert set(masks) == {key for key in weights if key.split(".")[-2] in PRUNED}
-    assert all(torch.equal(mask, weights[key] != 0) for key, mask in masks.items())  # no weight of this model is zero by itself
+def test_the_mask_file_makes_the_dense_model_the_exported_one(trimmed, tmp_path):
+    export(trimmed, tmp_path / "sparse", mask_file=tmp_path / "sparse" / "masks.npz")
+    dense, sparse = tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "sparse")
+    with np.load(tmp_path / "sparse" / "masks.npz", allow_pickle=False) as masks:
+        assert set(masks.files) == {f"{key}.mask" for key in dense if key.split(".")[-2] in PRUNED}
+        for key in masks.files:
+            name = key.removesuffix(".mask")
+            mask = np.unpackbits(masks[key], count=dense[name].numel()).reshape(dense[name].shape)
+            assert torch.equal(dense[name] * torch.from_numpy(mask), sparse[name]), name
 
 
 @pytest.mark.parametrize(
