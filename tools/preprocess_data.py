@@ -1,4 +1,4 @@
-"""JSON lines to a Megatron indexed dataset: `maskllm preprocess` as a script."""
+"""Stand-alone form of `maskllm preprocess`."""
 
 import sys
 

@@ -1,0 +1,126 @@
+"""Perplexity of a Hugging Face model, dense, sparse, or dense with a mask file applied."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from maskllm.data.tokenizer import load_tokenizer
+from maskllm.errors import MaskLLMError
+from maskllm.evaluation.perplexity import Perplexity, WindowNLL, next_token_nll, perplexity
+from maskllm.evaluation.text import read_evaluation_text
+from maskllm.export.mask_file import apply_mask_file
+from maskllm.models.hf_source import find_source
+
+
+@dataclass(frozen=True)
+class Evaluation(Perplexity):
+    """What `evaluate_hf` found."""
+
+    data_kind: str
+    """How the text was read; see `read_evaluation_text`."""
+    dtype: str
+    """What the model computed in."""
+    device: str
+    zeros: float
+    """Share of zeros among the weights of the transformer blocks' linear layers."""
+
+
+def evaluate_hf(
+    model: str | os.PathLike,
+    data: str | os.PathLike,
+    *,
+    seq_length: int,
+    max_windows: int | None = None,
+    mask_file: str | os.PathLike | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> Evaluation:
+    """Perplexity of a model, a local directory or hub id, on a text file that its own tokenizer reads.
+
+    Args:
+        seq_length, max_windows: see `perplexity`.
+        mask_file: masks (`maskllm.export.mask_file`) to apply to the model's weights first.
+        dtype: what to compute in; by default the checkpoint's own, but fp32 on a CPU without bf16 (fp16) instructions, which
+            is the same model, computed faster and more exactly.
+        device: by default the GPU if there is one.
+
+    Raises MaskLLMError for what cannot be read, for masks that do not fit, and for windows longer than the model's context.
+    """
+    directory = find_source(model)
+    text = read_evaluation_text(data)
+    tokens = load_tokenizer(directory, use_gigatoken=False).encode(text.text)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    loaded = load_hf_model(directory, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    _check_fits(loaded, int(tokens.max()), seq_length)
+    weights = block_weights(loaded)
+    if mask_file is not None:
+        apply_mask_file(mask_file, weights)
+    result = perplexity(hf_window_nll(loaded), tokens, seq_length, max_windows=max_windows)
+    return Evaluation(
+        **dataclasses.asdict(result),
+        data_kind=text.kind,
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        device=str(device),
+        zeros=zero_share(weights),
+    )
+
+
+def load_hf_model(
+    directory: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A causal language model in evaluation mode on `device`; `dtype` as in `evaluate_hf`. Raises MaskLLMError where it fails."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype or "auto", local_files_only=True, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # transformers raises all sorts for files that are missing, damaged or of unknown architectures
+        raise MaskLLMError(f"{directory}: transformers cannot load it: {(str(error).splitlines() or [''])[0]}") from error
+    if dtype is None and device.type == "cpu" and not _computes_fast_on_cpu(model.dtype):
+        model = model.float()
+    return model.to(device).eval()
+
+
+def _computes_fast_on_cpu(dtype: torch.dtype) -> bool:
+    capability = {torch.bfloat16: "_is_avx512_bf16_supported", torch.float16: "_is_amx_fp16_supported"}.get(dtype)
+    return capability is None or getattr(torch.cpu, capability, lambda: False)()
+
+
+def hf_window_nll(model: PreTrainedModel) -> WindowNLL:
+    """The model as `perplexity` takes it."""
+
+    @torch.inference_mode()
+    def window_nll(tokens: torch.Tensor) -> float:
+        tokens = tokens.to(model.device)
+        return next_token_nll(model(tokens[None], use_cache=False).logits[0], tokens)
+
+    return window_nll
+
+
+def block_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Parameter name -> weight [out, in] of every linear layer of the transformer blocks; embedding and output layer left out."""
+    layers = getattr(model.base_model, "layers", None)
+    if layers is None:
+        raise MaskLLMError(f"{type(model).__name__} has no transformer blocks at {model.base_model_prefix}.layers")
+    inside = {id(module) for module in layers.modules() if isinstance(module, torch.nn.Linear)}
+    return {f"{name}.weight": module.weight.data for name, module in model.named_modules() if id(module) in inside}
+
+
+def zero_share(weights: dict[str, torch.Tensor]) -> float:
+    """Share of zeros among all elements of `weights`."""
+    zeros = sum(int((weight == 0).sum()) for weight in weights.values())
+    return zeros / sum(weight.numel() for weight in weights.values())
+
+
+def _check_fits(model: PreTrainedModel, largest_token: int, seq_length: int) -> None:
+    rows = model.get_input_embeddings().num_embeddings
+    if largest_token >= rows:
+        raise MaskLLMError(f"the tokenizer gives token {largest_token}, the model's embedding has {rows} rows; they do not match")
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and seq_length > longest:
+        raise MaskLLMError(f"--seq-length {seq_length} is longer than the model's context of {longest} tokens")

@@ -1,0 +1,95 @@
+"""Perplexity of a Megatron checkpoint at any stage, with Megatron's own model."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from maskllm.data.tokenizer import load_tokenizer
+from maskllm.distributed import device
+from maskllm.errors import MaskLLMError
+from maskllm.evaluation.huggingface import Evaluation
+from maskllm.evaluation.perplexity import WindowNLL, perplexity
+from maskllm.evaluation.text import read_evaluation_text
+from maskllm.layers.gpt import FrozenVocabularyGPTModel
+from maskllm.layers.spec import masked_linears
+from maskllm.masking.sampler import MaskMode, MaskSampler
+from maskllm.models.build import build_model, load_model
+from maskllm.models.checkpoint import Checkpoint, resolve
+
+
+def evaluate_checkpoint(
+    load: str | os.PathLike,
+    data: str | os.PathLike,
+    *,
+    seq_length: int,
+    max_windows: int | None = None,
+    params_dtype: torch.dtype | None = None,
+) -> Evaluation:
+    """Perplexity of a checkpoint on a text that its own tokenizer reads: dense, with its one-shot mask, or with its learned winners.
+
+    Inside `maskllm.distributed.parallel_processes`, on one tensor-parallel group. Arguments and errors are those of `evaluate_hf`;
+    `params_dtype` is fp32 on the CPU and bf16 on a GPU by default.
+    """
+    checkpoint = resolve(load)
+    text = read_evaluation_text(data)
+    tokens = load_tokenizer(checkpoint.hf_directory, use_gigatoken=False).encode(text.text)
+    config = checkpoint.model_config
+    if int(tokens.max()) >= config.vocab_size:
+        raise MaskLLMError(
+            f"{data}: found token {int(tokens.max())}, wanted less than the model's vocabulary of {config.vocab_size}"
+        )
+    if seq_length > config.max_position_embeddings:
+        raise MaskLLMError(f"--seq-length {seq_length}: the model's context has {config.max_position_embeddings} positions")
+    dtype = params_dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+    model = load_masked_model(checkpoint, dtype)
+    result = perplexity(megatron_window_nll(model), tokens, seq_length, max_windows=max_windows)
+    return Evaluation(
+        **dataclasses.asdict(result),
+        data_kind=text.kind,
+        dtype=str(dtype).removeprefix("torch."),
+        device=device().type,
+        zeros=zero_share(model),
+    )
+
+
+def load_masked_model(checkpoint: Checkpoint, params_dtype: torch.dtype) -> FrozenVocabularyGPTModel:
+    """This rank's part of the model as the checkpoint would be used: winners where it has logits, else its mask if it has one."""
+    model = build_model(checkpoint.model_config, params_dtype=params_dtype).eval()
+    if checkpoint.info.stage == "trained":
+        sampler = MaskSampler(checkpoint.info.block_pattern, mode=MaskMode.WINNER)
+        for layer in masked_linears(model):
+            layer.attach_logits(sampler, draw=False)
+    elif checkpoint.info.stage != "dense":
+        for layer in masked_linears(model):
+            layer.attach_bits()
+    load_model(checkpoint, model)
+    return model
+
+
+def megatron_window_nll(model: FrozenVocabularyGPTModel) -> WindowNLL:
+    """The model as `perplexity` takes it."""
+
+    @torch.inference_mode()
+    def window_nll(tokens: torch.Tensor) -> float:
+        tokens = tokens.to(device())
+        positions = torch.arange(len(tokens) - 1, device=tokens.device)
+        losses = model(tokens[None, :-1], positions[None], None, labels=tokens[None, 1:].contiguous())
+        return losses.double().sum().item()
+
+    return window_nll
+
+
+@torch.inference_mode()
+def zero_share(model: FrozenVocabularyGPTModel) -> float:
+    """Share of zeros among the weights that the masked linears use, over all tensor-parallel ranks."""
+    counts = torch.zeros(2, dtype=torch.float64, device=device())
+    for layer in masked_linears(model):
+        weight = layer.effective_weight()
+        counts += torch.tensor([(weight == 0).sum(), weight.numel()], dtype=torch.float64, device=device())
+    dist.all_reduce(counts, group=parallel_state.get_tensor_model_parallel_group())
+    return float(counts[0] / counts[1])

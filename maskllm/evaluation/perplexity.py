@@ -1,0 +1,90 @@
+"""Perplexity by the protocol of the pruning papers (GPTQ, SparseGPT, Wanda, MaskLLM).
+
+The text is tokenized as one string and cut into n = tokens // S windows of S tokens that do not overlap; the rest is dropped. In a
+window the model predicts tokens 2..S, each from those before it in the window: S - 1 predictions. With l(i, t) the negative
+log-likelihood, in nats, of token t of window i,
+
+    perplexity = exp( 1/n * sum over i of ( 1/(S-1) * sum over t of l(i, t) ) ).
+
+The papers' code multiplies each window's mean by S and divides the total by n * S, which is the same number. It is not the
+perplexity with a sliding window of overlapping contexts, which is lower.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from maskllm.errors import MaskLLMError
+
+WindowNLL = Callable[[torch.Tensor], float]
+"""A model: int64 tokens [S], on the CPU, to the sum of the negative log-likelihoods, in nats, of its S - 1 predictions."""
+
+CHUNK_PREDICTIONS = 256
+"""Predictions whose fp32 log-softmax over the vocabulary is in memory at a time."""
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """The result of `perplexity`."""
+
+    perplexity: float
+    nll: float
+    """Mean negative log-likelihood of a prediction, in nats."""
+    windows: int
+    seq_length: int
+    text_tokens: int
+    """Tokens of the whole text, those outside of the evaluated windows included."""
+    seconds: float
+
+
+def perplexity(
+    window_nll: WindowNLL, tokens: np.ndarray | torch.Tensor, seq_length: int, *, max_windows: int | None = None
+) -> Perplexity:
+    """Evaluate a model on the first `max_windows` (default: all) windows of `seq_length` tokens of `tokens` [text tokens].
+
+    Raises MaskLLMError where the text is shorter than a window or the model's likelihood is not a number.
+    """
+    if seq_length < 2:
+        raise MaskLLMError(f"--seq-length {seq_length}: a window needs at least 2 tokens")
+    if max_windows is not None and max_windows < 1:
+        raise MaskLLMError(f"--max-windows {max_windows}: wanted at least 1")
+    tokens = torch.as_tensor(tokens).long()
+    windows = tokens[: len(tokens) // seq_length * seq_length].view(-1, seq_length)[:max_windows]
+    if not len(windows):
+        raise MaskLLMError(f"the text has {len(tokens)} tokens, less than one window of {seq_length}; use a smaller --seq-length")
+    started = time.perf_counter()
+    total = 0.0
+    with tqdm(windows, desc="perplexity", unit="window", disable=None) as progress:
+        for number, window in enumerate(progress, start=1):
+            total += window_nll(window) / (seq_length - 1)
+            if math.isnan(total):
+                raise MaskLLMError(
+                    f"the model's likelihood of window {number} is not a number; its weights or activations overflow"
+                )
+            progress.set_postfix(perplexity=f"{_exp(total / number):.2f}", refresh=False)
+    nll = total / len(windows)
+    return Perplexity(_exp(nll), nll, len(windows), seq_length, len(tokens), time.perf_counter() - started)
+
+
+def next_token_nll(logits: torch.Tensor, tokens: torch.Tensor) -> float:
+    """The sum over positions t < S of -log softmax(logits[t])[tokens[t + 1]], in fp32 a chunk of positions, summed in fp64.
+
+    Args:
+        logits: any floating-point type, [S, vocabulary].
+        tokens: int64 [S], on the same device.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=logits.device)
+    for rows, targets in zip(logits[:-1].split(CHUNK_PREDICTIONS), tokens[1:].split(CHUNK_PREDICTIONS), strict=True):
+        total += torch.nn.functional.cross_entropy(rows.float(), targets, reduction="none").double().sum()
+    return total.item()
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < 700 else math.inf

@@ -1,0 +1,69 @@
+"""Mask files: the masks of a pruned model apart from its weights, one bit a weight, in NumPy's .npz.
+
+One array a pruned weight; its key is the Hugging Face parameter name and `.mask` (for example
+`model.layers.0.self_attn.q_proj.weight.mask`), its value `numpy.packbits` of the boolean mask [out, in] flattened in row-major order,
+uint8 [ceil(out * in / 8)]. The authors of MaskLLM publish their masks in this format.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from maskllm.errors import MaskLLMError
+from maskllm.files import atomic_file
+
+SUFFIX = ".mask"
+
+
+def write_mask_file(path: str | os.PathLike, masks: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Write (parameter name, boolean mask [out, in]) pairs, one in memory at a time; the file appears complete or not at all."""
+    with atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, mask in masks:
+            bits = np.packbits(mask.detach().cpu().numpy().astype(bool))
+            with archive.open(f"{name}{SUFFIX}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, bits, allow_pickle=False)
+
+
+def apply_mask_file(path: str | os.PathLike, weights: Mapping[str, torch.Tensor]) -> None:
+    """Set to zero, in place, what the mask file removes from `weights` (parameter name -> tensor [out, in]).
+
+    All is checked before the first weight changes: MaskLLMError where the file cannot be read, and, by name, where a weight has no
+    mask, a mask has no weight, or a mask's type or size is not its weight's.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MaskLLMError(f"{path}: no such mask file")
+    try:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise MaskLLMError(f"{path}: a single array, wanted an .npz mask file")
+        with archive:
+            _check(path, archive, weights)
+            for name, weight in tqdm(weights.items(), desc="apply masks", unit="matrix", disable=None, leave=False):
+                mask = np.unpackbits(archive[name + SUFFIX], count=weight.numel()).view(bool).reshape(weight.shape)
+                weight.masked_fill_(torch.from_numpy(~mask).to(weight.device), 0)
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+        raise MaskLLMError(f"{path}: not a readable .npz mask file ({str(error).splitlines()[0]})") from error
+
+
+def _check(path: Path, archive: np.lib.npyio.NpzFile, weights: Mapping[str, torch.Tensor]) -> None:
+    expected = {name + SUFFIX for name in weights}
+    for what, names in (("no mask for", expected - set(archive.files)), ("mask of unknown weight", set(archive.files) - expected)):
+        if names:
+            shown = sorted(names)[0]
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise MaskLLMError(f"{path}: {what} {shown.removesuffix(SUFFIX)}{more}; the file belongs to another model")
+    for name, weight in weights.items():
+        bits, size = archive[name + SUFFIX], -(-weight.numel() // 8)
+        if bits.dtype != np.uint8 or bits.shape != (size,):
+            raise MaskLLMError(
+                f"{path}: the mask of {name} is {bits.dtype} {list(bits.shape)}, wanted uint8 [{size}] for {list(weight.shape)} weights"
+            )

@@ -1,0 +1,132 @@
+"""Mask files: NumPy's own reading and writing, the weights they are applied to, and every file that does not fit."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from maskllm.cli import main
+from maskllm.errors import MaskLLMError
+from maskllm.evaluation.huggingface import block_weights, evaluate_hf, zero_share
+from maskllm.export.mask_file import apply_mask_file, write_mask_file
+
+NAMES = ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"]
+
+
+@pytest.fixture
+def weights() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {name: torch.randn(shape) for name, shape in zip(NAMES, [(8, 12), (3, 7)], strict=True)}
+
+
+@pytest.fixture
+def masks(weights) -> dict[str, torch.Tensor]:
+    return {name: torch.rand(weight.shape) > 0.5 for name, weight in weights.items()}
+
+
+def save_as_the_authors_do(path, masks) -> None:
+    np.savez_compressed(path, **{f"{name}.mask": np.packbits(mask.numpy().flatten()) for name, mask in masks.items()})
+
+
+def test_files_are_what_savez_compressed_writes(tmp_path, masks):
+    write_mask_file(tmp_path / "ours.npz", iter(masks.items()))
+    save_as_the_authors_do(tmp_path / "theirs.npz", masks)
+    ours, theirs = np.load(tmp_path / "ours.npz"), np.load(tmp_path / "theirs.npz")
+    assert ours.files == theirs.files == [f"{name}.mask" for name in NAMES]
+    for key in theirs.files:
+        assert ours[key].dtype == theirs[key].dtype
+        np.testing.assert_array_equal(ours[key], theirs[key])
+
+
+def test_masked_weights_are_zero_and_the_others_untouched(tmp_path, weights, masks):
+    save_as_the_authors_do(tmp_path / "masks.npz", masks)
+    before = {name: weight.clone() for name, weight in weights.items()}
+    weights[NAMES[1]][0, 0] = before[NAMES[1]][0, 0] = float("nan")
+    masks[NAMES[1]][0, 0] = False
+    save_as_the_authors_do(tmp_path / "masks.npz", masks)
+    apply_mask_file(tmp_path / "masks.npz", weights)
+    for name, weight in weights.items():
+        assert torch.equal(weight[masks[name]], before[name][masks[name]])
+        assert (weight[~masks[name]] == 0).all()
+
+
+def arrays(masks: dict[str, torch.Tensor], case: str) -> dict[str, np.ndarray]:
+    packed = {f"{name}.mask": np.packbits(mask.numpy()) for name, mask in masks.items()}
+    first, second = packed
+    return {
+        "missing": {first: packed[first]},
+        "extra": packed | {"lm_head.weight.mask": packed[first]},
+        "short": packed | {second: packed[second][:-1]},
+        "unpacked": packed | {first: masks[NAMES[0]].numpy()},
+        "pickled": packed | {first: np.array([{"a": 1}], dtype=object)},
+    }[case]
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("missing", f"no mask for {NAMES[1]}"),
+        ("extra", "mask of unknown weight lm_head.weight"),
+        ("short", rf"the mask of {NAMES[1]} is uint8 \[2\], wanted uint8 \[3\] for \[3, 7\] weights"),
+        ("unpacked", rf"the mask of {NAMES[0]} is bool \[8, 12\], wanted uint8 \[12\]"),
+        ("pickled", "not a readable .npz mask file"),
+    ],
+)
+def test_masks_that_do_not_fit_are_named_and_nothing_is_changed(tmp_path, weights, masks, case, message):
+    np.savez_compressed(tmp_path / "masks.npz", **arrays(masks, case))
+    before = {name: weight.clone() for name, weight in weights.items()}
+    with pytest.raises(MaskLLMError, match=message) as error:
+        apply_mask_file(tmp_path / "masks.npz", weights)
+    assert str(error.value).startswith(str(tmp_path / "masks.npz"))
+    assert all(torch.equal(weight, before[name]) for name, weight in weights.items())
+
+
+def test_files_that_are_no_mask_files(tmp_path, weights, masks):
+    np.save(tmp_path / "single.npy", np.zeros(3, np.uint8))
+    (tmp_path / "text.npz").write_text("text")
+    (tmp_path / "empty.npz").write_text("")
+    save_as_the_authors_do(tmp_path / "whole.npz", masks)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:-60])
+    for name in ("single.npy", "text.npz", "empty.npz", "cut.npz", "missing.npz"):
+        with pytest.raises(MaskLLMError, match=name) as error:
+            apply_mask_file(tmp_path / name, weights)
+        assert "\n" not in str(error.value)
+
+
+def test_a_failing_writer_leaves_nothing(tmp_path, masks):
+    def failing():
+        yield from masks.items()
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_mask_file(tmp_path / "masks.npz", failing())
+    assert not list(tmp_path.iterdir())
+
+
+def test_evaluating_with_a_mask_file_is_evaluating_the_masked_model(model_directory, text_file, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(model_directory)
+    weights = block_weights(model)
+    assert len(weights) == 2 * 7 and not any("lm_head" in name or "embed" in name for name in weights)
+    torch.manual_seed(1)
+    masks = {}
+    for name, weight in weights.items():  # 2 of 4
+        order = torch.rand(weight.shape[0], weight.shape[1] // 4, 4).argsort(-1)
+        masks[name] = (order < 2).flatten(1)
+        weight *= masks[name]
+    assert zero_share(weights) == 0.5
+    model.save_pretrained(tmp_path / "sparse")
+    for file in model_directory.glob("tokenizer*"):
+        (tmp_path / "sparse" / file.name).write_bytes(file.read_bytes())
+    write_mask_file(tmp_path / "masks.npz", masks.items())
+    arguments = ["--data", str(text_file), "--seq-length", "48", "--params-dtype", "fp32", "--json", str(tmp_path / "out.json")]
+    assert main(["evaluate", "--model", str(model_directory), "--mask", str(tmp_path / "masks.npz"), *arguments]) == 0
+    masked = json.loads((tmp_path / "out.json").read_text())
+    sparse = evaluate_hf(tmp_path / "sparse", text_file, seq_length=48, dtype=torch.float32)
+    dense = evaluate_hf(model_directory, text_file, seq_length=48, dtype=torch.float32)
+    assert masked["perplexity"] == pytest.approx(sparse.perplexity, rel=1e-9)
+    assert abs(np.log(dense.perplexity / sparse.perplexity)) > 0.01
+    assert masked["zeros"] == sparse.zeros == 0.5 and dense.zeros == 0

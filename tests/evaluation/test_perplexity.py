@@ -1,0 +1,118 @@
+"""Perplexity against transformers' own loss, the pruning papers' arithmetic and closed forms."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from maskllm.cli import main
+from maskllm.errors import MaskLLMError
+from maskllm.evaluation.huggingface import evaluate_hf, load_hf_model
+from maskllm.evaluation.perplexity import next_token_nll, perplexity
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [2, 257, 600])
+def test_next_token_nll_against_log_softmax_in_double(dtype, length):
+    torch.manual_seed(length)
+    logits, tokens = (20 * torch.randn(length, 37)).to(dtype), torch.randint(37, (length,))
+    expected = -logits.double().log_softmax(1)[torch.arange(length - 1), tokens[1:]].sum().item()
+    assert next_token_nll(logits, tokens) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_uniform_model_has_the_vocabularys_size_as_perplexity():
+    result = perplexity(lambda window: next_token_nll(torch.zeros(len(window), 50), window), torch.randint(50, (103,)), 10)
+    assert result.perplexity == pytest.approx(50)
+    assert (result.windows, result.text_tokens) == (10, 103)
+
+
+def test_windows_do_not_overlap_and_the_rest_is_dropped():
+    seen = []
+    perplexity(lambda window: seen.append(window.tolist()) or 0.0, torch.arange(23), 5)
+    assert seen == [list(range(start, start + 5)) for start in range(0, 20, 5)]
+    seen.clear()
+    assert perplexity(lambda window: seen.append(window.tolist()) or 0.0, torch.arange(23), 5, max_windows=2).windows == 2
+    assert len(seen) == 2
+
+
+def test_evaluation_is_transformers_own_loss_by_the_papers_formula(model_directory, text_file):
+    seq_length = 48
+    result = evaluate_hf(model_directory, text_file, seq_length=seq_length, dtype=torch.float32, device="cpu")
+    model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
+    encoded = AutoTokenizer.from_pretrained(model_directory)(text_file.read_text(), return_tensors="pt").input_ids
+    samples = encoded.numel() // seq_length
+    nlls = []
+    with torch.no_grad():
+        for sample in range(samples):
+            batch = encoded[:, sample * seq_length : (sample + 1) * seq_length]
+            nlls.append(model(batch, labels=batch).loss.double() * seq_length)
+    expected = torch.exp(torch.stack(nlls).sum() / (samples * seq_length)).item()
+    assert samples > 5
+    assert result.perplexity == pytest.approx(expected, rel=1e-6)
+    assert (result.windows, result.text_tokens, result.dtype, result.data_kind) == (samples, encoded.numel(), "float32", "text")
+
+
+def test_the_default_dtype_is_the_checkpoints_where_the_cpu_can(model_directory, monkeypatch):
+    for supported, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda answer=supported: answer, raising=False)
+        model = load_hf_model(model_directory, device=torch.device("cpu"))
+        assert model.dtype == dtype and not model.training
+        stored = AutoModelForCausalLM.from_pretrained(model_directory).state_dict()
+        assert all(torch.equal(weight.to(torch.bfloat16), stored[name]) for name, weight in model.state_dict().items())
+
+
+def test_command_line_writes_what_it_prints(model_directory, text_file, tmp_path, capsys):
+    arguments = ["--model", str(model_directory), "--data", str(text_file), "--seq-length", "32", "--max-windows", "3"]
+    assert main(["evaluate", *arguments, "--json", str(tmp_path / "out.json")]) == 0
+    numbers = json.loads((tmp_path / "out.json").read_text())
+    assert f"perplexity {numbers['perplexity']:.4f} (3 windows of 32 tokens, text" in capsys.readouterr().out
+    assert numbers["windows"] == 3 and numbers["zeros"] == 0 and numbers["mask"] is None
+    assert math.log(numbers["perplexity"]) == pytest.approx(numbers["nll"])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--model", "nowhere"], "nowhere: no such directory"),
+        (["--data", "nowhere.txt"], "nowhere.txt: no such file"),
+        (["--seq-length", "65"], "--seq-length 65 is longer than the model's context of 64 tokens"),
+        (["--seq-length", "1"], "a window needs at least 2 tokens"),
+        (["--max-windows", "0"], "--max-windows 0"),
+        (["--data", "short.txt"], "less than one window of 32"),
+        (["--mask", "nowhere.npz"], "nowhere.npz: no such mask file"),
+    ],
+)
+def test_bad_input_ends_with_one_line(model_directory, text_file, tmp_path, monkeypatch, capsys, changed, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("a b c")
+    arguments = ["--model", str(model_directory), "--data", str(text_file), "--seq-length", "32", *changed]
+    assert main(["evaluate", *arguments]) == 1
+    last = capsys.readouterr().err.rstrip("\n").splitlines()[-1]
+    assert last.startswith("maskllm evaluate: error: ") and message in last
+
+
+def test_a_damaged_model_and_a_model_that_overflows(model_directory, text_file, tmp_path):
+    for file in model_directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(b"garbage!")
+    with pytest.raises(MaskLLMError, match="transformers cannot load it"):
+        evaluate_hf(tmp_path, text_file, seq_length=32)
+    model = AutoModelForCausalLM.from_pretrained(model_directory)
+    model.lm_head.weight.data[3] = math.inf
+    model.save_pretrained(tmp_path)
+    with pytest.raises(MaskLLMError, match="likelihood of window 1 is not a number"):
+        evaluate_hf(tmp_path, text_file, seq_length=32)
+
+
+def test_a_tokenizer_of_another_model_is_refused(model_directory, text_file, tmp_path):
+    for file in model_directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    model = AutoModelForCausalLM.from_pretrained(model_directory)
+    model.resize_token_embeddings(100)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(MaskLLMError, match="the model's embedding has 100 rows"):
+        evaluate_hf(tmp_path, text_file, seq_length=32)

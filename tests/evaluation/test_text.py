@@ -1,0 +1,57 @@
+"""Held-out texts: the papers' WikiText figure, and how each kind of file is read."""
+
+from __future__ import annotations
+
+import gzip
+import json
+
+import pytest
+
+from maskllm.data.json_lines import BadLineError
+from maskllm.data.tokenizer import load_tokenizer
+from maskllm.errors import MaskLLMError
+from maskllm.evaluation.text import read_evaluation_text
+
+
+@pytest.mark.parametrize("use_gigatoken", [False, True])
+def test_wikitext_2_raw_is_the_papers_341469_tokens(shared_data, use_gigatoken):
+    read = read_evaluation_text(shared_data / "wikitext-2-raw.test.txt")
+    assert read.kind == "wikitext rows"
+    tokenizer = load_tokenizer(shared_data / "llama2-tokenizer.model", use_gigatoken=use_gigatoken)
+    assert len(tokenizer.encode(read.text)) == 341469
+
+
+def test_wikitext_rows_are_joined_as_the_datasets_library_gives_them(tmp_path):
+    (tmp_path / "wiki.test.raw").write_text(" \n = Title = \n \n First @-@ text . \n Second . \n")
+    read = read_evaluation_text(tmp_path / "wiki.test.raw")
+    assert read.text == "\n\n".join(["", " = Title = \n", "", " First @-@ text . \n", " Second . \n"])
+    assert read.kind == "wikitext rows"
+
+
+@pytest.mark.parametrize("name", ["text.txt", "noend.txt"])
+def test_other_text_is_taken_as_it_is(tmp_path, name):
+    text = "Any text,\n in lines \n\n and more." + ("\n" if name == "text.txt" else "")
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert (read_evaluation_text(tmp_path / name).text, read_evaluation_text(tmp_path / name).kind) == (text, "text")
+
+
+@pytest.mark.parametrize("name", ["held.json", "held.jsonl", "held.json.gz"])
+def test_json_lines_are_joined_by_blank_lines(tmp_path, name):
+    data = b"".join(json.dumps({"text": text, "url": ""}).encode() + b"\n" for text in ("one é", "two\nlines", "three"))
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    read = read_evaluation_text(tmp_path / name)
+    assert (read.text, read.kind) == ("one é\n\ntwo\nlines\n\nthree", "json lines")
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "blank.txt").write_bytes(b" \n\n")
+    (tmp_path / "bad.json").write_bytes(b'{"text": "x"}\n{"body": "y"}\n')
+    with pytest.raises(MaskLLMError, match=r"latin.txt: not UTF-8: byte 0xe9 at offset 3"):
+        read_evaluation_text(tmp_path / "latin.txt")
+    with pytest.raises(MaskLLMError, match=r"blank.txt: no text"):
+        read_evaluation_text(tmp_path / "blank.txt")
+    with pytest.raises(BadLineError, match=r"bad.json:2: no key 'text'"):
+        read_evaluation_text(tmp_path / "bad.json")
+    with pytest.raises(MaskLLMError, match="is a directory"):
+        read_evaluation_text(tmp_path)
