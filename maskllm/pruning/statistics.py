@@ -5,6 +5,12 @@ from __future__ import annotations
 import torch
 from torch import distributed as dist
 
+_STRIP = 512
+"""Columns multiplied at a time: half the work of the whole product, of which the upper triangle repeats the lower."""
+
+_MAX_SQUARED_NORM = 1e34
+"""A token whose inputs are larger counts as not finite: a sample's sum of them could overflow in fp32."""
+
 
 class InputStatistics:
     """The Gram matrix `sum over tokens of x x^T` of one linear layer's inputs.
@@ -18,6 +24,7 @@ class InputStatistics:
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         self.gram = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+        """fp64 [in, in], of which only the lower triangle counts."""
         self.samples = 0
         self.tokens = 0
         self.skipped_tokens = 0
@@ -25,13 +32,12 @@ class InputStatistics:
     def add(self, inputs: torch.Tensor) -> None:
         """Add one sample's inputs [..., in], any float dtype. Tokens with a non-finite input are counted and left out."""
         inputs = inputs.reshape(-1, inputs.shape[-1]).float()
-        gram = inputs.t() @ inputs
-        if not gram.diagonal().isfinite().all():
-            finite = inputs.square().sum(dim=1).isfinite()
-            self.skipped_tokens += int((~finite).sum())
-            inputs = inputs[finite]
-            gram = inputs.t() @ inputs
-        self.gram += gram
+        usable = inputs.square().sum(dim=1) < _MAX_SQUARED_NORM  # false for NaN
+        if not usable.all():
+            self.skipped_tokens += int((~usable).sum())
+            inputs = inputs[usable]
+        for start in range(0, len(self.gram), _STRIP):
+            self.gram[start:, start : start + _STRIP] += inputs[:, start:].t() @ inputs[:, start : start + _STRIP]
         self.samples += 1
         self.tokens += len(inputs)
 
@@ -46,4 +52,5 @@ class InputStatistics:
         """SparseGPT's Hessian 2 X X^T, a mean over samples, fp32 [in, in]; the identity where no token was finite."""
         if self.tokens == 0:
             return torch.eye(len(self.gram), device=self.gram.device)
-        return self.gram.float().mul_(2 / self.samples)
+        hessian = self.gram.float().tril_().mul_(2 / self.samples)
+        return hessian.add_(hessian.tril(-1).t())
