@@ -51,21 +51,20 @@ class _MaskedLinear:
             )
         self.mask_bits = torch.zeros(out_features, -(-in_features // 8), dtype=torch.uint8, device=self.weight.device)
 
-    def attach_logits(self, sampler: MaskSampler) -> None:
-        """Freeze the weight and give the layer learnable logits, drawn as `initial_logits` says."""
+    def attach_logits(self, sampler: MaskSampler, *, draw: bool) -> None:
+        """Give the layer learnable logits: drawn as `initial_logits` says or, where a checkpoint's will replace them, zeros."""
         out_features, in_features = self.weight.shape
-        sampler.pattern.check_divides(in_features, self.name)
-        self._shard = self._shard_map(sampler.pattern)
+        pattern = sampler.pattern
+        pattern.check_divides(in_features, self.name)
+        self._shard = self._shard_map(pattern)
         self._philox_key = philox_key(sampler.seed, self.name)
         self.sampler = sampler
-        logits = initial_logits(
-            (out_features, in_features // sampler.pattern.m),
-            sampler.pattern,
-            seed=sampler.seed,
-            layer_name=self.name,
-            shard=self._shard,
-            device=self.weight.device,
-        )
+        shape = (out_features, in_features // pattern.m)
+        device = self.weight.device
+        if draw:
+            logits = initial_logits(shape, pattern, seed=sampler.seed, layer_name=self.name, shard=self._shard, device=device)
+        else:
+            logits = torch.zeros(*shape, pattern.num_candidates, device=device)
         self.mask_logits = torch.nn.Parameter(logits)
         set_tensor_model_parallel_attributes(self.mask_logits, True, self.partition_dim, 1)
         self.mask_logits.allreduce = True

@@ -8,6 +8,7 @@ from megatron.core import parallel_state
 from maskllm.errors import MaskLLMError
 from maskllm.layers.gpt import FrozenVocabularyGPTModel
 from maskllm.layers.spec import block_spec
+from maskllm.models.checkpoint import Checkpoint
 from maskllm.models.config import ModelConfig, gpt_model_arguments, set_rotary_frequencies, transformer_config
 
 
@@ -39,3 +40,8 @@ def build_model(
     )
     set_rotary_frequencies(model, model_config)
     return model.requires_grad_(False)
+
+
+def load_model(checkpoint: Checkpoint, model: FrozenVocabularyGPTModel) -> None:
+    """Fill the model, as far as it has been given masks, from a checkpoint written under any layout."""
+    model.load_state_dict(checkpoint.load({"model": model.sharded_state_dict()})["model"])

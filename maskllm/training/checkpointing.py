@@ -13,7 +13,7 @@ from maskllm.errors import MaskLLMError
 from maskllm.layers.gpt import FrozenVocabularyGPTModel
 from maskllm.layers.spec import masked_linears
 from maskllm.masking.sampler import MaskSampler
-from maskllm.models.build import build_model
+from maskllm.models.build import build_model, load_model
 from maskllm.models.checkpoint import LATEST, Checkpoint, CheckpointInfo, resolve, save_checkpoint
 from maskllm.models.config import ModelConfig
 from maskllm.patterns import Pattern
@@ -67,7 +67,7 @@ class Start:
                 layer.attach_bits()
         load_model(self.checkpoint, model)
         for layer in layers:
-            layer.attach_logits(sampler)
+            layer.attach_logits(sampler, draw=not self.resumed)
             if has_prior and not self.resumed:
                 layer.add_prior(arguments.prior_strength)
         return model
@@ -99,11 +99,6 @@ def resolve_start(arguments: TrainArguments, pattern: Pattern) -> Start:
                     "start a new run with another --save"
                 )
     return Start(arguments, checkpoint, resumed)
-
-
-def load_model(checkpoint: Checkpoint, model: FrozenVocabularyGPTModel) -> None:
-    """Fill the model, as far as it has been given masks, from a checkpoint written under any layout."""
-    model.load_state_dict(checkpoint.load({"model": model.sharded_state_dict()})["model"])
 
 
 def save_training_state(
