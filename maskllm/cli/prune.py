@@ -17,7 +17,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
-    settings, calibration = PruneSettings(), Calibration(data="")
+    settings = PruneSettings()
     parser.add_argument("--load", required=True, metavar="CKPT", help="dense checkpoint: its directory or one iteration's")
     parser.add_argument("--output", required=True, metavar="CKPT", help="Megatron checkpoint directory to write")
     parser.add_argument("--method", choices=METHODS, default=settings.method, help="how the mask is chosen")
@@ -33,9 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PREFIX_OR_FILE",
         help="indexed dataset's prefix or JSON-lines file; magnitude works without, and then reports no errors",
     )
-    parser.add_argument("--calibration-samples", type=int, default=calibration.samples, metavar="K", help="windows to draw")
-    parser.add_argument("--seq-length", type=int, default=calibration.seq_length, metavar="S", help="tokens a window")
-    parser.add_argument("--seed", type=int, default=calibration.seed, metavar="X", help="of the choice of windows")
+    parser.add_argument("--calibration-samples", type=int, default=Calibration.samples, metavar="K", help="windows to draw")
+    parser.add_argument("--seq-length", type=int, default=Calibration.seq_length, metavar="S", help="tokens a window")
+    parser.add_argument("--seed", type=int, default=Calibration.seed, metavar="X", help="of the choice of windows")
     parser.add_argument("--pack", action="store_true", help="join documents into one stream before cutting windows")
     parser.add_argument("--params-dtype", choices=sorted(DTYPES), default="bf16", help="type the layers compute in")
     parser.add_argument("--json", metavar="FILE", help="write the report, with errors by layer and matrix")
