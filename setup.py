@@ -73,7 +73,19 @@ def kernels() -> dict:
     sources = [CSRC / "bindings.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
     # at::parallel_for is a template over OpenMP's pragmas. The runtime they call is the one torch itself has loaded: linking another
     # (-fopenmp for the linker) would give the process a second pool of threads.
-    host_flags = ["-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+    # -fno-tree-pre: that pass turns the clamp in exp_of into a branch, which keeps its loops from being vectorized for AVX2.
+    # -fstack-reuse=none: GCC 12 otherwise lets arrays of the AVX2 loops share memory while both are in use.
+    host_flags = [
+        "-O3",
+        "-std=c++20",
+        "-fopenmp",
+        "-fno-tree-pre",
+        "-fstack-reuse=none",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+        "-Wno-unused-parameter",
+    ]
     macros = [("MASKLLM_TORCH_VERSION", f'"{torch.__version__.split("+")[0]}"')]
     flags = {"cxx": host_flags}
     if with_cuda:

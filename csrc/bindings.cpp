@@ -1,6 +1,8 @@
 // The extension module maskllm.ops._kernels. Importing it registers the operators' compiled kernels with torch; what it exports tells
 // about the build, chooses CPU instructions for tests and benchmarks, and shows the shared arithmetic to the tests.
-#include <torch/extension.h>
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "cpu/kernels.h"
 
@@ -28,16 +30,6 @@ std::vector<int64_t> draws(uint64_t key, uint64_t sample, int64_t block, int can
   return result;
 }
 
-template <float (*function)(float)>
-at::Tensor mapped(const at::Tensor& values) {
-  TORCH_CHECK(values.scalar_type() == at::kFloat && values.is_contiguous() && values.is_cpu(), "wanted contiguous fp32 on the CPU");
-  at::Tensor result = at::empty_like(values);
-  const float* from = values.const_data_ptr<float>();
-  float* to = result.mutable_data_ptr<float>();
-  for (int64_t i = 0; i < values.numel(); ++i) to[i] = function(from[i]);
-  return result;
-}
-
 float exp_value(float x) { return maskllm::exp_of(x); }
 float log_value(float x) { return maskllm::log_of(x); }
 float gumbel_value(float draw) { return maskllm::gumbel_of(draw); }
@@ -55,7 +47,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("instruction_set", [] { return maskllm::cpu_kernels().name; }, "The instruction set in use.");
   module.def("use_instruction_set", maskllm::use_instruction_set, "Use another of `instruction_sets()`.");
   module.def("draws", draws, "The 21-bit draws of one block, one a candidate: what the noise is made of.");
-  module.def("exp", mapped<exp_value>, "The kernels' e^x of an fp32 tensor of non-positive numbers.");
-  module.def("log", mapped<log_value>, "The kernels' natural logarithm of an fp32 tensor of positive numbers.");
-  module.def("gumbel", mapped<gumbel_value>, "The kernels' Gumbel noise of an fp32 tensor of draws k + 0.5.");
+  module.def("exp", pybind11::vectorize(exp_value), "The kernels' e^x of an fp32 array of non-positive numbers.");
+  module.def("log", pybind11::vectorize(log_value), "The kernels' natural logarithm of an fp32 array of positive numbers.");
+  module.def("gumbel", pybind11::vectorize(gumbel_value), "The kernels' Gumbel noise of an fp32 array of draws k + 0.5.");
 }

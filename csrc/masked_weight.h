@@ -2,11 +2,12 @@
 // operators and checks what a user passes; the checks here keep a direct caller from reading out of bounds.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 
 #include <optional>
 
 #include "include/masked_weight_args.h"
+#include "tensors.h"
 
 namespace maskllm {
 
@@ -18,38 +19,6 @@ struct MaskedWeightCall {
   double scale, temperature, weight_reg;
   bool hard;
 };
-
-inline AnyPattern pattern_of(int64_t n, int64_t m) {
-  TORCH_CHECK(0 < n && n < m && m <= kMaxM, "pattern ", n, ":", m, ": wanted 0 < N < M <= ", kMaxM);
-  AnyPattern pattern{static_cast<int>(m), 0, {}};
-  // All masks of n bits, in lexicographic order of the kept positions.
-  int position[kMaxM];
-  for (int k = 0; k < n; ++k) position[k] = k;
-  while (true) {
-    TORCH_CHECK(pattern.candidates < kMaxCandidates, "pattern ", n, ":", m, " has more than ", kMaxCandidates, " candidates");
-    uint32_t kept = 0;
-    for (int k = 0; k < n; ++k) kept |= 1u << position[k];
-    pattern.kept[pattern.candidates++] = kept;
-    int k = static_cast<int>(n) - 1;
-    while (k >= 0 && position[k] == m - n + k) --k;
-    if (k < 0) return pattern;
-    ++position[k];
-    for (int after = k + 1; after < n; ++after) position[after] = position[after - 1] + 1;
-  }
-}
-
-inline Type type_of(const at::Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
-    case at::kFloat:
-      return Type::kFloat32;
-    case at::kBFloat16:
-      return Type::kBFloat16;
-    case at::kHalf:
-      return Type::kFloat16;
-    default:
-      TORCH_CHECK(false, name, " is ", tensor.scalar_type(), "; wanted Float, BFloat16 or Half");
-  }
-}
 
 inline void check_like(const at::Tensor& tensor, const at::Tensor& like, const char* name) {
   TORCH_CHECK(tensor.is_contiguous() && tensor.sizes() == like.sizes() && tensor.device() == like.device(), name, " is ",

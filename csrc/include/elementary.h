@@ -28,10 +28,9 @@ MASKLLM_INLINE float log_of(float x) {
   return (tail + f) + e * 0.693359375f;
 }
 
-// e^x for x <= 0; 0 where the result would be below the smallest normal number.
+// e^x for x <= 0; 0 below -87.68, where the result would not be a normal number.
 MASKLLM_INLINE float exp_of(float x) {
-  const bool tiny = x < -87.0f;
-  const float bounded = tiny ? -87.0f : x;
+  const float bounded = x < -88.0f ? -88.0f : x;
   // x = n log 2 + r with |r| <= log(2) / 2; adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
   const float shifted = bounded * 1.44269504f + 12582912.0f;
   const float n = shifted - 12582912.0f;
@@ -42,9 +41,8 @@ MASKLLM_INLINE float exp_of(float x) {
   q = q * r + 0.16666515f;
   q = q * r + 0.49999994f;
   const float mantissa = (r * r) * q + r + 1.0f;
-  const uint32_t power = (bits_of(shifted) + 127u) << 23;  // the magic constant's own bits are shifted out
-  const float result = mantissa * float_of(power);
-  return tiny ? 0.0f : result;
+  // 2^n, its exponent field n + 127; n = -127 leaves the field, and so the result, zero. The constant's own bits are shifted out.
+  return mantissa * float_of((bits_of(shifted) + 127u) << 23);
 }
 
 }  // namespace maskllm

@@ -1,7 +1,18 @@
-"""The kernels: mask sampling fused with the weight, winners, and the 2:4 check."""
+"""The kernels: mask sampling fused with the weight, winners, the N:M check, and 2:4 compression."""
 
+from maskllm.ops.compress24 import compress24, decompress24
 from maskllm.ops.masked_weight import masked_weight
 from maskllm.ops.noise import NoiseKey, ShardMap, philox_key
 from maskllm.ops.winner import check_mask, winner_bits, winner_mask
 
-__all__ = ["NoiseKey", "ShardMap", "check_mask", "masked_weight", "philox_key", "winner_bits", "winner_mask"]
+__all__ = [
+    "NoiseKey",
+    "ShardMap",
+    "check_mask",
+    "compress24",
+    "decompress24",
+    "masked_weight",
+    "philox_key",
+    "winner_bits",
+    "winner_mask",
+]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from maskllm.ops.noise import NoiseKey, gumbel
-from maskllm.patterns import Pattern
+from maskllm.patterns import Pattern, pack_mask
 
 
 def _compute_dtype(mask_logits: torch.Tensor) -> torch.dtype:
@@ -86,3 +86,40 @@ def backward(
     expected = (probability * scores).sum(-1, keepdim=True)
     grad_logits = probability * (scores - expected) * (scale / temperature)
     return grad_logits, (grad * mask).view_as(weight)
+
+
+def winner_bits(mask_logits: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    """Bits of the mask of each block's first largest logit, uint8 [out, ceil(in / 8)], for logits [out, in / M, C]."""
+    candidates = pattern.candidates(dtype=torch.bool, device=mask_logits.device)
+    return pack_mask(candidates[first_argmax(mask_logits)].flatten(1))
+
+
+def first_violation(matrix: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    """Flat index of the first block of [out, in] with more than N non-zeros, int64 []; -1 if there is none."""
+    bad = ((matrix != 0).unflatten(1, (-1, pattern.m)).sum(-1) > pattern.n).flatten()
+    index = torch.where(bad, torch.arange(bad.numel(), device=bad.device), bad.numel())
+    first = index.min() if bad.numel() else index.sum()
+    return torch.where(first < bad.numel(), first, -1)
+
+
+def compress24(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and metadata of a 2:4 matrix (`maskllm.ops.compress24` describes them)."""
+    blocks = matrix.unflatten(1, (-1, 4))
+    # Rank of each element: non-zeros before negative zeros before positive ones, each in order of position.
+    negative_zero = (
+        torch.signbit(blocks) & (blocks == 0) if matrix.is_floating_point() else torch.zeros_like(blocks, dtype=torch.bool)
+    )
+    rank = torch.where(blocks != 0, 0, torch.where(negative_zero, 4, 8)) + torch.arange(4, device=matrix.device)
+    positions = rank.argsort(-1)[..., :2].sort(-1).values
+    values = blocks.gather(-1, positions).flatten(1)
+    halves = (positions[..., 0] | positions[..., 1] << 2).to(torch.uint8)
+    halves = torch.nn.functional.pad(halves, (0, halves.shape[1] % 2)).unflatten(1, (-1, 2))
+    return values, halves[..., 0] | halves[..., 1] << 4
+
+
+def decompress24(values: torch.Tensor, metadata: torch.Tensor) -> torch.Tensor:
+    """The matrix of `compress24`'s values and metadata."""
+    pairs = values.unflatten(1, (-1, 2))
+    halves = torch.stack([metadata & 0xF, metadata >> 4], -1).flatten(1)[:, : pairs.shape[1]].long()
+    positions = torch.stack([halves & 3, halves >> 2], -1)
+    return values.new_zeros((*pairs.shape[:2], 4)).scatter_(-1, positions, pairs).flatten(1)

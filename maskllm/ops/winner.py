@@ -1,15 +1,24 @@
-"""The mask training ends with: each block's most probable candidate."""
+"""The mask training ends with: each block's most probable candidate; and the check that a matrix follows its pattern."""
 
 from __future__ import annotations
 
 import torch
 
 from maskllm.errors import MaskLLMError
-from maskllm.ops.reference import first_argmax
-from maskllm.patterns import Pattern, pack_mask
+from maskllm.ops import reference
+from maskllm.ops.extension import kernels
+from maskllm.patterns import Pattern, unpack_mask
+
+torch.library.define("maskllm::winner_bits", "(Tensor mask_logits, int n, int m) -> Tensor")
+torch.library.define("maskllm::first_violation", "(Tensor matrix, int n, int m) -> Tensor")
 
 
-def _check_logits(mask_logits: torch.Tensor, pattern: Pattern) -> None:
+def winner_bits(mask_logits: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    """The mask of each block's largest logit as bits: uint8 [out, ceil(in / 8)], laid out as `patterns.pack_mask` does.
+
+    `mask_logits` is [out, in / M, C(M, N)], fp32, bf16 or fp16. Of equal logits the lowest candidate wins. Raises MaskLLMError where
+    the shape is another or a logit is NaN.
+    """
     if mask_logits.dim() != 3 or mask_logits.shape[-1] != pattern.num_candidates:
         raise MaskLLMError(
             f"mask_logits {list(mask_logits.shape)}: for pattern {pattern} wanted [out, in / {pattern.m}, {pattern.num_candidates}]"
@@ -18,21 +27,12 @@ def _check_logits(mask_logits: torch.Tensor, pattern: Pattern) -> None:
     if bad.any():
         row, block, _ = bad.nonzero()[0].tolist()
         raise MaskLLMError(f"mask_logits: NaN in row {row}, block {block}; the run that trained them has diverged")
+    return torch.ops.maskllm.winner_bits(mask_logits.detach().contiguous(), pattern.n, pattern.m)
 
 
 def winner_mask(mask_logits: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """The mask of each block's largest logit, bool [out, in], for `mask_logits` [out, in / M, C(M, N)].
-
-    Of equal logits the lowest candidate wins. Raises MaskLLMError where the shape is another or a logit is NaN.
-    """
-    _check_logits(mask_logits, pattern)
-    candidates = pattern.candidates(dtype=torch.bool, device=mask_logits.device)
-    return candidates[first_argmax(mask_logits)].flatten(1)
-
-
-def winner_bits(mask_logits: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """`winner_mask` as bits: uint8 [out, ceil(in / 8)], as `patterns.pack_mask` lays them out."""
-    return pack_mask(winner_mask(mask_logits, pattern))
+    """`winner_bits` as a boolean mask [out, in]."""
+    return unpack_mask(winner_bits(mask_logits, pattern), mask_logits.shape[1] * pattern.m)
 
 
 def check_mask(weight_or_mask: torch.Tensor, pattern: Pattern, name: str) -> None:
@@ -43,11 +43,42 @@ def check_mask(weight_or_mask: torch.Tensor, pattern: Pattern, name: str) -> Non
     if weight_or_mask.dim() != 2:
         raise MaskLLMError(f"{name}: shape {list(weight_or_mask.shape)}; wanted [out, in]")
     pattern.check_divides(weight_or_mask.shape[1], name)
-    nonzeros = (weight_or_mask != 0).unflatten(1, (-1, pattern.m)).sum(-1)
-    bad = nonzeros > pattern.n
-    if bad.any():
-        row, block = bad.nonzero()[0].tolist()
-        raise MaskLLMError(
-            f"{name}: row {row}, block {block} (columns {block * pattern.m} to {block * pattern.m + pattern.m - 1}) has "
-            f"{nonzeros[row, block].item()} non-zeros; pattern {pattern} allows {pattern.n}"
-        )
+    matrix = weight_or_mask.detach().contiguous()
+    refuse_violation(torch.ops.maskllm.first_violation(matrix, pattern.n, pattern.m), matrix, pattern, name)
+
+
+def refuse_violation(first: torch.Tensor, matrix: torch.Tensor, pattern: Pattern, name: str) -> None:
+    """Raise MaskLLMError for the flat index `first` of the first block with more than N non-zeros, unless it is -1."""
+    index = int(first)
+    if index < 0:
+        return
+    row, block = divmod(index, matrix.shape[1] // pattern.m)
+    columns = slice(block * pattern.m, (block + 1) * pattern.m)
+    found = int((matrix[row, columns] != 0).sum())
+    raise MaskLLMError(
+        f"{name}: row {row}, block {block} (columns {columns.start} to {columns.stop - 1}) has {found} non-zeros; "
+        f"pattern {pattern} allows {pattern.n}"
+    )
+
+
+@torch.library.impl("maskllm::winner_bits", "CompositeExplicitAutograd")
+def _winner_reference(mask_logits: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    return reference.winner_bits(mask_logits, Pattern(n, m))
+
+
+@torch.library.impl("maskllm::first_violation", "CompositeExplicitAutograd")
+def _violation_reference(matrix: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    return reference.first_violation(matrix, Pattern(n, m))
+
+
+@torch.library.register_fake("maskllm::winner_bits")
+def _winner_shapes(mask_logits: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    return mask_logits.new_empty((mask_logits.shape[0], (mask_logits.shape[1] * m + 7) // 8), dtype=torch.uint8)
+
+
+@torch.library.register_fake("maskllm::first_violation")
+def _violation_shapes(matrix: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    return matrix.new_empty((), dtype=torch.int64)
+
+
+kernels()
