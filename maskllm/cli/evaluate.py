@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
+
+import torch
+
+from maskllm.distributed import parallel_processes
+from maskllm.errors import MaskLLMError
+from maskllm.evaluation.huggingface import Evaluation, evaluate_hf
+from maskllm.evaluation.megatron import evaluate_checkpoint
+from maskllm.files import write_json
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
-    parser.add_argument("--model", required=True, metavar="DIR_OR_ID", help="Hugging Face checkpoint, directory or hub id")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", metavar="DIR_OR_ID", help="Hugging Face checkpoint, directory or hub id")
+    what.add_argument(
+        "--load", metavar="CKPT", help="Megatron checkpoint of any stage; under torchrun its layers are split over all processes"
+    )
     parser.add_argument(
         "--data", required=True, metavar="FILE", help="held-out text: WikiText raw, JSON lines (.json, .jsonl, .gz), or plain text"
     )
-    parser.add_argument("--mask", metavar="F.npz", help="mask file to apply to the model's weights first")
+    parser.add_argument("--mask", metavar="F.npz", help="mask file to apply to the weights of --model first")
     parser.add_argument("--seq-length", type=int, required=True, metavar="S", help="tokens in a window")
     parser.add_argument("--max-windows", type=int, metavar="N", help="evaluate the first N windows only")
     parser.add_argument(
@@ -22,31 +35,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=sorted(DTYPES),
         help="what to compute in; default: the checkpoint's type, fp32 on CPUs without instructions for it",
     )
-    parser.add_argument("--device", metavar="D", help="default: cuda if there is one, else cpu")
-    parser.add_argument("--trust-remote-code", action="store_true", help="let the model run code that it brings along")
+    parser.add_argument("--device", metavar="D", help="where --model runs; default: cuda if there is one, else cpu")
+    parser.add_argument("--trust-remote-code", action="store_true", help="let --model run code that it brings along")
     parser.add_argument("--json", metavar="F", help="write the numbers as JSON")
 
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate and print the perplexity."""
-    import torch
+    dtype = getattr(torch, DTYPES[args.params_dtype]) if args.params_dtype else None
+    windows = {"seq_length": args.seq_length, "max_windows": args.max_windows}
+    if args.model is not None:
+        result = evaluate_hf(
+            args.model,
+            args.data,
+            **windows,
+            mask_file=args.mask,
+            dtype=dtype,
+            device=args.device,
+            trust_remote_code=args.trust_remote_code,
+        )
+        report(args, result)
+        return
+    if args.mask is not None:
+        raise MaskLLMError("--mask: applies to --model; a checkpoint has its own masks")
+    with parallel_processes(tensor_model_parallel_size=int(os.environ.get("WORLD_SIZE", "1"))):
+        result = evaluate_checkpoint(args.load, args.data, **windows, params_dtype=dtype)
+        if torch.distributed.get_rank() == 0:
+            report(args, result)
 
-    from maskllm.evaluation.huggingface import evaluate_hf
-    from maskllm.files import write_json
 
-    result = evaluate_hf(
-        args.model,
-        args.data,
-        seq_length=args.seq_length,
-        max_windows=args.max_windows,
-        mask_file=args.mask,
-        dtype=getattr(torch, DTYPES[args.params_dtype]) if args.params_dtype else None,
-        device=args.device,
-        trust_remote_code=args.trust_remote_code,
-    )
+def report(args: argparse.Namespace, result: Evaluation) -> None:
+    """Print the result and, with --json, write it."""
     print(
         f"perplexity {result.perplexity:.4f} ({result.windows} windows of {result.seq_length} tokens, {result.data_kind}, "
         f"{result.text_tokens} tokens in all; {result.zeros:.1%} zeros; {result.dtype} on {result.device}, {result.seconds:.1f} s)"
     )
     if args.json:
-        write_json(args.json, {"model": args.model, "data": args.data, "mask": args.mask, **dataclasses.asdict(result)})
+        what = {"model": args.model, "load": args.load, "data": args.data, "mask": args.mask}
+        write_json(args.json, what | dataclasses.asdict(result))

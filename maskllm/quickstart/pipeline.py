@@ -133,7 +133,7 @@ def train_command(settings: QuickstartSettings, dataset: str, prior: Path, save:
         "--pretrained-checkpoint", prior, "--load", save, "--save", save, "--save-interval", 20, "--data-path", dataset,
         "--split", "98,2,0", "--seq-length", settings.seq_length, "--global-batch-size", settings.global_batch_size,
         "--train-iters", settings.train_iters, "--lr", settings.lr, "--min-lr", settings.min_lr, "--params-dtype", compute_dtype(),
-        "--use-distributed-optimizer", "--log-interval", 1, "--eval-interval", settings.train_iters, "--eval-iters", 4,
+        "--pipeline-model-parallel-size", settings.processes, "--log-interval", 5, "--eval-interval", settings.train_iters, "--eval-iters", 4,
         "--tensorboard-dir", save / "tensorboard", *settings.train_options,
     ]  # fmt: skip
 
