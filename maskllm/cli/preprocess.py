@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import sys
 
 from maskllm.files import write_json
@@ -22,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Hugging Face directory or tokenizer.json, or a SentencePiece tokenizer.model (BOS first, as Llama2Tokenizer)",
     )
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-sequence token")
-    parser.add_argument("--workers", type=positive_integer, default=os.cpu_count(), metavar="N", help="threads that tokenize")
+    parser.add_argument("--workers", type=positive_integer, metavar="N", help="threads that tokenize; default: one a core")
     parser.add_argument("--json-key", default="text", metavar="KEY", help="where in a line's object the text is")
     parser.add_argument(
         "--skip-bad-lines", action="store_true", help="count and report lines without a document instead of failing at the first"

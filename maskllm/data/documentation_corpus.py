@@ -93,7 +93,7 @@ def installed_documentation() -> Iterator[list[str]]:
         if not paths:
             raise MaskLLMError(f"{root}: no source files of {package} found, its documentation cannot be read")
         files += sorted(paths)
-    for path in tqdm(files, desc="documentation", unit="file"):
+    for path in tqdm(files, desc="documentation", unit="file", disable=None):
         try:
             source = path.read_text(encoding="utf-8")
         except (UnicodeDecodeError, OSError):

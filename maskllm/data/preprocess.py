@@ -54,6 +54,11 @@ class PreprocessSummary:
     seconds: float = 0.0
 
 
+def available_cores() -> int:
+    """The cores that this process may use, which in a container or a batch job can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class _Chunk:
     batch: TokenBatch
@@ -77,7 +82,7 @@ def preprocess(
         inputs: JSON-lines files, plain or gzip; white-space-only lines are passed over.
         tokenizer: what `load_tokenizer` reads.
         append_eod: end every document that has tokens with the tokenizer's end-of-sequence token.
-        workers: threads that tokenize; all cores by default. Memory is bounded by a few chunks of CHUNK_BYTES a worker (or the
+        workers: threads that tokenize; `available_cores` by default. Memory is bounded by a few chunks of CHUNK_BYTES a worker (or the
             longest line), plus 12 bytes a document for the index.
         json_key: where in a line's object the text is.
         skip_bad_lines: count and report lines without a document; otherwise the first one raises.
@@ -87,7 +92,7 @@ def preprocess(
     a single token.
     """
     inputs = check_inputs(inputs)
-    workers = workers or os.cpu_count() or 1
+    workers = workers or available_cores()
     options = (append_eod, workers, json_key, skip_bad_lines)
     loaded = load_tokenizer(tokenizer)
     if append_eod and loaded.eod is None:
@@ -113,7 +118,7 @@ def _preprocess(
     with atomic_file(idx_path) as new_idx, atomic_file(bin_path) as new_bin:
         builder = IndexedDatasetBuilder(str(new_bin), dtype=DType.optimal_dtype(tokenizer.vocab_size))
         builder.sequence_lengths, builder.document_indices = array("i"), array("q", [0])  # a list costs six times the memory
-        with tqdm(total=summary.input_bytes, desc="preprocess", unit="B", unit_scale=True) as progress:
+        with tqdm(total=summary.input_bytes, desc="preprocess", unit="B", unit_scale=True, disable=None) as progress:
             for chunk in _encoded(inputs, tokenizer, append_eod, workers, json_key, skip_bad_lines):
                 _write(builder, chunk.batch)
                 summary.documents += len(chunk.batch.lengths)

@@ -115,7 +115,7 @@ def _tensors(reader: gguf.GGUFReader, config: LlamaConfig, gguf_file: str | os.P
     stored = {tensor.name: tensor for tensor in reader.tensors}
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     tensors = {}
-    for name, shape in tqdm(parameters.items(), desc="dequantize", unit="tensor"):
+    for name, shape in tqdm(parameters.items(), desc="dequantize", unit="tensor", disable=None):
         gguf_name = names.get_name(name, try_suffixes=(".weight",))
         if gguf_name not in stored:
             raise MaskLLMError(f"{gguf_file}: tensor {gguf_name} (for {name}) is missing")

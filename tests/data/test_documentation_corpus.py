@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -157,3 +159,23 @@ def test_a_package_that_is_not_installed_is_named(installation, monkeypatch):
     with pytest.raises(MaskLLMError, match="no_such_package_here is not installed"):
         corpus.write_documentation_corpus(installation / "out")
     assert not (installation / "out").exists()
+
+
+@pytest.mark.slow
+def test_this_installation_gives_thousands_of_documents_without_importing_what_it_reads(tmp_path):
+    program = (
+        "import sys\n"
+        "from maskllm.data.documentation_corpus import PACKAGES, write_documentation_corpus\n"
+        f"write_documentation_corpus({str(tmp_path / 'corpus')!r})\n"
+        "assert not set(PACKAGES) & set(sys.modules), 'imported'\n"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+    train, held_out = (read(tmp_path / "corpus" / name) for name in (corpus.TRAIN_FILE, corpus.HELD_OUT_FILE))
+    texts = train + held_out
+    assert len(set(texts)) == len(texts) > 3000
+    assert sum(map(len, texts)) > 2_500_000
+    assert 0.03 < len(held_out) / len(texts) < 0.07
+    assert min(map(len, texts)) >= corpus.MIN_CHARACTERS
+    letters = sum(character.isalpha() or character.isspace() for text in texts for character in text)
+    assert letters > 0.93 * sum(map(len, texts))
+    assert not any(">>>" in text or "```" in text for text in texts)
