@@ -14,8 +14,8 @@ from typing import Any
 import psutil
 
 from maskllm.data.documentation_corpus import HELD_OUT_FILE, TRAIN_FILE, write_documentation_corpus
-from maskllm.data.smollm2 import write_smollm2
 from maskllm.evaluation.report import ModelResult, Report, table, write_report
+from maskllm.models.checkpoint import resolve
 from maskllm.quickstart.steps import Steps
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
@@ -65,6 +65,8 @@ def quickstart(
 
     source = model or str(exported / "dense")
     if model is None:
+        from maskllm.data.smollm2 import write_smollm2  # needs the package gguf, which only the quickstart installs
+
         steps.run("model", exported / "dense", write_smollm2, exported / "dense")
     if corpus is None or eval_corpus is None:
         steps.run("corpus", output / "corpus", write_documentation_corpus, output / "corpus")
@@ -72,12 +74,13 @@ def quickstart(
     held_out = eval_corpus or str(output / "corpus" / HELD_OUT_FILE)
     prefix = output / "data" / "train"
     dataset = f"{prefix}_text_document"
+    steps.run("convert", megatron / "dense", [*maskllm, "convert", "--hf", source, "--output", megatron / "dense"])
+    tokenizer = resolve(megatron / "dense").hf_directory
     steps.run(
         "preprocess",
         output / "data",
-        [*maskllm, "preprocess", "--input", *train_files, "--output-prefix", prefix, "--tokenizer", source, "--append-eod"],
+        [*maskllm, "preprocess", "--input", *train_files, "--output-prefix", prefix, "--tokenizer", tokenizer, "--append-eod"],
     )
-    steps.run("convert", megatron / "dense", [*maskllm, "convert", "--hf", source, "--output", megatron / "dense"])
 
     def export(name: str, checkpoint: Path, *options: object) -> None:
         trimmed = checkpoint.with_name(f"{checkpoint.name}-trimmed")
