@@ -92,11 +92,8 @@ def main() -> None:
         model.model.layers = model.model.layers[: args.layers]
     layers = len(model.model.layers)
     tokens = torch.randint(0, model.config.vocab_size, (args.samples, args.seq_length), generator=torch.Generator().manual_seed(0))
-    machine = (
-        torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    )
+    processor = platform.processor() or platform.machine()
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{processor}, {torch.get_num_threads()} threads"
     print(f"{machine}; torch {torch.__version__}; {layers} layers, {args.samples} x {args.seq_length} tokens")
     numbers: dict[str, Any] = {"machine": machine, "layers": layers, "samples": args.samples, "seq_length": args.seq_length}
 
