@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,6 @@ class QuickstartSettings:
     eval_seq_length: int = 512
     calibration_samples: int = 32
     processes: int = 2
-    train_options: list[str] = field(default_factory=list)
-    """Further options of `maskllm.train`."""
 
 
 def quickstart(
@@ -136,8 +134,8 @@ def train_command(settings: QuickstartSettings, dataset: str, prior: Path, save:
         "--pretrained-checkpoint", prior, "--load", save, "--save", save, "--save-interval", 20, "--data-path", dataset,
         "--split", "98,2,0", "--seq-length", settings.seq_length, "--global-batch-size", settings.global_batch_size,
         "--train-iters", settings.train_iters, "--lr", settings.lr, "--min-lr", settings.min_lr, "--params-dtype", compute_dtype(),
-        "--pipeline-model-parallel-size", settings.processes, "--log-interval", 5, "--eval-interval", settings.train_iters, "--eval-iters", 4,
-        "--tensorboard-dir", save / "tensorboard", *settings.train_options,
+        "--pipeline-model-parallel-size", settings.processes, "--log-interval", 5, "--eval-interval", settings.train_iters,
+        "--eval-iters", 4, "--tensorboard-dir", save / "tensorboard",
     ]  # fmt: skip
 
 

@@ -1,0 +1,143 @@
+"""The whole pipeline through `maskllm quickstart` on a tiny model, and what it leaves behind against independent checks."""
+
+from __future__ import annotations
+
+import json
+import os
+import pydoc_data.topics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from maskllm.cli import main
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory) -> Path:
+    """A random LLaMA with a byte-level tokenizer of its own."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("model") / "hf"
+    config = LlamaConfig(
+        vocab_size=260, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=128, tie_word_embeddings=True, initializer_range=0.1, bos_token_id=None, eos_token_id=256,
+    )  # fmt: skip
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={character: index for index, character in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory) -> tuple[Path, Path]:
+    """Real prose to learn from, and to evaluate on."""
+    folder = tmp_path_factory.mktemp("texts")
+    topics = [text for _, text in sorted(pydoc_data.topics.topics.items())]
+    train, held_out = folder / "train.jsonl", folder / "held_out.txt"
+    train.write_text("".join(json.dumps({"text": text[:2000]}) + "\n" for text in topics[:30]))
+    held_out.write_text("\n\n".join(topics[30:32])[:4000])
+    return train, held_out
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory, tiny_model, texts) -> Path:
+    output = tmp_path_factory.mktemp("quickstart") / "out"
+    done = run(output, tiny_model, texts)
+    assert done.returncode == 0, done.stderr[-5000:]
+    return output
+
+
+def run(output: Path, model: Path, texts: tuple[Path, Path]) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [
+            sys.executable, "-m", "maskllm", "quickstart", "--output", output, "--model", model, "--corpus", texts[0],
+            "--eval-corpus", texts[1], "--train-iters", "8", "--seq-length", "64", "--global-batch-size", "4", "--lr", "0.01",
+            "--eval-seq-length", "64", "--eval-windows", "4", "--calibration-samples", "4",
+        ],
+        capture_output=True, text=True, timeout=900, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_report_has_every_mask_and_the_curves(quickstart):
+    report = json.loads((quickstart / "report.json").read_text())
+    by_name = {result["name"]: result for result in report["results"]}
+    assert list(by_name) == ["dense", "magnitude", "wanda", "sparsegpt", "learned"]
+    for name, result in by_name.items():
+        assert result["zeros"] == pytest.approx(0.0 if name == "dense" else 0.5, abs=1e-3)
+    train = [line for line in report["metrics"] if line["kind"] == "train"]
+    assert train[-1]["iteration"] == 8
+    assert "<svg" in (quickstart / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_exported_weights_keep_exactly_two_of_four_bit_for_bit(quickstart, tiny_model):
+    original, learned = load_file(tiny_model / "model.safetensors"), load_file(quickstart / "hf" / "learned" / "model.safetensors")
+    assert original.keys() == learned.keys()
+    pruned = 0
+    for name, weight in original.items():
+        found = learned[name]
+        if "_proj." not in name:
+            assert torch.equal(found, weight), name
+            continue
+        pruned += 1
+        kept = found != 0
+        assert torch.equal(found[kept], weight[kept]), name
+        full_blocks = (weight != 0).view(-1, 4).all(1)
+        assert full_blocks.float().mean() > 0.9
+        assert (kept.view(-1, 4).sum(1)[full_blocks] == 2).all(), name
+    assert pruned == 2 * 7
+
+
+@pytest.mark.slow
+def test_learned_masks_differ_from_the_prior(quickstart):
+    line = [json.loads(line) for line in (quickstart / "megatron" / "learned" / "metrics.jsonl").read_text().splitlines()]
+    assert line[-2]["changed_since_prior"] > 0.05
+
+
+@pytest.mark.slow
+def test_megatron_and_hugging_face_paths_and_the_mask_file_agree(quickstart, tiny_model, texts, tmp_path):
+    expected = json.loads((quickstart / "evaluation" / "learned.json").read_text())["perplexity"]
+    common = ["--data", str(texts[1]), "--seq-length", "64", "--max-windows", "4"]
+    sources = {
+        "trained": ["--load", quickstart / "megatron" / "learned"],
+        "trimmed": ["--load", quickstart / "megatron" / "learned-trimmed"],
+        "masked": ["--model", tiny_model, "--mask", quickstart / "learned.mask.npz"],
+    }
+    for name, source in sources.items():
+        assert main(["evaluate", *map(str, source), *common, "--json", str(tmp_path / f"{name}.json")]) == 0
+        found = json.loads((tmp_path / f"{name}.json").read_text())
+        assert found["perplexity"] == pytest.approx(expected, rel=1e-3), name
+        assert found["zeros"] == pytest.approx(0.5, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_mask_file_is_the_published_format(quickstart, tiny_model):
+    weights = load_file(quickstart / "hf" / "learned" / "model.safetensors")
+    with np.load(quickstart / "learned.mask.npz", allow_pickle=False) as masks:
+        assert sorted(masks) == sorted(f"{name}.mask" for name in weights if "_proj." in name)
+        for key in masks:
+            weight = weights[key.removesuffix(".mask")]
+            mask = np.unpackbits(masks[key])[: weight.numel()].reshape(weight.shape).astype(bool)
+            assert (weight.float().numpy()[~mask] == 0).all()
+            assert mask.mean() == 0.5
+
+
+@pytest.mark.slow
+def test_a_second_run_skips_what_is_done(quickstart, tiny_model, texts):
+    before = (quickstart / "hf" / "learned" / "model.safetensors").stat().st_mtime_ns
+    done = run(quickstart, tiny_model, texts)
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert "[train] done before" in done.stderr
+    assert "learned" in done.stdout
+    assert (quickstart / "hf" / "learned" / "model.safetensors").stat().st_mtime_ns == before
