@@ -22,7 +22,7 @@ if [ ! -e "$OUT/dense/latest_checkpointed_iteration.txt" ]; then
 fi
 if [ ! -e "$OUT/prior/latest_checkpointed_iteration.txt" ]; then
   maskllm prune --load "$OUT/dense" --method sparsegpt --pattern 2:4 --output "$OUT/prior" \
-    --calibration-data "$OUT/data_text_document" --calibration-samples 32 --seq-length "$SEQ" --pack --params-dtype "$DTYPE"
+    --calibration-data "$OUT/data_text_document" --calibration-samples 16 --seq-length "$SEQ" --pack --params-dtype "$DTYPE"
 fi
 torchrun --standalone --nproc-per-node "$RANKS" -m maskllm.train \
   --pretrained-checkpoint "$OUT/prior" --load "$OUT/learned" --save "$OUT/learned" --save-interval 20 \

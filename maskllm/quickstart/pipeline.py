@@ -34,7 +34,7 @@ class QuickstartSettings:
     min_lr: float = 5e-5
     eval_windows: int = 16
     eval_seq_length: int = 512
-    calibration_samples: int = 32
+    calibration_samples: int = 16
     processes: int = 2
 
 
@@ -131,7 +131,7 @@ def train_command(settings: QuickstartSettings, dataset: str, prior: Path, save:
     """The command that learns the masks: torchrun with the same entry point as on a cluster."""
     return [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={settings.processes}", "-m", "maskllm.train",
-        "--pretrained-checkpoint", prior, "--load", save, "--save", save, "--save-interval", 20, "--data-path", dataset,
+        "--pretrained-checkpoint", prior, "--load", save, "--save", save, "--save-interval", 25, "--data-path", dataset,
         "--split", "98,2,0", "--seq-length", settings.seq_length, "--global-batch-size", settings.global_batch_size,
         "--train-iters", settings.train_iters, "--lr", settings.lr, "--min-lr", settings.min_lr, "--params-dtype", compute_dtype(),
         "--pipeline-model-parallel-size", settings.processes, "--log-interval", 5, "--eval-interval", settings.train_iters,
