@@ -17,7 +17,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from maskllm.errors import MaskLLMError
 from maskllm.masking.prior import add_prior, initial_logits
 from maskllm.masking.sampler import MaskMode, MaskSampler
-from maskllm.ops import NoiseKey, ShardMap, masked_weight, philox_key, winner_mask
+from maskllm.ops import NoiseKey, ShardMap, masked_weight, philox_key, winner_bits, winner_mask
 from maskllm.patterns import Pattern, unpack_mask
 
 
@@ -80,6 +80,10 @@ class _MaskedLinear:
     def winner(self) -> torch.Tensor:
         """The arg-max mask of the logits, bool [out, in]."""
         return winner_mask(self.mask_logits, self.sampler.pattern)
+
+    def winner_bits(self) -> torch.Tensor:
+        """The arg-max mask of the logits as `mask_bits` holds masks."""
+        return winner_bits(self.mask_logits, self.sampler.pattern)
 
     def effective_weight(self) -> torch.Tensor:
         """The weight that the matrix product uses, [out, in], in the weight's dtype."""

@@ -12,6 +12,7 @@ import torch
 
 from maskllm.files import write_text
 from maskllm.layers.spec import MaskedLinear
+from maskllm.patterns import unpack_mask
 
 
 def peak_memory_bytes() -> int:
@@ -26,23 +27,23 @@ class WinnerTracker:
 
     def __init__(self, layers: list[MaskedLinear]) -> None:
         self.layers = layers
-        self.previous = [layer.winner() for layer in layers]
+        self.previous = [layer.winner_bits() for layer in layers]
 
     def changed(self) -> tuple[int, int]:
         """(blocks changed since the last call, blocks that differ from the prior; 0 without one), on this rank."""
         since_last = since_prior = 0
         for index, layer in enumerate(self.layers):
-            m = layer.sampler.pattern.m
-            winner = layer.winner()
-            since_last += _blocks_that_differ(winner, self.previous[index], m)
+            bits = layer.winner_bits()
+            since_last += _blocks_that_differ(bits, self.previous[index], layer)
             if layer.mask_bits is not None:
-                since_prior += _blocks_that_differ(winner, layer.fixed_mask(), m)
-            self.previous[index] = winner
+                since_prior += _blocks_that_differ(bits, layer.mask_bits, layer)
+            self.previous[index] = bits
         return since_last, since_prior
 
 
-def _blocks_that_differ(one: torch.Tensor, other: torch.Tensor, m: int) -> int:
-    return int((one != other).view(-1, m).any(-1).sum())
+def _blocks_that_differ(bits: torch.Tensor, other: torch.Tensor, layer: MaskedLinear) -> int:
+    differ = unpack_mask(bits ^ other, layer.weight.shape[1])
+    return int(differ.view(-1, layer.sampler.pattern.m).any(-1).sum())
 
 
 class MetricsWriter:
