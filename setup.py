@@ -88,18 +88,30 @@ def kernels() -> dict:
     ]
     macros = [("MASKLLM_TORCH_VERSION", f'"{torch.__version__.split("+")[0]}"')]
     flags = {"cxx": host_flags}
+    includes, library_dirs, link = [], [], ["-Wl,-s"]
     if with_cuda:
-        sources += sorted((CSRC / "cuda").glob("*.c*"))
+        sources += [*sorted((CSRC / "cuda").glob("*.cu")), *sorted((CSRC / "cuda").glob("*.cpp"))]
         macros.append(("MASKLLM_CUDA_VERSION", f'"{torch.version.cuda}"'))
         flags["nvcc"] = ["-O3", "-std=c++20"]
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+        # The CUDA headers and libraries that torch's wheels bring as packages, for toolkits that hold little more than nvcc.
+        packages = Path(torch.__file__).parent.parent / "nvidia"
+        includes = [str(path) for path in packages.glob("*/include")]
+        library_dirs = [str(path) for path in packages.glob("*/lib")]
+        if any((Path(path) / "cusparseLt.h").exists() for path in includes):
+            macros.append(("MASKLLM_CUSPARSELT", "1"))
+            link.append("-l:libcusparseLt.so.0")  # the file torch has loaded by then
+        else:
+            say("cuSPARSELt's header was not found: Sparse24Linear will use torch's semi-structured tensors")
     extension = (CUDAExtension if with_cuda else CppExtension)(
         name="maskllm.ops._kernels",
         sources=[str(path) for path in sources],
         depends=[str(path) for pattern in ("*.h", "*.inl", "*.cuh") for path in sorted(CSRC.rglob(pattern))],
         define_macros=macros,
         extra_compile_args=flags,
-        extra_link_args=["-Wl,-s"],
+        include_dirs=includes,
+        library_dirs=library_dirs,
+        extra_link_args=link,
     )
     return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildExtension}}
 

@@ -43,6 +43,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
 #else
   module.attr("cuda_version") = pybind11::none();
 #endif
+#if defined(MASKLLM_CUSPARSELT)
+  module.attr("has_cusparselt") = true;
+#else
+  module.attr("has_cusparselt") = false;
+#endif
   module.def("instruction_sets", maskllm::instruction_sets, "Instruction sets of the CPU kernels this processor can run, widest first.");
   module.def("instruction_set", [] { return maskllm::cpu_kernels().name; }, "The instruction set in use.");
   module.def("use_instruction_set", maskllm::use_instruction_set, "Use another of `instruction_sets()`.");

@@ -22,7 +22,7 @@ MASKLLM_INLINE float log_of(float x) {
   p = p * f - 0.25001338f;
   p = p * f + 0.3333391f;
   // log(1 + f) = f - f^2 / 2 + f^3 P(f); e log 2 is added in two parts, the first of them exact.
-  const float e = static_cast<float>(exponent);
+  const float e = float_of(0x4b400000u + static_cast<uint32_t>(exponent)) - 12582912.0f;  // e as the low bits of 1.5 * 2^23 + e
   const float square = f * f;
   const float tail = square * (f * p - 0.5f) + e * -2.12194440e-4f;
   return (tail + f) + e * 0.693359375f;

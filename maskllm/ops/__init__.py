@@ -1,13 +1,15 @@
-"""The kernels: mask sampling fused with the weight, winners, the N:M check, and 2:4 compression."""
+"""The kernels: mask sampling fused with the weight, winners, the N:M check, 2:4 compression and 2:4 products."""
 
 from maskllm.ops.compress24 import compress24, decompress24
 from maskllm.ops.masked_weight import masked_weight
 from maskllm.ops.noise import NoiseKey, ShardMap, philox_key
+from maskllm.ops.sparse24 import Sparse24Linear
 from maskllm.ops.winner import check_mask, winner_bits, winner_mask
 
 __all__ = [
     "NoiseKey",
     "ShardMap",
+    "Sparse24Linear",
     "check_mask",
     "compress24",
     "decompress24",

@@ -1,0 +1,168 @@
+"""Time of drawing and applying every mask of a model, forward and backward: kernels against PyTorch operators, in one run.
+
+    python benchmarks/masked_weight.py [--model smollm2-135m|llama-7b] [--device cpu|cuda] [--json FILE]
+
+On a CPU the limit given is the time to read and write the same bytes by a copy; on CUDA it is the same from the measured copy
+bandwidth of the card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from maskllm.files import write_json
+from maskllm.ops import NoiseKey, ShardMap, masked_weight, philox_key, reference
+from maskllm.ops.extension import kernels
+from maskllm.patterns import Pattern
+
+# Layers of a transformer block as (out, in), and the number of blocks.
+MODELS = {
+    "smollm2-135m": ([(960, 576), (576, 576), (3072, 576), (576, 1536)], 30),
+    "llama-7b": ([(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)], 1),
+}
+PATTERN = Pattern(2, 4)
+DRAW = {"scale": 100.0, "temperature": 4.0, "weight_reg": 1e-5}
+
+
+class Layer:
+    """A masked layer's tensors: bf16 weight, fp32 logits and their gradient buffer, and a gradient of the masked weight."""
+
+    def __init__(self, name: str, out: int, inputs: int, device: str) -> None:
+        generator = torch.Generator(device=device).manual_seed(0)
+        options = {"device": device, "generator": generator}
+        self.weight = (torch.randn(out, inputs, **options) * 0.02).bfloat16()
+        self.logits = torch.nn.Parameter(torch.randn(out, inputs // 4, 6, **options) * 0.01)
+        self.logits.main_grad = torch.zeros_like(self.logits, requires_grad=False)
+        self.grad = (torch.randn(out, inputs, **options) * 1e-3).bfloat16()
+        self.key = NoiseKey(philox_key(0, name), 0, ShardMap(inputs // 4))
+
+    def forward(self) -> None:
+        self.masked = masked_weight(self.weight, self.logits, pattern=PATTERN, key=self.key, **DRAW)
+
+    def backward(self) -> None:
+        self.masked.backward(self.grad)
+
+    def reference_forward(self) -> None:
+        arguments = (self.weight, self.logits.detach(), PATTERN, self.key, DRAW["scale"], DRAW["temperature"], False, False)
+        reference.forward(*arguments)
+
+    def reference_backward(self) -> None:
+        arguments = (self.grad, self.weight, self.logits.detach(), PATTERN, self.key)
+        self.logits.main_grad += reference.backward(*arguments, *DRAW.values(), False)[0]
+
+
+def operators_forward_backward(layer: Layer) -> None:
+    """The mask as framework code is usually written: torch's own Gumbel noise, softmax, product, and autograd."""
+    logits = layer.logits.detach().requires_grad_()
+    uniform = torch.rand_like(logits).clamp_(1e-7, 1 - 1e-7)
+    noise = -torch.log(-torch.log(uniform))
+    probability = torch.softmax((DRAW["scale"] * logits + noise) / DRAW["temperature"], -1)
+    mask = (probability @ PATTERN.candidates(device=logits.device)).flatten(1)
+    masked = (layer.weight * mask).bfloat16()
+    loss = (masked.float() * layer.grad.float()).sum() - DRAW["weight_reg"] * masked.float().square().sum()
+    loss.backward()
+    layer.logits.main_grad += logits.grad
+
+
+def seconds(work: Callable[[], None], device: str, repeats: int) -> float:
+    """The least of `repeats` timings: other programs on the machine only ever add to one."""
+    best = float("inf")
+    for _ in range(repeats):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def machine(device: str) -> str:
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    model = platform.processor() or platform.machine()
+    try:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as info:
+            model = next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def measure(model: str, device: str, repeats: int) -> dict:
+    """Times in seconds for all layers of `model`; layers of one shape are measured once and counted as often as they occur."""
+    shapes, count = MODELS[model]
+    totals = dict.fromkeys(("forward", "backward", "operators", "reference", "copy_forward", "copy_backward"), 0.0)
+    weights = 0
+    for index, (out, inputs) in enumerate(shapes):
+        layer = Layer(f"decoder.layers.0.{index}", out, inputs, device)
+        weights += count * out * inputs
+
+        def both(layer: Layer = layer) -> None:
+            layer.forward()
+            layer.backward()
+
+        def reference_both(layer: Layer = layer) -> None:
+            layer.reference_forward()
+            layer.reference_backward()
+
+        both()
+        layer.forward()
+        forward = seconds(layer.forward, device, repeats)
+        totals["forward"] += count * forward
+        totals["backward"] += count * max(seconds(both, device, repeats) - forward, 0.0)
+        totals["operators"] += count * seconds(lambda layer=layer: operators_forward_backward(layer), device, 2)
+        totals["reference"] += count * seconds(reference_both, device, 1)
+        # A copy reads and writes: half of the bytes that each pass moves, copied, take the time that moving them takes at least.
+        moved = layer.weight.nbytes * 2 + layer.logits.nbytes
+        for name, extra in (("copy_forward", 0), ("copy_backward", 2 * layer.logits.nbytes)):
+            half = torch.empty((moved + extra) // 2, dtype=torch.uint8, device=device)
+            target = torch.empty_like(half)
+            totals[name] += count * seconds(lambda half=half, target=target: target.copy_(half), device, repeats)
+    kernel = totals["forward"] + totals["backward"]
+    return {
+        "machine": machine(device),
+        "instruction_set": kernels().instruction_set() if device == "cpu" and kernels() else device,
+        "model": model,
+        "masked_weights": weights,
+        "seconds": {name: round(value, 4) for name, value in totals.items()},
+        "operators_over_kernels": round(totals["operators"] / kernel, 1),
+        "reference_over_kernels": round(totals["reference"] / kernel, 1),
+        "share_of_copy_bandwidth": {
+            "forward": round(totals["copy_forward"] / totals["forward"], 3),
+            "backward": round(totals["copy_backward"] / totals["backward"], 3),
+        },
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--model", choices=sorted(MODELS), default="smollm2-135m")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
+    args = parser.parse_args()
+    result = measure(args.model, args.device, args.repeats)
+    print(
+        f"{result['machine']} ({result['instruction_set']}): {result['model']}, {result['masked_weights'] / 1e6:.0f} M masked weights"
+    )
+    for name, value in result["seconds"].items():
+        print(f"  {name:14} {value:8.3f} s")
+    print(
+        f"  PyTorch operators take {result['operators_over_kernels']} times as long, the reference {result['reference_over_kernels']} times"
+    )
+    share = result["share_of_copy_bandwidth"]
+    print(f"  share of copy bandwidth: forward {share['forward']:.0%}, backward {share['backward']:.0%}")
+    if args.json:
+        write_json(args.json, result)
+
+
+if __name__ == "__main__":
+    main()
