@@ -136,6 +136,9 @@ setup(
         "tokenizers>=0.21",
         "sentencepiece>=0.2",
         "gigatoken>=0.10",
+        "awkward>=2",
+        # Megatron Core from 0.17 on, which needs Python 3.12, imports it everywhere; CPU builds of torch do not bring it.
+        "triton>=3; python_version >= '3.12' and platform_system == 'Linux'",
         "numpy>=1.26",
         "tensorboard>=2.17",
         "tqdm>=4.66",
