@@ -20,6 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
 
     def run() -> None:
+        arguments.check()  # before the processes wait for each other
         from maskllm.distributed import parallel_processes
         from maskllm.training.trainer import Trainer
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from maskllm import __version__
 from maskllm.errors import MaskLLMError
+from maskllm.options import HelpFormatter
 
 VERBS = {
     "quickstart": "the whole pipeline on a small model, with a report",
@@ -28,22 +29,25 @@ VERBS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `maskllm VERB ...`; returns the exit status (0 done, 1 bad input, 2 bad usage, 130 interrupted)."""
-    # Megatron Core warns once a module that Transformer Engine and Apex are missing, and of deprecations inside itself.
-    warnings.filterwarnings("ignore", module=r"megatron\.")
     argv = list(sys.argv[1:] if argv is None else argv)
     verb = argv[0] if argv and argv[0] in VERBS else None
+    return run_guarded(f"maskllm {verb}" if verb else "maskllm", lambda: _run(verb, argv))
+
+
+def _run(verb: str | None, argv: list[str]) -> None:
+    """Parse and call; `verb` is `argv`'s first word where that is a verb, else the parser will say what is wrong."""
+    # Megatron Core warns once a module that Transformer Engine and Apex are missing, and of deprecations inside itself.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
     parser = argparse.ArgumentParser(prog="maskllm", description="Learn N:M sparse masks for language models.")
     parser.add_argument("--version", action="version", version=f"maskllm {__version__}")
     commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, summary in VERBS.items():
-        command = commands.add_parser(
-            name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        command = commands.add_parser(name, help=summary, description=summary, formatter_class=HelpFormatter)
         if name == verb:
             importlib.import_module("megatron_patches").import_megatron()
             importlib.import_module(f"maskllm.cli.{name}").add_arguments(command)
     args = parser.parse_args(argv)
-    return run_guarded(f"maskllm {verb}", lambda: importlib.import_module(f"maskllm.cli.{verb}").run(args))
+    importlib.import_module(f"maskllm.cli.{args.verb}").run(args)
 
 
 def run_guarded(program: str, call) -> int:
@@ -54,7 +58,8 @@ def run_guarded(program: str, call) -> int:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"{program}: error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{program}: error: {where}{error.strerror or error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{program}: interrupted; run the same command again to go on", file=sys.stderr)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from maskllm.errors import MaskLLMError
+from maskllm.options import HelpFormatter
 from maskllm.patterns import Pattern
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -36,7 +38,7 @@ class TrainArguments:
     )
     save: str | None = _option(None, "directory to write checkpoints and metrics.jsonl to")
     save_interval: int | None = _option(None, "steps between checkpoints; one is written at the end and on SIGTERM in any case")
-    split: str = _option("969,30,1", "shares of the documents for training, validation and test")
+    split: str = _option("969,30,1", "shares of the documents for training, validation and test, in any unit")
     data_cache_path: str | None = _option(None, "where the dataset's index files are cached; beside the dataset by default")
 
     pattern: str = _option("2:4", "N:M, keep N of every M consecutive weights")
@@ -50,7 +52,7 @@ class TrainArguments:
     micro_batch_size: int = _option(1, "sequences a forward pass")
     global_batch_size: int = _option(256, "sequences a step, over all data-parallel ranks")
     seq_length: int = _option(4096, "tokens a sequence")
-    lr: float = _option(5e-5, "learning rate of the logits")
+    lr: float = _option(5e-5, "learning rate of the logits, the highest there is")
     min_lr: float = _option(5e-6, "learning rate at the end")
     lr_decay_style: str = _option("cosine", "how the learning rate goes down", choices=["constant", "linear", "cosine"])
     lr_warmup_iters: int = _option(0, "steps of linear warm-up")
@@ -58,14 +60,14 @@ class TrainArguments:
     adam_beta1: float = _option(0.9, "Adam's first moment's decay")
     adam_beta2: float = _option(0.95, "Adam's second moment's decay")
     adam_eps: float = _option(1e-5, "Adam's epsilon")
-    clip_grad: float = _option(1.0, "largest norm of the gradient")
+    clip_grad: float = _option(1.0, "largest norm of the gradient; 0 for any")
     seed: int = _option(1234, "seed of the masks' noise, the initial logits and the data order")
 
     tensor_model_parallel_size: int = _option(1, "ranks a layer is split over")
     pipeline_model_parallel_size: int = _option(1, "ranks the layers are dealt out to")
     sequence_parallel: bool = _option(False, "split activations outside the linears along the sequence too")
     use_distributed_optimizer: bool = _option(False, "split optimizer states over data-parallel ranks")
-    distributed_timeout_minutes: int = _option(10, "how long a rank waits for the others")
+    distributed_timeout_minutes: int = _option(10, "minutes a rank waits for the others")
     params_dtype: str = _option("bf16", "type of the frozen weights and of the computation", choices=sorted(DTYPES))
 
     eval_interval: int = _option(1000, "steps between validations")
@@ -86,19 +88,34 @@ class TrainArguments:
             raise MaskLLMError("--data-path: wanted at least one indexed-dataset prefix (make one with `maskllm preprocess`)")
         if self.load is None and self.pretrained_checkpoint is None:
             raise MaskLLMError("--load: wanted a checkpoint to start from (make one with `maskllm convert` and `maskllm prune`)")
-        for name in ("train_iters", "micro_batch_size", "global_batch_size", "seq_length", "log_interval", "eval_interval"):
-            if getattr(self, name) < 1:
-                raise MaskLLMError(f"{_flag(name)}: found {getattr(self, name)}, wanted at least 1")
+        for wanted, holds, names in _RANGES:
+            for name in names:
+                found = getattr(self, name)
+                values = found if isinstance(found, tuple) else (found,)
+                if not all(math.isfinite(value) and holds(value) for value in values):
+                    raise MaskLLMError(f"{_flag(name)}: found {' '.join(map(str, values))}, wanted {wanted}")
+        if self.min_lr > self.lr:
+            raise MaskLLMError(f"--min-lr {self.min_lr}: wanted at most --lr {self.lr}")
+        if self.lr_warmup_iters >= self.train_iters:
+            raise MaskLLMError(f"--lr-warmup-iters {self.lr_warmup_iters}: wanted fewer than --train-iters {self.train_iters}")
         if self.save_interval is not None and (self.save_interval < 1 or self.save is None):
             raise MaskLLMError("--save-interval: wanted a positive number of steps, and --save")
-        if min(self.gumbel_temperature_range) <= 0 or min(self.gumbel_scale_range) <= 0:
-            raise MaskLLMError("--gumbel-temperature-range, --gumbel-scale-range: wanted positive numbers")
+        self._check_split()
         if self.sequence_parallel and self.seq_length % self.tensor_model_parallel_size:
             raise MaskLLMError(
                 f"--seq-length {self.seq_length}: with --sequence-parallel wanted a multiple of --tensor-model-parallel-size "
                 f"{self.tensor_model_parallel_size}"
             )
         return pattern
+
+    def _check_split(self) -> None:
+        """Raise MaskLLMError where `split` is something else than shares; upstream picks the digits out of anything."""
+        try:
+            shares = [float(share) for share in self.split.split(",")]
+        except ValueError:
+            shares = []
+        if not 1 <= len(shares) <= 3 or not all(0 <= share < math.inf for share in shares) or not sum(shares):
+            raise MaskLLMError(f"--split {self.split}: wanted up to three shares, training, validation and test, such as 969,30,1")
 
     def num_microbatches(self, data_parallel_size: int) -> int:
         """Micro-batches a step on each data-parallel rank. Raises MaskLLMError where they do not come out whole."""
@@ -120,12 +137,39 @@ class TrainArguments:
                 weights = [float(weight) for weight in prefixes[::2]]
             except ValueError as error:
                 raise MaskLLMError(f"--data-path: wanted W1 P1 W2 P2 ..., a number before each prefix ({error})") from None
+            for weight in weights:
+                if not 0 < weight < math.inf:
+                    raise MaskLLMError(f"--data-path: found the weight {weight}, wanted positive numbers")
             prefixes = prefixes[1::2]
         for prefix in prefixes:
             for suffix in (".bin", ".idx"):
                 if not Path(prefix + suffix).is_file():
                     raise MaskLLMError(f"--data-path: no file {prefix}{suffix} (make it with `maskllm preprocess`)")
         return prefixes, weights
+
+
+_RANGES = (
+    (
+        "at least 1",
+        lambda value: value >= 1,
+        (
+            "train_iters", "micro_batch_size", "global_batch_size", "seq_length", "log_interval", "eval_interval",
+            "tensor_model_parallel_size", "pipeline_model_parallel_size", "distributed_timeout_minutes",
+        ),
+    ),
+    ("positive numbers", lambda value: value > 0, ("gumbel_temperature_range", "gumbel_scale_range")),
+    ("a positive number", lambda value: value > 0, ("lr",)),
+    (
+        "at least 0",
+        lambda value: value >= 0,
+        (
+            "eval_iters", "lr_warmup_iters", "min_lr", "weight_decay", "adam_eps", "clip_grad", "prior_strength", "weight_reg",
+        ),
+    ),
+    ("at least 0 and less than 1", lambda value: 0 <= value < 1, ("adam_beta1", "adam_beta2")),
+    ("at least 0 and less than 2^32", lambda value: 0 <= value < 1 << 32, ("seed",)),
+)  # fmt: skip
+"""What `TrainArguments.check` wants of each number: in words, as a predicate, and which they are."""
 
 
 def _flag(name: str) -> str:
@@ -137,7 +181,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainArguments:
     parser = argparse.ArgumentParser(
         prog="torchrun ... -m maskllm.train",
         description="Learn the N:M masks of a Megatron checkpoint's linears.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     for entry in dataclasses.fields(TrainArguments):
         options = dict(entry.metadata)

@@ -76,13 +76,17 @@ class Start:
 def resolve_start(arguments: TrainArguments, pattern: Pattern) -> Start:
     """Open `--load` or, while that directory holds no checkpoint yet, `--pretrained-checkpoint`.
 
-    Raises MaskLLMError where the checkpoint's pattern or a setting of the run it continues contradicts the arguments.
+    Raises MaskLLMError where the checkpoint's pattern or a setting of the run it continues contradicts the arguments, and where
+    sequences are longer than the model's context.
     """
     path = arguments.load
     if arguments.pretrained_checkpoint is not None and (path is None or not (Path(path) / LATEST).is_file()):
         path = arguments.pretrained_checkpoint
     checkpoint = resolve(path)
     info = checkpoint.info
+    context = checkpoint.model_config.max_position_embeddings
+    if arguments.seq_length > context:
+        raise MaskLLMError(f"--seq-length {arguments.seq_length}: the model in {checkpoint.path} has a context of {context} tokens")
     if info.stage == "trimmed":
         raise MaskLLMError(
             f"{checkpoint.path}: a trimmed checkpoint's weights have their zeros written in; start from the pruned one"
@@ -91,7 +95,9 @@ def resolve_start(arguments: TrainArguments, pattern: Pattern) -> Start:
         raise MaskLLMError(f"{checkpoint.path}: its masks have pattern {info.pattern}; --pattern is {pattern}")
     resumed = info.stage == "trained"
     if resumed:
-        before = info.details["settings"]
+        before = info.details.get("settings")
+        if not isinstance(before, dict) or not before.keys() >= set(SETTINGS_THAT_MUST_MATCH):
+            raise MaskLLMError(f"{checkpoint.path}: its maskllm.json lacks the settings of the run; it cannot be resumed")
         for name, now in _settings(arguments).items():
             if before[name] != now:
                 raise MaskLLMError(

@@ -111,40 +111,41 @@ class Trainer:
             signal.signal(number, self._request_stop)
         last_saved = self.iteration if self.start.resumed else None
         window: list[tuple[torch.Tensor, float, float]] = []
-        bar = tqdm(
+        with tqdm(
             total=arguments.train_iters, initial=self.iteration, desc="train", unit="step", disable=writer is None, file=sys.stderr
-        )
-        started = time.perf_counter()
-        while self.iteration < arguments.train_iters:
-            losses, grad_norm, lr = self._step()
-            self.iteration += 1
-            window.append((losses, grad_norm, lr))
-            bar.update()
-            if self.iteration % arguments.log_interval == 0 or self.iteration == arguments.train_iters:
-                values = self._train_metrics(window, time.perf_counter() - started)
-                if writer is not None:
-                    bar.set_postfix(loss=f"{values['loss']:.3f}")
-                    bar.clear()
-                    writer.write("train", self.iteration, values)
-                window, started = [], time.perf_counter()
-            if self.valid_batches and (self.iteration % arguments.eval_interval == 0 or self.iteration == arguments.train_iters):
-                values = self._validate()
-                if writer is not None:
-                    bar.clear()
-                    writer.write("validation", self.iteration, values)
-                started = time.perf_counter()
-            stop = self._stop_requested()
-            if arguments.save and (
-                stop
-                or self.iteration == arguments.train_iters
-                or (arguments.save_interval and self.iteration % arguments.save_interval == 0)
-            ):
-                save_training_state(self.start, arguments, self.iteration, self.model.module, self.optimizer)
-                last_saved = self.iteration
-                started = time.perf_counter()
-            if stop:
-                break
-        bar.close()
+        ) as bar:
+            started = time.perf_counter()
+            while self.iteration < arguments.train_iters:
+                losses, grad_norm, lr = self._step()
+                self.iteration += 1
+                window.append((losses, grad_norm, lr))
+                bar.update()
+                if self.iteration % arguments.log_interval == 0 or self.iteration == arguments.train_iters:
+                    values = self._train_metrics(window, time.perf_counter() - started)
+                    if writer is not None:
+                        bar.set_postfix(loss=f"{values['loss']:.3f}")
+                        bar.clear()
+                        writer.write("train", self.iteration, values)
+                    window, started = [], time.perf_counter()
+                if self.valid_batches and (
+                    self.iteration % arguments.eval_interval == 0 or self.iteration == arguments.train_iters
+                ):
+                    values = self._validate()
+                    if writer is not None:
+                        bar.clear()
+                        writer.write("validation", self.iteration, values)
+                    started = time.perf_counter()
+                stop = self._stop_requested()
+                if arguments.save and (
+                    stop
+                    or self.iteration == arguments.train_iters
+                    or (arguments.save_interval and self.iteration % arguments.save_interval == 0)
+                ):
+                    save_training_state(self.start, arguments, self.iteration, self.model.module, self.optimizer)
+                    last_saved = self.iteration
+                    started = time.perf_counter()
+                if stop:
+                    break
         if writer is not None:
             writer.close()
         if self.stop_signal is not None or self.iteration < arguments.train_iters:

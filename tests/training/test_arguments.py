@@ -1,0 +1,179 @@
+"""Every option of mask learning that cannot work is refused in one line that names it, before a process group exists."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+
+from maskllm.errors import MaskLLMError
+from maskllm.training.arguments import TrainArguments, parse_arguments
+from maskllm.training.data import build_batches
+from maskllm.training.trainer import resolve_start
+
+GOOD = TrainArguments(data_path=["data"], load="checkpoint")
+
+
+def test_the_defaults_are_the_papers_recipe():
+    arguments = parse_arguments(["--data-path", "data", "--load", "checkpoint"])
+    assert arguments.check().num_candidates == 6
+    assert (arguments.adam_beta1, arguments.adam_beta2, arguments.adam_eps) == (0.9, 0.95, 1e-5)
+    assert (arguments.lr, arguments.min_lr, arguments.weight_decay, arguments.clip_grad) == (5e-5, 5e-6, 0.1, 1.0)
+    assert (arguments.global_batch_size, arguments.seq_length, arguments.train_iters) == (256, 4096, 2000)
+    assert arguments.gumbel_temperature_range == (4.0, 0.05)
+    assert arguments.gumbel_scale_range == (1e2, 5e2)
+    assert (arguments.prior_strength, arguments.weight_reg, arguments.hard) == (3.0, 1e-5, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("data_path", [], "--data-path"),
+        ("load", None, "--load"),
+        ("pattern", "2of4", "pattern '2of4': wanted N:M"),
+        ("pattern", "4:2", "pattern 4:2"),
+        ("pattern", "8:16", "12870 candidate masks"),
+        ("train_iters", 0, "--train-iters: found 0, wanted at least 1"),
+        ("micro_batch_size", -1, "--micro-batch-size: found -1"),
+        ("global_batch_size", 0, "--global-batch-size: found 0"),
+        ("seq_length", 0, "--seq-length: found 0"),
+        ("log_interval", 0, "--log-interval"),
+        ("eval_interval", 0, "--eval-interval"),
+        ("eval_iters", -1, "--eval-iters: found -1, wanted at least 0"),
+        ("save_interval", 5, "--save-interval: wanted a positive number of steps, and --save"),
+        ("tensor_model_parallel_size", 0, "--tensor-model-parallel-size: found 0"),
+        ("pipeline_model_parallel_size", -2, "--pipeline-model-parallel-size: found -2"),
+        ("distributed_timeout_minutes", 0, "--distributed-timeout-minutes"),
+        ("gumbel_temperature_range", (0.0, 1.0), "--gumbel-temperature-range: found 0.0 1.0, wanted positive"),
+        ("gumbel_temperature_range", (4.0, math.nan), "--gumbel-temperature-range: found 4.0 nan"),
+        ("gumbel_scale_range", (1.0, math.inf), "--gumbel-scale-range: found 1.0 inf"),
+        ("prior_strength", -1.0, "--prior-strength: found -1.0"),
+        ("weight_reg", math.nan, "--weight-reg: found nan"),
+        ("lr", 0.0, "--lr: found 0.0, wanted a positive number"),
+        ("lr", math.nan, "--lr: found nan"),
+        ("min_lr", -1.0, "--min-lr: found -1.0"),
+        ("min_lr", 1.0, "--min-lr 1.0: wanted at most --lr"),
+        ("lr_warmup_iters", -1, "--lr-warmup-iters: found -1"),
+        ("lr_warmup_iters", 2000, "--lr-warmup-iters 2000: wanted fewer than --train-iters 2000"),
+        ("weight_decay", -0.1, "--weight-decay"),
+        ("adam_beta1", 1.0, "--adam-beta1: found 1.0, wanted at least 0 and less than 1"),
+        ("adam_beta2", -0.1, "--adam-beta2"),
+        ("adam_eps", -1.0, "--adam-eps"),
+        ("clip_grad", -1.0, "--clip-grad"),
+        ("seed", -1, "--seed"),
+        ("seed", 1 << 32, r"--seed: found 4294967296, wanted at least 0 and less than 2\^32"),
+        ("split", "most,some", "--split most,some"),
+        ("split", "-1,2,3", "--split -1,2,3"),
+        ("split", "1,2,3,4", "--split 1,2,3,4"),
+        ("split", "0,0,0", "--split 0,0,0"),
+        ("split", "nan,1,1", "--split nan,1,1"),
+    ],
+)
+def test_an_option_that_cannot_work_is_named(name, value, message):
+    GOOD.check()
+    with pytest.raises(MaskLLMError, match=message) as caught:
+        dataclasses.replace(GOOD, **{name: value}).check()
+    assert "\n" not in str(caught.value)
+
+
+def test_sequence_parallelism_wants_sequences_that_split_evenly():
+    arguments = dataclasses.replace(GOOD, sequence_parallel=True, seq_length=30, tensor_model_parallel_size=4)
+    with pytest.raises(MaskLLMError, match="--seq-length 30: with --sequence-parallel wanted a multiple"):
+        arguments.check()
+    dataclasses.replace(arguments, seq_length=32).check()
+
+
+def test_a_global_batch_is_whole_micro_batches_on_every_rank():
+    arguments = dataclasses.replace(GOOD, global_batch_size=12, micro_batch_size=2)
+    assert arguments.num_microbatches(3) == 2
+    with pytest.raises(
+        MaskLLMError, match="--global-batch-size 12: wanted a multiple of --micro-batch-size 2 x 4 data-parallel ranks"
+    ):
+        arguments.num_microbatches(4)
+
+
+def test_a_blend_is_weights_and_prefixes(tmp_path):
+    for name in "ab":
+        for suffix in ("bin", "idx"):
+            (tmp_path / f"{name}.{suffix}").touch()
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+
+    def blend(*values: str):
+        return dataclasses.replace(GOOD, data_path=list(values)).blend()
+
+    assert blend(a) == ([a], None)
+    assert blend("3", a, "0.5", b) == ([a, b], [3.0, 0.5])
+    for values, message in (
+        (("1", a, b), "found 3 values"),
+        ((a, b), "a number before each prefix"),
+        (("-1", a), "found the weight -1.0, wanted positive numbers"),
+        (("nan", a), "found the weight nan"),
+        (("0", a, "1", b), "found the weight 0.0"),
+        ((str(tmp_path / "c"),), r"no file .*c\.bin"),
+    ):
+        with pytest.raises(MaskLLMError, match=message):
+            blend(*values)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("--params-dtype=int8", "invalid choice: 'int8'"), ("--lr=fast", "invalid float"), ("--nonsense", "nonsense")],
+)
+def test_what_the_parser_refuses_ends_with_status_2(capsys, option, message):
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments(["--data-path", "data", option])
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_names_every_option_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for entry in dataclasses.fields(TrainArguments):
+        assert "--" + entry.name.replace("_", "-") in text
+    assert "optimizer steps (default: 2000)" in text
+    assert "default: None" not in text
+    assert "default: False" not in text
+
+
+def test_sequences_longer_than_the_models_context_are_refused(tiny_pruned):
+    arguments = dataclasses.replace(GOOD, load=str(tiny_pruned), seq_length=129)
+    with pytest.raises(MaskLLMError, match=r"--seq-length 129: the model in .* has a context of 128 tokens"):
+        resolve_start(arguments, arguments.check())
+    arguments = dataclasses.replace(arguments, seq_length=128)
+    assert not resolve_start(arguments, arguments.check()).resumed
+
+
+def test_a_checkpoint_with_another_pattern_is_refused(tiny_pruned):
+    arguments = dataclasses.replace(GOOD, load=str(tiny_pruned), seq_length=64, pattern="1:4")
+    with pytest.raises(MaskLLMError, match="its masks have pattern 2:4; --pattern is 1:4"):
+        resolve_start(arguments, arguments.check())
+
+
+def _cut(path, share: float) -> None:
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: _cut(path.with_suffix(".bin"), 0), r"data\.bin is empty"),
+        (lambda path: _cut(path.with_suffix(".bin"), 0.5), r"data\.bin has \d+ bytes, its \.idx asks for \d+"),
+        (lambda path: _cut(path.with_suffix(".idx"), 0), r"data\.idx is not an indexed dataset's index"),
+        (lambda path: _cut(path.with_suffix(".idx"), 0.7), r"data\.idx has \d+ bytes, wanted \d+ for 40 sequences"),
+        (lambda path: path.with_suffix(".idx").write_bytes(b"x" * 500), r"data\.idx is not an indexed dataset's index"),
+    ],
+)
+@pytest.mark.filterwarnings(
+    "error::pytest.PytestUnraisableExceptionWarning"
+)  # upstream's reader would complain from its destructor
+def test_a_damaged_dataset_is_named(tmp_path, tiny_dataset, damage, message):
+    for suffix in (".bin", ".idx"):
+        (tmp_path / f"data{suffix}").write_bytes(Path(tiny_dataset + suffix).read_bytes())
+    damage(tmp_path / "data")
+    arguments = dataclasses.replace(GOOD, data_path=[str(tmp_path / "data")], seq_length=64, eval_iters=0)
+    with pytest.raises(MaskLLMError, match=message):
+        build_batches(arguments, 256, "cpu")
