@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -19,6 +20,12 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def _name(error: OSError, path: Path) -> None:
+    """Let an error that only writing causes, and that names no file, name the output."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename is None:
+        error.filename = str(path)
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`; move it there, on disk, when the block ends without an exception.
@@ -26,6 +33,8 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     On an exception the temporary file is removed and `path` is left as it was. What a killed process left is overwritten.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "is a directory, wanted a file to write", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -33,6 +42,9 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
         _fsync(temporary)
         os.replace(temporary, path)
         _fsync(path.parent)
+    except OSError as error:
+        _name(error, path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -51,6 +63,9 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
     try:
         yield temporary
         publish_directory(temporary, path)
+    except OSError as error:
+        _name(error, path)
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -83,7 +84,10 @@ def export(
                 shard[name] = tensors[name].load().contiguous()
                 zeros += int((shard[name] == 0).sum()) if name in pruned else 0
                 progress.update(tensors[name].nbytes)
-            save_file(shard, temporary / file, metadata={"format": "pt"})
+            try:
+                save_file(shard, temporary / file, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise MaskLLMError(f"{output / file}: cannot be written: {error}") from None
         if shards.is_sharded:
             write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": shards.tensor_to_filename})
     if mask_file is not None:  # after `output` took its place, which may be where the mask file goes

@@ -50,8 +50,10 @@ def apply_mask_file(path: str | os.PathLike, weights: Mapping[str, torch.Tensor]
             for name, weight in tqdm(weights.items(), desc="apply masks", unit="matrix", disable=None, leave=False):
                 mask = np.unpackbits(archive[name + SUFFIX], count=weight.numel()).view(bool).reshape(weight.shape)
                 weight.masked_fill_(torch.from_numpy(~mask).to(weight.device), 0)
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise MaskLLMError(f"{path}: not a readable .npz mask file ({str(error).splitlines()[0]})") from error
+    except (ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        # RuntimeError is what zipfile raises where damaged flags ask for a password or a method that it lacks.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise MaskLLMError(f"{path}: not a readable .npz mask file ({reason})") from error
 
 
 def _check(path: Path, archive: np.lib.npyio.NpzFile, weights: Mapping[str, torch.Tensor]) -> None:

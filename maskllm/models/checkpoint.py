@@ -9,11 +9,12 @@ CKPT/release/, CKPT/iter_0000010/         one iteration each:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from typing import Any, Literal
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from torch.distributed.checkpoint.api import CheckpointException
 
 from maskllm.errors import MaskLLMError
 from maskllm.files import atomic_directory, publish_directory, write_json, write_text
@@ -108,12 +110,16 @@ class Checkpoint:
         """Megatron's `dist_checkpointing.load`, on every rank, of a sharded state dict made under any parallel layout.
 
         Returns the state dict with tensors in place of `ShardedTensor`s. Raises MaskLLMError naming the first tensor that the
-        checkpoint lacks or holds with another global shape.
+        checkpoint lacks or holds with another global shape, and where a file of it is missing or damaged.
         """
+        for name in ("common.pt", "metadata.json"):
+            if not (self.path / name).is_file():
+                raise MaskLLMError(f"{self.path / name}: no such file; the checkpoint is incomplete, make it again")
         sharded_state_dict = _without_extra_state(sharded_state_dict)
         for tensor in _sharded_tensors(sharded_state_dict):
             self.check_shape(tensor.key, tuple(tensor.global_shape))
-        return dist_checkpointing.load(sharded_state_dict, str(self.path))
+        with _one_line(f"{self.path}: cannot be loaded"):
+            return dist_checkpointing.load(sharded_state_dict, str(self.path))
 
 
 def resolve(path: str | Path) -> Checkpoint:
@@ -182,7 +188,8 @@ def save_checkpoint(
         write_text(root / LATEST, f"{iteration}\n")
 
     _on_first_rank(prepare)
-    dist_checkpointing.save(_without_extra_state(sharded_state_dict), str(temporary))
+    with _one_line(f"{path}: cannot be written"):
+        dist_checkpointing.save(_without_extra_state(sharded_state_dict), str(temporary))
     _on_first_rank(publish)
     return path
 
@@ -232,6 +239,22 @@ def _sharded_tensors(value: Any) -> list[ShardedTensor]:
     if isinstance(value, dict | list):
         return [tensor for part in (value.values() if isinstance(value, dict) else value) for tensor in _sharded_tensors(part)]
     return []
+
+
+@contextlib.contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Turn what Megatron and PyTorch raise for files that are missing, damaged or cannot be written into a MaskLLMError."""
+    try:
+        yield
+    except CheckpointException as error:  # a BaseException that holds the ranks' own
+        cause, _ = next(iter(error.failures.values()))
+        raise MaskLLMError(f"{what} ({_first_line(cause)})") from error
+    except Exception as error:  # a damaged file raises nearly anything
+        raise MaskLLMError(f"{what} ({_first_line(error)})") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(": ")
 
 
 def _on_first_rank(action: Callable[[], None]) -> None:

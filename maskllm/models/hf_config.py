@@ -77,6 +77,8 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise MaskLLMError(f"{path}: not UTF-8 text") from None
     except json.JSONDecodeError as error:
         raise MaskLLMError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, or thousands of nested brackets
+        raise MaskLLMError(f"{path}: not JSON that can be read: {error}") from None
     if not isinstance(values, dict):
         raise MaskLLMError(f"{path}: wanted a JSON object, found {type(values).__name__}")
     return values

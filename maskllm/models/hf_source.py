@@ -42,7 +42,11 @@ def find_source(directory_or_id: str | Path) -> Path:
     """
     path = Path(directory_or_id)
     if path.is_dir():
+        if not (path / "config.json").exists():
+            raise MaskLLMError(f"{path / 'config.json'}: no such file; wanted the directory of a Hugging Face checkpoint")
         return path
+    if path.exists():
+        raise MaskLLMError(f"{path}: is a file; wanted the directory of a Hugging Face checkpoint")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory_or_id)):
         raise MaskLLMError(f"{path}: no such directory, and not a hub id like meta-llama/Llama-3.2-1B")
     from huggingface_hub import snapshot_download

@@ -113,14 +113,23 @@ class _LazyPlanner(DefaultSavePlanner):
 def write_tensors(directory: Path, tensors: Mapping[str, LazyTensor], description: str) -> None:
     """Write `tensors`, in their order, as a `torch_dist` checkpoint into the existing `directory`, one in memory at a time.
 
-    Not atomic by itself; `description` labels the progress bar. What a tensor's `load` raises comes out as it was.
+    Not atomic by itself; `description` labels the progress bar. What a tensor's `load` raises comes out as it was. Raises MaskLLMError
+    where the disk does not take a file.
     """
     placeholders = {key: torch.empty(lazy.shape, dtype=lazy.dtype, device="meta") for key, lazy in tensors.items()}
     total = sum(lazy.nbytes for lazy in tensors.values())
     # The writer keeps a file's tensors until the file is closed, so each gets its own; copying ahead would hold several as well.
     writer = dcp.FileSystemWriter(directory, single_file_per_rank=False, per_thread_copy_ahead=0)
-    with _one_process(), tqdm(total=total, unit="B", unit_scale=True, desc=description, disable=None) as progress:
-        dcp.save(placeholders, storage_writer=writer, planner=_LazyPlanner(tensors, progress), no_dist=True)
+    with tqdm(total=total, unit="B", unit_scale=True, desc=description, disable=None) as progress:
+        try:
+            with _one_process():
+                dcp.save(placeholders, storage_writer=writer, planner=_LazyPlanner(tensors, progress), no_dist=True)
+        except RuntimeError as error:
+            if "inline_container" not in str(error):  # torch.save's own complaint about a short write
+                raise
+            raise MaskLLMError(
+                f"{directory}: cannot be written, the disk is probably full ({str(error).splitlines()[0]})"
+            ) from None
     torch.save({}, directory / "common.pt")
     save_config(CheckpointingConfig(sharded_backend="torch_dist", sharded_backend_version=1), str(directory))
 

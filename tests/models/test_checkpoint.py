@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
 
+from maskllm.distributed import parallel_processes
 from maskllm.errors import MaskLLMError
+from maskllm.models.build import build_model, load_model
 from maskllm.models.checkpoint import INFO, LATEST, CheckpointInfo, resolve, write_checkpoint
 from maskllm.models.convert import convert
 from maskllm.models.torch_dist import LazyTensor
@@ -112,6 +116,18 @@ def test_a_weight_that_contradicts_the_config_is_named(dense, tmp_path):
     write_checkpoint(tmp_path / "b", tensors, checkpoint.info, hf_files_from=checkpoint.hf_directory, description="")
     with pytest.raises(MaskLLMError, match=f"has no tensor {key}"):
         resolve(tmp_path / "b").check_weights()
+
+
+@pytest.mark.parametrize("name", ["common.pt", "metadata.json", ".metadata", "__0_0.distcp"])
+def test_a_missing_file_is_named_when_a_model_is_loaded(dense, tmp_path, name):
+    shutil.copytree(dense, tmp_path / "b")
+    (tmp_path / "b" / "release" / name).unlink()
+    with parallel_processes():
+        checkpoint = resolve(tmp_path / "b")
+        model = build_model(resolve(dense).model_config, params_dtype=torch.bfloat16)
+        with pytest.raises(MaskLLMError, match=re.escape(name)) as caught:
+            load_model(checkpoint, model)
+    assert "\n" not in str(caught.value)
 
 
 def test_info_comes_back_as_it_was(dense, tmp_path):
