@@ -42,7 +42,13 @@ def parallel_processes(
         )
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise MaskLLMError(
+                f"process {local_rank} of this machine has no GPU of its own, there are {torch.cuda.device_count()}; "
+                "start at most as many processes (torchrun --nproc-per-node)"
+            )
+        torch.cuda.set_device(local_rank)
         backend = "nccl"
     timeout = datetime.timedelta(minutes=timeout_minutes)
     with contextlib.ExitStack() as stack:

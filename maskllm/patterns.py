@@ -36,9 +36,9 @@ class Pattern:
     @classmethod
     def parse(cls, text: str) -> Pattern:
         """Read "N:M". Raises MaskLLMError for anything else."""
-        match = re.fullmatch(r"(\d+):(\d+)", text.strip())
+        match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text.strip())
         if match is None:
-            raise MaskLLMError(f"pattern {text!r}: wanted N:M, for example 2:4")
+            raise MaskLLMError(f"pattern {text[:40]!r}: wanted N:M, for example 2:4")
         return cls(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:

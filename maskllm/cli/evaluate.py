@@ -58,6 +58,8 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.mask is not None:
         raise MaskLLMError("--mask: applies to --model; a checkpoint has its own masks")
+    if args.device is not None or args.trust_remote_code:
+        raise MaskLLMError("--device, --trust-remote-code: apply to --model only; leave them out with --load")
     with parallel_processes(tensor_model_parallel_size=int(os.environ.get("WORLD_SIZE", "1"))):
         result = evaluate_checkpoint(args.load, args.data, **windows, params_dtype=dtype)
         if torch.distributed.get_rank() == 0:

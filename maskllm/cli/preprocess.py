@@ -54,7 +54,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def positive_integer(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, wanted a positive integer")
+    return int(text)

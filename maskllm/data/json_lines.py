@@ -77,7 +77,7 @@ def document(line: Line, key: str) -> str:
         value = json.loads(line.data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise bad(f"not UTF-8: byte 0x{line.data[error.start]:02x} at offset {error.start}") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits are a plain ValueError
         raise bad(f"not JSON: {error}") from error
     if not isinstance(value, dict):
         raise bad(f"a JSON {_kind(value)}, wanted an object with the key {key!r}")

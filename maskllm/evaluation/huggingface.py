@@ -55,7 +55,7 @@ def evaluate_hf(
     directory = find_source(model)
     text = read_evaluation_text(data)
     tokens = load_tokenizer(directory, use_gigatoken=False).encode(text.text)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     loaded = load_hf_model(directory, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     _check_fits(loaded, int(tokens.max()), seq_length)
     weights = block_weights(loaded)
@@ -84,6 +84,18 @@ def load_hf_model(
     if dtype is None and device.type == "cpu" and not _computes_fast_on_cpu(model.dtype):
         model = model.float()
     return model.to(device).eval()
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """`device` as torch has it. Raises MaskLLMError where this machine or this build of torch cannot compute there."""
+    try:
+        found = torch.device(device)
+        torch.empty(1, device=found).item()
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
+        raise MaskLLMError(
+            f"--device {device}: cannot be used here ({str(error).splitlines()[0]}); wanted cpu, cuda, cuda:1, ..."
+        ) from None
+    return found
 
 
 def _computes_fast_on_cpu(dtype: torch.dtype) -> bool:

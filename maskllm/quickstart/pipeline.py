@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
@@ -14,8 +15,11 @@ from typing import Any
 import psutil
 
 from maskllm.data.documentation_corpus import HELD_OUT_FILE, TRAIN_FILE, write_documentation_corpus
+from maskllm.data.json_lines import check_inputs
+from maskllm.errors import MaskLLMError
 from maskllm.evaluation.report import ModelResult, Report, table, write_report
 from maskllm.models.checkpoint import resolve
+from maskllm.models.config import ModelConfig
 from maskllm.quickstart.steps import Steps
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
@@ -37,6 +41,29 @@ class QuickstartSettings:
     calibration_samples: int = 16
     processes: int = 2
 
+    def check(self) -> None:
+        """Raise MaskLLMError for values that a step would fail on, before the first step."""
+        for name, value in asdict(self).items():
+            if not 0 < value < math.inf:
+                raise MaskLLMError(f"{_flag(name)}: found {value}, wanted a positive number")
+        if self.min_lr > self.lr:
+            raise MaskLLMError(f"--min-lr {self.min_lr}: wanted at most --lr {self.lr}")
+        if self.eval_seq_length < 2:
+            raise MaskLLMError(f"--eval-seq-length {self.eval_seq_length}: a window needs at least 2 tokens")
+
+    def check_fits(self, model: ModelConfig) -> None:
+        """Raise MaskLLMError where the model's layers do not come out even over the processes, or its context is too short."""
+        if model.num_layers % self.processes:
+            raise MaskLLMError(f"--processes {self.processes}: wanted a number that divides the model's {model.num_layers} layers")
+        for name in ("seq_length", "eval_seq_length"):
+            length, context = getattr(self, name), model.max_position_embeddings
+            if length > context:
+                raise MaskLLMError(f"{_flag(name)} {length}: the model has a context of {context} tokens")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
 
 def quickstart(
     output: str | os.PathLike,
@@ -55,6 +82,10 @@ def quickstart(
 
     Raises MaskLLMError where a step fails; the steps before it stay done.
     """
+    settings.check()
+    given = [*(corpus or []), *([eval_corpus] if eval_corpus else [])]
+    if given:
+        check_inputs(given)
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     steps = Steps(output)
@@ -73,7 +104,9 @@ def quickstart(
     prefix = output / "data" / "train"
     dataset = f"{prefix}_text_document"
     steps.run("convert", megatron / "dense", [*maskllm, "convert", "--hf", source, "--output", megatron / "dense"])
-    tokenizer = resolve(megatron / "dense").hf_directory
+    dense = resolve(megatron / "dense")
+    settings.check_fits(dense.model_config)
+    tokenizer = dense.hf_directory
     steps.run(
         "preprocess",
         output / "data",

@@ -20,6 +20,7 @@ import psutil
 
 from maskllm.errors import MaskLLMError
 from maskllm.files import write_json
+from maskllm.models.hf_config import read_json_object
 
 SAMPLE_SECONDS = 0.5
 
@@ -36,7 +37,7 @@ class Steps:
         self.file = directory / "steps.json"
         self.records: dict[str, dict[str, Any]] = {}
         if self.file.exists():
-            self.records = json.loads(self.file.read_text(encoding="utf-8"))
+            self.records = read_json_object(self.file)
         self._identity = ""
         self.names: list[str] = []
 

@@ -1,0 +1,199 @@
+"""Bad input ends in one line on standard error that names the thing, and a non-zero status; never in a traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from maskllm.cli import VERBS, main, run_guarded
+from maskllm.errors import MaskLLMError
+from maskllm.files import atomic_directory, atomic_file
+from maskllm.quickstart.pipeline import QuickstartSettings
+from maskllm.quickstart.steps import Steps
+
+
+def refused(capsys, *argv: object) -> str:
+    """Run `maskllm ARGV`, which must fail with one line; returns the line."""
+    capsys.readouterr()
+    assert main([str(word) for word in argv]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"maskllm {argv[0]}: error: ")
+    return line
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_is_complete(verb, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([verb, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert "--output" in text or "--json" in text
+    assert "default: None" not in text
+    assert "default: False" not in text
+
+
+def test_usage_errors_end_with_status_2(capsys):
+    for argv in ([], ["frobnicate"], ["convert"], ["preprocess", "--workers", "0"], ["evaluate", "--model", "a", "--load", "b"]):
+        with pytest.raises(SystemExit) as caught:
+            main(argv)
+        assert caught.value.code == 2
+        assert "error: " in capsys.readouterr().err
+
+
+def test_what_is_not_a_checkpoint_is_named(capsys, tmp_path, tiny_hf):
+    file = tmp_path / "file"
+    file.write_text("x")
+    new = tmp_path / "new"
+    assert "no such directory" in refused(capsys, "trim", "--load", tmp_path / "nope", "--output", new)
+    assert "not a checkpoint" in refused(capsys, "export", "--load", tiny_hf, "--output", new)
+    assert "is a file; wanted the directory" in refused(capsys, "convert", "--hf", file, "--output", new)
+    assert "config.json: no such file" in refused(capsys, "convert", "--hf", tmp_path, "--output", new)
+    assert f"{file}: File exists" in refused(capsys, "convert", "--hf", tiny_hf, "--output", file)
+    assert not new.exists()
+
+
+def test_stages_in_the_wrong_order_are_refused(capsys, tmp_path, tiny_dense, tiny_pruned):
+    new = ["--output", tmp_path / "new"]
+    assert "is a dense checkpoint; give it masks first" in refused(capsys, "trim", "--load", tiny_dense, *new)
+    assert "write its masks into the weights first, with `maskllm trim`" in refused(capsys, "export", "--load", tiny_pruned, *new)
+    line = refused(capsys, "prune", "--load", tiny_pruned, "--method", "magnitude", *new)
+    assert "is a pruned checkpoint; wanted a dense one" in line
+    same = refused(capsys, "trim", "--load", tiny_pruned, "--output", tiny_pruned)
+    assert "is the checkpoint that is loaded; name another directory" in same
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("contents", ['{"a": ' + "9" * 5000 + "}", "[" * 100_000])
+def test_json_that_python_refuses_to_read_is_named(capsys, tmp_path, contents):
+    (tmp_path / "config.json").write_text(contents)
+    assert "config.json: not JSON" in refused(capsys, "convert", "--hf", tmp_path, "--output", tmp_path / "new")
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text(contents)
+    line = refused(
+        capsys, "evaluate", "--model", tmp_path, "--data", lines, "--seq-length", 8
+    )  # the text is read before the model is loaded
+    assert f"{lines}:1: not JSON" in line
+
+
+@pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:99"])
+def test_a_device_that_cannot_be_used_is_named(device):
+    from maskllm.evaluation.huggingface import usable_device
+
+    with pytest.raises(MaskLLMError, match=f"--device {device}: cannot be used here"):
+        usable_device(device)
+    assert usable_device("cpu").type == "cpu"
+
+
+def test_options_of_the_other_model_kind_are_refused(capsys, tiny_dense):
+    common = ["evaluate", "--load", tiny_dense, "--data", "text", "--seq-length", 8]
+    assert "--mask: applies to --model" in refused(capsys, *common, "--mask", "m.npz")
+    assert "--device, --trust-remote-code: apply to --model only" in refused(capsys, *common, "--device", "cpu")
+
+
+def test_a_damaged_mask_file_is_named(tmp_path):
+    from maskllm.export.mask_file import apply_mask_file
+
+    path = tmp_path / "m.npz"
+    np.savez(path, **{"w.mask": np.zeros(1, np.uint8)})
+    data = bytearray(path.read_bytes())
+    entry = data.rindex(b"PK\x01\x02")
+    data[entry + 8] |= 1  # the flag of an encrypted entry
+    path.write_bytes(data)
+    with pytest.raises(MaskLLMError, match=r"m\.npz: not a readable \.npz mask file"):
+        apply_mask_file(path, {"w": np.zeros(0)})
+
+
+def test_an_error_that_names_no_file_says_what_it_is(capsys):
+    def fail():
+        raise OSError("5 requested and 3 written")
+
+    assert run_guarded("program", fail) == 1
+    assert capsys.readouterr().err == "program: error: 5 requested and 3 written\n"
+
+
+def test_an_interrupt_while_importing_is_one_line(capsys, monkeypatch):
+    def interrupt(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("importlib.import_module", interrupt)
+    assert main(["trim", "--load", "a", "--output", "b"]) == 130
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("atomic", [atomic_file, atomic_directory])
+def test_a_full_disk_names_the_output_and_leaves_nothing(tmp_path, atomic):
+    with pytest.raises(OSError, match="No space left") as caught, atomic(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert caught.value.filename == str(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_in_an_output_files_place_is_named(tmp_path):
+    with pytest.raises(IsADirectoryError, match="wanted a file to write"), atomic_file(tmp_path):
+        pass
+
+
+@pytest.fixture
+def small_files():
+    """The largest file size is 8 KiB: writing fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("verb", ["convert", "trim", "export"])
+def test_a_file_that_the_disk_does_not_take_is_one_line(verb, capsys, tmp_path, tiny_hf, tiny_dense, tiny_pruned, small_files):
+    new = tmp_path / "new"
+    source = {"convert": ["--hf", tiny_hf], "trim": ["--load", tiny_pruned], "export": ["--load", tiny_dense]}[verb]
+    assert str(new) in refused(capsys, verb, *source, "--output", new)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"processes": 0}, "--processes: found 0"),
+        ({"train_iters": -1}, "--train-iters: found -1"),
+        ({"lr": float("nan")}, "--lr: found nan"),
+        ({"min_lr": 1.0}, "--min-lr 1.0: wanted at most --lr"),
+        ({"eval_seq_length": 1}, "--eval-seq-length 1"),
+    ],
+)
+def test_quickstart_refuses_settings_before_its_first_step(change, message):
+    QuickstartSettings().check()
+    with pytest.raises(MaskLLMError, match=message):
+        QuickstartSettings(**change).check()
+
+
+def test_quickstart_refuses_what_the_model_cannot_do_before_pruning(tiny_dense):
+    from maskllm.models.checkpoint import resolve
+
+    model = resolve(tiny_dense).model_config  # 4 layers, 128 positions
+    fits = {"seq_length": 128, "eval_seq_length": 128, "processes": 4}
+    QuickstartSettings(**fits).check_fits(model)
+    for change, message in (
+        ({"processes": 3}, "--processes 3: wanted a number that divides the model's 4 layers"),
+        ({"seq_length": 129}, "--seq-length 129: the model has a context of 128 tokens"),
+        ({"eval_seq_length": 129}, "--eval-seq-length 129: the model has a context of 128 tokens"),
+    ):
+        with pytest.raises(MaskLLMError, match=message):
+            QuickstartSettings(**(fits | change)).check_fits(model)
+
+
+def test_quickstart_names_a_missing_corpus_before_its_first_step(capsys, tmp_path):
+    output = tmp_path / "out"
+    line = refused(capsys, "quickstart", "--output", output, "--corpus", tmp_path / "no.json", "--eval-corpus", Path(__file__))
+    assert "no.json: no such file" in line
+    assert not output.exists()
+
+
+def test_quickstart_names_damaged_records(tmp_path):
+    (tmp_path / "steps.json").write_text("{")
+    with pytest.raises(MaskLLMError, match=r"steps\.json: line 1: not JSON"):
+        Steps(tmp_path)
