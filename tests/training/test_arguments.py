@@ -135,6 +135,8 @@ def test_help_names_every_option_with_its_default(capsys):
     for entry in dataclasses.fields(TrainArguments):
         assert "--" + entry.name.replace("_", "-") in text
     assert "optimizer steps (default: 2000)" in text
+    assert "steps of linear warm-up (default: 0)" in text
+    assert "softmax temperature, first and last (default: 4.0 0.05)" in text
     assert "default: None" not in text
     assert "default: False" not in text
 
