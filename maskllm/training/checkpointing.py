@@ -30,8 +30,10 @@ SETTINGS_THAT_MUST_MATCH = (
     "gumbel_temperature_range",
     "gumbel_scale_range",
     "weight_reg",
+    "use_distributed_optimizer",
 )
-"""Arguments that a resumed run must share with the run it continues; the rest (layout, intervals, paths) may change."""
+"""Arguments that a resumed run must share with the run it continues; the rest (layout, intervals, paths) may change. The two kinds of
+optimizer keep their state under different keys and cannot load each other's."""
 
 
 @dataclass

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 
 from maskllm.errors import MaskLLMError
 from maskllm.training.arguments import TrainArguments, parse_arguments
+from maskllm.training.checkpointing import SETTINGS_THAT_MUST_MATCH, resolve_start
 from maskllm.training.data import build_batches
-from maskllm.training.trainer import resolve_start
 
 GOOD = TrainArguments(data_path=["data"], load="checkpoint")
 
@@ -152,6 +154,42 @@ def test_sequences_longer_than_the_models_context_are_refused(tiny_pruned):
 def test_a_checkpoint_with_another_pattern_is_refused(tiny_pruned):
     arguments = dataclasses.replace(GOOD, load=str(tiny_pruned), seq_length=64, pattern="1:4")
     with pytest.raises(MaskLLMError, match="its masks have pattern 2:4; --pattern is 1:4"):
+        resolve_start(arguments, arguments.check())
+
+
+@pytest.fixture
+def trained(tmp_path, tiny_pruned) -> Path:
+    """A directory that says of itself to be a checkpoint of a run with `GOOD`'s settings and sequences of 64 tokens."""
+    path = tmp_path / "iter_0000002"
+    shutil.copytree(tiny_pruned / "release", path)
+    info = json.loads((path / "maskllm.json").read_text())
+    settings = {name: getattr(GOOD, name) for name in SETTINGS_THAT_MUST_MATCH} | {"seq_length": 64}
+    (path / "maskllm.json").write_text(json.dumps(info | {"stage": "trained", "details": {"settings": settings}}))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("seed", 5, "--seed 5: the run in .* has 1234"),
+        ("use_distributed_optimizer", True, "--use-distributed-optimizer True: the run in .* has False"),
+        ("gumbel_temperature_range", (2.0, 0.05), r"--gumbel-temperature-range \[2.0, 0.05\]: the run in .* has \[4.0, 0.05\]"),
+    ],
+)
+def test_a_run_is_resumed_with_its_own_settings(trained, name, value, message):
+    arguments = dataclasses.replace(GOOD, load=str(trained), seq_length=64)
+    start = resolve_start(arguments, arguments.check())
+    assert (start.resumed, start.iteration) == (True, 2)
+    arguments = dataclasses.replace(arguments, **{name: value})
+    with pytest.raises(MaskLLMError, match=message):
+        resolve_start(arguments, arguments.check())
+
+
+def test_a_run_whose_settings_are_lost_is_not_resumed(trained):
+    info = json.loads((trained / "maskllm.json").read_text())
+    (trained / "maskllm.json").write_text(json.dumps(info | {"details": {}}))
+    arguments = dataclasses.replace(GOOD, load=str(trained), seq_length=64)
+    with pytest.raises(MaskLLMError, match=r"maskllm\.json lacks the settings of the run; it cannot be resumed"):
         resolve_start(arguments, arguments.check())
 
 
