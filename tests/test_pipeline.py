@@ -87,6 +87,7 @@ def test_exported_weights_keep_exactly_two_of_four_bit_for_bit(quickstart, tiny_
     pruned = 0
     for name, weight in original.items():
         found = learned[name]
+        assert found.dtype == weight.dtype, name
         if "_proj." not in name:
             assert torch.equal(found, weight), name
             continue

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
 
 from maskllm.errors import MaskLLMError
@@ -44,6 +47,9 @@ class Start:
     checkpoint: Checkpoint
     resumed: bool
     """Whether it was written by training and is continued, rather than started from."""
+    originals: dict[str, torch.Tensor] = field(default_factory=dict)
+    """This rank's frozen tensors, by their name in the model, as the checkpoint stores them, on the host: those whose type is not the
+    one that training computes in. They are what a checkpoint of this run holds, so that weights leave it bit-identical."""
 
     @property
     def iteration(self) -> int:
@@ -68,6 +74,7 @@ class Start:
             for layer in layers:
                 layer.attach_bits()
         load_model(self.checkpoint, model)
+        self.originals = _load_originals(self.checkpoint, model)
         for layer in layers:
             layer.attach_logits(sampler, draw=not self.resumed)
             if has_prior and not self.resumed:
@@ -114,10 +121,13 @@ def save_training_state(
 ) -> None:
     """Write everything that the next step depends on, on every rank."""
     info = start.checkpoint.info
+    state = _sharded_state(model, optimizer, is_loading=False)
+    for name, tensor in start.originals.items():
+        state["model"][name] = _with_data(state["model"][name], tensor)
     save_checkpoint(
         arguments.save,
         iteration,
-        _sharded_state(model, optimizer, is_loading=False),
+        state,
         CheckpointInfo(
             stage="trained",
             source=info.source,
@@ -149,6 +159,24 @@ def _sharded_state(model: FrozenVocabularyGPTModel, optimizer: MegatronOptimizer
         "model": model_state,
         "optimizer": optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata),
     }
+
+
+def _load_originals(checkpoint: Checkpoint, model: FrozenVocabularyGPTModel) -> dict[str, torch.Tensor]:
+    """The model's tensors that the checkpoint stores in another type than the model's, in that type."""
+    wanted = {}
+    for name, sharded in model.sharded_state_dict().items():
+        if isinstance(sharded, ShardedTensor | ShardedTensorFactory):
+            stored = checkpoint.tensors[sharded.key].dtype
+            if sharded.data.dtype != stored:
+                wanted[name] = _with_data(sharded, torch.empty_like(sharded.data, dtype=stored, device="cpu"))
+    return checkpoint.load({"model": wanted})["model"] if wanted else {}
+
+
+def _with_data(sharded: ShardedTensor | ShardedTensorFactory, data: torch.Tensor) -> ShardedTensor | ShardedTensorFactory:
+    """The same place in the checkpoint for another tensor of the same shape."""
+    if isinstance(sharded, ShardedTensorFactory):
+        return dataclasses.replace(sharded, data=data)
+    return dataclasses.replace(sharded, data=data, dtype=data.dtype)
 
 
 def _settings(arguments: TrainArguments) -> dict[str, Any]:
