@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -37,7 +39,15 @@ def start_training(log: Path, processes: int, *values: str) -> subprocess.Popen:
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with log.open("w") as file:
-        return subprocess.Popen([*command, *values], stdout=file, stderr=file, env=environment, start_new_session=True)
+        return subprocess.Popen([*command, *values], stdout=file, stderr=file, env=environment)
+
+
+def kill_all(process: subprocess.Popen) -> None:
+    """SIGKILL to torchrun and every rank; torchrun puts each rank in a session of its own."""
+    for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.wait()
 
 
 def wait_for_iteration(save: Path, iteration: int, process: subprocess.Popen) -> None:
@@ -60,8 +70,7 @@ def test_killed_run_ends_as_the_uninterrupted_one(tmp_path, tiny_dataset, tiny_p
     killed = arguments(tmp_path / "killed", tiny_dataset, tiny_pruned)
     process = start_training(tmp_path / "log", 2, *killed)
     wait_for_iteration(tmp_path / "killed", 3, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    kill_all(process)
     torchrun(2, "maskllm.train", *killed)
 
     whole, resumed = learned_tensors(tmp_path / "whole"), learned_tensors(tmp_path / "killed")
@@ -82,7 +91,7 @@ def test_sigterm_saves_and_the_run_goes_on(tmp_path, tiny_dataset, tiny_pruned):
     assert stopped < 2000
     process = start_training(tmp_path / "log", 1, *values)
     wait_for_iteration(tmp_path / "run", stopped + 3, process)
-    os.killpg(process.pid, signal.SIGKILL)
+    kill_all(process)
 
 
 @pytest.mark.slow
