@@ -10,8 +10,8 @@ TRAIN=${TRAIN:?JSON lines to learn from, C4 format, plain or .gz}
 EVAL=${EVAL:?held-out text}
 OUT=${OUT:-outputs/by_hand}
 RANKS=${RANKS:-2}
-ITERS=${ITERS:-50}
-SEQ=${SEQ:-512}
+ITERS=${ITERS:-60}
+SEQ=${SEQ:-256}
 DTYPE=${DTYPE:-fp32}
 
 if [ ! -e "$OUT/data_text_document.idx" ]; then

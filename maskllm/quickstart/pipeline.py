@@ -31,12 +31,12 @@ SMOLLM2 = "SmolLM2-135M-Instruct"
 class QuickstartSettings:
     """The settings of a short run, found by measuring SmolLM2-135M on the documentation corpus (docs/quickstart.md)."""
 
-    train_iters: int = 50
+    train_iters: int = 60
     global_batch_size: int = 2
-    seq_length: int = 512
+    seq_length: int = 256
     lr: float = 5e-4
     min_lr: float = 5e-5
-    eval_windows: int = 16
+    eval_windows: int = 8
     eval_seq_length: int = 512
     calibration_samples: int = 16
     processes: int = 2
