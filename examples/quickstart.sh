@@ -10,7 +10,7 @@ TRAIN=${TRAIN:?JSON lines to learn from, C4 format, plain or .gz}
 EVAL=${EVAL:?held-out text}
 OUT=${OUT:-outputs/by_hand}
 RANKS=${RANKS:-2}
-ITERS=${ITERS:-60}
+ITERS=${ITERS:-50}
 SEQ=${SEQ:-256}
 DTYPE=${DTYPE:-fp32}
 

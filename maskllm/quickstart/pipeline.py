@@ -31,7 +31,7 @@ SMOLLM2 = "SmolLM2-135M-Instruct"
 class QuickstartSettings:
     """The settings of a short run, found by measuring SmolLM2-135M on the documentation corpus (docs/quickstart.md)."""
 
-    train_iters: int = 60
+    train_iters: int = 50
     global_batch_size: int = 2
     seq_length: int = 256
     lr: float = 5e-4
