@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import sys
-import warnings
 from collections.abc import Sequence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, train; returns the exit status."""
-    # Megatron Core warns once a module that Transformer Engine and Apex are missing, and of deprecations inside itself.
-    warnings.filterwarnings("ignore", module=r"megatron\.")
     import megatron_patches
 
     megatron_patches.import_megatron()

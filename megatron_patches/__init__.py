@@ -1,12 +1,13 @@
 """Every change this project makes to Megatron Core's behaviour, for versions 0.16 to 0.19.
 
 Each entry point that may run Megatron calls `import_megatron()` before anything imports Megatron Core, and `apply()` before it uses it.
-With a CUDA device both change nothing.
+With a CUDA device they patch nothing.
 """
 
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -17,11 +18,13 @@ _applied = False
 
 
 def import_megatron() -> None:
-    """Import Megatron Core without `torch.compile`, where there is no CUDA device.
+    """Silence Megatron Core's own warnings and, where there is no CUDA device, import it without `torch.compile`.
 
     Upstream (`megatron.core.jit.jit_fuser`) decorates its fused functions with `torch.compile` on import, which loads the whole
     compiler, seconds for each process, for functions that only the CUDA configurations call.
     """
+    # It warns once a module that Transformer Engine and Apex are missing, and of deprecations inside itself.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
     if not torch.cuda.is_available():
         with mock.patch.object(torch, "compile", _leave_uncompiled):
             importlib.import_module("megatron.core.models.gpt")

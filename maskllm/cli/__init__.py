@@ -1,7 +1,7 @@
 """The console command `maskllm VERB`.
 
-A verb is a module of this package with `HELP` (one line), `add_arguments(parser)` and `run(args)`. Verbs only parse and call; a
-verb's module is imported when it is used, so that `maskllm --help` is quick.
+A verb is a module of this package with `add_arguments(parser)` and `run(args)`. Verbs only parse and call; a verb's module is
+imported when it is used, so that `maskllm --help` is quick.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-import warnings
 from collections.abc import Sequence
 
 from maskllm import __version__
@@ -36,8 +35,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(verb: str | None, argv: list[str]) -> None:
     """Parse and call; `verb` is `argv`'s first word where that is a verb, else the parser will say what is wrong."""
-    # Megatron Core warns once a module that Transformer Engine and Apex are missing, and of deprecations inside itself.
-    warnings.filterwarnings("ignore", module=r"megatron\.")
     parser = argparse.ArgumentParser(prog="maskllm", description="Learn N:M sparse masks for language models.")
     parser.add_argument("--version", action="version", version=f"maskllm {__version__}")
     commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True)

@@ -59,6 +59,7 @@ class Steps:
         if record.get("identity") != self._identity:
             _remove(output)
             record = {"identity": self._identity, "seconds_before": 0.0}
+            self._note(name, record)  # so that even a killed step is known, and gone on from
         started = time.perf_counter()
         with peak_memory() as peak:
             try:

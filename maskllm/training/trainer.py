@@ -65,8 +65,7 @@ class Trainer:
             self.lr_scheduler.step(self.iteration * arguments.global_batch_size)
         self.train_batches, self.valid_batches = build_batches(arguments, self.start.model_config.vocab_size, device())
         self.tracker = WinnerTracker(self.layers)
-        self.local_blocks = sum(layer.mask_logits.shape[0] * layer.mask_logits.shape[1] for layer in self.layers)
-        self.num_blocks = _model_parallel_sum(self.local_blocks)
+        self.num_blocks = _model_parallel_sum(sum(layer.mask_logits[..., 0].numel() for layer in self.layers))
         self.stop_signal: int | None = None
 
     def _build_optimizer(self) -> MegatronOptimizer:
