@@ -15,6 +15,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tqdm import tqdm
 
+from maskllm.data.indexed import open_indexed
 from maskllm.data.json_lines import check_inputs, document, read_lines
 from maskllm.data.tokenizer import Tokenizer, load_tokenizer
 from maskllm.errors import MaskLLMError
@@ -24,11 +25,8 @@ class IndexedDocuments(Sequence[np.ndarray]):
     """The documents of a Megatron indexed dataset, int64 [tokens] each."""
 
     def __init__(self, prefix: str | Path) -> None:
-        """Open PREFIX.bin and PREFIX.idx. Raises MaskLLMError where they cannot be read."""
-        try:
-            self._dataset = IndexedDataset(str(prefix))
-        except Exception as error:  # upstream asserts, and numpy raises on truncated files
-            raise MaskLLMError(f"{prefix}.idx: cannot be read as an indexed dataset ({type(error).__name__}: {error})") from None
+        """Open PREFIX.bin and PREFIX.idx. Raises MaskLLMError where they are damaged, cut off or empty."""
+        self._dataset = open_indexed(prefix)
         self._bounds = self._dataset.document_indices
 
     def __len__(self) -> int:

@@ -81,6 +81,9 @@ class Calibration:
 
     def tokens(self, checkpoint: Checkpoint) -> torch.Tensor:
         """int64 [samples, seq_length]. Raises MaskLLMError where the data do not fit the checkpoint's model."""
+        context = checkpoint.model_config.max_position_embeddings
+        if self.seq_length > context:
+            raise MaskLLMError(f"--seq-length {self.seq_length}: the model has a context of {context} tokens")
         documents = open_documents(self.data, checkpoint.hf_directory, append_eod=self.pack)
         tokens = sample_windows(documents, self.samples, self.seq_length, seed=self.seed, pack=self.pack)
         vocabulary = checkpoint.model_config.vocab_size

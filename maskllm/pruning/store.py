@@ -64,7 +64,7 @@ class DirectoryStore:
             raise MaskLLMError(f"{path}: cannot be read ({error}); delete {self.directory} to start over") from None
 
     def save(self, index: int, pruned: dict[str, PrunedMatrix]) -> None:
-        """Keep a finished layer."""
+        """Keep a finished layer. Raises MaskLLMError where its file cannot be written."""
         if dist.get_rank() != 0:
             return
         tensors: dict[str, torch.Tensor] = {}
@@ -75,7 +75,10 @@ class DirectoryStore:
                 tensors[f"{name}.weight"] = matrix.weight.cpu().contiguous()
             entries[name] = {"in_features": matrix.mask.shape[1], "report": matrix.report}
         with atomic_file(self._path(index)) as temporary:
-            save_file(tensors, temporary, metadata={"matrices": json.dumps(entries)})
+            try:
+                save_file(tensors, temporary, metadata={"matrices": json.dumps(entries)})
+            except SafetensorError as error:  # a full disk, most often
+                raise MaskLLMError(f"{self._path(index)}: cannot be written ({error})") from None
 
     def tensor(self, index: int, name: str) -> torch.Tensor:
         """One tensor of a finished layer: MATRIX.mask_bits, or MATRIX.weight where weights were updated."""

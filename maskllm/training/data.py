@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import struct
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
+from maskllm.data.indexed import open_indexed
 from maskllm.errors import MaskLLMError
 from maskllm.training.arguments import TrainArguments
-
-_MAGIC = b"MMIDIDX\0\0"
-_HEADER = struct.Struct("<9sQBQQ")
-"""An .idx file's first bytes: magic, version, the tokens' DType, number of sequences, number of documents and one more."""
 
 
 @dataclass(frozen=True)
@@ -112,37 +106,9 @@ def build_batches(arguments: TrainArguments, vocab_size: int, device: torch.devi
 
 def _check_not_empty(prefix: str, bounds: tuple[float, float] | None, part: str, split: str) -> None:
     """Raise MaskLLMError where a part of the split has no token in a dataset; upstream would look for its samples for ever."""
-    dataset = _open(prefix)  # its lengths lie in memory that is mapped for as long as it lives
+    dataset = open_indexed(prefix)  # its lengths lie in memory that is mapped for as long as it lives
     lengths = dataset.sequence_lengths
     first, last = (round(bound * float(len(lengths))) for bound in bounds) if bounds else (0, 0)
     if not lengths[first:last].any():
         advice = "change it, or set --eval-iters 0" if part == "validation" else "change it"
         raise MaskLLMError(f"--split {split}: leaves no text for {part} in {prefix}, which has {len(lengths)} documents; {advice}")
-
-
-def _open(prefix: str) -> IndexedDataset:
-    """Open an indexed dataset. Raises MaskLLMError where its files are damaged, cut off or without a token.
-
-    The index is checked here because upstream's reader asserts and, where it fails, complains once more when it is deleted.
-    """
-    again = "make the dataset again with `maskllm preprocess`"
-    idx, bin_size = Path(f"{prefix}.idx"), Path(f"{prefix}.bin").stat().st_size
-    if bin_size == 0:
-        raise MaskLLMError(f"--data-path: {prefix}.bin is empty; {again}")
-    with idx.open("rb") as file:
-        header = file.read(_HEADER.size)
-    magic, version, code, sequences, documents = _HEADER.unpack(header.ljust(_HEADER.size, b"\0"))
-    if (magic, version) != (_MAGIC, 1) or code not in {dtype.value for dtype in DType}:
-        raise MaskLLMError(f"--data-path: {idx} is not an indexed dataset's index; {again}")
-    # int32 lengths, int64 offsets into the .bin file, and int64 numbers of the documents' first sequences
-    idx_size = _HEADER.size + 12 * sequences + 8 * documents
-    if idx.stat().st_size < idx_size or not sequences:
-        raise MaskLLMError(
-            f"--data-path: {idx} has {idx.stat().st_size} bytes, wanted {idx_size} for {sequences} sequences; {again}"
-        )
-    dataset = IndexedDataset(prefix)
-    index = dataset.index
-    needed = int(index.sequence_pointers[-1]) + int(index.sequence_lengths[-1]) * index.dtype_size
-    if needed > bin_size:
-        raise MaskLLMError(f"--data-path: {prefix}.bin has {bin_size} bytes, its .idx asks for {needed}; {again}")
-    return dataset

@@ -107,10 +107,11 @@ def test_bad_lines_are_named(tmp_path, line):
 def test_missing_and_damaged_data_are_named(tmp_path):
     with pytest.raises(MaskLLMError, match="nowhere: wanted an indexed dataset's prefix"):
         open_documents(tmp_path / "nowhere", tmp_path)
-    (tmp_path / "bad.bin").write_bytes(b"")
-    (tmp_path / "bad.idx").write_bytes(b"MMIDIDX")
-    with pytest.raises(MaskLLMError, match=r"bad\.idx: cannot be read"):
-        open_documents(tmp_path / "bad", tmp_path)
+    for data, index, message in ((b"", b"MMIDIDX", r"bad\.bin is empty"), (b"1234", b"MMIDIDX", r"bad\.idx is not an indexed")):
+        (tmp_path / "bad.bin").write_bytes(data)
+        (tmp_path / "bad.idx").write_bytes(index)
+        with pytest.raises(MaskLLMError, match=message):
+            open_documents(tmp_path / "bad", tmp_path)
     (tmp_path / "data.json").write_text('{"text": "1"}\n')
     with pytest.raises(MaskLLMError, match="tokenizer"):
         open_documents(tmp_path / "data.json", tmp_path)

@@ -278,7 +278,7 @@ def test_refuses_before_any_work(tiny_dense, tiny_dataset, tmp_path, capsys):
     assert "needs --calibration-data" in refused("--method", "sparsegpt")
     assert "takes sparsegpt" in refused(*magnitude, "--update-weights")
     assert "wanted a positive number" in refused(*calibrated(tiny_dataset, "wanda", "--seq-length", "0"))
-    assert "longer than 5000" in refused(*calibrated(tiny_dataset, "wanda", "--seq-length", "5000"))
+    assert "context of 128 tokens" in refused(*calibrated(tiny_dataset, "wanda", "--seq-length", "129"))
 
 
 def test_refuses_a_checkpoint_with_masks_and_a_foreign_vocabulary(tiny_dense, tiny_pruned, tmp_path, capsys):

@@ -1,0 +1,118 @@
+"""Time of a mask-learning step against the step that trains the same linears' weights directly, in one run on one process.
+
+    python benchmarks/masked_step.py --load CKPT [--seq-length 512] [--sequences 4] [--repeats 3] [--json FILE]
+
+CKPT is a dense checkpoint of `maskllm convert`. Both steps are forward, backward, gradient clipping and Adam over the same frozen
+embeddings and norms, on random tokens (times do not depend on them), in fp32 on a CPU and bf16 on a GPU. They take turns, and the least
+time of each counts: other programs on the machine only ever add to one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from collections.abc import Callable
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from tqdm import tqdm
+
+from maskllm.distributed import device, parallel_processes
+from maskllm.files import write_json
+from maskllm.layers.spec import masked_linears
+from maskllm.masking.sampler import MaskMode, MaskSampler
+from maskllm.models.build import build_model, load_model
+from maskllm.models.checkpoint import Checkpoint, resolve
+from maskllm.patterns import Pattern
+
+
+def make_step(checkpoint: Checkpoint, tokens: torch.Tensor, *, masked: bool) -> Callable[[], None]:
+    """A function that does one optimizer step on `tokens`, int64 [sequences, sequence + 1], a sequence a micro-batch."""
+    dtype = torch.bfloat16 if device().type == "cuda" else torch.float32
+    model = build_model(checkpoint.model_config, params_dtype=dtype)
+    load_model(checkpoint, model)
+    sampler = MaskSampler(pattern=Pattern(2, 4), seed=1234)
+    sampler.mode, sampler.temperature, sampler.scale = MaskMode.SAMPLE, 4.0, 100.0
+    sampler.weight_reg = 1e-5 / len(tokens)
+    for layer in masked_linears(model):
+        if masked:
+            layer.attach_logits(sampler, draw=True)
+        else:
+            layer.weight.requires_grad_(True)
+    ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=1e-9,
+        clip_grad=1.0,
+        bf16=not masked and dtype is torch.bfloat16,
+        params_dtype=torch.float32 if masked else dtype,
+    )
+    optimizer = get_megatron_optimizer(config, [ddp])
+    positions = torch.arange(tokens.shape[1] - 1, device=tokens.device)[None]
+
+    def step() -> None:
+        ddp.zero_grad_buffer()
+        optimizer.zero_grad()
+        sampler.stats = torch.zeros(2, device=tokens.device)
+        for sampler.sample, sequence in enumerate(tokens[:, None]):
+            losses = ddp(sequence[:, :-1], positions, None, labels=sequence[:, 1:])
+            (losses.mean() / len(tokens)).backward()
+        ddp.finish_grad_sync()
+        optimizer.step()
+
+    return step
+
+
+def seconds(work: Callable[[], None]) -> float:
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--load", required=True, metavar="CKPT")
+    parser.add_argument("--seq-length", type=int, default=512)
+    parser.add_argument("--sequences", type=int, default=4, help="micro-batches of one sequence a step")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
+    args = parser.parse_args()
+    with parallel_processes():
+        checkpoint = resolve(args.load)
+        shape = (args.sequences, args.seq_length + 1)
+        tokens = torch.randint(0, checkpoint.model_config.vocab_size, shape, generator=torch.Generator().manual_seed(0)).to(
+            device()
+        )
+        steps = {name: make_step(checkpoint, tokens, masked=name == "masked") for name in ("masked", "direct")}
+        best = dict.fromkeys(steps, float("inf"))
+        for repeat in tqdm(range(args.repeats + 1), desc="rounds"):
+            for name, step in steps.items():
+                taken = seconds(step)
+                if repeat:  # the first is warm-up
+                    best[name] = min(best[name], taken)
+        processor = platform.processor() or platform.machine()
+        machine = torch.cuda.get_device_name() if device().type == "cuda" else f"{processor}, {torch.get_num_threads()} threads"
+        numbers = {
+            "machine": machine,
+            "torch": torch.__version__,
+            "tokens": args.sequences * args.seq_length,
+            "micro_batches": args.sequences,
+            "seconds": best,
+            "masked_over_direct": best["masked"] / best["direct"],
+        }
+    print(
+        f"{machine}, torch {torch.__version__}, {numbers['tokens']} tokens a step in {args.sequences} micro-batches: masked "
+        f"{best['masked']:.2f} s, direct {best['direct']:.2f} s, ratio {numbers['masked_over_direct']:.3f}"
+    )
+    if args.json:
+        write_json(args.json, numbers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Megatron indexed datasets, opened with their files checked."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
+
+from maskllm.errors import MaskLLMError
+
+_MAGIC = b"MMIDIDX\0\0"
+_HEADER = struct.Struct("<9sQBQQ")
+"""An .idx file's first bytes: magic, version, the tokens' DType, number of sequences, number of documents and one more."""
+
+
+def open_indexed(prefix: str | Path) -> IndexedDataset:
+    """Open PREFIX.bin and PREFIX.idx. Raises MaskLLMError where its files are damaged, cut off or without a token.
+
+    The index is checked here because upstream's reader asserts and, where it fails, complains once more when it is deleted.
+    """
+    again = "make the dataset again with `maskllm preprocess`"
+    idx, bin_size = Path(f"{prefix}.idx"), Path(f"{prefix}.bin").stat().st_size
+    if bin_size == 0:
+        raise MaskLLMError(f"{prefix}.bin is empty; {again}")
+    with idx.open("rb") as file:
+        header = file.read(_HEADER.size)
+    magic, version, code, sequences, documents = _HEADER.unpack(header.ljust(_HEADER.size, b"\0"))
+    if (magic, version) != (_MAGIC, 1) or code not in {dtype.value for dtype in DType}:
+        raise MaskLLMError(f"{idx} is not an indexed dataset's index; {again}")
+    # int32 lengths, int64 offsets into the .bin file, and int64 numbers of the documents' first sequences
+    idx_size = _HEADER.size + 12 * sequences + 8 * documents
+    if idx.stat().st_size < idx_size or not sequences:
+        raise MaskLLMError(f"{idx} has {idx.stat().st_size} bytes, wanted {idx_size} for {sequences} sequences; {again}")
+    dataset = IndexedDataset(str(prefix))
+    index = dataset.index
+    needed = int(index.sequence_pointers[-1]) + int(index.sequence_lengths[-1]) * index.dtype_size
+    if needed > bin_size:
+        raise MaskLLMError(f"{prefix}.bin has {bin_size} bytes, its .idx asks for {needed}; {again}")
+    return dataset
