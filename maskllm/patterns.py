@@ -84,7 +84,11 @@ def _candidates(n: int, m: int) -> np.ndarray:
 
 def pack_mask(mask: torch.Tensor) -> torch.Tensor:
     """Pack a boolean mask [out, in] to bits, uint8 [out, ceil(in / 8)], row by row, high bit first (`numpy.packbits(axis=1)`)."""
-    return torch.from_numpy(np.packbits(mask.cpu().numpy().astype(bool), axis=1)).to(mask.device)
+    bits = torch.nn.functional.pad(mask.bool(), (0, -mask.shape[1] % 8)).view(torch.uint8)
+    packed = bits[:, 0::8] << 7
+    for place in range(1, 8):
+        packed |= bits[:, place::8] << (7 - place)
+    return packed
 
 
 def unpack_mask(bits: torch.Tensor, in_features: int) -> torch.Tensor:
