@@ -14,6 +14,7 @@ from maskllm.errors import MaskLLMError
 from maskllm.evaluation.perplexity import Perplexity, WindowNLL, next_token_nll, perplexity
 from maskllm.evaluation.text import read_evaluation_text
 from maskllm.export.mask_file import apply_mask_file
+from maskllm.models.hf_blocks import linears_of, transformer_blocks
 from maskllm.models.hf_source import find_source
 
 
@@ -115,12 +116,12 @@ def hf_window_nll(model: PreTrainedModel) -> WindowNLL:
 
 
 def block_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Parameter name -> weight [out, in] of every linear layer of the transformer blocks; embedding and output layer left out."""
-    layers = getattr(model.base_model, "layers", None)
-    if layers is None:
-        raise MaskLLMError(f"{type(model).__name__} has no transformer blocks at {model.base_model_prefix}.layers")
-    inside = {id(module) for module in layers.modules() if isinstance(module, torch.nn.Linear)}
-    return {f"{name}.weight": module.weight.data for name, module in model.named_modules() if id(module) in inside}
+    """Parameter name -> weight, as it is stored, of every linear of the transformer blocks; embedding and output layer left out.
+
+    Raises MaskLLMError where the model's blocks are not to be found.
+    """
+    prefix, blocks = transformer_blocks(model)
+    return {f"{name}.weight": linear.weight.data for name, linear in linears_of(blocks, prefix).items()}
 
 
 def zero_share(weights: dict[str, torch.Tensor]) -> float:

@@ -104,7 +104,7 @@ def _pruned_names(checkpoint: Checkpoint) -> set[str]:
 
 
 def _hf_masks(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each pruned weight's Hugging Face name and its mask, bool [out, in], of a checkpoint with `mask_bits`."""
+    """Each pruned weight's Hugging Face name and its mask, bool of that weight's shape, of a checkpoint with `mask_bits`."""
     for mapping in parameter_map(checkpoint.model_config):
         if mapping.linear is not None:
             yield from zip(mapping.hf, mapping.to_hf(_mask(checkpoint, mapping), checkpoint.model_config), strict=True)
@@ -135,17 +135,18 @@ def _part(parts: Callable[[Mapping], list[torch.Tensor]], mapping: Mapping, inde
 def _checked_parts(checkpoint: Checkpoint, mapping: Mapping) -> list[torch.Tensor]:
     """The Hugging Face tensors of one Megatron tensor, found to respect their masks where there are any."""
     config = checkpoint.model_config
-    weights = mapping.to_hf(checkpoint.tensors[mapping.megatron].load(), config)
+    weights = mapping.split(checkpoint.tensors[mapping.megatron].load(), config)
     if mapping.linear is None or checkpoint.info.stage == "dense":
-        return weights
+        return mapping.turn(weights)
     pattern = checkpoint.info.block_pattern
-    for name, weight, mask in zip(mapping.hf, weights, mapping.to_hf(_mask(checkpoint, mapping), config), strict=True):
+    # Blocks run along a matrix's inputs, so it is checked as [out, in], also where it is stored [in, out].
+    for name, weight, mask in zip(mapping.hf, weights, mapping.split(_mask(checkpoint, mapping), config), strict=True):
         if pattern is not None:
             check_mask(weight, pattern, name)
         outside = int(((weight != 0) & ~mask).sum())
         if outside:
             raise MaskLLMError(f"{checkpoint.path}: {name} has {outside} non-zero weights that its mask removes; trim it again")
-    return weights
+    return mapping.turn(weights)
 
 
 def _write_side_files(checkpoint: Checkpoint, directory: Path, dtypes: set[torch.dtype]) -> None:

@@ -1,8 +1,9 @@
 """Mask files: the masks of a pruned model apart from its weights, one bit a weight, in NumPy's .npz.
 
 One array a pruned weight; its key is the Hugging Face parameter name and `.mask` (for example
-`model.layers.0.self_attn.q_proj.weight.mask`), its value `numpy.packbits` of the boolean mask [out, in] flattened in row-major order,
-uint8 [ceil(out * in / 8)]. The authors of MaskLLM publish their masks in this format.
+`model.layers.0.self_attn.q_proj.weight.mask`), its value `numpy.packbits` of the boolean mask flattened in row-major order, uint8
+[ceil(out * in / 8)]. The mask has the shape of the parameter it is named for: [out, in], but [in, out] for the `Conv1D` weights of GPT-2,
+whose blocks of M then run down the columns. The authors of MaskLLM publish their masks in this format.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ SUFFIX = ".mask"
 
 
 def write_mask_file(path: str | os.PathLike, masks: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Write (parameter name, boolean mask [out, in]) pairs, one in memory at a time; the file appears complete or not at all."""
+    """Write (parameter name, boolean mask of its shape) pairs, one in memory at a time; the file appears complete or not at all."""
     with atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, mask in masks:
             bits = np.packbits(mask.detach().cpu().numpy().astype(bool))
@@ -33,7 +34,7 @@ def write_mask_file(path: str | os.PathLike, masks: Iterable[tuple[str, torch.Te
 
 
 def apply_mask_file(path: str | os.PathLike, weights: Mapping[str, torch.Tensor]) -> None:
-    """Set to zero, in place, what the mask file removes from `weights` (parameter name -> tensor [out, in]).
+    """Set to zero, in place, what the mask file removes from `weights` (parameter name -> tensor of its shape).
 
     All is checked before the first weight changes: MaskLLMError where the file cannot be read, and, by name, where a weight has no
     mask, a mask has no weight, or a mask's type or size is not its weight's.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from megatron.core import parallel_state
 
+from maskllm.distributed import device
 from maskllm.errors import MaskLLMError
 from maskllm.layers.gpt import FrozenVocabularyGPTModel
 from maskllm.layers.spec import block_spec
@@ -39,7 +40,8 @@ def build_model(
         **gpt_model_arguments(model_config),
     )
     set_rotary_frequencies(model, model_config)
-    return model.requires_grad_(False)
+    # Upstream makes all parameters where and as they are wanted but learned positions, which start on the host in fp32.
+    return model.to(device(), params_dtype).requires_grad_(False)
 
 
 def load_model(checkpoint: Checkpoint, model: FrozenVocabularyGPTModel) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,21 +12,30 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 
 from maskllm.errors import MaskLLMError
+from maskllm.models.rope import Rope, rotary_frequencies
 
 
-@dataclass(frozen=True)
-class Llama3RopeScaling:
-    """The `llama3` stretch of rotary frequencies (LLaMA 3.1): long wavelengths are divided by `factor`, short ones kept."""
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """max(x, 0)^2 (arXiv 2109.08668). Upstream's `megatron.core.activations.squared_relu` is the same inside of `torch.compile`."""
+    return F.relu(x).square()
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU in its tanh approximation (arXiv 1606.08415, section 2), as GPT-2 and GPT-3 have it."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "squared_relu": squared_relu,
+    "gelu_tanh": gelu_tanh,
+}
+"""The activations of an MLP by the names that `ModelConfig.activation` may have."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer with RMSNorm, rotary embeddings and a SwiGLU MLP; sizes are in elements."""
+    """A decoder-only transformer whose layers are norm, attention, norm, MLP; sizes are in elements."""
 
     model_type: str
     """The Hugging Face name of the family."""
@@ -39,9 +48,17 @@ class ModelConfig:
     head_dim: int
     vocab_size: int
     max_position_embeddings: int
+    normalization: str
+    """RMSNorm or LayerNorm (which has a bias)."""
+    zero_centered_norm: bool
+    """Whether a norm multiplies by 1 + its weight ("LayerNorm1P")."""
     norm_epsilon: float
-    rope_theta: float
-    rope_scaling: Llama3RopeScaling | None
+    activation: str
+    """Of the MLP, a key of ACTIVATIONS."""
+    gated_mlp: bool
+    """Whether the MLP's activation multiplies a second projection (SwiGLU)."""
+    rope: Rope | None
+    """Rotary position embeddings; None where positions are learned and added to the word embeddings."""
     tie_word_embeddings: bool
     add_bias: bool
     """Whether every linear of a layer has a bias."""
@@ -50,6 +67,7 @@ class ModelConfig:
         """The sizes that tensor shapes are made of, by the names `maskllm.models.mapping` uses."""
         return {
             "vocab": self.vocab_size,
+            "positions": self.max_position_embeddings,
             "hidden": self.hidden_size,
             "ffn": self.ffn_hidden_size,
             "gate_and_up": 2 * self.ffn_hidden_size,
@@ -85,10 +103,11 @@ def transformer_config(model: ModelConfig, *, params_dtype: torch.dtype, **overr
         "num_attention_heads": model.num_attention_heads,
         "num_query_groups": model.num_query_groups,
         "kv_channels": model.head_dim,
-        "normalization": "RMSNorm",
+        "normalization": model.normalization,
+        "layernorm_zero_centered_gamma": model.zero_centered_norm,
         "layernorm_epsilon": model.norm_epsilon,
-        "gated_linear_unit": True,
-        "activation_func": F.silu,
+        "gated_linear_unit": model.gated_mlp,
+        "activation_func": ACTIVATIONS[model.activation],
         "add_bias_linear": model.add_bias,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
@@ -112,36 +131,26 @@ def transformer_config(model: ModelConfig, *, params_dtype: torch.dtype, **overr
 
 def gpt_model_arguments(model: ModelConfig) -> dict[str, Any]:
     """The keyword arguments of Megatron's `GPTModel` that the architecture fixes; `set_rotary_frequencies` does the rest."""
+    positions: dict[str, Any] = {"position_embedding_type": "learned_absolute"}
+    if model.rope is not None:
+        positions = {
+            "position_embedding_type": "rope",
+            "rotary_base": model.rope.theta,
+            "rotary_percent": model.rope.dim / model.head_dim,
+        }
     return {
         "vocab_size": model.vocab_size,
         "max_sequence_length": model.max_position_embeddings,
-        "position_embedding_type": "rope",
-        "rotary_base": model.rope_theta,
         "share_embeddings_and_output_weights": model.tie_word_embeddings,
+        **positions,
     }
 
 
-def rotary_frequencies(model: ModelConfig) -> torch.Tensor:
-    """The angle per position of each pair of a head's channels, radians, fp32 [head_dim / 2].
-
-    With scaling this is the formula of LLaMA 3.1 (`rope_type: llama3`): frequencies whose wavelength exceeds the original context /
-    low_freq_factor are divided by `factor`, those below original context / high_freq_factor are kept, the rest interpolate.
-    """
-    channels = torch.arange(0, model.head_dim, 2, dtype=torch.int64).float()
-    frequencies = 1.0 / model.rope_theta ** (channels / model.head_dim)
-    scaling = model.rope_scaling
-    if scaling is None:
-        return frequencies
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = kept.clamp(0, 1)
-    return frequencies * kept + frequencies / scaling.factor * (1 - kept)
-
-
 def set_rotary_frequencies(gpt_model: GPTModel, model: ModelConfig) -> None:
-    """Give a freshly built `gpt_model` the frequencies of `model`.
+    """Give a freshly built `gpt_model` the frequencies of `model`, if it has rotary embeddings.
 
     Megatron's own `rope_scaling` argument fixes all factors but one to those of LLaMA 3.1; setting the frequencies supports any.
     """
-    rotary = gpt_model.rotary_pos_emb
-    rotary.inv_freq = rotary_frequencies(model).to(rotary.inv_freq.device)
+    if model.rope is not None:
+        rotary = gpt_model.rotary_pos_emb
+        rotary.inv_freq = rotary_frequencies(model.rope).to(rotary.inv_freq.device)

@@ -9,7 +9,7 @@ import torch
 from maskllm.errors import MaskLLMError
 from maskllm.models.checkpoint import CheckpointInfo, write_checkpoint
 from maskllm.models.config import ModelConfig
-from maskllm.models.families import is_derived_buffer, parameter_map, read_model_config, tied_copies
+from maskllm.models.families import base_prefix, is_derived_buffer, parameter_map, read_model_config, tied_copies
 from maskllm.models.hf_source import HFTensors, find_source
 from maskllm.models.mapping import Mapping
 from maskllm.models.torch_dist import LazyTensor
@@ -23,7 +23,7 @@ def convert(hf: str | Path, output: str | Path) -> Path:
     """
     source = find_source(hf)
     config = read_model_config(source / "config.json")
-    tensors = HFTensors(source)
+    tensors = HFTensors(source, base_prefix(config))
     mappings = parameter_map(config)
     _check_names(tensors, mappings, config)
     lazy = {mapping.megatron: _converted(mapping, tensors, config) for mapping in mappings}

@@ -6,13 +6,13 @@ import re
 from pathlib import Path
 from types import ModuleType
 
-from maskllm.models import llama
+from maskllm.models import gpt2, llama, nemotron
 from maskllm.models.config import ModelConfig
 from maskllm.models.hf_config import HFConfig, read_json_object
 from maskllm.models.mapping import Mapping
 
-FAMILIES: dict[str, ModuleType] = {"llama": llama}
-"""Each module has `read_config`, `parameter_map`, `TIED_COPIES` and `DERIVED_BUFFERS`."""
+FAMILIES: dict[str, ModuleType] = {"gpt2": gpt2, "llama": llama, "nemotron": nemotron}
+"""Each module has `read_config`, `parameter_map`, `BASE_PREFIX`, `TIED_COPIES` and `DERIVED_BUFFERS`."""
 
 _REFUSED = {
     "quantization_config": "quantized weights",
@@ -39,6 +39,11 @@ def read_model_config(path: Path) -> ModelConfig:
 def parameter_map(config: ModelConfig) -> list[Mapping]:
     """Every tensor of the model and where its rows come from, in the order of the forward pass."""
     return FAMILIES[config.model_type].parameter_map(config)
+
+
+def base_prefix(config: ModelConfig) -> str:
+    """What the names of all Hugging Face tensors but the output layer's start with; checkpoints of the bare base model lack it."""
+    return FAMILIES[config.model_type].BASE_PREFIX
 
 
 def tied_copies(config: ModelConfig) -> dict[str, str]:

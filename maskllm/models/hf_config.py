@@ -62,7 +62,7 @@ class HFConfig:
 
     def require(self, key: str, wanted: Any, *, default: Any) -> None:
         """Raise MaskLLMError where `key` has another value than `wanted`."""
-        value = self._get(key, (object,), repr(wanted), default)
+        value = self._get(key, (object, bool), repr(wanted), default)
         if value != wanted:
             raise self.error(f"{key} {value!r} is not supported, only {wanted!r}")
 

@@ -76,13 +76,22 @@ def copy_side_files(source: Path, target: Path) -> None:
 class HFTensors:
     """The tensors of a safetensors checkpoint by name: shape and dtype from the headers, data when asked for."""
 
-    def __init__(self, directory: Path) -> None:
-        """Read the headers. Raises MaskLLMError where files are missing, damaged, or in another format than safetensors."""
+    def __init__(self, directory: Path, base_prefix: str) -> None:
+        """Read the headers.
+
+        Where no name starts with `base_prefix` ("model."), the checkpoint is one of the bare base model, as GPT-2's original is; its
+        tensors then go by their names in the whole model. Raises MaskLLMError where files are missing, damaged, or in another format
+        than safetensors.
+        """
         self.directory = directory
         self._files: dict[str, str] = {}
         self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
         for name in self._file_names():
             self._read_header(name)
+        self._missing_prefix = "" if any(name.startswith(base_prefix) for name in self._files) else base_prefix
+        if self._missing_prefix:
+            self._files = {base_prefix + name: file for name, file in self._files.items()}
+            self._headers = {base_prefix + name: header for name, header in self._headers.items()}
 
     def _file_names(self) -> list[str]:
         if (self.directory / INDEX).is_file():
@@ -141,6 +150,6 @@ class HFTensors:
         path = self.directory / self._files[name]
         try:
             with safe_open(path, framework="pt") as file:
-                return file.get_tensor(name)
+                return file.get_tensor(name.removeprefix(self._missing_prefix))
         except SafetensorError as error:
             raise MaskLLMError(f"{path}: tensor {name} cannot be read: {error}") from None

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from maskllm.errors import MaskLLMError
-from maskllm.models.config import Llama3RopeScaling, ModelConfig
+from typing import Any
+
+from maskllm.models.config import ModelConfig
 from maskllm.models.hf_config import HFConfig
 from maskllm.models.mapping import QKV, Direct, GatedMLP, Mapping, expand
+from maskllm.models.rope import read_rope
+
+BASE_PREFIX = "model."
 
 EMBEDDING = Direct("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ("vocab", "hidden"))
 
-LAYER = [
-    Direct("decoder.layers.*.self_attention.linear_qkv.layer_norm_weight", ("model.layers.*.input_layernorm.weight",), ("hidden",)),
+INPUT_NORM = Direct(
+    "decoder.layers.*.self_attention.linear_qkv.layer_norm_weight", ("model.layers.*.input_layernorm.weight",), ("hidden",)
+)
+
+ATTENTION = [
     QKV(
         "decoder.layers.*.self_attention.linear_qkv.weight",
         (
@@ -21,16 +28,21 @@ LAYER = [
         ("qkv", "hidden"),
     ),
     Direct("decoder.layers.*.self_attention.linear_proj.weight", ("model.layers.*.self_attn.o_proj.weight",), ("hidden", "heads")),
-    Direct("decoder.layers.*.mlp.linear_fc1.layer_norm_weight", ("model.layers.*.post_attention_layernorm.weight",), ("hidden",)),
-    GatedMLP(
-        "decoder.layers.*.mlp.linear_fc1.weight",
-        ("model.layers.*.mlp.gate_proj.weight", "model.layers.*.mlp.up_proj.weight"),
-        ("gate_and_up", "hidden"),
-    ),
-    Direct("decoder.layers.*.mlp.linear_fc2.weight", ("model.layers.*.mlp.down_proj.weight",), ("hidden", "ffn")),
 ]
 
-LAYER_BIASES = [
+MLP_NORM = Direct(
+    "decoder.layers.*.mlp.linear_fc1.layer_norm_weight", ("model.layers.*.post_attention_layernorm.weight",), ("hidden",)
+)
+
+FC1 = GatedMLP(
+    "decoder.layers.*.mlp.linear_fc1.weight",
+    ("model.layers.*.mlp.gate_proj.weight", "model.layers.*.mlp.up_proj.weight"),
+    ("gate_and_up", "hidden"),
+)
+
+FC2 = Direct("decoder.layers.*.mlp.linear_fc2.weight", ("model.layers.*.mlp.down_proj.weight",), ("hidden", "ffn"))
+
+ATTENTION_BIASES = [
     QKV(
         "decoder.layers.*.self_attention.linear_qkv.bias",
         (
@@ -41,13 +53,15 @@ LAYER_BIASES = [
         ("qkv",),
     ),
     Direct("decoder.layers.*.self_attention.linear_proj.bias", ("model.layers.*.self_attn.o_proj.bias",), ("hidden",)),
-    GatedMLP(
-        "decoder.layers.*.mlp.linear_fc1.bias",
-        ("model.layers.*.mlp.gate_proj.bias", "model.layers.*.mlp.up_proj.bias"),
-        ("gate_and_up",),
-    ),
-    Direct("decoder.layers.*.mlp.linear_fc2.bias", ("model.layers.*.mlp.down_proj.bias",), ("hidden",)),
 ]
+
+FC1_BIAS = GatedMLP(
+    "decoder.layers.*.mlp.linear_fc1.bias",
+    ("model.layers.*.mlp.gate_proj.bias", "model.layers.*.mlp.up_proj.bias"),
+    ("gate_and_up",),
+)
+
+FC2_BIAS = Direct("decoder.layers.*.mlp.linear_fc2.bias", ("model.layers.*.mlp.down_proj.bias",), ("hidden",))
 
 FINAL_NORM = Direct("decoder.final_layernorm.weight", ("model.norm.weight",), ("hidden",))
 
@@ -63,7 +77,9 @@ DERIVED_BUFFERS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 
 def parameter_map(config: ModelConfig) -> list[Mapping]:
     """Every tensor of the model, in the order of the forward pass."""
-    layer = LAYER + LAYER_BIASES if config.add_bias else LAYER
+    layer = [INPUT_NORM, *ATTENTION, MLP_NORM, FC1, FC2]
+    if config.add_bias:
+        layer += [*ATTENTION_BIASES, FC1_BIAS, FC2_BIAS]
     output = [] if config.tie_word_embeddings else [OUTPUT]
     return [EMBEDDING, *expand(layer, config.num_layers), FINAL_NORM, *output]
 
@@ -74,6 +90,27 @@ def read_config(hf: HFConfig) -> ModelConfig:
     Raises MaskLLMError that names the key for a value that is missing, malformed or not supported.
     """
     hf.require("hidden_act", "silu", default="silu")
+    sizes = read_sizes(hf, max_position_embeddings=2048)
+    rope = read_rope(hf, head_dim=sizes["head_dim"], max_position_embeddings=sizes["max_position_embeddings"])
+    if rope.dim != sizes["head_dim"]:
+        raise hf.error(f"partial_rotary_factor {rope.dim / sizes['head_dim']} is not supported in a llama model, only 1.0")
+    return ModelConfig(
+        model_type="llama",
+        normalization="RMSNorm",
+        zero_centered_norm=False,
+        norm_epsilon=hf.number("rms_norm_eps", default=1e-6),
+        activation="silu",
+        gated_mlp=True,
+        rope=rope,
+        **sizes,
+    )
+
+
+def read_sizes(hf: HFConfig, *, max_position_embeddings: int) -> dict[str, Any]:
+    """The fields of `ModelConfig` that LLaMA and the families that took over its `config.json` spell alike.
+
+    `max_position_embeddings` is the family's default. Raises MaskLLMError as `read_config` does.
+    """
     attention_bias = hf.boolean("attention_bias", default=False)
     if attention_bias != hf.boolean("mlp_bias", default=False):
         raise hf.error(
@@ -86,54 +123,15 @@ def read_config(hf: HFConfig) -> ModelConfig:
         raise hf.error(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
     if not hf.has("head_dim") and hidden_size % heads:
         raise hf.error(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}, and there is no head_dim")
-    max_position_embeddings = hf.integer("max_position_embeddings", default=2048)
-    rope = _rope_parameters(hf)
-    return ModelConfig(
-        model_type="llama",
-        num_layers=hf.integer("num_hidden_layers"),
-        hidden_size=hidden_size,
-        ffn_hidden_size=hf.integer("intermediate_size"),
-        num_attention_heads=heads,
-        num_query_groups=groups,
-        head_dim=hf.integer("head_dim", default=hidden_size // heads),
-        vocab_size=hf.integer("vocab_size"),
-        max_position_embeddings=max_position_embeddings,
-        norm_epsilon=hf.number("rms_norm_eps", default=1e-6),
-        rope_theta=rope.number("rope_theta", default=10000.0),
-        rope_scaling=_rope_scaling(rope, max_position_embeddings),
-        tie_word_embeddings=hf.boolean("tie_word_embeddings", default=False),
-        add_bias=attention_bias,
-    )
-
-
-def _rope_parameters(hf: HFConfig) -> HFConfig:
-    """The rotary settings as transformers 5 spells them (`rope_parameters`), from that spelling or the older one."""
-    if hf.has("rope_parameters"):
-        return hf.section("rope_parameters")
-    values = dict(hf.section("rope_scaling").values) if hf.has("rope_scaling") else {}
-    if "type" in values:
-        values.setdefault("rope_type", values["type"])
-    if hf.has("rope_theta"):
-        values["rope_theta"] = hf.number("rope_theta")
-    return HFConfig(values, f"{hf.where}: rope_scaling")
-
-
-def _rope_scaling(rope: HFConfig, max_position_embeddings: int) -> Llama3RopeScaling | None:
-    kind = rope.values.get("rope_type", "default")
-    if rope.number("partial_rotary_factor", default=1.0) != 1.0:
-        raise rope.error(f"partial_rotary_factor {rope.values['partial_rotary_factor']} is not supported, only 1.0")
-    if kind == "default":
-        return None
-    if kind != "llama3":
-        raise rope.error(f"rope_type {kind!r} is not supported, only 'default' and 'llama3'")
-    scaling = Llama3RopeScaling(
-        factor=rope.number("factor"),
-        low_freq_factor=rope.number("low_freq_factor"),
-        high_freq_factor=rope.number("high_freq_factor"),
-        original_max_position_embeddings=rope.integer("original_max_position_embeddings", default=max_position_embeddings),
-    )
-    if not 0 < scaling.low_freq_factor < scaling.high_freq_factor:
-        raise MaskLLMError(
-            f"{rope.where}: low_freq_factor {scaling.low_freq_factor} must be below high_freq_factor {scaling.high_freq_factor}"
-        )
-    return scaling
+    return {
+        "num_layers": hf.integer("num_hidden_layers"),
+        "hidden_size": hidden_size,
+        "ffn_hidden_size": hf.integer("intermediate_size"),
+        "num_attention_heads": heads,
+        "num_query_groups": groups,
+        "head_dim": hf.integer("head_dim", default=hidden_size // heads),
+        "vocab_size": hf.integer("vocab_size"),
+        "max_position_embeddings": hf.integer("max_position_embeddings", default=max_position_embeddings),
+        "tie_word_embeddings": hf.boolean("tie_word_embeddings", default=False),
+        "add_bias": attention_bias,
+    }

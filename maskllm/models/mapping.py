@@ -4,7 +4,8 @@ A family (`maskllm/models/llama.py`) lists mappings; `*` in a name stands for th
 `ModelConfig.dimensions`. The layouts are those of a whole tensor, tensor-parallel size 1: Megatron's torch_dist checkpoints hold
 tensors by global coordinates, so that any layout loads them.
 
-A mapping only moves rows. It therefore moves anything that has a weight's rows: the weight, its bias, its mask, its mask's bits.
+`fuse` and `split` only move rows. They therefore move anything that has a weight's rows: the weight, its bias, its mask, its mask's
+bits. `to_megatron` and `to_hf` also turn the tensors of those families that store weights the other way round.
 """
 
 from __future__ import annotations
@@ -31,18 +32,32 @@ class Mapping(ABC):
     hf: tuple[str, ...]
     shape: tuple[str, ...]
     """The Megatron tensor's shape, in names of dimensions."""
+    transposed: bool = False
+    """Whether the Hugging Face tensors are stored [in, out], as transformers' `Conv1D` stores them; Megatron's are [out, in]."""
 
     @abstractmethod
     def rows(self, config: ModelConfig) -> list[int]:
-        """The number of rows of each of the Hugging Face tensors."""
+        """The number of rows, outputs, of each of the Hugging Face tensors."""
 
-    def to_megatron(self, parts: Sequence[torch.Tensor], config: ModelConfig) -> torch.Tensor:
-        """The Megatron tensor [rows, ...] of the Hugging Face tensors, in the order of `hf`."""
+    def fuse(self, parts: Sequence[torch.Tensor], config: ModelConfig) -> torch.Tensor:
+        """The Megatron tensor [rows, ...] of tensors that each have the rows of one of `hf`, in that order."""
         return torch.cat(list(parts))
 
-    def to_hf(self, tensor: torch.Tensor, config: ModelConfig) -> list[torch.Tensor]:
-        """The Hugging Face tensors, in the order of `hf`, of a Megatron tensor [rows, ...]; views where possible."""
+    def split(self, tensor: torch.Tensor, config: ModelConfig) -> list[torch.Tensor]:
+        """The tensors [rows, ...], in the order of `hf`, of a Megatron tensor [rows, ...]; views where possible."""
         return list(tensor.split(self.rows(config)))
+
+    def turn(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Matrices [out, in] as the Hugging Face checkpoint stores them, or those it stores as [out, in]; views."""
+        return [part.t() for part in parts] if self.transposed else list(parts)
+
+    def to_megatron(self, parts: Sequence[torch.Tensor], config: ModelConfig) -> torch.Tensor:
+        """The Megatron tensor of the Hugging Face tensors, as they are stored, in the order of `hf`."""
+        return self.fuse(self.turn(parts), config)
+
+    def to_hf(self, tensor: torch.Tensor, config: ModelConfig) -> list[torch.Tensor]:
+        """The Hugging Face tensors, as they are stored, in the order of `hf`, of a Megatron tensor; views where possible."""
+        return self.turn(self.split(tensor, config))
 
     def megatron_shape(self, config: ModelConfig) -> tuple[int, ...]:
         """The shape of the Megatron tensor."""
@@ -50,8 +65,9 @@ class Mapping(ABC):
         return tuple(dimensions[name] for name in self.shape)
 
     def hf_shapes(self, config: ModelConfig) -> list[tuple[int, ...]]:
-        """The shapes of the Hugging Face tensors."""
-        return [(rows, *self.megatron_shape(config)[1:]) for rows in self.rows(config)]
+        """The shapes of the Hugging Face tensors, as they are stored."""
+        shapes = [(rows, *self.megatron_shape(config)[1:]) for rows in self.rows(config)]
+        return [shape[::-1] for shape in shapes] if self.transposed else shapes
 
     def at(self, layer: int) -> Mapping:
         """This mapping with `*` replaced by a layer's index."""
@@ -73,7 +89,7 @@ class Direct(Mapping):
     def rows(self, config: ModelConfig) -> list[int]:
         return [self.megatron_shape(config)[0]]
 
-    def to_megatron(self, parts: Sequence[torch.Tensor], config: ModelConfig) -> torch.Tensor:
+    def fuse(self, parts: Sequence[torch.Tensor], config: ModelConfig) -> torch.Tensor:
         return parts[0]
 
 
@@ -94,17 +110,36 @@ class QKV(Mapping):
     """
 
     def rows(self, config: ModelConfig) -> list[int]:
-        keys = config.num_query_groups * config.head_dim
-        return [config.num_attention_heads * config.head_dim, keys, keys]
+        return _query_key_value_rows(config)
 
-    def to_megatron(self, parts: Sequence[torch.Tensor], config: ModelConfig) -> torch.Tensor:
+    def fuse(self, parts: Sequence[torch.Tensor], config: ModelConfig) -> torch.Tensor:
         groups = [part.unflatten(0, (config.num_query_groups, -1)) for part in parts]
         return torch.cat(groups, dim=1).flatten(0, 1)
 
-    def to_hf(self, tensor: torch.Tensor, config: ModelConfig) -> list[torch.Tensor]:
+    def split(self, tensor: torch.Tensor, config: ModelConfig) -> list[torch.Tensor]:
         groups = tensor.unflatten(0, (config.num_query_groups, -1))
-        parts = groups.split([rows // config.num_query_groups for rows in self.rows(config)], dim=1)
+        parts = groups.split([rows // config.num_query_groups for rows in _query_key_value_rows(config)], dim=1)
         return [part.flatten(0, 1) for part in parts]
+
+
+@dataclass(frozen=True)
+class StackedQKV(QKV):
+    """The same from one Hugging Face tensor that holds all query rows, then all key rows, then all value rows."""
+
+    def rows(self, config: ModelConfig) -> list[int]:
+        return [sum(_query_key_value_rows(config))]
+
+    def fuse(self, parts: Sequence[torch.Tensor], config: ModelConfig) -> torch.Tensor:
+        (stacked,) = parts
+        return super().fuse(stacked.split(_query_key_value_rows(config)), config)
+
+    def split(self, tensor: torch.Tensor, config: ModelConfig) -> list[torch.Tensor]:
+        return [torch.cat(super().split(tensor, config))]
+
+
+def _query_key_value_rows(config: ModelConfig) -> list[int]:
+    keys = config.num_query_groups * config.head_dim
+    return [config.num_attention_heads * config.head_dim, keys, keys]
 
 
 def expand(mappings: Iterable[Mapping], num_layers: int) -> list[Mapping]:

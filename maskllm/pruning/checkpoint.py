@@ -59,10 +59,10 @@ def prune_by_magnitude(load: str | Path, output: str | Path, settings: PruneSett
     def bits(mapping: Mapping) -> torch.Tensor:
         # A share is counted over each Hugging Face matrix, as in a model in memory, not over Megatron's fused one.
         config = checkpoint.model_config
-        parts = mapping.to_hf(checkpoint.tensors[mapping.megatron].load(), config)
+        parts = mapping.split(checkpoint.tensors[mapping.megatron].load(), config)
         for name, part in zip(mapping.hf, parts, strict=True):
             check_matrix(part, name, settings.sparsity)
-        return mapping.to_megatron([pack_mask(magnitude_mask(part, settings.sparsity)) for part in parts], config)
+        return mapping.fuse([pack_mask(magnitude_mask(part, settings.sparsity)) for part in parts], config)
 
     return write_pruned(checkpoint, output, settings, bits)
 
@@ -131,7 +131,7 @@ def prune_calibrated(
     def stored(kind: str, mapping: Mapping) -> torch.Tensor:
         layer = int(re.search(r"\.layers\.(\d+)\.", mapping.megatron)[1])
         parts = [store.tensor(layer, f"{name.removesuffix('.weight')}.{kind}") for name in mapping.hf]
-        tensor = mapping.to_megatron(parts, checkpoint.model_config)
+        tensor = mapping.fuse(parts, checkpoint.model_config)
         return tensor if kind == "mask_bits" else tensor.to(checkpoint.tensors[mapping.megatron].dtype)
 
     path = output / iteration_name("release")

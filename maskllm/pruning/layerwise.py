@@ -19,6 +19,7 @@ import torch
 from torch import distributed as dist
 from tqdm import tqdm
 
+from maskllm.models.hf_blocks import matrix
 from maskllm.patterns import pack_mask, unpack_mask
 from maskllm.pruning.solve import PrunedMatrix, PruneSettings, prune_matrices
 from maskllm.pruning.statistics import InputStatistics
@@ -30,7 +31,8 @@ logger = logging.getLogger(__name__)
 class Layer:
     """A transformer layer: `forward` maps one sample's hidden states to the next layer's, `linears` are the modules to prune.
 
-    A linear has a `weight` parameter [out, in] and is called with its input as first argument; the keys are the names reports use.
+    A linear is one of those `maskllm.models.hf_blocks.matrix` knows, called with its input as first argument; the keys are the names
+    reports use.
     """
 
     forward: Callable[[torch.Tensor], torch.Tensor]
@@ -42,6 +44,10 @@ class Layer:
     def device(self) -> torch.device:
         """Where the layer computes."""
         return next(iter(self.linears.values())).weight.device
+
+    def weight(self, name: str) -> torch.Tensor:
+        """A linear's weight [out, in]; to write to it is to change the layer."""
+        return matrix(self.linears[name])
 
 
 class LayerStore(Protocol):
@@ -79,7 +85,7 @@ def prune_layers(
     for index, layer in enumerate(progress):
         report = _prune_layer(layer, index, hidden, settings, store, group, outputs_wanted=index < last_to_solve)
         reports.append(report)
-        errors = {name.split(".")[-1]: matrix["relative_error"] for name, matrix in report["matrices"].items()}
+        errors = {name.split(".")[-1]: entry["relative_error"] for name, entry in report["matrices"].items()}
         progress.set_postfix_str(" ".join(f"{name} {error:.3f}" for name, error in errors.items() if error is not None))
     return reports
 
@@ -108,8 +114,8 @@ def _prune_layer(
         pruned = _solve(layer, statistics, settings, group)
         solve_seconds = time.perf_counter() - solve_started
         store.save(index, pruned)
-    for name, matrix in pruned.items():
-        matrix.apply(layer.linears[name].weight)
+    for name, solved in pruned.items():
+        solved.apply(layer.weight(name))
     if outputs_wanted and settings.sequential:
         _advance(layer, hidden)
     return {
@@ -117,7 +123,7 @@ def _prune_layer(
         "seconds": time.perf_counter() - started,
         "solve_seconds": solve_seconds,
         "resumed": resumed,
-        "matrices": {name: matrix.report for name, matrix in pruned.items()},
+        "matrices": {name: solved.report for name, solved in pruned.items()},
     }
 
 
@@ -177,28 +183,28 @@ def _solve(
             statistics[names].reduce(position % ranks, group)
     for position, names in enumerate(order):
         if group is None or group.rank() == position % ranks:
-            weights = {name: layer.linears[name].weight.data for name in names}
+            weights = {name: layer.weight(name) for name in names}
             pruned.update(prune_matrices(weights, statistics.pop(names), settings, dtype=layer.dtype))
         else:
             del statistics[names]
     if group is not None:
         for position, names in enumerate(order):
             for name in names:
-                pruned[name] = _broadcast(layer.linears[name].weight.data, pruned.get(name), position % ranks, settings, group)
+                pruned[name] = _broadcast(layer.weight(name), pruned.get(name), position % ranks, settings, group)
     return {name: pruned[name] for name in layer.linears}
 
 
 def _broadcast(
-    weight: torch.Tensor, matrix: PrunedMatrix | None, source: int, settings: PruneSettings, group: dist.ProcessGroup
+    weight: torch.Tensor, solved: PrunedMatrix | None, source: int, settings: PruneSettings, group: dist.ProcessGroup
 ) -> PrunedMatrix:
-    """Give every rank the `matrix` that rank `source` has."""
+    """Give every rank the `solved` matrix that rank `source` has."""
     out_features, in_features = weight.shape
-    bits = pack_mask(matrix.mask) if matrix else weight.new_empty(out_features, -(-in_features // 8), dtype=torch.uint8)
-    report = [matrix.report if matrix else None]
+    bits = pack_mask(solved.mask) if solved else weight.new_empty(out_features, -(-in_features // 8), dtype=torch.uint8)
+    report = [solved.report if solved else None]
     dist.broadcast(bits, group_src=source, group=group)
     dist.broadcast_object_list(report, group_src=source, group=group)
     updated = None
     if settings.update_weights:
-        updated = matrix.weight.contiguous() if matrix else torch.empty_like(weight)
+        updated = solved.weight.contiguous() if solved else torch.empty_like(weight, memory_format=torch.contiguous_format)
         dist.broadcast(updated, group_src=source, group=group)
     return PrunedMatrix(unpack_mask(bits, in_features), updated, report[0])

@@ -1,6 +1,6 @@
 """Run under torchrun by test_layouts: load a checkpoint into a model under some layout, give its logits, write it back.
 
-usage: python -m tests.models.layout_worker SPEC TP PP CHECKPOINT OUTPUT
+usage: python -m tests.models.layout_worker SPEC TP PP DIRECTORY...
 """
 
 from __future__ import annotations
@@ -25,36 +25,49 @@ def upstream_model(config: ModelConfig, tensor_model_parallel_size: int = 1) -> 
     """The model with upstream's own layers instead of this project's."""
     model = GPTModel(
         config=transformer_config(config, params_dtype=torch.float32, tensor_model_parallel_size=tensor_model_parallel_size),
-        transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
+        transformer_layer_spec=get_gpt_layer_local_spec(normalization=config.normalization),
         **gpt_model_arguments(config),
     )
     set_rotary_frequencies(model, config)
     return model
 
 
-def main(spec: str, tp: str, pp: str, load: str, output: str) -> None:
-    """Write logits.pt and the checkpoint CKPT into OUTPUT, then a checkpoint where none can be: below a file."""
+def logits(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor | None:
+    """The model's logits [batch, sequence, vocabulary], on the last pipeline stage."""
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    mask = torch.ones(1, 1, tokens.shape[1], tokens.shape[1]).triu(1).bool()
+    with torch.no_grad():
+        if not parallel_state.is_pipeline_first_stage():
+            hidden = torch.empty(*tokens.t().shape, model.config.hidden_size)
+            dist.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
+            model.set_input_tensor(hidden)
+        output = model(tokens, positions, mask)
+        if not parallel_state.is_pipeline_last_stage():
+            dist.send(output, parallel_state.get_pipeline_model_parallel_next_rank())
+            return None
+        return tensor_parallel.gather_from_tensor_model_parallel_region(output)
+
+
+def main(spec: str, tp: str, pp: str, *directories: str) -> None:
+    """For the checkpoint `dense` in each directory: write logits.pt and the checkpoint CKPT beside it, then a checkpoint where none
+    can be, below a file."""
     with parallel_processes(tensor_model_parallel_size=int(tp), pipeline_model_parallel_size=int(pp)):
-        checkpoint = resolve(load)
-        config = checkpoint.model_config
-        model = upstream_model(config, int(tp)) if spec == "upstream" else build_model(config, params_dtype=torch.float32)
-        model.eval()
-        model.load_state_dict(checkpoint.load({"model": model.sharded_state_dict()})["model"])
-        if pp == "1":
-            tokens = torch.load(Path(output) / "tokens.pt", weights_only=True)
-            positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-            with torch.no_grad():
-                mask = torch.ones(1, 1, tokens.shape[1], tokens.shape[1]).triu(1).bool()
-                logits = tensor_parallel.gather_from_tensor_model_parallel_region(model(tokens, positions, mask))
-            if dist.get_rank() == 0:
-                torch.save(logits, Path(output) / "logits.pt")
-        state = model.sharded_state_dict(metadata={"dp_cp_group": parallel_state.get_data_parallel_group(True)})
-        arguments = {"hf_files_from": checkpoint.hf_directory}
-        save_checkpoint(Path(output) / "CKPT", 7, {"model": state}, checkpoint.info, **arguments)
-        try:
-            save_checkpoint(Path(output) / "tokens.pt", 7, {"model": state}, checkpoint.info, **arguments)
-        except (MaskLLMError, OSError) as error:
-            (Path(output) / f"failure-{dist.get_rank()}").write_text(str(error))
+        for directory in map(Path, directories):
+            checkpoint = resolve(directory / "dense")
+            config = checkpoint.model_config
+            model = upstream_model(config, int(tp)) if spec == "upstream" else build_model(config, params_dtype=torch.float32)
+            model.eval()
+            model.load_state_dict(checkpoint.load({"model": model.sharded_state_dict()})["model"])
+            found = logits(model, torch.load(directory / "tokens.pt", weights_only=True))
+            if found is not None and parallel_state.get_tensor_model_parallel_rank() == 0:
+                torch.save(found, directory / "logits.pt")
+            state = model.sharded_state_dict(metadata={"dp_cp_group": parallel_state.get_data_parallel_group(True)})
+            arguments = {"hf_files_from": checkpoint.hf_directory}
+            save_checkpoint(directory / "CKPT", 7, {"model": state}, checkpoint.info, **arguments)
+            try:
+                save_checkpoint(directory / "tokens.pt", 7, {"model": state}, checkpoint.info, **arguments)
+            except (MaskLLMError, OSError) as error:
+                (directory / f"failure-{dist.get_rank()}").write_text(str(error))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from maskllm.errors import MaskLLMError
-from maskllm.models.config import rotary_frequencies, transformer_config
+from maskllm.models.config import transformer_config
 from maskllm.models.families import read_model_config
-from tests.models.tiny import BASE, CONFIGS, SCALED_ROPE
+from maskllm.models.rope import rotary_frequencies
+from tests.models.tiny import BASE, CONFIGS, GPT2, NEMOTRON, SCALED_ROPE, tiny_config
 
 PLAIN = BASE | {"model_type": "llama", "hidden_act": "silu"}
 
@@ -29,15 +30,24 @@ def read(tmp_path):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_reads_what_transformers_writes(name, tmp_path):
-    hf = LlamaConfig(**(BASE | CONFIGS[name]))
+    hf = tiny_config(name)
     hf.save_pretrained(tmp_path)
     config = read_model_config(tmp_path / "config.json")
-    assert (config.num_layers, config.hidden_size, config.ffn_hidden_size) == (2, 32, 48)
-    assert config.num_query_groups == hf.num_key_value_heads
-    assert config.head_dim == hf.head_dim
-    assert config.rope_theta == hf.rope_parameters["rope_theta"]
+    assert config.model_type == hf.model_type
+    assert (config.num_layers, config.hidden_size, config.ffn_hidden_size, config.max_position_embeddings) == (2, 32, 48, 512)
+    assert config.num_query_groups == getattr(hf, "num_key_value_heads", 4)
+    assert config.head_dim == getattr(hf, "head_dim", 8)
     assert config.tie_word_embeddings == hf.tie_word_embeddings
-    assert config.add_bias == hf.mlp_bias
+    assert config.add_bias == getattr(hf, "mlp_bias", True)
+    if config.rope is not None:
+        assert config.rope.theta == hf.rope_parameters["rope_theta"]
+        assert config.rope.dim == config.head_dim * hf.rope_parameters.get("partial_rotary_factor", 1.0)
+
+
+def test_an_old_nemotron_config_states_its_rotary_settings_beside_the_others(read):
+    old = read(NEMOTRON | {"hidden_act": "relu2", "rope_theta": 500.0, "partial_rotary_factor": 0.75})
+    assert (old.rope.theta, old.rope.dim, old.rope.scaling) == (500.0, 6, None)
+    assert read(NEMOTRON).rope.dim == 4
 
 
 @pytest.mark.parametrize("type_key", ["rope_type", "type"])
@@ -54,7 +64,7 @@ def test_absent_keys_have_the_defaults_of_transformers(read):
     config, defaults = read(required | {"model_type": "llama", "rope_scaling": None}), LlamaConfig(**required)
     assert config.norm_epsilon == defaults.rms_norm_eps
     assert config.max_position_embeddings == defaults.max_position_embeddings
-    assert config.rope_theta == defaults.rope_parameters["rope_theta"]
+    assert config.rope.theta == defaults.rope_parameters["rope_theta"]
     assert config.num_query_groups == defaults.num_key_value_heads
     assert config.tie_word_embeddings == defaults.tie_word_embeddings
 
@@ -78,14 +88,14 @@ def test_rotary_frequencies_are_those_of_transformers(read, rope, head_dim):
     else:
         expected, attention_factor = ROPE_INIT_FUNCTIONS["llama3"](hf)
         assert attention_factor == 1.0
-    found = rotary_frequencies(read(PLAIN | {"head_dim": head_dim, "rope_parameters": rope}))
+    found = rotary_frequencies(read(PLAIN | {"head_dim": head_dim, "rope_parameters": rope}).rope)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"model_type": "gpt2"}, "model_type 'gpt2'"),
+        ({"model_type": "mamba"}, "model_type 'mamba'"),
         ({"model_type": ["llama"]}, "model_type"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters: rope_type 'yarn'"),
@@ -106,6 +116,16 @@ def test_rotary_frequencies_are_those_of_transformers(read, rope, head_dim):
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
         ({"rope_scaling": "llama3"}, "rope_scaling is 'llama3'"),
+        (NEMOTRON | {"hidden_act": "silu"}, "hidden_act 'silu' is not supported, only 'relu2'"),
+        (NEMOTRON | {"hidden_act": "relu2", "partial_rotary_factor": 0.4}, "partial_rotary_factor 0.4 turns 3"),
+        (NEMOTRON | {"hidden_act": "relu2", "partial_rotary_factor": 1.5}, "partial_rotary_factor 1.5 turns 12"),
+        (NEMOTRON | {"hidden_act": "relu2", "mlp_bias": True}, "attention_bias is False and mlp_bias is True"),
+        (GPT2 | {"activation_function": "relu"}, "activation_function 'relu' is not supported, only 'gelu_new'"),
+        (GPT2 | {"scale_attn_weights": False}, "scale_attn_weights False"),
+        (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
+        (GPT2 | {"add_cross_attention": True}, "add_cross_attention True"),
+        (GPT2 | {"n_head": 5}, "n_embd 32 is not a multiple of n_head 5"),
+        (GPT2 | {"n_embd": None}, "n_embd is missing"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(read, values, words):

@@ -16,8 +16,9 @@ from maskllm.distributed import parallel_processes
 from maskllm.errors import MaskLLMError
 from maskllm.models.build import build_model
 from maskllm.models.checkpoint import resolve
-from maskllm.models.config import rotary_frequencies, set_rotary_frequencies
+from maskllm.models.config import set_rotary_frequencies
 from maskllm.models.convert import convert
+from maskllm.models.rope import rotary_frequencies
 from tests.models.layout_worker import upstream_model
 from tests.models.tiny import CONFIGS, write_tiny
 
@@ -43,9 +44,10 @@ def test_logits_equal_those_of_transformers(name, megatron, tmp_path):
         torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
 
         # The comparison can tell: without the scaling of its rotary frequencies the model is another.
-        if checkpoint.model_config.rope_scaling is not None:
-            plain = 1000.0 ** -(torch.arange(0, checkpoint.model_config.head_dim, 2) / checkpoint.model_config.head_dim)
-            assert not torch.equal(plain, rotary_frequencies(checkpoint.model_config))
+        rope = checkpoint.model_config.rope
+        if rope is not None and rope.scaling is not None:
+            plain = 1000.0 ** -(torch.arange(0, rope.dim, 2) / rope.dim)
+            assert not torch.equal(plain, rotary_frequencies(rope))
             model.rotary_pos_emb.inv_freq = plain
             model.rotary_pos_emb.forward.cache_clear()
             assert (model(tokens, positions, None) - expected).abs().max() > 1e-2
@@ -53,7 +55,7 @@ def test_logits_equal_those_of_transformers(name, megatron, tmp_path):
             model.rotary_pos_emb.forward.cache_clear()
 
 
-@pytest.mark.parametrize("name", ["llama2", "llama3.2", "biases"])
+@pytest.mark.parametrize("name", ["llama2", "llama3.2", "biases", "gpt2"])
 def test_keys_and_shapes_are_those_of_upstreams_model(name, megatron, tmp_path):
     write_tiny(name, tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "dense")
@@ -136,6 +138,20 @@ def test_a_second_copy_of_a_tied_embedding_must_be_a_copy(tmp_path):
         convert(tmp_path / "hf", tmp_path / "dense")
 
 
+def test_a_checkpoint_of_the_bare_base_model_is_the_same(tmp_path):
+    """As openai-community/gpt2 is: names without `transformer.`, and the causal masks of each layer."""
+    write_tiny("gpt2", tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "dense")
+    whole = load_file(tmp_path / "hf" / "model.safetensors")
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in whole.items()}
+    bare["h.1.attn.bias"] = torch.ones(1, 1, 8, 8)
+    save_file(bare, tmp_path / "hf" / "model.safetensors")
+    convert(tmp_path / "hf", tmp_path / "bare")
+    expected, found = resolve(tmp_path / "dense").tensors, resolve(tmp_path / "bare").tensors
+    assert set(expected) == set(found)
+    assert all(torch.equal(expected[key].load(), found[key].load()) for key in expected)
+
+
 def test_shards_are_read_through_their_index(hf, tmp_path):
     from transformers import LlamaForCausalLM
 
@@ -203,6 +219,7 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 from maskllm.models.convert import convert
+from maskllm.models.rope import rotary_frequencies
 
 def resident(field):
     return int(re.search(field + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import pytest
 import torch
 
 from maskllm.models.config import ModelConfig
 from maskllm.models.families import parameter_map
 from maskllm.models.mapping import MASKED_LINEARS, QKV, GatedMLP
+from maskllm.models.rope import Rope
 from maskllm.patterns import pack_mask, unpack_mask
 
 CONFIG = ModelConfig(
@@ -19,16 +23,24 @@ CONFIG = ModelConfig(
     head_dim=4,
     vocab_size=7,
     max_position_embeddings=16,
+    normalization="RMSNorm",
+    zero_centered_norm=False,
     norm_epsilon=1e-5,
-    rope_theta=1e4,
-    rope_scaling=None,
+    activation="silu",
+    gated_mlp=True,
+    rope=Rope(1e4, 4),
     tie_word_embeddings=False,
     add_bias=True,
 )
 
 
-def mapping(kind, suffix):
-    return next(m for m in parameter_map(CONFIG) if isinstance(m, kind) and m.megatron.endswith(suffix))
+GPT2 = dataclasses.replace(CONFIG, model_type="gpt2", num_attention_heads=3, num_query_groups=3, gated_mlp=False, rope=None)
+NEMOTRON = dataclasses.replace(CONFIG, model_type="nemotron", gated_mlp=False)
+FAMILIES = pytest.mark.parametrize("config", [CONFIG, NEMOTRON, GPT2], ids=lambda config: config.model_type)
+
+
+def mapping(kind, suffix, config=CONFIG):
+    return next(m for m in parameter_map(config) if isinstance(m, kind) and m.megatron.endswith(suffix))
 
 
 def test_fused_qkv_rows_go_by_query_group():
@@ -49,23 +61,36 @@ def test_gated_fc1_holds_gate_rows_then_up_rows():
     assert mapping(GatedMLP, "fc1.bias").to_megatron([gate, up], CONFIG).tolist() == [*range(10), *range(100, 110)]
 
 
-def test_every_mapping_goes_back_to_what_it_came_from():
+def test_a_stacked_transposed_qkv_has_its_columns_as_rows_by_head():
+    # As GPT-2 stores it, [in, out]: a column's identity is its value, 100 a projection, 10 a head, then channel.
+    columns = torch.tensor([100 * part + 10 * head + channel for part in range(3) for head in range(3) for channel in range(4)])
+    stored = columns.expand(12, -1) + 1000 * torch.arange(12)[:, None]
+    fused = mapping(QKV, "qkv.weight", GPT2).to_megatron([stored], GPT2)
+    rows = [100 * part + 10 * head + channel for head in range(3) for part in range(3) for channel in range(4)]
+    assert fused.tolist() == [[row + 1000 * column for column in range(12)] for row in rows]
+
+
+@FAMILIES
+def test_every_mapping_goes_back_to_what_it_came_from(config):
     generator = torch.Generator().manual_seed(0)
-    for each in parameter_map(CONFIG):
-        parts = [torch.randn(shape, generator=generator) for shape in each.hf_shapes(CONFIG)]
-        fused = each.to_megatron(parts, CONFIG)
-        assert tuple(fused.shape) == each.megatron_shape(CONFIG), each.megatron
-        for part, back in zip(parts, each.to_hf(fused, CONFIG), strict=True):
+    for each in parameter_map(config):
+        parts = [torch.randn(shape, generator=generator) for shape in each.hf_shapes(config)]
+        fused = each.to_megatron(parts, config)
+        assert tuple(fused.shape) == each.megatron_shape(config), each.megatron
+        for part, back in zip(parts, each.to_hf(fused, config), strict=True):
             assert torch.equal(part, back), each.megatron
 
 
-def test_packed_bits_move_as_the_mask_does():
-    each = mapping(QKV, "qkv.weight")
-    mask = torch.rand(each.megatron_shape(CONFIG), generator=torch.Generator().manual_seed(0)) < 0.5
-    from_bits = [unpack_mask(bits, 12) for bits in each.to_hf(pack_mask(mask), CONFIG)]
-    assert all(torch.equal(a, b) for a, b in zip(from_bits, each.to_hf(mask, CONFIG), strict=True))
+@FAMILIES
+def test_packed_bits_move_as_the_mask_does(config):
+    each = mapping(QKV, "qkv.weight", config)
+    mask = torch.rand(each.megatron_shape(config), generator=torch.Generator().manual_seed(0)) < 0.5
+    bits = each.split(pack_mask(mask), config)
+    assert all(torch.equal(unpack_mask(a, 12), b) for a, b in zip(bits, each.split(mask, config), strict=True))
+    assert torch.equal(unpack_mask(each.fuse(bits, config), 12), mask)
 
 
-def test_every_linear_of_a_layer_is_masked_and_nothing_else():
+@FAMILIES
+def test_every_linear_of_a_layer_is_masked_and_nothing_else(config):
     expected = {f"decoder.layers.{layer}.{linear}" for layer in range(3) for linear in MASKED_LINEARS}
-    assert {m.linear for m in parameter_map(CONFIG)} - {None} == expected
+    assert {m.linear for m in parameter_map(config)} - {None} == expected

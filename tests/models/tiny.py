@@ -6,16 +6,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-BASE: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 512,
-    "rms_norm_eps": 1e-5,
+}
+
+BASE = SIZES | {"rms_norm_eps": 1e-5}
+"""Of LLaMA."""
+
+NEMOTRON = SIZES | {"model_type": "nemotron", "norm_eps": 1e-4, "num_key_value_heads": 2}
+
+GPT2 = {
+    "model_type": "gpt2",
+    "vocab_size": 96,
+    "n_embd": 32,
+    "n_inner": 48,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 512,
+    "layer_norm_epsilon": 1e-4,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
 }
 
 # Not LLaMA 3.1's own factors, so that Megatron's built-in ones would be seen; every branch of the formula is taken.
@@ -29,24 +46,40 @@ SCALED_ROPE = {
 }
 
 CONFIGS: dict[str, dict[str, Any]] = {
-    "llama2": {},
-    "llama3": {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
-    "llama3.1": {"num_key_value_heads": 2, "rope_parameters": SCALED_ROPE},
-    "llama3.2": {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True, "rope_parameters": SCALED_ROPE},
-    "biases": {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
+    "llama2": BASE,
+    "llama3": BASE | {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+    "llama3.1": BASE | {"num_key_value_heads": 2, "rope_parameters": SCALED_ROPE},
+    "llama3.2": BASE | {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True, "rope_parameters": SCALED_ROPE},
+    "biases": BASE | {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
+    "nemotron": NEMOTRON,
+    "nemotron_biases": NEMOTRON
+    | {
+        "head_dim": 16,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+        "rope_parameters": SCALED_ROPE | {"partial_rotary_factor": 0.75},
+    },
+    "gpt2": GPT2,
+    "gpt2_untied": GPT2 | {"tie_word_embeddings": False, "activation_function": "gelu_pytorch_tanh"},
 }
 
 
-def tiny_model(name: str, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-    """The model CONFIGS[name], with weights large enough for attention to attend and biases that are not zero."""
+def tiny_config(name: str) -> PreTrainedConfig:
+    """CONFIGS[name] as transformers reads it."""
+    return AutoConfig.for_model(**({"model_type": "llama"} | CONFIGS[name]))
+
+
+def tiny_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model CONFIGS[name], with weights large enough for attention to attend and biases that are not zero, without dropout."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**(BASE | CONFIGS[name])))
+    model = AutoModelForCausalLM.from_config(tiny_config(name))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    return model.to(dtype)
+    return model.to(dtype).eval()
 
 
-def write_tiny(name: str, path: Path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def write_tiny(name: str, path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Write the model CONFIGS[name] to `path` and return it."""
     model = tiny_model(name, dtype)
     model.save_pretrained(path)

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from maskllm.errors import MaskLLMError
 from maskllm.patterns import Pattern, unpack_mask
@@ -91,6 +91,46 @@ def test_reports_the_relative_output_error(method, update):
             assert (after.unflatten(1, (-1, 4)) != 0).sum(-1).eq(2).all()
 
 
+@pytest.mark.parametrize("sparsity", [PATTERN, 0.5])
+def test_gpt2_is_pruned_along_its_inputs(sparsity):
+    """Its weights are [in, out]: an input is a row, and a block of 2:4 runs down a column."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=2,
+        n_embd=32,
+        n_head=4,
+        n_inner=48,
+        vocab_size=64,
+        n_positions=32,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model, input_ids = GPT2LMHeadModel(config).eval(), tokens()
+    dense, seen = copy.deepcopy(model), {}
+    names = [
+        f"transformer.h.{layer}.{name}" for layer in range(2) for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    ]
+    for name in names:
+        dense.get_submodule(name).register_forward_hook(
+            lambda _m, args, _out, name=name: seen.update({name: args[0].flatten(0, 1)})
+        )
+    with torch.no_grad():
+        dense(input_ids)
+    result = prune_hf(model, input_ids, PruneSettings("wanda", sparsity, sequential=False))
+    assert sorted(result.masks) == sorted(f"{name}.weight" for name in names)
+    for name in names:
+        before = dense.get_submodule(name).weight.detach()
+        mask = unpack_mask(result.masks[f"{name}.weight"], before.shape[0])
+        assert torch.equal(mask, wanda_mask(before.t(), seen[name].double().square().sum(0), sparsity)), name
+        assert torch.equal(model.get_submodule(name).weight, before * mask.t()), name
+    updated = prune_hf(copy.deepcopy(dense), input_ids, PruneSettings("sparsegpt", sparsity, update_weights=True)).report
+    plain = prune_hf(copy.deepcopy(dense), input_ids, PruneSettings("sparsegpt", sparsity)).report
+    for name, matrix in updated["layers"][0]["matrices"].items():
+        assert matrix["kept"] == 0.5
+        assert matrix["relative_error"] < plain["layers"][0]["matrices"][name]["relative_error"]
+
+
 def test_updated_weights_reproduce_the_outputs_better():
     errors = {}
     for update in (False, True):
@@ -165,9 +205,14 @@ def test_dead_inputs_are_counted_and_named(caplog):
 
 def test_refuses_what_it_cannot_prune():
     model = tiny_llama()
-    with pytest.raises(MaskLLMError, match="no list of decoder layers"):
+    with pytest.raises(MaskLLMError, match=r"no list of transformer blocks at model\.layers or model\.h"):
         prune_hf(
-            GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16, bos_token_id=0, eos_token_id=0)), tokens()
+            OPTForCausalLM(
+                OPTConfig(
+                    vocab_size=16, hidden_size=8, num_hidden_layers=1, ffn_dim=8, word_embed_proj_dim=8, num_attention_heads=2
+                )
+            ),
+            tokens(),
         )
     with pytest.raises(MaskLLMError, match=r"layers\.0\.self_attn\.q_proj.*multiple of 5"):
         prune_hf(model, tokens(), PruneSettings("wanda", Pattern(2, 5)))

@@ -1,0 +1,35 @@
+"""The transformer blocks of a model in transformers, and the matrices in them that are pruned."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from maskllm.errors import MaskLLMError
+
+_BLOCK_LISTS = ("layers", "h")
+"""What families call the list of their blocks: LLaMA and most others, GPT-2."""
+
+
+def transformer_blocks(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
+    """The model's transformer blocks and the name of their list in it, such as model.layers.
+
+    Raises MaskLLMError where they are not to be found.
+    """
+    for name in _BLOCK_LISTS:
+        blocks = getattr(model.base_model, name, None)
+        if isinstance(blocks, torch.nn.ModuleList) and len(blocks):
+            return f"{model.base_model_prefix}.{name}", blocks
+    places = " or ".join(f"{model.base_model_prefix}.{name}" for name in _BLOCK_LISTS)
+    raise MaskLLMError(f"{type(model).__name__} has no list of transformer blocks at {places}")
+
+
+def linears_of(block: torch.nn.Module, prefix: str) -> dict[str, torch.nn.Module]:
+    """The linears of a transformer block by name, `prefix` before it."""
+    return {f"{prefix}.{name}": module for name, module in block.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
+
+
+def matrix(linear: torch.nn.Module) -> torch.Tensor:
+    """The weight of a linear as a matrix [out, in], a view without gradient: `Conv1D` (GPT-2) stores it [in, out]."""
+    return linear.weight.data.t() if isinstance(linear, Conv1D) else linear.weight.data

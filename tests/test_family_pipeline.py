@@ -1,0 +1,136 @@
+"""The families beside LLaMA through the whole pipeline: pruned, trained, trimmed and exported, and read back by transformers."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from maskllm import train
+from maskllm.cli import main
+from maskllm.evaluation.huggingface import block_weights
+from maskllm.export.mask_file import apply_mask_file
+from maskllm.models.checkpoint import resolve
+from maskllm.models.families import parameter_map
+from maskllm.patterns import Pattern, unpack_mask
+from maskllm.pruning import PruneSettings, prune_hf
+from maskllm.pruning.calibration import open_documents, sample_windows
+
+FAMILIES = {
+    "gpt2": {
+        "vocab_size": 256, "n_embd": 32, "n_inner": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.15,
+        "bos_token_id": 0, "eos_token_id": 0,
+    },
+    "nemotron": {
+        "vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.15, "bos_token_id": 0, "eos_token_id": 0,
+    },
+}  # fmt: skip
+
+MATRICES = {
+    "gpt2": ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    "nemotron": (*(f"self_attn.{name}_proj" for name in "qkvo"), "mlp.up_proj", "mlp.down_proj"),
+}
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """Training takes SIGTERM and SIGINT for itself."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def run(verb: str, *arguments: object) -> None:
+    assert main([verb, *map(str, arguments)]) == 0
+
+
+def masks_of_checkpoint(path: Path) -> dict[str, torch.Tensor]:
+    """Hugging Face name -> mask, bool [out, in]."""
+    checkpoint = resolve(path)
+    masks = {}
+    for mapping in parameter_map(checkpoint.model_config):
+        if mapping.linear is not None:
+            bits = checkpoint.tensors[f"{mapping.linear}.mask_bits"].load()
+            mask = unpack_mask(bits, checkpoint.tensors[mapping.megatron].shape[1])
+            masks.update(zip(mapping.hf, mapping.split(mask, checkpoint.model_config), strict=True))
+    return masks
+
+
+def inputs_last(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A stored weight or mask as [out, in]."""
+    return tensor.t() if name.startswith("transformer.") else tensor
+
+
+def write_model(family: str, path: Path) -> PreTrainedModel:
+    """A random model in bf16, its biases and norms not what they start as."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family]))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, std=0.1, mean=1.0 if ".ln_" in name and name.endswith(".weight") else 0.0)
+    model = model.bfloat16()
+    model.save_pretrained(path)
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_whole_pipeline(family, tmp_path, tiny_dataset):
+    write_model(family, tmp_path / "hf")
+    run("convert", "--hf", tmp_path / "hf", "--output", tmp_path / "dense")
+    calibration = ["--calibration-data", tiny_dataset, "--calibration-samples", 4, "--seq-length", 32, "--seed", 3]
+    run(
+        "prune", "--load", tmp_path / "dense", "--output", tmp_path / "pruned", "--method", "wanda", "--params-dtype", "fp32",
+        *calibration,
+    )  # fmt: skip
+    names = sorted(
+        f"{prefix}.{layer}.{name}.weight"
+        for prefix in ["transformer.h" if family == "gpt2" else "model.layers"]
+        for layer in range(2)
+        for name in MATRICES[family]
+    )
+
+    # One-shot masks of the checkpoint are those of the model in memory.
+    in_memory = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    tokens = sample_windows(open_documents(tiny_dataset, tmp_path / "hf"), 4, 32, seed=3)
+    expected = prune_hf(in_memory, tokens, PruneSettings("wanda", Pattern(2, 4))).masks
+    prior = masks_of_checkpoint(tmp_path / "pruned")
+    assert sorted(prior) == sorted(expected) == names
+    assert all(torch.equal(mask, unpack_mask(expected[name], mask.shape[1])) for name, mask in prior.items())
+
+    options = {
+        "--data-path": tiny_dataset, "--load": tmp_path / "pruned", "--save": tmp_path / "trained", "--train-iters": 4,
+        "--global-batch-size": 4, "--seq-length": 32, "--lr": 0.05, "--params-dtype": "fp32", "--eval-iters": 0, "--log-interval": 1,
+    }  # fmt: skip
+    assert train.main([str(part) for option in options.items() for part in option]) == 0
+    run("trim", "--load", tmp_path / "trained", "--output", tmp_path / "trimmed")
+    run("export", "--load", tmp_path / "trimmed", "--output", tmp_path / "sparse", "--mask-file", tmp_path / "masks.npz")
+
+    learned = masks_of_checkpoint(tmp_path / "trimmed")
+    assert any(not torch.equal(learned[name], prior[name]) for name in names), "training moved no mask"
+    before, after = load_file(tmp_path / "hf" / "model.safetensors"), load_file(tmp_path / "sparse" / "model.safetensors")
+    assert before.keys() == after.keys()
+    with np.load(tmp_path / "masks.npz", allow_pickle=False) as masks:
+        assert sorted(masks.files) == [f"{name}.mask" for name in names]
+        for name, weight in before.items():
+            if name not in names:
+                assert torch.equal(after[name], weight), name
+                continue
+            mask = torch.from_numpy(np.unpackbits(masks[f"{name}.mask"], count=weight.numel()).reshape(weight.shape)).bool()
+            assert torch.equal(inputs_last(name, mask), learned[name])
+            assert inputs_last(name, mask).unflatten(1, (-1, 4)).sum(-1).eq(2).all(), name
+            assert torch.equal(after[name], weight * mask), name
+
+    sparse, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse", dtype=torch.float32, output_loading_info=True)
+    assert not any(loading.values()), loading
+    masked = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    apply_mask_file(tmp_path / "masks.npz", block_weights(masked))
+    with torch.no_grad():
+        assert torch.equal(masked(tokens).logits, sparse(tokens).logits)
