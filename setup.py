@@ -91,9 +91,10 @@ def kernels() -> dict:
     includes, library_dirs, link = [], [], ["-Wl,-s"]
     if with_cuda:
         sources += [*sorted((CSRC / "cuda").glob("*.cu")), *sorted((CSRC / "cuda").glob("*.cpp"))]
+        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
         macros.append(("MASKLLM_CUDA_VERSION", f'"{torch.version.cuda}"'))
+        macros.append(("MASKLLM_CUDA_ARCHITECTURES", f'"{";".join(re.split("[; ]+", architectures))}"'))
         flags["nvcc"] = ["-O3", "-std=c++20"]
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
         # The CUDA headers and libraries that torch's wheels bring as packages, for toolkits that hold little more than nvcc.
         packages = Path(torch.__file__).parent.parent / "nvidia"
         includes = [str(path) for path in packages.glob("*/include")]

@@ -40,8 +40,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.attr("built_with") = kBuiltWith;
 #if defined(MASKLLM_CUDA_VERSION)
   module.attr("cuda_version") = MASKLLM_CUDA_VERSION;
+  module.attr("cuda_architectures") = MASKLLM_CUDA_ARCHITECTURES;
 #else
   module.attr("cuda_version") = pybind11::none();
+  module.attr("cuda_architectures") = pybind11::none();
 #endif
 #if defined(MASKLLM_CUSPARSELT)
   module.attr("has_cusparselt") = true;

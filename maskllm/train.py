@@ -18,7 +18,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         arguments.check()  # before the processes wait for each other
+        import torch.distributed as dist
+
         from maskllm.distributed import parallel_processes
+        from maskllm.environment import resolve_transformer_impl, startup_line
         from maskllm.training.trainer import Trainer
 
         with parallel_processes(
@@ -26,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             pipeline_model_parallel_size=arguments.pipeline_model_parallel_size,
             timeout_minutes=arguments.distributed_timeout_minutes,
         ):
+            if dist.get_rank() == 0:
+                print(f"maskllm.train: {startup_line(resolve_transformer_impl(arguments.transformer_impl))}", file=sys.stderr)
             Trainer(arguments).train()
 
     return run_guarded("maskllm.train", run)

@@ -16,6 +16,7 @@ from maskllm.errors import MaskLLMError
 from maskllm.options import HelpFormatter
 
 VERBS = {
+    "doctor": "what is installed here, what is missing, and whether training can run",
     "quickstart": "the whole pipeline on a small model, with a report",
     "preprocess": "JSON lines to a Megatron indexed dataset",
     "convert": "Hugging Face checkpoint to Megatron checkpoint",
@@ -41,7 +42,8 @@ def _run(verb: str | None, argv: list[str]) -> None:
     for name, summary in VERBS.items():
         command = commands.add_parser(name, help=summary, description=summary, formatter_class=HelpFormatter)
         if name == verb:
-            importlib.import_module("megatron_patches").import_megatron()
+            if verb != "doctor":  # which says so where Megatron or torch is missing
+                importlib.import_module("megatron_patches").import_megatron()
             importlib.import_module(f"maskllm.cli.{name}").add_arguments(command)
     args = parser.parse_args(argv)
     importlib.import_module(f"maskllm.cli.{args.verb}").run(args)

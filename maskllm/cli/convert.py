@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
+from maskllm.cli.measure import measured
+from maskllm.files import write_json
 from maskllm.models.convert import convert
 
 
@@ -13,8 +16,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--hf", required=True, metavar="DIR_OR_ID", help="Hugging Face checkpoint: a directory with safetensors, or a hub id"
     )
     parser.add_argument("--output", required=True, metavar="CKPT", help="Megatron checkpoint directory to write")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Convert and say where to."""
-    print(f"wrote {convert(args.hf, args.output)}")
+    """Convert and say what was written."""
+    with measured() as cost:
+        report = convert(args.hf, args.output)
+    if args.json:
+        write_json(args.json, {"hf": args.hf} | dataclasses.asdict(report) | cost)
+    print(f"wrote {report.path}")
+    print(f"{report.parameters:,} parameters in {report.tensors:,} tensors, {report.bytes:,} bytes, {cost['seconds']:.1f} s")

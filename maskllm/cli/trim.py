@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 
+from maskllm.cli.measure import measured
 from maskllm.export.trim import trim
+from maskllm.files import write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,8 +16,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--load", required=True, metavar="CKPT", help="trained or pruned checkpoint: its directory or one iteration's"
     )
     parser.add_argument("--output", required=True, metavar="CKPT", help="Megatron checkpoint directory to write")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trim and say where to."""
-    print(f"wrote {trim(args.load, args.output)}")
+    """Trim and say what was written."""
+    with measured() as cost:
+        report = trim(args.load, args.output)
+    if args.json:
+        write_json(args.json, {"load": args.load} | dataclasses.asdict(report) | cost)
+    print(f"wrote {report.path}")
+    print(
+        f"{report.zeros:,} of {report.pruned_parameters:,} weights of {report.pattern} masked linears are zero "
+        f"({report.zeros / report.pruned_parameters:.2%}), {cost['seconds']:.1f} s"
+    )

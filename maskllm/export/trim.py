@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,8 +18,28 @@ from maskllm.ops import winner_mask
 from maskllm.patterns import Pattern, pack_mask, unpack_mask
 
 
-def trim(load: str | Path, output: str | Path) -> Path:
-    """Write the checkpoint `load`, trained or pruned, to OUTPUT/release with only the winning masks; returns that directory.
+@dataclass(frozen=True)
+class TrimReport:
+    """What was written, in elements and bytes."""
+
+    path: str
+    """The iteration directory."""
+    trimmed_from: str
+    """The stage of the checkpoint that was read."""
+    pattern: str
+    parameters: int
+    pruned_parameters: int
+    """The weights of the masked linears."""
+    zeros: int
+    """Those of them that the masks remove."""
+    blocks: int | None
+    """Blocks that keep N of M each; None for masks that follow no pattern."""
+    bytes: int
+    """Of weights and mask bits."""
+
+
+def trim(load: str | Path, output: str | Path) -> TrimReport:
+    """Write the checkpoint `load`, trained or pruned, to OUTPUT/release with only the winning masks.
 
     Each masked weight gets zeros where its mask removes it and its kept entries keep their bits; its mask stays beside it as
     `mask_bits`. Logits, optimizer and training state are left out. A trained block's winner is its largest logit (the lowest
@@ -33,13 +54,18 @@ def trim(load: str | Path, output: str | Path) -> Path:
         raise MaskLLMError(f"--output {output} is the checkpoint that is loaded; name another directory")
     checkpoint.check_weights()
     mask = functools.lru_cache(maxsize=1)(functools.partial(_mask, checkpoint))
+    removed: dict[str, int] = {}
+    pruned_parameters = 0
     tensors: dict[str, LazyTensor] = {}
     for mapping in parameter_map(checkpoint.model_config):
         weight = checkpoint.tensors[mapping.megatron]
         if mapping.linear is None:
             tensors[mapping.megatron] = weight
             continue
-        tensors[mapping.megatron] = dataclasses.replace(weight, load=functools.partial(_zeroed, weight, mask, mapping.linear))
+        tensors[mapping.megatron] = dataclasses.replace(
+            weight, load=functools.partial(_zeroed, weight, mask, mapping.linear, removed)
+        )
+        pruned_parameters += torch.Size(weight.shape).numel()
         checkpoint.check_shape(*_mask_source(checkpoint, mapping.linear, weight.shape))
         rows, columns = weight.shape
         tensors[f"{mapping.linear}.mask_bits"] = LazyTensor(
@@ -50,7 +76,18 @@ def trim(load: str | Path, output: str | Path) -> Path:
         stage="trimmed",
         details={**checkpoint.info.details, "trimmed_from": checkpoint.info.stage, "iteration": checkpoint.iteration},
     )
-    return write_checkpoint(output, tensors, info, hf_files_from=checkpoint.hf_directory, description="trim")
+    path = write_checkpoint(output, tensors, info, hf_files_from=checkpoint.hf_directory, description="trim")
+    pattern = checkpoint.info.block_pattern
+    return TrimReport(
+        path=str(path),
+        trimmed_from=checkpoint.info.stage,
+        pattern=checkpoint.info.pattern,
+        parameters=sum(torch.Size(tensor.shape).numel() for key, tensor in tensors.items() if not key.endswith(".mask_bits")),
+        pruned_parameters=pruned_parameters,
+        zeros=sum(removed.values()),
+        blocks=pruned_parameters // pattern.m if pattern is not None else None,
+        bytes=sum(tensor.nbytes for tensor in tensors.values()),
+    )
 
 
 def _mask_source(checkpoint: Checkpoint, linear: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
@@ -81,8 +118,11 @@ def _mask(checkpoint: Checkpoint, linear: str) -> torch.Tensor:
         raise MaskLLMError(f"{checkpoint.path}: {linear}: {error}") from None
 
 
-def _zeroed(weight: LazyTensor, mask: Callable[[str], torch.Tensor], linear: str) -> torch.Tensor:
-    return weight.load().masked_fill_(~mask(linear), 0)
+def _zeroed(weight: LazyTensor, mask: Callable[[str], torch.Tensor], linear: str, removed: dict[str, int]) -> torch.Tensor:
+    """The weight with zeros; how many its mask removes goes into `removed`."""
+    out = ~mask(linear)
+    removed[linear] = int(out.sum())
+    return weight.load().masked_fill_(out, 0)
 
 
 def _bits(mask: Callable[[str], torch.Tensor], linear: str) -> torch.Tensor:

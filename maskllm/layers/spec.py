@@ -22,25 +22,36 @@ from maskllm.layers.norm import TorchNorm
 MaskedLinear = MaskedColumnParallelLinear | MaskedRowParallelLinear
 
 
-def masked_layer_spec() -> ModuleSpec:
+def norm_and_attention(transformer_impl: str) -> tuple[type, type]:
+    """The norm and the core attention of one of `maskllm.environment.TRANSFORMER_IMPLS`, as upstream's layer specs name them."""
+    if transformer_impl == "local":
+        return TorchNorm, SDPACoreAttention
+    # Not at the top: the import takes seconds where Transformer Engine is installed.
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
+
+    return TENorm, TEDotProductAttention
+
+
+def masked_layer_spec(transformer_impl: str = "local") -> ModuleSpec:
     """One transformer layer whose four linears can be masked; checkpoint keys are those of Megatron's own GPT layer specs."""
+    norm, core_attention = norm_and_attention(transformer_impl)
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=TorchNorm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=MaskedColumnParallelLinear,
-                    core_attention=SDPACoreAttention,
+                    core_attention=core_attention,
                     linear_proj=MaskedRowParallelLinear,
                     q_layernorm=IdentityOp,
                     k_layernorm=IdentityOp,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=TorchNorm,
+            pre_mlp_layernorm=norm,
             mlp=ModuleSpec(
                 module=MLP,
                 submodules=MLPSubmodules(linear_fc1=MaskedColumnParallelLinear, linear_fc2=MaskedRowParallelLinear),
@@ -54,10 +65,11 @@ def masked_layer_spec() -> ModuleSpec:
     )
 
 
-def block_spec(config: TransformerConfig, pp_rank: int) -> TransformerBlockSubmodules:
+def block_spec(config: TransformerConfig, pp_rank: int, transformer_impl: str = "local") -> TransformerBlockSubmodules:
     """This pipeline rank's layers and the final norm."""
     layers = get_num_layers_to_build(config, pp_rank=pp_rank)
-    return TransformerBlockSubmodules(layer_specs=[masked_layer_spec()] * layers, layer_norm=TorchNorm)
+    norm, _ = norm_and_attention(transformer_impl)
+    return TransformerBlockSubmodules(layer_specs=[masked_layer_spec(transformer_impl)] * layers, layer_norm=norm)
 
 
 def masked_linears(model: torch.nn.Module) -> Iterator[MaskedLinear]:

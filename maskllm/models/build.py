@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core import parallel_state
 
@@ -14,10 +16,11 @@ from maskllm.models.config import ModelConfig, gpt_model_arguments, set_rotary_f
 
 
 def build_model(
-    model_config: ModelConfig, *, params_dtype: torch.dtype, sequence_parallel: bool = False
+    model_config: ModelConfig, *, params_dtype: torch.dtype, sequence_parallel: bool = False, transformer_impl: str = "local"
 ) -> FrozenVocabularyGPTModel:
     """This rank's stage and shard of the model: dense, frozen, its weights not yet loaded.
 
+    `transformer_impl` is one of `maskllm.environment.TRANSFORMER_IMPLS`.
     Needs `maskllm.distributed.parallel_processes`. Raises MaskLLMError where the parallel sizes do not divide the model.
     """
     pp_size = parallel_state.get_pipeline_model_parallel_world_size()
@@ -34,7 +37,7 @@ def build_model(
     )
     model = FrozenVocabularyGPTModel(
         config=config,
-        transformer_layer_spec=block_spec(config, parallel_state.get_pipeline_model_parallel_rank()),
+        transformer_layer_spec=block_spec(config, parallel_state.get_pipeline_model_parallel_rank(), transformer_impl),
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
         **gpt_model_arguments(model_config),
@@ -46,4 +49,16 @@ def build_model(
 
 def load_model(checkpoint: Checkpoint, model: FrozenVocabularyGPTModel) -> None:
     """Fill the model, as far as it has been given masks, from a checkpoint written under any layout."""
-    model.load_state_dict(checkpoint.load({"model": model.sharded_state_dict()})["model"])
+    load_tensors(model, checkpoint.load({"model": model.sharded_state_dict()})["model"])
+
+
+def load_tensors(model: FrozenVocabularyGPTModel, tensors: dict[str, Any]) -> None:
+    """`load_state_dict`, strict about everything but the `_extra_state` that upstream's and Transformer Engine's modules declare.
+
+    That is the state of 8-bit training, which checkpoints here do not hold. Raises MaskLLMError naming the first other name that only
+    one of the two has.
+    """
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    wrong = [name for name in missing if not name.endswith("._extra_state")] + unexpected
+    if wrong:
+        raise MaskLLMError(f"the model and the loaded tensors differ in {wrong[0]}, and {len(wrong) - 1} others")

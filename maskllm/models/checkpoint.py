@@ -220,14 +220,11 @@ def _iteration_of(path: Path) -> Iteration:
 
 
 def _without_extra_state(state: dict[str, Any]) -> dict[str, Any]:
-    """Without the `_extra_state` objects: empty for every layer used here, and converted checkpoints have none.
-
-    Upstream's layers fill them in when a state dict without them is loaded.
-    """
+    """Without the `_extra_state` objects: the state of 8-bit training, empty here, which converted checkpoints do not have."""
     return {
         key: _without_extra_state(value) if isinstance(value, dict) else value
         for key, value in state.items()
-        if not (isinstance(value, ShardedObject) and value.key.endswith("._extra_state"))
+        if not (isinstance(value, ShardedObject) and value.key.endswith("_extra_state"))
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,10 +16,23 @@ from maskllm.models.mapping import Mapping
 from maskllm.models.torch_dist import LazyTensor
 
 
-def convert(hf: str | Path, output: str | Path) -> Path:
+@dataclass(frozen=True)
+class ConvertReport:
+    """What was written."""
+
+    path: str
+    """The iteration directory."""
+    tensors: int
+    """Megatron's; some hold several of the Hugging Face ones."""
+    parameters: int
+    bytes: int
+    """Of the parameters."""
+
+
+def convert(hf: str | Path, output: str | Path) -> ConvertReport:
     """Convert the Hugging Face checkpoint `hf`, a directory or a hub id, to the Megatron checkpoint directory `output`.
 
-    Every tensor keeps its dtype and its bits. Returns the iteration directory, OUTPUT/release. Raises MaskLLMError naming the
+    Every tensor keeps its dtype and its bits. The iteration directory is OUTPUT/release. Raises MaskLLMError naming the
     config key or tensor where the model is not supported, or a tensor is missing, unknown or of the wrong shape.
     """
     source = find_source(hf)
@@ -28,7 +42,9 @@ def convert(hf: str | Path, output: str | Path) -> Path:
     _check_names(tensors, mappings, config)
     lazy = {mapping.megatron: _converted(mapping, tensors, config) for mapping in mappings}
     info = CheckpointInfo(stage="dense", source=str(hf))
-    return write_checkpoint(output, lazy, info, hf_files_from=source, description="convert")
+    path = write_checkpoint(output, lazy, info, hf_files_from=source, description="convert")
+    parameters = sum(torch.Size(tensor.shape).numel() for tensor in lazy.values())
+    return ConvertReport(str(path), len(lazy), parameters, sum(tensor.nbytes for tensor in lazy.values()))
 
 
 def _converted(mapping: Mapping, tensors: HFTensors, config: ModelConfig) -> LazyTensor:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from maskllm.environment import TRANSFORMER_IMPLS, resolve_transformer_impl
 from maskllm.errors import MaskLLMError
 from maskllm.options import HelpFormatter
 from maskllm.patterns import Pattern
@@ -68,6 +69,12 @@ class TrainArguments:
     sequence_parallel: bool = _option(False, "split activations outside the linears along the sequence too")
     use_distributed_optimizer: bool = _option(False, "split optimizer states over data-parallel ranks")
     distributed_timeout_minutes: int = _option(10, "minutes a rank waits for the others")
+    transformer_impl: str | None = _option(
+        None,
+        "whose norms and attention: transformer_engine is refused where it cannot be used, local is torch's own; default: "
+        "transformer_engine where it can be used, else local",
+        choices=TRANSFORMER_IMPLS,
+    )
     params_dtype: str = _option("bf16", "type of the frozen weights and of the computation", choices=sorted(DTYPES))
 
     eval_interval: int = _option(1000, "steps between validations")
@@ -100,6 +107,7 @@ class TrainArguments:
             raise MaskLLMError(f"--lr-warmup-iters {self.lr_warmup_iters}: wanted fewer than --train-iters {self.train_iters}")
         if self.save_interval is not None and (self.save_interval < 1 or self.save is None):
             raise MaskLLMError("--save-interval: wanted a positive number of steps, and --save")
+        resolve_transformer_impl(self.transformer_impl)
         self._check_split()
         if self.sequence_parallel and self.seq_length % self.tensor_model_parallel_size:
             raise MaskLLMError(

@@ -12,11 +12,12 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
 
+from maskllm.environment import resolve_transformer_impl
 from maskllm.errors import MaskLLMError
 from maskllm.layers.gpt import FrozenVocabularyGPTModel
 from maskllm.layers.spec import masked_linears
 from maskllm.masking.sampler import MaskSampler
-from maskllm.models.build import build_model, load_model
+from maskllm.models.build import build_model, load_model, load_tensors
 from maskllm.models.checkpoint import LATEST, Checkpoint, CheckpointInfo, resolve, save_checkpoint
 from maskllm.models.config import ModelConfig
 from maskllm.patterns import Pattern
@@ -67,7 +68,12 @@ class Start:
         A new run's logits are drawn, and moved toward the prior if there is one; a resumed run's are loaded by `load_training_state`.
         """
         arguments = self.arguments
-        model = build_model(self.model_config, params_dtype=arguments.dtype, sequence_parallel=arguments.sequence_parallel)
+        model = build_model(
+            self.model_config,
+            params_dtype=arguments.dtype,
+            sequence_parallel=arguments.sequence_parallel,
+            transformer_impl=resolve_transformer_impl(arguments.transformer_impl),
+        )
         layers = list(masked_linears(model))
         has_prior = self.checkpoint.info.method is not None
         if has_prior:
@@ -142,7 +148,7 @@ def save_training_state(
 def load_training_state(start: Start, model: FrozenVocabularyGPTModel, optimizer: MegatronOptimizer) -> None:
     """Read logits and optimizer state back, under any layout."""
     state = start.checkpoint.load(_sharded_state(model, optimizer, is_loading=True))
-    model.load_state_dict(state["model"])
+    load_tensors(model, state["model"])
     optimizer.load_state_dict(state["optimizer"])
 
 

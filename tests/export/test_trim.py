@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 import torch
 
+from maskllm.cli import main
 from maskllm.errors import MaskLLMError
 from maskllm.export.trim import trim
 from maskllm.models.checkpoint import CheckpointInfo, resolve, write_checkpoint
@@ -130,3 +132,21 @@ def test_what_has_no_masks_or_is_trimmed_already_is_refused(dense, tmp_path):
     trim(tmp_path / "trained", tmp_path / "trimmed")
     with pytest.raises(MaskLLMError, match="nothing left to trim"):
         trim(tmp_path / "trimmed", tmp_path / "again")
+
+
+def test_the_numbers_are_those_of_the_trimmed_tensors(dense, tmp_path, capsys):
+    write(dense, tmp_path / "trained", random_logits(dense, 1, 4), CheckpointInfo("trained", "x", "1:4"))
+    command = ["trim", "--load", str(tmp_path / "trained"), "--output", str(tmp_path / "trimmed")]
+    assert main([*command, "--json", str(tmp_path / "trim.json")]) == 0
+    report = json.loads((tmp_path / "trim.json").read_text())
+    tensors = {key: tensor.load() for key, tensor in resolve(tmp_path / "trimmed").tensors.items()}
+    weights = [tensors[mapping.megatron] for mapping in masked(dense)]
+    assert report["trimmed_from"] == "trained"
+    assert report["pattern"] == "1:4"
+    assert report["pruned_parameters"] == sum(weight.numel() for weight in weights) == 4 * report["blocks"]
+    assert report["zeros"] == sum(int((weight == 0).sum()) for weight in weights) == 3 * report["blocks"]
+    assert report["parameters"] == sum(tensor.load().numel() for tensor in dense.tensors.values())
+    assert report["bytes"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert report["seconds"] > 0
+    assert report["peak_memory_bytes"] > 0
+    assert "(75.00%)" in capsys.readouterr().out

@@ -8,13 +8,14 @@ import shutil
 
 import pytest
 import torch
+from megatron.core import parallel_state
 
 from maskllm.distributed import parallel_processes
 from maskllm.errors import MaskLLMError
-from maskllm.models.build import build_model, load_model
-from maskllm.models.checkpoint import INFO, LATEST, CheckpointInfo, resolve, write_checkpoint
+from maskllm.models.build import build_model, load_model, load_tensors
+from maskllm.models.checkpoint import INFO, LATEST, CheckpointInfo, resolve, save_checkpoint, write_checkpoint
 from maskllm.models.convert import convert
-from maskllm.models.torch_dist import LazyTensor
+from maskllm.models.torch_dist import LazyTensor, TensorReader
 from tests.models.tiny import write_tiny
 
 
@@ -128,6 +129,38 @@ def test_a_missing_file_is_named_when_a_model_is_loaded(dense, tmp_path, name):
         with pytest.raises(MaskLLMError, match=re.escape(name)) as caught:
             load_model(checkpoint, model)
     assert "\n" not in str(caught.value)
+
+
+class NormWithExtraState(torch.nn.RMSNorm):
+    """A norm that declares, as Transformer Engine's do, state of 8-bit training that no checkpoint here has."""
+
+    def get_extra_state(self):
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_extra_state(self, state):
+        raise AssertionError("there is none to set")
+
+
+def test_extra_state_is_neither_written_nor_wanted(dense, tmp_path):
+    with parallel_processes():
+        checkpoint = resolve(dense)
+        model = build_model(checkpoint.model_config, params_dtype=torch.bfloat16)
+        for layer in model.decoder.layers:
+            for name in ("input_layernorm", "pre_mlp_layernorm"):
+                norm = getattr(layer, name)
+                setattr(layer, name, NormWithExtraState(norm.normalized_shape, eps=norm.eps, dtype=torch.bfloat16))
+        assert "decoder.layers.0.input_layernorm._extra_state" in model.state_dict()
+        load_model(checkpoint, model)
+        key = "decoder.layers.1.mlp.linear_fc1.layer_norm_weight"
+        assert torch.equal(model.decoder.layers[1].pre_mlp_layernorm.weight, checkpoint.tensors[key].load())
+        metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+        state = {"model": model.sharded_state_dict(metadata=metadata)}
+        save_checkpoint(tmp_path / "b", 3, state, checkpoint.info, hf_files_from=checkpoint.hf_directory)
+        with pytest.raises(MaskLLMError, match=r"differ in output_layer\.weight, and 0 others"):
+            load_tensors(model, {name: value for name, value in model.state_dict().items() if name != "output_layer.weight"})
+    assert set(resolve(tmp_path / "b").tensors) == set(checkpoint.tensors)
+    stored = TensorReader(resolve(tmp_path / "b").path)
+    assert not [name for name in stored._reader.metadata.state_dict_metadata if "extra_state" in name]
 
 
 def test_info_comes_back_as_it_was(dense, tmp_path):

@@ -215,6 +215,20 @@ def test_a_hub_id_is_converted_from_its_download(monkeypatch, hf, tmp_path):
     assert resolve(tmp_path / "dense").info.source == "some/model"
 
 
+def test_the_numbers_are_those_of_transformers_model(tmp_path, capsys):
+    model = write_tiny("llama3", tmp_path / "hf", torch.bfloat16)
+    numbers = tmp_path / "convert.json"
+    assert main(["convert", "--hf", str(tmp_path / "hf"), "--output", str(tmp_path / "dense"), "--json", str(numbers)]) == 0
+    report = json.loads(numbers.read_text())
+    assert report["path"] == str(tmp_path / "dense" / "release")
+    assert report["parameters"] == model.num_parameters()
+    assert report["bytes"] == 2 * model.num_parameters()
+    assert report["tensors"] == len(resolve(tmp_path / "dense").tensors)
+    assert report["seconds"] > 0
+    assert report["peak_memory_bytes"] > report["bytes"]
+    assert f"{model.num_parameters():,} parameters" in capsys.readouterr().out
+
+
 MEASURE = """
 import re, sys
 from pathlib import Path

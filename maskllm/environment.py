@@ -1,0 +1,90 @@
+"""The optional parts of an installation: which are there, what each brings, and why one that is there cannot be used."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+
+from maskllm.errors import MaskLLMError
+
+TRANSFORMER_IMPLS = ("local", "transformer_engine")
+"""Megatron-LM's `--transformer-impl`: whose norms and attention a model uses. The masked linears are this project's in both."""
+
+
+@dataclass(frozen=True)
+class OptionalPart:
+    """A package that makes training faster and that training does without."""
+
+    name: str
+    brings: str
+    """What it does for this program, in words."""
+    version: str | None
+    """None where it is not installed or does not tell."""
+    problem: str | None
+    """Why it cannot be used, None where it can."""
+
+    def __str__(self) -> str:
+        if self.problem is not None:
+            return f"{self.name}: {self.problem}; it would bring {self.brings}"
+        return f"{self.name} {self.version or 'of unknown version'}: {self.brings}"
+
+
+@functools.cache
+def transformer_engine() -> OptionalPart:
+    """NVIDIA's Transformer Engine. It is imported here, which takes seconds where it is installed."""
+    return _part("transformer-engine", "transformer_engine", "transformer_engine.pytorch", "fused norms, attention and Adam")
+
+
+@functools.cache
+def apex() -> OptionalPart:
+    """NVIDIA's Apex, whose fused Adam and multi-tensor kernels Megatron Core takes where there is no Transformer Engine."""
+    return _part("apex", "apex", "apex.optimizers", "fused Adam and gradient norms")
+
+
+def _part(name: str, package: str, module: str, brings: str) -> OptionalPart:
+    if importlib.util.find_spec(package) is None:
+        return OptionalPart(name, brings, None, "not installed")
+    try:
+        version = metadata.version(name)
+    except metadata.PackageNotFoundError:
+        version = None
+    if not torch.cuda.is_available():
+        return OptionalPart(name, brings, version, "needs a CUDA device, and there is none")
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a library of another CUDA or torch fails in its own ways
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return OptionalPart(name, brings, version, f"{version or 'it'} is installed but cannot be imported ({reason})")
+    return OptionalPart(name, brings, version, None)
+
+
+def resolve_transformer_impl(requested: str | None) -> str:
+    """The one of TRANSFORMER_IMPLS that a run uses: the one asked for or, with None, Transformer Engine's where it can be used.
+
+    Raises MaskLLMError where Transformer Engine is asked for and cannot be used: nothing stands in for it.
+    """
+    if requested not in (None, *TRANSFORMER_IMPLS):
+        raise MaskLLMError(f"--transformer-impl {requested}: wanted one of {', '.join(TRANSFORMER_IMPLS)}")
+    if requested == "local":
+        return requested
+    problem = transformer_engine().problem
+    if problem is None:
+        return "transformer_engine"
+    if requested is None:
+        return "local"
+    raise MaskLLMError(
+        f"--transformer-impl {requested}: transformer-engine: {problem}; mend that (`maskllm doctor` says what is there), or train "
+        "with --transformer-impl local"
+    )
+
+
+def startup_line(transformer_impl: str) -> str:
+    """What a run says about itself when it starts: whose norms and attention it uses, and the optional parts there and missing."""
+    whose = {"local": "torch's", "transformer_engine": "Transformer Engine's"}[transformer_impl]
+    parts = "; ".join(map(str, (transformer_engine(), apex())))
+    return f"norms and attention are {whose} (--transformer-impl {transformer_impl}); {parts}"

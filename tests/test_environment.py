@@ -1,0 +1,64 @@
+"""Optional parts are named, and Transformer Engine is never stood in for."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from maskllm.environment import resolve_transformer_impl, startup_line, transformer_engine
+from maskllm.errors import MaskLLMError
+from maskllm.layers.attention import SDPACoreAttention
+from maskllm.layers.masked_linear import MaskedColumnParallelLinear, MaskedRowParallelLinear
+from maskllm.layers.norm import TorchNorm
+from maskllm.layers.spec import masked_layer_spec
+from maskllm.training.arguments import TrainArguments, parse_arguments
+
+has_transformer_engine = importlib.util.find_spec("transformer_engine") is not None
+without = pytest.mark.skipif(has_transformer_engine, reason="Transformer Engine is installed here")
+
+
+@without
+def test_transformer_engine_is_refused_where_it_is_not_installed():
+    arguments = parse_arguments(["--data-path", "data", "--load", "checkpoint", "--transformer-impl", "transformer_engine"])
+    with pytest.raises(MaskLLMError, match=r"--transformer-impl transformer_engine: transformer-engine: not installed; .* local"):
+        arguments.check()
+
+
+def test_an_unknown_implementation_is_refused():
+    with pytest.raises(MaskLLMError, match="--transformer-impl apex: wanted one of local, transformer_engine"):
+        TrainArguments(data_path=["data"], load="checkpoint", transformer_impl="apex").check()
+    with pytest.raises(SystemExit):
+        parse_arguments(["--data-path", "data", "--transformer-impl", "apex"])
+
+
+@without
+def test_without_it_the_default_is_local_and_the_start_names_what_is_missing():
+    assert resolve_transformer_impl(None) == resolve_transformer_impl("local") == "local"
+    line = startup_line("local")
+    assert "norms and attention are torch's (--transformer-impl local)" in line
+    assert "transformer-engine: not installed; it would bring fused norms" in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_an_installed_one_without_a_device_is_not_used(tmp_path, monkeypatch):
+    (tmp_path / "transformer_engine").mkdir()
+    (tmp_path / "transformer_engine" / "__init__.py").write_text("raise AssertionError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert transformer_engine.__wrapped__().problem == "needs a CUDA device, and there is none"
+
+
+def test_the_layers_of_both_implementations():
+    """Upstream defines the names of its Transformer Engine modules whether or not that is installed."""
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
+
+    for name, norm, attention in (
+        ("local", TorchNorm, SDPACoreAttention),
+        ("transformer_engine", TENorm, TEDotProductAttention),
+    ):
+        layer = masked_layer_spec(name).submodules
+        assert layer.input_layernorm is layer.pre_mlp_layernorm is norm
+        assert layer.self_attention.submodules.core_attention is attention
+        assert layer.self_attention.submodules.linear_qkv is layer.mlp.submodules.linear_fc1 is MaskedColumnParallelLinear
+        assert layer.self_attention.submodules.linear_proj is layer.mlp.submodules.linear_fc2 is MaskedRowParallelLinear
