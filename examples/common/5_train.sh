@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Step 5: learn the masks, with the hyper-parameters of MaskLLM (arXiv 2409.17481). The same command resumes (step 6).
+# On several nodes every node runs it, with NNODES and RDZV_ENDPOINT.
+# shellcheck source=examples/common/settings.sh
+source "$(dirname "${BASH_SOURCE[0]}")/settings.sh" "$1"
+
+data=()
+for shard in $SHARDS; do
+  data+=(1 "$(shard_prefix "$shard")_text_document") # C4's shards are of one size
+done
+layout=(--tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP")
+if ((TP > 1)); then
+  layout+=(--sequence-parallel)
+fi
+if ((GPUS * NNODES > TP * PP)); then
+  layout+=(--use-distributed-optimizer)
+fi
+read -r -a more <<<"$TRAIN_ARGS"
+
+on_all_nodes -m maskllm.train \
+  --pretrained-checkpoint "$OUTPUT/prior" --load "$OUTPUT/learned" --save "$OUTPUT/learned" --save-interval "$SAVE_INTERVAL" \
+  --data-path "${data[@]}" --split "$SPLIT" --data-cache-path "$OUTPUT/index-cache" \
+  "${layout[@]}" --params-dtype "$PARAMS_DTYPE" \
+  --train-iters "$TRAIN_ITERS" --global-batch-size "$GLOBAL_BATCH_SIZE" --micro-batch-size "$MICRO_BATCH_SIZE" \
+  --seq-length "$SEQ_LENGTH" --lr "$LR" --min-lr "$MIN_LR" --lr-decay-style cosine --weight-decay 0.1 \
+  --adam-beta1 0.9 --adam-beta2 0.95 --adam-eps 1e-5 --clip-grad 1.0 \
+  --pattern 2:4 --gumbel-temperature-range 4 0.05 --gumbel-scale-range 1e2 5e2 --prior-strength 3.0 --weight-reg 1e-5 \
+  --log-interval "$LOG_INTERVAL" --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS" \
+  --tensorboard-dir "$OUTPUT/learned/tensorboard" "${more[@]}"

@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Step 8: the 2:4 Hugging Face checkpoint, and the masks alone in a small file.
+# shellcheck source=examples/common/settings.sh
+source "$(dirname "${BASH_SOURCE[0]}")/settings.sh" "$1"
+
+up_to_date "$OUTPUT/hf-2to4/config.json" "$OUTPUT/trimmed/latest_checkpointed_iteration.txt" ||
+  run maskllm export --load "$OUTPUT/trimmed" --output "$OUTPUT/hf-2to4" --mask-file "$OUTPUT/$RECIPE.mask.npz" \
+    --json "$OUTPUT/export.json"

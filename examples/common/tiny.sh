@@ -1,0 +1,11 @@
+# shellcheck shell=bash
+# shellcheck disable=SC2034 # settings.sh, which sources this, uses them
+# The settings of MODEL=tiny, all in this place: small enough for two processes on a laptop's CPU to finish in a minute.
+: "${OUTPUT:=outputs/tiny/$RECIPE}"
+: "${DATA_DIR:=$OUTPUT/data}" "${HF_MODEL:=$OUTPUT/hf-original}" "${EVAL_DATA:=$DATA_DIR/held_out.txt}"
+: "${SHARDS:=0 1}" "${JOBS:=2}" "${WORKERS:=1}"
+: "${GPUS:=2}" "${TP:=2}" "${MAX_RESTARTS:=0}"
+: "${TRAIN_ITERS:=6}" "${GLOBAL_BATCH_SIZE:=2}" "${SEQ_LENGTH:=64}" "${LR:=1e-2}" "${MIN_LR:=1e-3}"
+: "${SAVE_INTERVAL:=3}" "${EVAL_INTERVAL:=6}" "${EVAL_ITERS:=1}" "${SPLIT:=9,1,0}"
+: "${CALIBRATION_SAMPLES:=4}" "${CALIBRATION_SEQ_LENGTH:=64}" "${PARAMS_DTYPE:=fp32}" "${EVAL_WINDOWS:=4}"
+export OMP_NUM_THREADS=1

@@ -1,0 +1,215 @@
+"""The launch scripts: what each would run is valid, and with MODEL=tiny all of it runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from maskllm.training.arguments import TrainArguments, parse_arguments
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RECIPES = ["llama2-7b", "llama2-13b", "llama3-8b", "llama3.1-8b", "nemotron4-15b", "gpt3-843m", "gpt3-2b"]
+STEPS = ["1_download", "2_preprocess", "3_convert", "4_prune", "5_train", "6_resume", "7_trim", "8_export", "9_evaluate"]
+SCRIPTS = sorted([*EXAMPLES.rglob("*.sh"), EXAMPLES / "slurm.sbatch"])
+
+
+def environment(**settings: object) -> dict[str, str]:
+    """This process's, with its own Python's programs first, without settings of somebody's shell, and with `settings`."""
+    here = {name: os.environ[name] for name in ("HOME", "PYTHONPATH", "TMPDIR", "LD_LIBRARY_PATH") if name in os.environ}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return here | {"PATH": path, "PYTHON": sys.executable, **{name: str(value) for name, value in settings.items()}}
+
+
+def bash(script: Path, cwd: Path, *arguments: str, **settings: object) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        ["bash", script, *arguments], capture_output=True, text=True, cwd=cwd, env=environment(**settings), check=False, timeout=600
+    )
+
+
+def dry_run(recipe: str, step: str, cwd: Path, **settings: object) -> list[list[str]]:
+    """The commands that a step would run, as words."""
+    needed = {} if recipe.startswith("llama") else {"HF_MODEL": "some/model"}
+    done = bash(EXAMPLES / recipe / f"{step}.sh", cwd, DRY_RUN=1, **(needed | settings))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def parse_verb(words: list[str]) -> argparse.Namespace:
+    """Read `maskllm VERB ...` as the console command does, without running it."""
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    importlib.import_module(f"maskllm.cli.{words[1]}").add_arguments(parser)
+    return parser.parse_args(words[2:])
+
+
+def split_torchrun(words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """torchrun's options, as torchrun itself reads them, and the command of each process."""
+    from torch.distributed.run import parse_args
+
+    assert words[0] == "torchrun"
+    options = parse_args(words[1:])
+    assert options.module
+    return vars(options), [options.training_script, *options.training_script_args]
+
+
+def test_there_is_a_folder_a_recipe_with_every_step():
+    found = sorted(path.parent.name for path in EXAMPLES.glob("*/recipe.sh"))
+    assert found == sorted(RECIPES)
+    for recipe in RECIPES:
+        names = {path.stem for path in (EXAMPLES / recipe).glob("*.sh")}
+        assert names == {"recipe", "run_all", "5_train_multinode", *STEPS}
+        for path in (EXAMPLES / recipe).glob("[1-9r]*_*.sh"):
+            assert os.access(path, os.X_OK), path
+
+
+def test_the_scripts_are_clean_to_shellcheck():
+    program = Path(sys.executable).with_name("shellcheck")
+    if not program.exists():
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run([program, "-x", "-P", EXAMPLES.parent, *SCRIPTS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_dry_run_prints_commands_that_the_programs_take(recipe, tmp_path):
+    learned = f"outputs/{recipe}/learned"
+    (download, *_) = downloads = dry_run(recipe, "1_download", tmp_path)
+    assert all(words[:2] == ["hf", "download"] or words[1:3] == ["-m", "zipfile"] for words in downloads)
+    assert download[2].startswith("meta-llama/" if recipe.startswith("llama") else "some/model")
+    shards = [word for words in downloads for word in words if re.fullmatch(r"en/c4-train\.000\d\d-of-01024\.json\.gz", word)]
+
+    commands = dry_run(recipe, "2_preprocess", tmp_path)
+    assert len(commands) == len(shards) == 20
+    tokens = []
+    for number, words in enumerate(commands):
+        options = parse_verb(words)
+        assert options.input == [f"data/c4/en/c4-train.{number:05d}-of-01024.json.gz"]
+        assert options.append_eod
+        tokens.append(f"{options.output_prefix}_text_document")
+
+    (words,) = dry_run(recipe, "3_convert", tmp_path)
+    convert = parse_verb(words)
+    (words,) = dry_run(recipe, "4_prune", tmp_path)
+    torchrun, words = split_torchrun(words)
+    prune = parse_verb(words)
+    assert torchrun["nproc_per_node"] == "8" and torchrun["standalone"]
+    assert (prune.method, prune.pattern, prune.load) == ("sparsegpt", "2:4", convert.output)
+    assert prune.calibration_data in tokens
+
+    (words,) = dry_run(recipe, "5_train", tmp_path)
+    torchrun, (module, *options) = split_torchrun(words)
+    assert (torchrun["nproc_per_node"], torchrun["standalone"], module) == ("8", True, "maskllm.train")
+    train = parse_arguments(options)
+    train.check()
+    assert train.data_path == [word for prefix in tokens for word in ("1", prefix)]
+    assert (train.load, train.save, train.pretrained_checkpoint) == (learned, learned, prune.output)
+    assert (train.tensor_model_parallel_size, train.pipeline_model_parallel_size, train.sequence_parallel) == (8, 1, True)
+    defaults = TrainArguments()  # the paper's: tests/training/test_arguments.py
+    for name in (
+        "pattern", "train_iters", "global_batch_size", "lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "weight_decay", "adam_beta1",
+        "adam_beta2", "adam_eps", "clip_grad", "gumbel_temperature_range", "gumbel_scale_range", "prior_strength", "weight_reg", "hard",
+    ):  # fmt: skip
+        assert getattr(train, name) == getattr(defaults, name), name
+    assert train.seq_length == (2048 if recipe.startswith("gpt3") else 4096)
+    assert dry_run(recipe, "6_resume", tmp_path) == [["torchrun", *words[1:]]]
+
+    (words,) = dry_run(recipe, "5_train_multinode", tmp_path, NNODES=4, RDZV_ENDPOINT="node0:29500")
+    torchrun, (_, *options) = split_torchrun(words)
+    assert (torchrun["nnodes"], torchrun["rdzv_backend"], torchrun["rdzv_endpoint"]) == ("4", "c10d", "node0:29500")
+    assert parse_arguments(options).use_distributed_optimizer
+
+    (words,) = dry_run(recipe, "7_trim", tmp_path)
+    trim = parse_verb(words)
+    assert trim.load == learned
+    (words,) = dry_run(recipe, "8_export", tmp_path)
+    export = parse_verb(words)
+    assert export.load == trim.output and export.mask_file.endswith(".npz")
+    dense, sparse = map(parse_verb, dry_run(recipe, "9_evaluate", tmp_path))
+    assert (dense.model, sparse.model) == (convert.hf, export.output)
+    assert list(tmp_path.iterdir()) == [], "a dry run wrote something"
+
+
+def test_settings_come_from_the_environment(tmp_path):
+    settings = {"OUTPUT": "/somewhere", "GPUS": 4, "TP": 2, "TRAIN_ITERS": 7, "TRAIN_ARGS": "--hard --seed 5", "SHARDS": "3 9"}
+    (words,) = dry_run("llama2-7b", "5_train", tmp_path, **settings)
+    torchrun, (_, *options) = split_torchrun(words)
+    train = parse_arguments(options)
+    assert torchrun["nproc_per_node"] == "4"
+    assert (train.tensor_model_parallel_size, train.use_distributed_optimizer) == (2, True)
+    assert (train.train_iters, train.hard, train.seed, train.save) == (7, True, 5, "/somewhere/learned")
+    assert len(train.data_path) == 4
+
+
+def test_what_is_not_set_is_asked_for(tmp_path):
+    done = bash(EXAMPLES / "nemotron4-15b" / "3_convert.sh", tmp_path)
+    assert done.returncode == 2
+    assert "set HF_MODEL" in done.stderr
+    done = bash(EXAMPLES / "llama2-7b" / "5_train_multinode.sh", tmp_path, DRY_RUN=1)
+    assert done.returncode != 0
+    assert "HOST:PORT of one of the nodes" in done.stderr
+    done = bash(EXAMPLES / "llama2-7b" / "3_convert.sh", tmp_path, MODEL="small")
+    assert done.returncode == 2
+    assert "MODEL=small: wanted tiny" in done.stderr
+    done = bash(EXAMPLES / "llama2-7b" / "6_resume.sh", tmp_path)
+    assert done.returncode == 1
+    assert "there is no run to go on with" in done.stderr
+
+
+def test_slurm_starts_the_multinode_script(tmp_path):
+    settings = {"DRY_RUN": 1, "SLURM_JOB_NUM_NODES": 8, "SLURM_JOB_ID": 42}
+    done = bash(EXAMPLES / "slurm.sbatch", EXAMPLES.parent, "llama2-7b", **settings)
+    assert done.returncode == 0, done.stderr
+    torchrun, (module, *_) = split_torchrun(shlex.split(done.stdout))
+    assert (torchrun["nnodes"], torchrun["rdzv_id"], module) == ("8", "llama2-7b-42", "maskllm.train")
+    header = (EXAMPLES / "slurm.sbatch").read_text()
+    assert "#SBATCH --ntasks-per-node=1" in header, "torchrun starts the processes of a node itself"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_tiny_model_goes_all_the_way(recipe, tmp_path):
+    done = bash(EXAMPLES / recipe / "run_all.sh", tmp_path, MODEL="tiny")
+    assert done.returncode == 0, done.stderr[-6000:]
+    output = tmp_path / "outputs" / "tiny" / recipe
+    reports = {path.stem: json.loads(path.read_text()) for path in output.glob("*.json")}
+    assert reports["evaluate-dense"]["zeros"] < 0.01
+    assert reports["evaluate-learned"]["zeros"] == pytest.approx(0.5, abs=1e-3)
+    assert np.isfinite(reports["evaluate-learned"]["perplexity"])
+    metrics = [json.loads(line) for line in (output / "learned" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in metrics if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+
+    original, sparse = load_file(output / "hf-original" / "model.safetensors"), load_file(output / "hf-2to4" / "model.safetensors")
+    with np.load(output / f"{recipe}.mask.npz", allow_pickle=False) as masks:
+        pruned = {name.removesuffix(".mask") for name in masks.files}
+    assert pruned and reports["trim"]["pruned_parameters"] == sum(original[name].numel() for name in pruned)
+    for name, weight in original.items():
+        kept = sparse[name] != 0
+        assert (sparse[name] == weight)[kept | (weight == 0)].all(), name
+        share = kept.float().mean().item()
+        assert share == pytest.approx(0.5, abs=0.02) if name in pruned else (sparse[name] == weight).all(), name
+
+    # Interrupted after iteration 3, as if by a failure: step 6 goes on, and ends where the run had ended.
+    if recipe == "llama2-7b":
+        latest = output / "learned" / "latest_checkpointed_iteration.txt"
+        before = metrics[-1]
+        assert bash(EXAMPLES / recipe / "6_resume.sh", tmp_path, MODEL="tiny").stderr.endswith("nothing is left to do\n")
+        shutil.rmtree(output / "learned" / "iter_0000006")
+        latest.write_text("3\n")
+        done = bash(EXAMPLES / recipe / "6_resume.sh", tmp_path, MODEL="tiny")
+        assert done.returncode == 0, done.stderr[-6000:]
+        assert "going on after iteration 3 of 6" in done.stderr
+        again = [json.loads(line) for line in (output / "learned" / "metrics.jsonl").read_text().splitlines()]
+        assert again[-1]["iteration"] == before["iteration"]
+        assert again[-1]["loss_winner"] == before["loss_winner"]
