@@ -26,6 +26,9 @@ VERBS = {
     "evaluate": "perplexity of a Hugging Face model or a Megatron checkpoint",
 }
 
+WITHOUT_MEGATRON = ("doctor", "evaluate")
+"""Verbs that can do without Megatron Core: one says so where it is missing, the other imports it, which takes seconds, where it is used."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `maskllm VERB ...`; returns the exit status (0 done, 1 bad input, 2 bad usage, 130 interrupted)."""
@@ -42,7 +45,7 @@ def _run(verb: str | None, argv: list[str]) -> None:
     for name, summary in VERBS.items():
         command = commands.add_parser(name, help=summary, description=summary, formatter_class=HelpFormatter)
         if name == verb:
-            if verb != "doctor":  # which says so where Megatron or torch is missing
+            if verb not in WITHOUT_MEGATRON:
                 importlib.import_module("megatron_patches").import_megatron()
             importlib.import_module(f"maskllm.cli.{name}").add_arguments(command)
     args = parser.parse_args(argv)

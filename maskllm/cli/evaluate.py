@@ -8,10 +8,8 @@ import os
 
 import torch
 
-from maskllm.distributed import parallel_processes
 from maskllm.errors import MaskLLMError
 from maskllm.evaluation.huggingface import Evaluation, evaluate_hf
-from maskllm.evaluation.megatron import evaluate_checkpoint
 from maskllm.files import write_json
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -60,6 +58,12 @@ def run(args: argparse.Namespace) -> None:
         raise MaskLLMError("--mask: applies to --model; a checkpoint has its own masks")
     if args.device is not None or args.trust_remote_code:
         raise MaskLLMError("--device, --trust-remote-code: apply to --model only; leave them out with --load")
+    import megatron_patches
+
+    megatron_patches.import_megatron()
+    from maskllm.distributed import parallel_processes
+    from maskllm.evaluation.megatron import evaluate_checkpoint
+
     with parallel_processes(tensor_model_parallel_size=int(os.environ.get("WORLD_SIZE", "1"))):
         result = evaluate_checkpoint(args.load, args.data, **windows, params_dtype=dtype)
         if torch.distributed.get_rank() == 0:

@@ -178,9 +178,11 @@ def test_slurm_starts_the_multinode_script(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe.startswith("llama")])
 def test_a_tiny_model_goes_all_the_way(recipe, tmp_path):
-    done = bash(EXAMPLES / recipe / "run_all.sh", tmp_path, MODEL="tiny")
+    # Two shards tokenized at a time, and a run that can be resumed from its middle, for one of them: both take their time.
+    settings = {"MODEL": "tiny"} | ({"SAVE_INTERVAL": 3} if recipe == "llama2-7b" else {"SHARDS": 0})
+    done = bash(EXAMPLES / recipe / "run_all.sh", tmp_path, **settings)
     assert done.returncode == 0, done.stderr[-6000:]
     output = tmp_path / "outputs" / "tiny" / recipe
     reports = {path.stem: json.loads(path.read_text()) for path in output.glob("*.json")}
@@ -204,10 +206,10 @@ def test_a_tiny_model_goes_all_the_way(recipe, tmp_path):
     if recipe == "llama2-7b":
         latest = output / "learned" / "latest_checkpointed_iteration.txt"
         before = metrics[-1]
-        assert bash(EXAMPLES / recipe / "6_resume.sh", tmp_path, MODEL="tiny").stderr.endswith("nothing is left to do\n")
+        assert bash(EXAMPLES / recipe / "6_resume.sh", tmp_path, **settings).stderr.endswith("nothing is left to do\n")
         shutil.rmtree(output / "learned" / "iter_0000006")
         latest.write_text("3\n")
-        done = bash(EXAMPLES / recipe / "6_resume.sh", tmp_path, MODEL="tiny")
+        done = bash(EXAMPLES / recipe / "6_resume.sh", tmp_path, **settings)
         assert done.returncode == 0, done.stderr[-6000:]
         assert "going on after iteration 3 of 6" in done.stderr
         again = [json.loads(line) for line in (output / "learned" / "metrics.jsonl").read_text().splitlines()]
