@@ -164,9 +164,9 @@ def _gpus(diagnosis: Diagnosis, torch: ModuleType) -> None:
 
 def _kernels(diagnosis: Diagnosis, torch: ModuleType) -> None:
     diagnosis.found["kernels"] = None
-    from maskllm.ops.extension import kernels
-
     try:
+        from maskllm.ops.extension import kernels  # maskllm.ops loads them as it is imported
+
         module = kernels()
     except MaskLLMError as error:
         diagnosis.problems.append(f"kernels: {error}")

@@ -157,7 +157,7 @@ def test_extra_state_is_neither_written_nor_wanted(dense, tmp_path):
         state = {"model": model.sharded_state_dict(metadata=metadata)}
         save_checkpoint(tmp_path / "b", 3, state, checkpoint.info, hf_files_from=checkpoint.hf_directory)
         with pytest.raises(MaskLLMError, match=r"differ in output_layer\.weight, and 0 others"):
-            load_tensors(model, {name: value for name, value in model.state_dict().items() if name != "output_layer.weight"})
+            load_tensors(model, {name: value for name, value in model.named_parameters() if name != "output_layer.weight"})
     assert set(resolve(tmp_path / "b").tensors) == set(checkpoint.tensors)
     stored = TensorReader(resolve(tmp_path / "b").path)
     assert not [name for name in stored._reader.metadata.state_dict_metadata if "extra_state" in name]
