@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from maskllm.distributed import device, parallel_processes
 from maskllm.files import write_json
+from maskllm.layers.recompute import set_sample
 from maskllm.layers.spec import masked_linears
 from maskllm.masking.sampler import MaskMode, MaskSampler
 from maskllm.models.build import build_model, load_model
@@ -56,7 +57,8 @@ def make_step(checkpoint: Checkpoint, tokens: torch.Tensor, *, masked: bool) -> 
         ddp.zero_grad_buffer()
         optimizer.zero_grad()
         sampler.stats = torch.zeros(2, device=tokens.device)
-        for sampler.sample, sequence in enumerate(tokens[:, None]):
+        for sample, sequence in enumerate(tokens[:, None]):
+            set_sample(sample)
             losses = ddp(sequence[:, :-1], positions, None, labels=sequence[:, 1:])
             (losses.mean() / len(tokens)).backward()
         ddp.finish_grad_sync()

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 import megatron_patches
 from maskllm.errors import MaskLLMError
@@ -64,6 +65,9 @@ def parallel_processes(
                 pipeline_model_parallel_size=pipeline_model_parallel_size,
                 distributed_timeout_minutes=timeout_minutes,
             )
+            if torch.cuda.is_available():
+                # Megatron's sequence parallelism wants these random states to exist; nothing here draws from them (no dropout).
+                model_parallel_cuda_manual_seed(1)
             yield
         finally:
             parallel_state.destroy_model_parallel()

@@ -208,6 +208,14 @@ def random_tracker_without_cuda() -> None:
     tracker.fork = fork
 
 
+@_patch("megatron.core.tensor_parallel.random:_get_all_rng_states", "_get_cuda_rng_state(")
+def recomputation_without_cuda() -> None:
+    """Activation recomputation saves and restores the CUDA random state, which a CPU has not got."""
+    random = importlib.import_module("megatron.core.tensor_parallel.random")
+    random._get_cuda_rng_state = lambda *_, **__: None
+    random._set_cuda_rng_state = lambda *_, **__: None
+
+
 @_patch("megatron.core.dist_checkpointing.strategies.filesystem_async", "torch.cuda.synchronize()")
 def checkpoint_writer_on_cpu() -> None:
     """The checkpoint writer synchronizes CUDA after copying tensors to the host."""

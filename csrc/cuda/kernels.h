@@ -18,6 +18,10 @@ cudaError_t launch_forward(const AnyPattern& pattern, const ForwardArgs& args, i
                            cudaStream_t stream);
 cudaError_t launch_backward(const AnyPattern& pattern, const BackwardArgs& args, int64_t blocks, int grid, cudaStream_t stream);
 
+// 16-bit random numbers of blocks [first, first + count) of the shard, `candidates` for each.
+cudaError_t launch_rounding(const Key& key, const Shard& shard, int64_t first, int64_t count, int candidates, int32_t* to,
+                            cudaStream_t stream);
+
 cudaError_t launch_winner_bits(const AnyPattern& pattern, const void* logits, Type type, int64_t rows, int64_t blocks, uint8_t* bits,
                                cudaStream_t stream);
 

@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "../masked_weight.h"
+#include "../rounding.h"
 #include "../tensors.h"
 #include "kernels.h"
 
@@ -51,6 +52,13 @@ void masked_weight_backward(const at::Tensor& grad, const at::Tensor& weight, co
                                           grad, grad_logits, accumulate, grad_weight);
   const int64_t blocks = weight.numel() / m;
   C10_CUDA_CHECK(launch_backward(pattern, args, blocks, grid_on(weight, blocks), c10::cuda::getCurrentCUDAStream()));
+}
+
+void rounding(int64_t blocks, int64_t first, int64_t key, int64_t sample, at::IntArrayRef shard, at::Tensor out) {
+  const c10::cuda::CUDAGuard guard(out.device());
+  const RoundingArgs args = rounding_args(blocks, first, key, sample, shard, out);
+  C10_CUDA_CHECK(launch_rounding(args.key, args.shard, args.first, args.count, args.candidates, out.mutable_data_ptr<int32_t>(),
+                                 c10::cuda::getCurrentCUDAStream()));
 }
 
 at::Tensor winner_bits(const at::Tensor& mask_logits, int64_t n, int64_t m) {
@@ -117,6 +125,7 @@ at::Tensor decompress24(const at::Tensor& values, const at::Tensor& metadata) {
 TORCH_LIBRARY_IMPL(maskllm, CUDA, library) {
   library.impl("masked_weight", maskllm::masked_weight);
   library.impl("masked_weight_backward", maskllm::masked_weight_backward);
+  library.impl("rounding", maskllm::rounding);
   library.impl("winner_bits", maskllm::winner_bits);
   library.impl("first_violation", maskllm::first_violation);
   library.impl("compress24", maskllm::compress24);

@@ -15,35 +15,38 @@ struct Key {
 // k + 0.5, exactly, for k < 2^21: k as the low bits of 2^23 + k. GPUs convert integers at a small part of the rate they add.
 MASKLLM_INLINE float draw_of(uint32_t k) { return float_of(0x4b000000u | k) - 8388607.5f; }
 
+struct Words {
+  uint32_t w0, w1, w2, w3;
+};
+
+MASKLLM_INLINE Words philox(Words c, uint32_t k0, uint32_t k1) {
+  MASKLLM_UNROLL
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = static_cast<uint64_t>(c.w0) * 0xD2511F53u;
+    const uint64_t p1 = static_cast<uint64_t>(c.w2) * 0xCD9E8D57u;
+    c = {static_cast<uint32_t>(p1 >> 32) ^ c.w1 ^ k0, static_cast<uint32_t>(p1), static_cast<uint32_t>(p0 >> 32) ^ c.w3 ^ k1,
+         static_cast<uint32_t>(p0)};
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return c;
+}
+
 // One call for W blocks: the six 21-bit draws of candidates 6 * call to 6 * call + 5, as floats k + 0.5 (exact).
 template <int W>
 MASKLLM_INLINE void draw_six(const Key& key, const uint32_t (&block_low)[W], const uint32_t (&block_high)[W], int call,
                              float (&draw)[kDrawsPerCall][W]) {
   MASKLLM_LANES
   for (int i = 0; i < W; ++i) {
-    uint32_t c0 = block_low[i], c1 = block_high[i] | static_cast<uint32_t>(call) << 24;
-    uint32_t c2 = key.sample_low, c3 = key.sample_high;
-    uint32_t k0 = key.low, k1 = key.high;
-    MASKLLM_UNROLL
-    for (int round = 0; round < 10; ++round) {
-      const uint64_t p0 = static_cast<uint64_t>(c0) * 0xD2511F53u;
-      const uint64_t p1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
-      const uint32_t high0 = static_cast<uint32_t>(p0 >> 32), low0 = static_cast<uint32_t>(p0);
-      const uint32_t high1 = static_cast<uint32_t>(p1 >> 32), low1 = static_cast<uint32_t>(p1);
-      c0 = high1 ^ c1 ^ k0;
-      c1 = low1;
-      c2 = high0 ^ c3 ^ k1;
-      c3 = low0;
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
-    }
+    const Words c = philox({block_low[i], block_high[i] | static_cast<uint32_t>(call) << 24, key.sample_low, key.sample_high},
+                           key.low, key.high);
     constexpr uint32_t mask = (1u << 21) - 1;
-    draw[0][i] = draw_of(c0 & mask);
-    draw[1][i] = draw_of((c0 >> 21 | c1 << 11) & mask);
-    draw[2][i] = draw_of(c1 >> 10 & mask);
-    draw[3][i] = draw_of(c2 & mask);
-    draw[4][i] = draw_of((c2 >> 21 | c3 << 11) & mask);
-    draw[5][i] = draw_of(c3 >> 10 & mask);
+    draw[0][i] = draw_of(c.w0 & mask);
+    draw[1][i] = draw_of((c.w0 >> 21 | c.w1 << 11) & mask);
+    draw[2][i] = draw_of(c.w1 >> 10 & mask);
+    draw[3][i] = draw_of(c.w2 & mask);
+    draw[4][i] = draw_of((c.w2 >> 21 | c.w3 << 11) & mask);
+    draw[5][i] = draw_of(c.w3 >> 10 & mask);
   }
 }
 

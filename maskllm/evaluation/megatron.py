@@ -63,7 +63,8 @@ def load_masked_model(checkpoint: Checkpoint, params_dtype: torch.dtype) -> Froz
     if checkpoint.info.stage == "trained":
         sampler = MaskSampler(checkpoint.info.block_pattern, mode=MaskMode.WINNER)
         for layer in masked_linears(model):
-            layer.attach_logits(sampler, draw=False)
+            stored = checkpoint.tensors[f"{layer.name}.mask_logits"]
+            layer.attach_logits(sampler, draw=False, dtype=stored.dtype)
     elif checkpoint.info.stage != "dense":
         for layer in masked_linears(model):
             layer.attach_bits()

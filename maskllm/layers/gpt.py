@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
@@ -10,7 +12,16 @@ from maskllm.layers.loss import frozen_linear_cross_entropy
 
 
 class FrozenVocabularyGPTModel(GPTModel):
-    """`GPTModel` that, given labels, computes the loss in chunks of tokens instead of from a whole tensor of logits."""
+    """`GPTModel` that, given labels, computes the loss in chunks of tokens instead of from a whole tensor of logits.
+
+    With activation recomputation the embeddings ask for a gradient, though they are frozen: Megatron's checkpointing passes
+    gradients to what is inside it only where an input asks for one.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.pre_process and self.config.recompute_granularity is not None:
+            self.embedding.register_forward_hook(_require_gradient)
 
     def forward(
         self,
@@ -46,3 +57,7 @@ class FrozenVocabularyGPTModel(GPTModel):
             hidden = copy_to_tensor_model_parallel_region(hidden, group=tp_group)
         losses = frozen_linear_cross_entropy(hidden.flatten(0, 1), weight, labels.t().flatten(), tp_group)
         return losses.view(labels.shape[1], labels.shape[0]).t()
+
+
+def _require_gradient(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    return output.requires_grad_() if torch.is_grad_enabled() else output

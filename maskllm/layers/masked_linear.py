@@ -15,6 +15,7 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from maskllm.errors import MaskLLMError
+from maskllm.layers.recompute import current_sample, is_recomputing
 from maskllm.masking.prior import add_prior, initial_logits
 from maskllm.masking.sampler import MaskMode, MaskSampler
 from maskllm.ops import NoiseKey, ShardMap, masked_weight, philox_key, winner_bits, winner_mask
@@ -36,7 +37,7 @@ class _MaskedLinear:
         self.register_buffer("mask_bits", None)
         """uint8 [out, ceil(in / 8)], the fixed or prior mask as `patterns.pack_mask` has it."""
         self.register_parameter("mask_logits", None)
-        """fp32 [out, in / M, candidates]."""
+        """fp32 or bf16 [out, in / M, candidates]."""
 
     def attach_bits(self) -> None:
         """Give the layer room for a fixed mask; its contents come from a checkpoint.
@@ -51,27 +52,31 @@ class _MaskedLinear:
             )
         self.mask_bits = torch.zeros(out_features, -(-in_features // 8), dtype=torch.uint8, device=self.weight.device)
 
-    def attach_logits(self, sampler: MaskSampler, *, draw: bool) -> None:
-        """Give the layer learnable logits: drawn as `initial_logits` says or, where a checkpoint's will replace them, zeros."""
+    def attach_logits(
+        self, sampler: MaskSampler, *, draw: bool, prior_strength: float | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Give the layer learnable logits of type `dtype`, fp32 or bf16.
+
+        They are drawn as `initial_logits` says and, with a `prior_strength`, moved toward the mask in `mask_bits` or, where a
+        checkpoint's will replace them, zeros.
+        """
         out_features, in_features = self.weight.shape
         pattern = sampler.pattern
         pattern.check_divides(in_features, self.name)
-        self._shard = self._shard_map(pattern)
+        self.shard = self._shard_map(pattern)
         self._philox_key = philox_key(sampler.seed, self.name)
         self.sampler = sampler
         shape = (out_features, in_features // pattern.m)
         device = self.weight.device
         if draw:
-            logits = initial_logits(shape, pattern, seed=sampler.seed, layer_name=self.name, shard=self._shard, device=device)
+            logits = initial_logits(shape, pattern, seed=sampler.seed, layer_name=self.name, shard=self.shard, device=device)
+            if prior_strength is not None:
+                add_prior(logits, self.fixed_mask(), pattern, prior_strength)
         else:
-            logits = torch.zeros(*shape, pattern.num_candidates, device=device)
-        self.mask_logits = torch.nn.Parameter(logits)
+            logits = torch.zeros(*shape, pattern.num_candidates, device=device, dtype=dtype)
+        self.mask_logits = torch.nn.Parameter(logits.to(dtype))
         set_tensor_model_parallel_attributes(self.mask_logits, True, self.partition_dim, 1)
         self.mask_logits.allreduce = True
-
-    def add_prior(self, strength: float) -> None:
-        """Move the logits toward the mask in `mask_bits`."""
-        add_prior(self.mask_logits.data, self.fixed_mask(), self.sampler.pattern, strength)
 
     def fixed_mask(self) -> torch.Tensor:
         """The mask in `mask_bits`, bool [out, in]."""
@@ -89,23 +94,41 @@ class _MaskedLinear:
         """The weight that the matrix product uses, [out, in], in the weight's dtype."""
         if self.mask_logits is None:
             return self.weight if self.mask_bits is None else self.weight * self.fixed_mask()
-        sampler = self.sampler
-        if sampler.mode is MaskMode.WINNER:
+        if self.sampler.mode is MaskMode.WINNER:
             return self.weight * self.winner()
+        return self._draw(current_sample(), None if is_recomputing() else self.sampler.stats)
+
+    def _draw(self, sample: int, stats: torch.Tensor | None) -> torch.Tensor:
+        """The weight times the mask drawn for the global sample index `sample`; `stats` as `masked_weight` has it."""
+        sampler = self.sampler
         return masked_weight(
             self.weight,
             self.mask_logits,
             pattern=sampler.pattern,
-            key=NoiseKey(self._philox_key, sampler.sample, self._shard),
+            key=NoiseKey(self._philox_key, sample, self.shard),
             scale=sampler.scale,
             temperature=sampler.temperature,
             weight_reg=sampler.weight_reg,
             hard=sampler.hard,
-            stats=sampler.stats,
+            stats=stats,
         )
 
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return super()._forward_impl(input, self.effective_weight(), *args, **kwargs)
+        masked = self.effective_weight()
+        if not masked.requires_grad or not self.sampler.recompute_masked_weight:
+            return super()._forward_impl(input, masked, *args, **kwargs)
+        # Upstream's linear keeps the weight it was given for the backward pass: here a second copy of the frozen weights. Keep the
+        # draw's index instead.
+        sample, storage = current_sample(), masked.data_ptr()
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor | None:
+            return None if tensor.data_ptr() == storage else tensor
+
+        def unpack(kept: torch.Tensor | None) -> torch.Tensor:
+            return self._draw(sample, None).detach() if kept is None else kept
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return super()._forward_impl(input, masked, *args, **kwargs)
 
     def _shard_map(self, pattern: Pattern) -> ShardMap:
         """Where this rank's rows and blocks lie in the unsharded weight."""

@@ -1,4 +1,7 @@
-"""The state all masked layers of a process share: which masks the next forward pass uses, and with what settings."""
+"""The state all masked layers of a process share: which kind of masks the next forward pass uses, and with what settings.
+
+Which draw it is, the sample index, is not among them: it belongs to a micro-batch (`maskllm.layers.recompute`).
+"""
 
 from __future__ import annotations
 
@@ -30,11 +33,11 @@ class MaskSampler:
     seed: int = 1234
     hard: bool = False
     mode: MaskMode = MaskMode.SAMPLE
-    sample: int = 0
-    """Global index of the micro-batch: step * micro-batches a step + micro-batch * data-parallel size + data-parallel rank."""
     scale: float = 1.0
     temperature: float = 1.0
     weight_reg: float = 0.0
     """Weight of -||W * m||^2 in this micro-batch's loss, divided by the micro-batches of a step."""
+    recompute_masked_weight: bool = False
+    """Whether layers draw their masked weight again in the backward pass instead of keeping it from the forward pass."""
     stats: torch.Tensor | None = None
     """fp32 [2], added to by every draw while set: sum of squares of masked weights, sum of maximum probabilities."""

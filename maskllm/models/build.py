@@ -16,17 +16,25 @@ from maskllm.models.config import ModelConfig, gpt_model_arguments, set_rotary_f
 
 
 def build_model(
-    model_config: ModelConfig, *, params_dtype: torch.dtype, sequence_parallel: bool = False, transformer_impl: str = "local"
+    model_config: ModelConfig,
+    *,
+    params_dtype: torch.dtype,
+    sequence_parallel: bool = False,
+    transformer_impl: str = "local",
+    recomputation: dict[str, Any] | None = None,
 ) -> FrozenVocabularyGPTModel:
     """This rank's stage and shard of the model: dense, frozen, its weights not yet loaded.
 
-    `transformer_impl` is one of `maskllm.environment.TRANSFORMER_IMPLS`.
-    Needs `maskllm.distributed.parallel_processes`. Raises MaskLLMError where the parallel sizes do not divide the model.
+    `transformer_impl` is one of `maskllm.environment.TRANSFORMER_IMPLS`. `recomputation` are the fields of `TransformerConfig` that
+    say which activations are recomputed, none by default. Needs `maskllm.distributed.parallel_processes`. Raises MaskLLMError where
+    the parallel sizes, or the layers that are recomputed together, do not divide the model.
     """
     pp_size = parallel_state.get_pipeline_model_parallel_world_size()
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     if model_config.num_layers % pp_size:
         raise MaskLLMError(f"pipeline-model-parallel size {pp_size} does not divide the model's {model_config.num_layers} layers")
+    recomputation = recomputation or {}
+    check_recomputation(recomputation, model_config.num_layers // pp_size)
     config = transformer_config(
         model_config,
         params_dtype=params_dtype,
@@ -34,6 +42,7 @@ def build_model(
         pipeline_model_parallel_size=pp_size,
         pipeline_dtype=params_dtype,
         sequence_parallel=sequence_parallel and tp_size > 1,
+        **recomputation,
     )
     model = FrozenVocabularyGPTModel(
         config=config,
@@ -45,6 +54,18 @@ def build_model(
     set_rotary_frequencies(model, model_config)
     # Upstream makes all parameters where and as they are wanted but learned positions, which start on the host in fp32.
     return model.to(device(), params_dtype).requires_grad_(False)
+
+
+def check_recomputation(recomputation: dict[str, Any], num_layers: int) -> None:
+    """Raise MaskLLMError where a pipeline stage's `num_layers` layers cannot be recomputed in the groups that are asked for."""
+    group = recomputation.get("recompute_num_layers")
+    method = recomputation.get("recompute_method")
+    if method == "uniform" and num_layers % group:
+        raise MaskLLMError(
+            f"--recompute-num-layers {group}: with --recompute-method uniform wanted a divisor of a pipeline stage's {num_layers} layers"
+        )
+    if method == "block" and group > num_layers:
+        raise MaskLLMError(f"--recompute-num-layers {group}: wanted at most a pipeline stage's {num_layers} layers")
 
 
 def load_model(checkpoint: Checkpoint, model: FrozenVocabularyGPTModel) -> None:

@@ -3,6 +3,7 @@
 from maskllm.ops.compress24 import compress24, decompress24
 from maskllm.ops.masked_weight import masked_weight
 from maskllm.ops.noise import NoiseKey, ShardMap, philox_key
+from maskllm.ops.rounding import rounding_bits, stochastic_bf16
 from maskllm.ops.sparse24 import Sparse24Linear
 from maskllm.ops.winner import check_mask, winner_bits, winner_mask
 
@@ -15,6 +16,8 @@ __all__ = [
     "decompress24",
     "masked_weight",
     "philox_key",
+    "rounding_bits",
+    "stochastic_bf16",
     "winner_bits",
     "winner_mask",
 ]

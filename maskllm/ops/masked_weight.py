@@ -65,20 +65,14 @@ def masked_weight(
     """
     _check_inputs(weight, mask_logits, pattern, scale, temperature, stats)
     tell_if_reference(weight.device.type)
-    shard = key.shard
-    if shard.split_row is None:
-        place = [shard.blocks_per_row, shard.block_offset, shard.row_offset, weight.shape[0], 0]
-    else:
-        place = [shard.blocks_per_row, shard.block_offset, shard.row_offset, shard.split_row, shard.split_offset]
-    signed_key = key.key - (1 << 64) if key.key >> 63 else key.key  # an operator's integers are signed
     masked, sums = torch.ops.maskllm.masked_weight(
         weight,
         mask_logits,
         pattern.n,
         pattern.m,
-        signed_key,
+        key.signed_key,
         key.sample,
-        place,
+        key.shard.numbers(),
         float(scale),
         float(temperature),
         float(weight_reg),

@@ -22,6 +22,9 @@ UNIFORM_BITS = 21
 DRAWS_PER_CALL = 6
 """Uniform draws one Philox call yields, so that a 2:4 block's six candidates cost one call."""
 
+ROUNDING_BITS = 16
+"""Bits of a random number for stochastic rounding: those of an fp32 that a bf16 lacks. A Philox call yields eight."""
+
 
 def philox_key(seed: int, layer_name: str) -> int:
     """The 64-bit Philox key of a layer in a run: the first 8 bytes, little-endian, of BLAKE2b of "SEED:LAYER_NAME".
@@ -48,10 +51,19 @@ class ShardMap:
 
     def global_rows(self, rows: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """Global row of each of `rows` local rows, int64 [rows]."""
-        local = torch.arange(rows, dtype=torch.int64, device=device)
+        return self.global_row(torch.arange(rows, dtype=torch.int64, device=device))
+
+    def global_row(self, local: torch.Tensor) -> torch.Tensor:
+        """Global rows of local rows (int64)."""
         if self.split_row is None:
             return self.row_offset + local
         return torch.where(local < self.split_row, self.row_offset + local, self.split_offset - self.split_row + local)
+
+    def numbers(self) -> list[int]:
+        """The five integers that the operators take, without the absence of a second segment."""
+        if self.split_row is None:
+            return [self.blocks_per_row, self.block_offset, self.row_offset, (1 << 63) - 1, 0]
+        return [self.blocks_per_row, self.block_offset, self.row_offset, self.split_row, self.split_offset]
 
     def blocks(self, rows: int, blocks: int, device: torch.device | str = "cpu") -> torch.Tensor:
         """Index in the unsharded tensor of each local block, int64 [rows, blocks]."""
@@ -66,6 +78,11 @@ class NoiseKey:
     key: int
     sample: int
     shard: ShardMap
+
+    @property
+    def signed_key(self) -> int:
+        """`key` as the operators take it: their integers are signed."""
+        return self.key - (1 << 64) if self.key >> 63 else self.key
 
 
 def philox(counter: tuple[torch.Tensor, ...], key: int) -> tuple[torch.Tensor, ...]:
@@ -99,6 +116,26 @@ def uniform_bits(key: NoiseKey, rows: int, blocks: int, candidates: int, device:
         for half in (words[0] | words[1] << 32, words[2] | words[3] << 32):
             fields += [half >> shift & mask for shift in (0, UNIFORM_BITS, 2 * UNIFORM_BITS)]
     return torch.stack(fields[:candidates], dim=-1)
+
+
+def rounding_bits(
+    key: NoiseKey, blocks: int, first: int, count: int, candidates: int, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """16-bit random numbers of `count` blocks of a shard from its block `first` on, int64 [count, candidates].
+
+    `blocks` are those in a row of the shard. Counter words are those of `uniform_bits`, with candidate c in call c // 8; its number is
+    the low or, for odd c, the high half of word c % 8 // 2.
+    """
+    local = first + torch.arange(count, dtype=torch.int64, device=device)
+    block = key.shard.global_row(local // blocks) * key.shard.blocks_per_row + key.shard.block_offset + local % blocks
+    low, high = block & _WORD, block >> 32 & 0xFFFFFF
+    sample_low = torch.full_like(block, key.sample & _WORD)
+    sample_high = torch.full_like(block, key.sample >> 32 & _WORD)
+    numbers: list[torch.Tensor] = []
+    for call in range(-(-candidates // 8)):
+        for word in philox((low, high | call << 24, sample_low, sample_high), key.key):
+            numbers += [word & 0xFFFF, word >> ROUNDING_BITS]
+    return torch.stack(numbers[:candidates], dim=-1)
 
 
 def gumbel(key: NoiseKey, rows: int, blocks: int, candidates: int, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:

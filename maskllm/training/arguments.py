@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,11 @@ class TrainArguments:
     gumbel_scale_range: tuple[float, float] = _option((1e2, 5e2), "multiplier of the logits, first and last", nargs=2)
     prior_strength: float = _option(3.0, "how far a prior mask moves the initial logits, in their standard deviations")
     weight_reg: float = _option(1e-5, "weight of the sparse weight regularization, decaying linearly to zero")
+    mask_sample_interval: str = _option(
+        "micro-batch",
+        "how often masks are drawn: for each micro-batch of each data-parallel rank, or once a step for the whole job",
+        choices=["micro-batch", "step"],
+    )
     hard: bool = _option(False, "use the arg-max of each draw in the forward pass (straight-through gradient)")
 
     train_iters: int = _option(2000, "optimizer steps")
@@ -64,6 +69,13 @@ class TrainArguments:
     clip_grad: float = _option(1.0, "largest norm of the gradient; 0 for any")
     seed: int = _option(1234, "seed of the masks' noise, the initial logits and the data order")
 
+    mask_logits_dtype: str = _option(
+        "fp32", "type of the logits and their gradients; bf16 logits are rounded stochastically", choices=sorted(DTYPES)
+    )
+    optimizer_state_dtype: str = _option(
+        "fp32", "type of Adam's moments; 8bit has a scale for every 256", choices=["fp32", "bf16", "8bit"]
+    )
+
     tensor_model_parallel_size: int = _option(1, "ranks a layer is split over")
     pipeline_model_parallel_size: int = _option(1, "ranks the layers are dealt out to")
     sequence_parallel: bool = _option(False, "split activations outside the linears along the sequence too")
@@ -74,6 +86,23 @@ class TrainArguments:
         "whose norms and attention: transformer_engine is refused where it cannot be used, local is torch's own; default: "
         "transformer_engine where it can be used, else local",
         choices=TRANSFORMER_IMPLS,
+    )
+    recompute_granularity: str | None = _option(
+        None,
+        "activations to compute again in the backward pass instead of keeping them: whole layers', or those of --recompute-modules",
+        choices=["full", "selective"],
+    )
+    recompute_method: str | None = _option(
+        None,
+        "with full: keep the input of every group of --recompute-num-layers layers, or recompute only the first that many layers",
+        choices=["uniform", "block"],
+    )
+    recompute_num_layers: int | None = _option(None, "with full: layers a group (uniform), or layers of each stage (block)")
+    recompute_modules: list[str] = _option(
+        ("core_attn",),
+        "with selective: what to recompute; masked_weight is the weight times its mask, which costs little and holds as much as the weight",
+        nargs="+",
+        choices=["core_attn", "mlp", "masked_weight"],
     )
     params_dtype: str = _option("bf16", "type of the frozen weights and of the computation", choices=sorted(DTYPES))
 
@@ -89,12 +118,19 @@ class TrainArguments:
 
     def check(self) -> Pattern:
         """Raise MaskLLMError for values that cannot work, whatever the number of ranks; returns the pattern."""
-        pattern = Pattern.parse(self.pattern)
-        pattern.require_learnable()
         if not self.data_path:
             raise MaskLLMError("--data-path: wanted at least one indexed-dataset prefix (make one with `maskllm preprocess`)")
         if self.load is None and self.pretrained_checkpoint is None:
             raise MaskLLMError("--load: wanted a checkpoint to start from (make one with `maskllm convert` and `maskllm prune`)")
+        if self.save_interval is not None and (self.save_interval < 1 or self.save is None):
+            raise MaskLLMError("--save-interval: wanted a positive number of steps, and --save")
+        resolve_transformer_impl(self.transformer_impl)
+        return self.check_settings()
+
+    def check_settings(self) -> Pattern:
+        """`check` of everything but the files that are read and written and the libraries that are there."""
+        pattern = Pattern.parse(self.pattern)
+        pattern.require_learnable()
         for wanted, holds, names in _RANGES:
             for name in names:
                 found = getattr(self, name)
@@ -105,10 +141,13 @@ class TrainArguments:
             raise MaskLLMError(f"--min-lr {self.min_lr}: wanted at most --lr {self.lr}")
         if self.lr_warmup_iters >= self.train_iters:
             raise MaskLLMError(f"--lr-warmup-iters {self.lr_warmup_iters}: wanted fewer than --train-iters {self.train_iters}")
-        if self.save_interval is not None and (self.save_interval < 1 or self.save is None):
-            raise MaskLLMError("--save-interval: wanted a positive number of steps, and --save")
-        resolve_transformer_impl(self.transformer_impl)
+        if self.use_distributed_optimizer and (self.mask_logits_dtype, self.optimizer_state_dtype) != ("fp32", "fp32"):
+            name = "mask_logits_dtype" if self.mask_logits_dtype != "fp32" else "optimizer_state_dtype"
+            raise MaskLLMError(
+                f"{_flag(name)} {getattr(self, name)}: Megatron's distributed optimizer keeps fp32; leave out --use-distributed-optimizer"
+            )
         self._check_split()
+        self._check_recomputation()
         if self.sequence_parallel and self.seq_length % self.tensor_model_parallel_size:
             raise MaskLLMError(
                 f"--seq-length {self.seq_length}: with --sequence-parallel wanted a multiple of --tensor-model-parallel-size "
@@ -124,6 +163,28 @@ class TrainArguments:
             shares = []
         if not 1 <= len(shares) <= 3 or not all(0 <= share < math.inf for share in shares) or not sum(shares):
             raise MaskLLMError(f"--split {self.split}: wanted up to three shares, training, validation and test, such as 969,30,1")
+
+    def _check_recomputation(self) -> None:
+        given = [name for name in ("recompute_method", "recompute_num_layers") if getattr(self, name) is not None]
+        if self.recompute_granularity == "full" and len(given) < 2:
+            raise MaskLLMError("--recompute-granularity full: wanted --recompute-method and --recompute-num-layers too")
+        if self.recompute_granularity != "full" and given:
+            raise MaskLLMError(f"{_flag(given[0])}: wanted only with --recompute-granularity full")
+        if self.recompute_granularity != "selective" and tuple(self.recompute_modules) != ("core_attn",):
+            raise MaskLLMError("--recompute-modules: wanted only with --recompute-granularity selective")
+        if self.recompute_num_layers is not None and self.recompute_num_layers < 1:
+            raise MaskLLMError(f"--recompute-num-layers: found {self.recompute_num_layers}, wanted at least 1")
+
+    def recomputation(self) -> dict[str, Any]:
+        """The fields of Megatron's `TransformerConfig` that say what is recomputed."""
+        if self.recompute_granularity is None:
+            return {}
+        return {
+            "recompute_granularity": self.recompute_granularity,
+            "recompute_method": self.recompute_method,
+            "recompute_num_layers": self.recompute_num_layers,
+            "recompute_modules": [name for name in self.recompute_modules if name != "masked_weight"],
+        }
 
     def num_microbatches(self, data_parallel_size: int) -> int:
         """Micro-batches a step on each data-parallel rank. Raises MaskLLMError where they do not come out whole."""
@@ -191,7 +252,15 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainArguments:
         description="Learn the N:M masks of a Megatron checkpoint's linears.",
         formatter_class=HelpFormatter,
     )
+    add_options(parser, [entry.name for entry in dataclasses.fields(TrainArguments)])
+    return TrainArguments(**option_values(vars(parser.parse_args(argv))))
+
+
+def add_options(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """Give `parser` the options of these fields of `TrainArguments`."""
     for entry in dataclasses.fields(TrainArguments):
+        if entry.name not in names:
+            continue
         options = dict(entry.metadata)
         value = entry.default
         if entry.type == "bool":
@@ -206,7 +275,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainArguments:
                 default=None if required else value,
                 **options,
             )
-    values = vars(parser.parse_args(argv))
-    for name in ("gumbel_temperature_range", "gumbel_scale_range"):
-        values[name] = tuple(values[name])
-    return TrainArguments(**values)
+
+
+def option_values(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the parsed `values` that are fields of `TrainArguments`, as it takes them."""
+    names = {entry.name: entry.type for entry in dataclasses.fields(TrainArguments)}
+    return {
+        name: tuple(value) if names[name] == "tuple[float, float]" else value for name, value in values.items() if name in names
+    }

@@ -21,7 +21,7 @@ from maskllm.models.build import build_model, load_model, load_tensors
 from maskllm.models.checkpoint import LATEST, Checkpoint, CheckpointInfo, resolve, save_checkpoint
 from maskllm.models.config import ModelConfig
 from maskllm.patterns import Pattern
-from maskllm.training.arguments import TrainArguments
+from maskllm.training.arguments import DTYPES, TrainArguments
 
 SETTINGS_THAT_MUST_MATCH = (
     "pattern",
@@ -31,10 +31,13 @@ SETTINGS_THAT_MUST_MATCH = (
     "micro_batch_size",
     "seq_length",
     "hard",
+    "mask_sample_interval",
     "gumbel_temperature_range",
     "gumbel_scale_range",
     "weight_reg",
     "use_distributed_optimizer",
+    "mask_logits_dtype",
+    "optimizer_state_dtype",
 )
 """Arguments that a resumed run must share with the run it continues; the rest (layout, intervals, paths) may change. The two kinds of
 optimizer keep their state under different keys and cannot load each other's."""
@@ -73,6 +76,7 @@ class Start:
             params_dtype=arguments.dtype,
             sequence_parallel=arguments.sequence_parallel,
             transformer_impl=resolve_transformer_impl(arguments.transformer_impl),
+            recomputation=arguments.recomputation(),
         )
         layers = list(masked_linears(model))
         has_prior = self.checkpoint.info.method is not None
@@ -82,9 +86,12 @@ class Start:
         load_model(self.checkpoint, model)
         self.originals = _load_originals(self.checkpoint, model)
         for layer in layers:
-            layer.attach_logits(sampler, draw=not self.resumed)
-            if has_prior and not self.resumed:
-                layer.add_prior(arguments.prior_strength)
+            layer.attach_logits(
+                sampler,
+                draw=not self.resumed,
+                prior_strength=arguments.prior_strength if has_prior else None,
+                dtype=DTYPES[arguments.mask_logits_dtype],
+            )
         return model
 
 

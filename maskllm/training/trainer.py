@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from tqdm import tqdm
 
 from maskllm.distributed import device
 from maskllm.errors import MaskLLMError
+from maskllm.layers.recompute import set_sample
 from maskllm.layers.spec import masked_linears
 from maskllm.masking.sampler import VALIDATION_SAMPLES, MaskMode, MaskSampler
 from maskllm.masking.schedules import AnnealingSchedule
@@ -26,6 +26,7 @@ from maskllm.training.arguments import TrainArguments
 from maskllm.training.checkpointing import Start, load_training_state, resolve_start, save_training_state
 from maskllm.training.data import Batches, build_batches
 from maskllm.training.metrics import MetricsWriter, WinnerTracker, peak_memory_bytes
+from maskllm.training.optimizer import build_lr_scheduler, build_optimizer
 
 
 class Trainer:
@@ -40,7 +41,13 @@ class Trainer:
         self.schedule = AnnealingSchedule(
             arguments.train_iters, arguments.gumbel_temperature_range, arguments.gumbel_scale_range, arguments.weight_reg
         )
-        self.sampler = MaskSampler(pattern=pattern, seed=arguments.seed, hard=arguments.hard)
+        self.sampler = MaskSampler(
+            pattern=pattern,
+            seed=arguments.seed,
+            hard=arguments.hard,
+            recompute_masked_weight=arguments.recompute_granularity == "selective"
+            and "masked_weight" in arguments.recompute_modules,
+        )
         self.start: Start = resolve_start(arguments, pattern)
 
         model = self.start.build_model(self.sampler)
@@ -50,14 +57,14 @@ class Trainer:
         self.model = DistributedDataParallel(
             model.config,
             DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
+                grad_reduce_in_fp32=arguments.mask_logits_dtype == "fp32",
                 overlap_grad_reduce=False,
                 use_distributed_optimizer=arguments.use_distributed_optimizer,
             ),
             model,
         )
-        self.optimizer = self._build_optimizer()
-        self.lr_scheduler = self._build_lr_scheduler()
+        self.optimizer = build_optimizer(arguments, self.model)
+        self.lr_scheduler = build_lr_scheduler(arguments, self.optimizer)
         self.iteration = self.start.iteration
         """Steps done."""
         if self.start.resumed:
@@ -67,40 +74,6 @@ class Trainer:
         self.tracker = WinnerTracker(self.layers)
         self.num_blocks = _model_parallel_sum(sum(layer.mask_logits[..., 0].numel() for layer in self.layers))
         self.stop_signal: int | None = None
-
-    def _build_optimizer(self) -> MegatronOptimizer:
-        arguments = self.arguments
-        # The trained parameters are fp32 logits whatever the weights' type, so this is a plain fp32 optimizer.
-        config = OptimizerConfig(
-            optimizer="adam",
-            lr=arguments.lr,
-            min_lr=arguments.min_lr,
-            weight_decay=arguments.weight_decay,
-            adam_beta1=arguments.adam_beta1,
-            adam_beta2=arguments.adam_beta2,
-            adam_eps=arguments.adam_eps,
-            clip_grad=arguments.clip_grad,
-            use_distributed_optimizer=arguments.use_distributed_optimizer,
-            params_dtype=torch.float32,
-        )
-        return get_megatron_optimizer(config, [self.model])
-
-    def _build_lr_scheduler(self) -> OptimizerParamScheduler:
-        arguments = self.arguments
-        batch = arguments.global_batch_size
-        return OptimizerParamScheduler(
-            self.optimizer,
-            init_lr=0.0,
-            max_lr=arguments.lr,
-            min_lr=arguments.min_lr,
-            lr_warmup_steps=arguments.lr_warmup_iters * batch,
-            lr_decay_steps=arguments.train_iters * batch,
-            lr_decay_style=arguments.lr_decay_style,
-            start_wd=arguments.weight_decay,
-            end_wd=arguments.weight_decay,
-            wd_incr_steps=0,
-            wd_incr_style="constant",
-        )
 
     def train(self) -> None:
         """Run to the last step, or to the step in which SIGTERM or SIGINT arrives; writes a checkpoint on the way out of either."""
@@ -166,20 +139,33 @@ class Trainer:
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         first = self.iteration * self.num_microbatches * self.dp_size
-        losses = self._run(self.train_batches, first, first, self.num_microbatches, forward_only=False)
+        one_draw = arguments.mask_sample_interval == "step"
+        losses = self._run(
+            self.train_batches,
+            first,
+            self.num_microbatches,
+            sample_of=lambda index: self.iteration if one_draw else first + index,
+            forward_only=False,
+        )
         updated, grad_norm, _ = self.optimizer.step()
         if not updated:
             raise MaskLLMError(f"iteration {self.iteration + 1}: the optimizer found a gradient that is not finite")
         self.lr_scheduler.step(increment=arguments.global_batch_size)
         return torch.cat([losses, sampler.stats]), float(grad_norm), float(lr)
 
-    def _run(self, batches: Batches, first_batch: int, first_sample: int, count: int, *, forward_only: bool) -> torch.Tensor:
-        """Run `count` micro-batches of this data-parallel rank through the pipeline; returns fp32 (sum of losses, their number)."""
+    def _run(
+        self, batches: Batches, first_batch: int, count: int, *, sample_of: Callable[[int], int], forward_only: bool
+    ) -> torch.Tensor:
+        """Run `count` micro-batches of this data-parallel rank through the pipeline; returns fp32 (sum of losses, their number).
+
+        Batch `first_batch + i`, where i counts the micro-batches of all data-parallel ranks, meets the masks of the global sample
+        index `sample_of(i)`.
+        """
         numbers = iter(range(count))
 
         def forward_step(_: Any, model: torch.nn.Module, *__: Any) -> tuple[torch.Tensor, Any]:
             index = next(numbers) * self.dp_size + self.dp_rank
-            self.sampler.sample = first_sample + index
+            set_sample(sample_of(index))
             batch = batches[first_batch + index]
             output = model(batch.tokens, batch.position_ids, None, labels=batch.labels)
             return output, _mean_loss
@@ -250,7 +236,9 @@ class Trainer:
         for name, mode in (("loss_sampled", MaskMode.SAMPLE), ("loss_winner", MaskMode.WINNER)):
             sampler.mode = mode
             with torch.no_grad():
-                losses = self._run(self.valid_batches, 0, VALIDATION_SAMPLES, count, forward_only=True).double()
+                losses = self._run(
+                    self.valid_batches, 0, count, sample_of=lambda index: VALIDATION_SAMPLES + index, forward_only=True
+                ).double()
             if parallel_state.get_tensor_model_parallel_rank() != 0:
                 losses.zero_()
             dist.all_reduce(losses)

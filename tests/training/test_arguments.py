@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from maskllm.errors import MaskLLMError
+from maskllm.models.build import check_recomputation
 from maskllm.training.arguments import TrainArguments, parse_arguments
 from maskllm.training.checkpointing import SETTINGS_THAT_MUST_MATCH, resolve_start
 from maskllm.training.data import build_batches
@@ -66,6 +67,10 @@ def test_the_defaults_are_the_papers_recipe():
         ("clip_grad", -1.0, "--clip-grad"),
         ("seed", -1, "--seed"),
         ("seed", 1 << 32, r"--seed: found 4294967296, wanted at least 0 and less than 2\^32"),
+        ("recompute_granularity", "full", "--recompute-granularity full: wanted --recompute-method and --recompute-num-layers too"),
+        ("recompute_method", "uniform", "--recompute-method: wanted only with --recompute-granularity full"),
+        ("recompute_num_layers", 1, "--recompute-num-layers: wanted only with --recompute-granularity full"),
+        ("recompute_modules", ["mlp"], "--recompute-modules: wanted only with --recompute-granularity selective"),
         ("split", "most,some", "--split most,some"),
         ("split", "-1,2,3", "--split -1,2,3"),
         ("split", "1,2,3,4", "--split 1,2,3,4"),
@@ -85,6 +90,27 @@ def test_sequence_parallelism_wants_sequences_that_split_evenly():
     with pytest.raises(MaskLLMError, match="--seq-length 30: with --sequence-parallel wanted a multiple"):
         arguments.check()
     dataclasses.replace(arguments, seq_length=32).check()
+
+
+@pytest.mark.parametrize("name", ["mask_logits_dtype", "optimizer_state_dtype"])
+def test_the_distributed_optimizer_keeps_fp32(name):
+    flag = "--" + name.replace("_", "-")
+    with pytest.raises(MaskLLMError, match=f"{flag} bf16: Megatron's distributed optimizer keeps fp32; leave out"):
+        dataclasses.replace(GOOD, use_distributed_optimizer=True, **{name: "bf16"}).check()
+
+
+def test_groups_of_recomputed_layers_fit_the_stage():
+    full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}
+    assert dataclasses.replace(GOOD, **full).recomputation() == full | {"recompute_modules": ["core_attn"]}
+    check_recomputation(full, 4)
+    with pytest.raises(
+        MaskLLMError, match="--recompute-num-layers 2: with --recompute-method uniform wanted a divisor of a pipeline"
+    ):
+        check_recomputation(full, 3)
+    with pytest.raises(MaskLLMError, match="--recompute-num-layers 2: wanted at most a pipeline stage's 1 layers"):
+        check_recomputation(full | {"recompute_method": "block"}, 1)
+    with pytest.raises(MaskLLMError, match="--recompute-num-layers: found 0, wanted at least 1"):
+        dataclasses.replace(GOOD, **full | {"recompute_num_layers": 0}).check()
 
 
 def test_a_global_batch_is_whole_micro_batches_on_every_rank():

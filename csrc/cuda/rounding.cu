@@ -1,0 +1,30 @@
+// Random numbers for stochastic rounding on CUDA, a block a thread.
+#include "../include/rounding.h"
+#include "kernels.h"
+
+namespace maskllm {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int64_t kMaxGrid = 1 << 16;
+
+__global__ void rounding_kernel(Key key, Shard shard, int64_t first, int64_t count, int candidates, int32_t* to) {
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; i < count;
+       i += static_cast<int64_t>(gridDim.x) * kThreads) {
+    const int64_t row = (first + i) / shard.blocks;
+    rounding_of_block(key, shard.global_block(row, first + i - row * shard.blocks), candidates, to + i * candidates);
+  }
+}
+
+}  // namespace
+
+cudaError_t launch_rounding(const Key& key, const Shard& shard, int64_t first, int64_t count, int candidates, int32_t* to,
+                            cudaStream_t stream) {
+  if (count == 0) return cudaSuccess;
+  const int64_t needed = (count + kThreads - 1) / kThreads;
+  rounding_kernel<<<static_cast<int>(needed < kMaxGrid ? needed : kMaxGrid), kThreads, 0, stream>>>(key, shard, first, count, candidates,
+                                                                                                 to);
+  return cudaGetLastError();
+}
+
+}  // namespace maskllm

@@ -1,0 +1,113 @@
+"""The optimizer of the mask logits and its learning-rate schedule, on Megatron's wrappers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict
+from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, make_sharded_optimizer_tensor
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.optimizer import FP32Optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from maskllm.layers.spec import masked_linears
+from maskllm.ops import philox_key
+from maskllm.training.adam import LogitsAdam, Place
+from maskllm.training.arguments import TrainArguments
+
+
+def build_optimizer(arguments: TrainArguments, model: DistributedDataParallel) -> MegatronOptimizer:
+    """Megatron's own optimizer, or `LogitsOptimizer` where logits or moments are to be kept in fewer bits than fp32."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=arguments.lr,
+        min_lr=arguments.min_lr,
+        weight_decay=arguments.weight_decay,
+        adam_beta1=arguments.adam_beta1,
+        adam_beta2=arguments.adam_beta2,
+        adam_eps=arguments.adam_eps,
+        clip_grad=arguments.clip_grad,
+        use_distributed_optimizer=arguments.use_distributed_optimizer,
+        # The trained parameters are logits, whatever the weights' type: this is a plain fp32 optimizer to Megatron.
+        params_dtype=torch.float32,
+    )
+    optimizer = get_megatron_optimizer(config, [model])
+    if arguments.mask_logits_dtype != "fp32" or arguments.optimizer_state_dtype != "fp32":
+        places = {
+            layer.mask_logits: Place(philox_key(arguments.seed, f"{layer.name}.rounding"), layer.shard)
+            for layer in masked_linears(model)
+        }
+        groups = [dict(group) for group in optimizer.param_groups]
+        return LogitsOptimizer(LogitsAdam(groups, state_dtype=arguments.optimizer_state_dtype, places=places), config)
+    for group in optimizer.param_groups:
+        if "fused" in group:  # torch's AdamW, which would otherwise need room for copies of all its parameters on a GPU
+            group["fused"] = True
+    return optimizer
+
+
+def build_lr_scheduler(arguments: TrainArguments, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
+    """The schedule of the learning rate, counted in sequences as Megatron does."""
+    batch = arguments.global_batch_size
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=arguments.lr,
+        min_lr=arguments.min_lr,
+        lr_warmup_steps=arguments.lr_warmup_iters * batch,
+        lr_decay_steps=arguments.train_iters * batch,
+        lr_decay_style=arguments.lr_decay_style,
+        start_wd=arguments.weight_decay,
+        end_wd=arguments.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+    )
+
+
+class LogitsOptimizer(FP32Optimizer):
+    """`FP32Optimizer` around `LogitsAdam`: gradients of any type, and moments that a checkpoint holds under the usual keys."""
+
+    def __init__(self, optimizer: LogitsAdam, config: OptimizerConfig) -> None:
+        super().__init__(optimizer, config, init_state_fn=lambda *_: None)
+        self.tp_group = parallel_state.get_tensor_model_parallel_group()
+
+    @torch.no_grad()
+    def get_grad_norm(self) -> float:
+        """The gradients' norm over all ranks, added up in fp32; upstream's adds up in the gradients' type."""
+        squares = [
+            torch.linalg.vector_norm(gradient, dtype=torch.float32).square() for gradient in self.get_main_grads_for_grad_norm()
+        ]
+        total = torch.stack(squares).sum()
+        dist.all_reduce(total, group=self.get_grad_stats_parallel_group())
+        return float(total.sqrt())
+
+    def clip_grad_norm(self, clip_grad: float) -> float:
+        """The gradients' norm; the step that follows scales them down to `clip_grad`, where upstream would round them once more."""
+        norm = self.get_grad_norm()
+        self.optimizer.grad_scale = min(1.0, clip_grad / (norm + 1e-6))
+        return norm
+
+    def sharded_state_dict(
+        self, model_sharded_state_dict: ShardedStateDict, is_loading: bool = False, metadata: dict[str, Any] | None = None
+    ) -> ShardedStateDict:
+        """The moments, sharded as their parameters are, and the number of steps."""
+        places = get_param_id_to_sharded_param_map(model_sharded_state_dict, self.get_parameters())
+        state: dict[int, Any] = {}
+        for index, parameter in enumerate(self.get_parameters()):
+            state[index] = {
+                name: make_sharded_optimizer_tensor(
+                    places[index], moment.stored().view(parameter.shape), prefix=f"optimizer.state.{name}"
+                )
+                for name, moment in self.optimizer.state[parameter].items()
+            }
+        return {"state": state, "steps": self.optimizer.steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over what `sharded_state_dict` described, loaded under this layout."""
+        self.optimizer.steps = state_dict["steps"]
+        for index, parameter in enumerate(self.get_parameters()):
+            for name, moment in self.optimizer.state[parameter].items():
+                moment.restore(state_dict["state"][index][name].view(-1))
