@@ -49,6 +49,16 @@ def why_no_cuda() -> str | None:
     return None
 
 
+def toolkit_includes() -> list[str]:
+    """The header folders of nvcc's toolkit, as nvcc itself names them: CUDA_HOME is another place where nvcc is a script that calls it."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    command = [str(Path(CUDA_HOME) / "bin" / "nvcc"), "--dryrun", "-c", str(CSRC / "cuda" / "matrix.cu")]
+    steps = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    found = re.search(r"^#\$ INCLUDES=(.*)$", steps, re.MULTILINE)
+    return re.findall(r'-I([^"\s]+)', found[1]) if found else []
+
+
 def kernels() -> dict:
     """The setup() arguments that build maskllm.ops._kernels, empty where nothing can be compiled."""
     forced = os.environ.get("MASKLLM_BUILD_CUDA", "")
@@ -95,9 +105,9 @@ def kernels() -> dict:
         macros.append(("MASKLLM_CUDA_VERSION", f'"{torch.version.cuda}"'))
         macros.append(("MASKLLM_CUDA_ARCHITECTURES", f'"{";".join(re.split("[; ]+", architectures))}"'))
         flags["nvcc"] = ["-O3", "-std=c++20"]
-        # The CUDA headers and libraries that torch's wheels bring as packages, for toolkits that hold little more than nvcc.
+        # After the toolkit's, the CUDA headers and libraries that torch's wheels bring as packages: some toolkits hold little but nvcc.
         packages = Path(torch.__file__).parent.parent / "nvidia"
-        includes = [str(path) for path in packages.glob("*/include")]
+        includes = [*toolkit_includes(), *(str(path) for path in packages.glob("*/include"))]
         library_dirs = [str(path) for path in packages.glob("*/lib")]
         if any((Path(path) / "cusparseLt.h").exists() for path in includes):
             macros.append(("MASKLLM_CUSPARSELT", "1"))
