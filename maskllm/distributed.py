@@ -6,6 +6,8 @@ import contextlib
 import datetime
 import os
 import tempfile
+import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +23,77 @@ from maskllm.errors import MaskLLMError
 def device() -> torch.device:
     """The device of this rank."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+_attempt: str | None = None
+"""A word that is this attempt's at the job alone, the same on all ranks, once they have met."""
+
+
+def job_store(scope: str) -> dist.Store | None:
+    """A connection of its own to the key-value store that the job's processes meet in, its keys below `scope`; None for one process.
+
+    Under torchrun the store outlives the ranks and is there before they have met; the keys are this attempt's alone. Raises RuntimeError
+    where the process that kept it has gone.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_ADDR" not in os.environ:
+        return None
+    names = ("TORCHELASTIC_RUN_ID", "GROUP_RANK", "TORCHELASTIC_RESTART_COUNT")  # the count is each node's own
+    attempt = _attempt or "/".join(os.environ.get(name, "") for name in names)
+    return dist.PrefixStore(f"maskllm/{attempt}/{scope}", _connect(datetime.timedelta(seconds=10)))
+
+
+def _connect(timeout: datetime.timedelta) -> dist.TCPStore:
+    return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
+
+
+def _meet(store: dist.Store, rank: int, ranks: int) -> str:
+    """Agree on a word for this attempt at the job in a store that earlier attempts have used, whatever they left in it.
+
+    torchrun keeps one store over all of a job's restarts, and its agents count restarts each for itself
+    (https://github.com/pytorch/pytorch/issues/135712): `init_process_group` would find the addresses of dead processes in it.
+    Every rank asks under a name of its own making, which only a living first rank can answer.
+    """
+    mine = uuid.uuid4().hex
+    if rank != 0:
+        store.set(f"asking/{rank}", mine)
+        attempt = store.get(f"answer/{mine}").decode()
+        store.set(f"heard/{attempt}/{rank}", "")
+        return attempt
+    waiting = set(range(1, ranks))
+    answered = set()
+    deadline = time.monotonic() + store.timeout.total_seconds()
+    while waiting:
+        for other in [other for other in waiting if store.check([f"asking/{other}"])]:
+            asking = store.get(f"asking/{other}").decode()
+            if asking not in answered:
+                store.set(f"answer/{asking}", mine)
+                answered.add(asking)
+            if store.check([f"heard/{mine}/{other}"]):
+                waiting.remove(other)
+        if time.monotonic() > deadline:
+            raise MaskLLMError(f"ranks {sorted(waiting)} did not come within {store.timeout.total_seconds():.0f} s")
+        time.sleep(0.01)
+    return mine
+
+
+def lost_connection(error: BaseException) -> bool:
+    """Whether a collective failed because another process has gone, or has not answered in time."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in ("gloo", "NCCL")))
+
+
+@contextlib.contextmanager
+def raised_together() -> Iterator[None]:
+    """A block that all ranks of the job, if there is one, leave with the same MaskLLMError where one or more of them raise one."""
+    failures: list[str | None] = [None]
+    try:
+        yield
+    except MaskLLMError as error:
+        failures = [str(error)]
+    if dist.is_initialized():
+        mine, failures = failures[0], [None] * dist.get_world_size()
+        dist.all_gather_object(failures, mine)
+    for failure in filter(None, failures):
+        raise MaskLLMError(failure)
 
 
 @contextlib.contextmanager
@@ -53,7 +126,13 @@ def parallel_processes(
         backend = "nccl"
     timeout = datetime.timedelta(minutes=timeout_minutes)
     with contextlib.ExitStack() as stack:
-        if "RANK" in os.environ:
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            global _attempt
+            store, rank = _connect(timeout), int(os.environ["RANK"])
+            _attempt = _meet(dist.PrefixStore("maskllm", store), rank, world)
+            store = dist.PrefixStore(_attempt, store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+        elif "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
             folder = stack.enter_context(tempfile.TemporaryDirectory())

@@ -1,9 +1,28 @@
-"""The one exception a user's mistake raises."""
+"""The exceptions that a user's mistake, or a user's wish to stop, raises."""
+
+from __future__ import annotations
 
 
 class MaskLLMError(Exception):
     """Bad input: a file, an option or a tensor that cannot be used.
 
     The message is one line that names the thing, what was found, what was wanted and what to do. The command line prints it
-    and exits with status 1; nothing else of the program catches it.
+    and exits with `exit_status`; nothing else of the program catches it.
     """
+
+    exit_status = 1
+
+
+class StoppedError(MaskLLMError):
+    """The run was asked to stop (SIGTERM, SIGINT) and the same command goes on with it."""
+
+    exit_status = 75  # EX_TEMPFAIL of sysexits.h: "the user is invited to retry"
+
+
+def as_line(error: BaseException) -> str | None:
+    """What to tell the user in one line about an error that is not this program's fault; None for others."""
+    if isinstance(error, MaskLLMError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror or error}" if error.filename else str(error.strerror or error)
+    return None

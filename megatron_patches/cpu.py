@@ -226,3 +226,9 @@ def checkpoint_writer_on_cpu() -> None:
 def checkpoint_verdict_on_cpu() -> None:
     """After a save the ranks agree on its success with a tensor on the current CUDA device."""
     _redirect("megatron.core.dist_checkpointing.strategies.state_dict_saver")
+
+
+@_patch("megatron.core.dist_checkpointing.strategies.async_utils", "torch.cuda.current_device()")
+def background_saves_on_cpu() -> None:
+    """A save in the background synchronizes CUDA before it forks, and the ranks agree on its end with a tensor on the CUDA device."""
+    _redirect("megatron.core.dist_checkpointing.strategies.async_utils")

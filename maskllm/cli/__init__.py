@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from maskllm import __version__
-from maskllm.errors import MaskLLMError
+from maskllm.errors import MaskLLMError, as_line
 from maskllm.options import HelpFormatter
 
 VERBS = {
@@ -56,12 +56,8 @@ def run_guarded(program: str, call) -> int:
     """Call `call`; turn a user's mistake into one line on standard error and an exit status instead of a traceback."""
     try:
         call()
-    except MaskLLMError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"{program}: error: {where}{error.strerror or error}", file=sys.stderr)
+    except (MaskLLMError, OSError) as error:
+        print(f"{program}: error: {as_line(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"{program}: interrupted; run the same command again to go on", file=sys.stderr)

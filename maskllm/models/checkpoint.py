@@ -5,6 +5,7 @@ CKPT/release/, CKPT/iter_0000010/         one iteration each:
     *.distcp, .metadata, metadata.json, common.pt      Megatron Core's torch_dist format
     hf/                                   config.json, generation_config.json and tokenizer files of the original
     maskllm.json                          what the tensors are: stage, pattern, origin (`CheckpointInfo`)
+    manifest.json                         size and checksum of every other file (`maskllm.models.manifest`)
 """
 
 from __future__ import annotations
@@ -12,24 +13,27 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import re
-import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from torch.distributed.checkpoint.api import CheckpointException
 
+from maskllm.distributed import lost_connection, raised_together
 from maskllm.errors import MaskLLMError
-from maskllm.files import atomic_directory, publish_directory, write_json, write_text
+from maskllm.files import atomic_directory, write_json, write_text
 from maskllm.models.config import ModelConfig
 from maskllm.models.families import parameter_map, read_model_config
 from maskllm.models.hf_config import read_json_object
 from maskllm.models.hf_source import copy_side_files
+from maskllm.models.manifest import MANIFEST, Manifest, write_manifest
 from maskllm.models.torch_dist import LazyTensor, TensorReader, write_tensors
 from maskllm.patterns import Pattern
 
@@ -79,6 +83,8 @@ class Checkpoint:
     """The iteration directory."""
     iteration: Iteration
     info: CheckpointInfo
+    manifest: Manifest
+    """Its files' checksums."""
 
     @property
     def hf_directory(self) -> Path:
@@ -92,8 +98,23 @@ class Checkpoint:
 
     @functools.cached_property
     def tensors(self) -> TensorReader:
-        """Its tensors by key, each read when asked for. Raises MaskLLMError where the index cannot be read."""
-        return TensorReader(self.path)
+        """Its tensors by key, each read, and the files it lies in verified, when asked for.
+
+        Raises MaskLLMError where the index cannot be read.
+        """
+        return TensorReader(self.path, self.manifest.verify)
+
+    def verify(self) -> None:
+        """Compare the checksums of all files, each rank those of its share of them.
+
+        Called by all ranks of the job, if there is one. Raises MaskLLMError, on all of them, naming the first damaged file found.
+        """
+        names = sorted(self.manifest.files, key=lambda name: (-self.manifest.files[name].bytes, name))
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        with raised_together():
+            self.manifest.verify(names[rank::ranks], threads=max(1, min(8, (os.cpu_count() or 1) // neighbours)))
+        self.manifest.assume_verified(names)
 
     def check_weights(self) -> None:
         """Raise MaskLLMError naming the first weight that is missing or whose shape is not what the config says."""
@@ -110,36 +131,113 @@ class Checkpoint:
         """Megatron's `dist_checkpointing.load`, on every rank, of a sharded state dict made under any parallel layout.
 
         Returns the state dict with tensors in place of `ShardedTensor`s. Raises MaskLLMError naming the first tensor that the
-        checkpoint lacks or holds with another global shape, and where a file of it is missing or damaged.
+        checkpoint lacks or holds with another global shape, and a file that is damaged.
         """
-        for name in ("common.pt", "metadata.json"):
-            if not (self.path / name).is_file():
-                raise MaskLLMError(f"{self.path / name}: no such file; the checkpoint is incomplete, make it again")
-        sharded_state_dict = _without_extra_state(sharded_state_dict)
+        self.verify()
+        sharded_state_dict = without_extra_state(sharded_state_dict)
         for tensor in _sharded_tensors(sharded_state_dict):
             self.check_shape(tensor.key, tuple(tensor.global_shape))
-        with _one_line(f"{self.path}: cannot be loaded"):
+        with one_line(f"{self.path}: cannot be loaded"):
             return dist_checkpointing.load(sharded_state_dict, str(self.path))
 
 
-def resolve(path: str | Path) -> Checkpoint:
-    """Open a checkpoint: a directory with `latest_checkpointed_iteration.txt` (its latest iteration), or an iteration directory.
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
-    Raises MaskLLMError where `path` is neither, or was written by a newer version of this program.
+
+def resolve(path: str | Path, *, say: Callable[[str], None] = _to_stderr) -> Checkpoint:
+    """Open a checkpoint: an iteration directory, or the first of `iterations(path)`.
+
+    Raises MaskLLMError where `path` is neither, was written by a newer version of this program, or is damaged as far as can be told
+    without reading the tensors: files that are missing, that have another size, or small ones whose checksum differs.
+    """
+    return open_iteration(iterations(path, say=say)[0])
+
+
+def iterations(path: str | Path, *, say: Callable[[str], None] = _to_stderr) -> list[Path]:
+    """The iteration directories that a run can go on from, best first: the one `latest_checkpointed_iteration.txt` names, then older ones.
+
+    Where that file is missing, or names one that is not complete, the newest complete one comes first. Directories that are not
+    complete are left out; `say` is called with a line about those newer than the first. An iteration directory gives itself alone.
+    Raises MaskLLMError where there is none.
     """
     path = Path(path)
     if not path.is_dir():
         raise MaskLLMError(f"{path}: no such directory; wanted a checkpoint that `maskllm convert` or training wrote")
-    if (path / LATEST).is_file():
-        text = (path / LATEST).read_text(encoding="utf-8", errors="replace").strip()
-        if text != "release" and not re.fullmatch(r"\d{1,18}", text):
-            raise MaskLLMError(f"{path / LATEST}: holds {text[:40]!r}; wanted 'release' or an iteration number")
-        path = path / iteration_name("release" if text == "release" else int(text))
-        if not path.is_dir():
-            raise MaskLLMError(f"{path}: no such directory, though {LATEST} beside it names it")
-    if not (path / INFO).is_file():
-        raise MaskLLMError(f"{path}: not a checkpoint, neither {LATEST} nor {INFO} is there; `maskllm convert` makes one")
-    return Checkpoint(path, _iteration_of(path), _read_info(path / INFO))
+    if (path / INFO).is_file() or is_complete(path):
+        return [path]
+    latest = _named_by_latest(path)
+    if latest is not None and latest.name == "release":
+        return [latest]
+    found = sorted(((number, entry) for entry in path.iterdir() if (number := iteration_number(entry)) is not None), reverse=True)
+    complete = [entry for _, entry in found if is_complete(entry)]
+    if latest is not None and is_complete(latest):
+        return [entry for entry in complete if iteration_number(entry) <= iteration_number(latest)]
+    if not complete:
+        if latest is not None:
+            raise MaskLLMError(f"{latest}: {_what_lacks(latest)}, though {LATEST} beside it names it; there is no other to use")
+        if not is_complete(path / "release"):
+            raise MaskLLMError(f"{path}: not a checkpoint, it has no complete iteration; `maskllm convert` makes one")
+        complete = [path / "release"]
+    for _, entry in found:
+        if entry not in complete and iteration_number(entry) > (iteration_number(complete[0]) or 0):
+            say(f"{entry}: {_what_lacks(entry)}; ignored")
+    if latest is not None:
+        say(f"{latest}: {_what_lacks(latest)}, though {LATEST} names it; using {complete[0].name}")
+    return complete
+
+
+def holds_checkpoint(path: str | Path) -> bool:
+    """Whether there is, or by `latest_checkpointed_iteration.txt` ought to be, something to load at `path`."""
+    path = Path(path)
+    if not path.is_dir():
+        return False
+    return (
+        (path / LATEST).is_file()
+        or (path / INFO).is_file()
+        or is_complete(path)
+        or any(iteration_number(entry) is not None and is_complete(entry) for entry in path.iterdir())
+    )
+
+
+def open_iteration(path: Path) -> Checkpoint:
+    """Open an iteration directory. Raises MaskLLMError as `resolve` does."""
+    if not path.is_dir():
+        raise MaskLLMError(f"{path}: no such directory, though {LATEST} beside it names it")
+    if not is_complete(path):
+        raise MaskLLMError(f"{path}: {_what_lacks(path)}; make the checkpoint again")
+    manifest = Manifest.read(path)
+    manifest.verify(name for name in manifest.files if not _holds_tensors(name))
+    return Checkpoint(path, iteration_number(path) or "release", _read_info(path / INFO), manifest)
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether everything of the checkpoint in `directory` has been written, be it intact or not."""
+    return (directory / MANIFEST).is_file()
+
+
+def iteration_number(directory: Path) -> int | None:
+    """The number in the name of an iteration's directory; None for other names."""
+    match = re.fullmatch(r"iter_(\d+)", directory.name)
+    return int(match[1]) if match else None
+
+
+def _named_by_latest(root: Path) -> Path | None:
+    """The iteration directory that `latest_checkpointed_iteration.txt` names. Raises MaskLLMError where it names nothing."""
+    if not (root / LATEST).is_file():
+        return None
+    text = (root / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+    if text != "release" and not re.fullmatch(r"\d{1,18}", text):
+        raise MaskLLMError(f"{root / LATEST}: holds {text[:40]!r}; wanted 'release' or an iteration number")
+    return root / iteration_name("release" if text == "release" else int(text))
+
+
+def _what_lacks(directory: Path) -> str:
+    return f"not complete, it has no {MANIFEST}" if directory.is_dir() else "no such directory"
+
+
+def _holds_tensors(name: str) -> bool:
+    return name.endswith(".distcp")
 
 
 def iteration_name(iteration: Iteration) -> str:
@@ -161,40 +259,14 @@ def write_checkpoint(
         raise MaskLLMError(f"{path}: exists and is not a checkpoint of this program; remove it or name another --output")
     with atomic_directory(path) as temporary:
         write_tensors(temporary, tensors, description)
-        _write_side_files(temporary, info, hf_files_from)
+        write_side_files(temporary, info, hf_files_from)
+        write_manifest(temporary)
     write_text(root / LATEST, "release\n")
     return path
 
 
-def save_checkpoint(
-    root: str | Path, iteration: Iteration, sharded_state_dict: dict[str, Any], info: CheckpointInfo, *, hf_files_from: Path
-) -> Path:
-    """Write an iteration from every rank's sharded state dict with Megatron's `dist_checkpointing.save`; returns its directory.
-
-    Called by all ranks of the default process group. The directory takes its name, and becomes the latest, once every rank has
-    written its part. A failure on one rank is raised on all.
-    """
-    root = Path(root)
-    path = root / iteration_name(iteration)
-    temporary = path.with_name(f".{path.name}.tmp")
-
-    def prepare() -> None:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-
-    def publish() -> None:
-        _write_side_files(temporary, info, hf_files_from)
-        publish_directory(temporary, path)
-        write_text(root / LATEST, f"{iteration}\n")
-
-    _on_first_rank(prepare)
-    with _one_line(f"{path}: cannot be written"):
-        dist_checkpointing.save(_without_extra_state(sharded_state_dict), str(temporary))
-    _on_first_rank(publish)
-    return path
-
-
-def _write_side_files(directory: Path, info: CheckpointInfo, hf_files_from: Path) -> None:
+def write_side_files(directory: Path, info: CheckpointInfo, hf_files_from: Path) -> None:
+    """Write what a checkpoint holds beside its tensors, but for the manifest, into `directory`."""
     copy_side_files(hf_files_from, directory / "hf")
     write_json(directory / INFO, {"format_version": FORMAT_VERSION, **dataclasses.asdict(info)})
 
@@ -214,15 +286,10 @@ def _read_info(path: Path) -> CheckpointInfo:
         raise MaskLLMError(f"{path}: {error}") from None
 
 
-def _iteration_of(path: Path) -> Iteration:
-    match = re.fullmatch(r"iter_(\d+)", path.name)
-    return int(match[1]) if match else "release"
-
-
-def _without_extra_state(state: dict[str, Any]) -> dict[str, Any]:
+def without_extra_state(state: dict[str, Any]) -> dict[str, Any]:
     """Without the `_extra_state` objects: the state of 8-bit training, empty here, which converted checkpoints do not have."""
     return {
-        key: _without_extra_state(value) if isinstance(value, dict) else value
+        key: without_extra_state(value) if isinstance(value, dict) else value
         for key, value in state.items()
         if not (isinstance(value, ShardedObject) and value.key.endswith("_extra_state"))
     }
@@ -239,31 +306,22 @@ def _sharded_tensors(value: Any) -> list[ShardedTensor]:
 
 
 @contextlib.contextmanager
-def _one_line(what: str) -> Iterator[None]:
+def one_line(what: str) -> Iterator[None]:
     """Turn what Megatron and PyTorch raise for files that are missing, damaged or cannot be written into a MaskLLMError."""
     try:
         yield
-    except CheckpointException as error:  # a BaseException that holds the ranks' own
-        cause, _ = next(iter(error.failures.values()))
-        raise MaskLLMError(f"{what} ({_first_line(cause)})") from error
+    except CheckpointException as error:  # a BaseException that holds the ranks' own, on the ranks that were told of them
+        cause = next((cause for cause, _ in error.failures.values()), None)
+        raise MaskLLMError(f"{what} ({_first_line(cause) if cause else 'another rank could not'})") from error
+    except MaskLLMError:
+        raise
     except Exception as error:  # a damaged file raises nearly anything
+        if lost_connection(error):
+            raise
         raise MaskLLMError(f"{what} ({_first_line(error)})") from error
 
 
 def _first_line(error: BaseException) -> str:
+    if "inline_container" in str(error):  # torch.save's own complaint about a short write
+        return "the disk is probably full"
     return f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(": ")
-
-
-def _on_first_rank(action: Callable[[], None]) -> None:
-    """Run `action` on rank 0 while the others wait; an exception there is raised everywhere."""
-    failure: list[str | None] = [None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            action()
-        except Exception as error:
-            failure[0] = str(error)
-            torch.distributed.broadcast_object_list(failure)
-            raise
-    torch.distributed.broadcast_object_list(failure)
-    if failure[0] is not None and torch.distributed.get_rank() != 0:
-        raise MaskLLMError(f"rank 0: {failure[0]}")

@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,9 +42,13 @@ class LazyTensor:
 class TensorReader(Mapping[str, LazyTensor]):
     """The tensors in an iteration directory of a checkpoint, by key; each is read when its `load` is called."""
 
-    def __init__(self, directory: Path) -> None:
-        """Read the directory's index. Raises MaskLLMError where there is none or it cannot be read."""
+    def __init__(self, directory: Path, verify: Callable[[Iterable[str]], None]) -> None:
+        """Read the directory's index. `verify` is called with the names of the files that a tensor is about to be read from.
+
+        Raises MaskLLMError where there is no index or it cannot be read.
+        """
         self.directory = directory
+        self._verify = verify
         try:
             self._reader = _IndexedReader(directory)
         except FileNotFoundError as error:
@@ -52,9 +57,12 @@ class TensorReader(Mapping[str, LazyTensor]):
             raise MaskLLMError(f"{directory / '.metadata'}: cannot be read ({type(error).__name__}: {error})") from None
         stored = self._reader.metadata.state_dict_metadata
         self._tensors = {key: entry for key, entry in stored.items() if isinstance(entry, TensorStorageMetadata)}
+        self._files: dict[str, set[str]] = defaultdict(set)
+        for index, place in self._reader.metadata.storage_data.items():
+            self._files[index.fqn].add(place.relative_path)
 
     def __getitem__(self, key: str) -> LazyTensor:
-        """Raises MaskLLMError where the checkpoint has no such tensor."""
+        """Raises MaskLLMError where the checkpoint has no such tensor; its `load` does where a file it lies in is damaged."""
         if key not in self._tensors:
             raise MaskLLMError(f"{self.directory}: has no tensor {key}")
         entry = self._tensors[key]
@@ -70,6 +78,7 @@ class TensorReader(Mapping[str, LazyTensor]):
         return len(self._tensors)
 
     def _load(self, key: str) -> torch.Tensor:
+        self._verify(sorted(self._files[key]))
         entry = self._tensors[key]
         values = {key: torch.empty(entry.size, dtype=entry.properties.dtype)}
         planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)

@@ -39,6 +39,13 @@ class TrainArguments:
     )
     save: str | None = _option(None, "directory to write checkpoints and metrics.jsonl to")
     save_interval: int | None = _option(None, "steps between checkpoints; one is written at the end and on SIGTERM in any case")
+    async_save: bool = _option(
+        False, "write checkpoints behind the training; one counts, and becomes the latest, when all of it is on disk"
+    )
+    keep_last: int | None = _option(
+        None, "checkpoints to keep, older ones being removed once a new one is complete; all by default. The one loaded stays"
+    )
+    auto_fallback: bool = _option(False, "where a checkpoint is damaged, go on from the newest older one that is not")
     split: str = _option("969,30,1", "shares of the documents for training, validation and test, in any unit")
     data_cache_path: str | None = _option(None, "where the dataset's index files are cached; beside the dataset by default")
 
@@ -67,6 +74,9 @@ class TrainArguments:
     adam_beta2: float = _option(0.95, "Adam's second moment's decay")
     adam_eps: float = _option(1e-5, "Adam's epsilon")
     clip_grad: float = _option(1.0, "largest norm of the gradient; 0 for any")
+    max_bad_steps: int = _option(
+        10, "steps in a row whose loss or gradient is not finite, each skipped, before the run ends and saves the batch to --save"
+    )
     seed: int = _option(1234, "seed of the masks' noise, the initial logits and the data order")
 
     mask_logits_dtype: str = _option(
@@ -80,7 +90,9 @@ class TrainArguments:
     pipeline_model_parallel_size: int = _option(1, "ranks the layers are dealt out to")
     sequence_parallel: bool = _option(False, "split activations outside the linears along the sequence too")
     use_distributed_optimizer: bool = _option(False, "split optimizer states over data-parallel ranks")
-    distributed_timeout_minutes: int = _option(10, "minutes a rank waits for the others")
+    distributed_timeout_minutes: float = _option(
+        10, "minutes without progress after which a rank that gives no sign of life is named and the job ends; may be a fraction"
+    )
     transformer_impl: str | None = _option(
         None,
         "whose norms and attention: transformer_engine is refused where it cannot be used, local is torch's own; default: "
@@ -124,6 +136,8 @@ class TrainArguments:
             raise MaskLLMError("--load: wanted a checkpoint to start from (make one with `maskllm convert` and `maskllm prune`)")
         if self.save_interval is not None and (self.save_interval < 1 or self.save is None):
             raise MaskLLMError("--save-interval: wanted a positive number of steps, and --save")
+        if self.keep_last is not None and self.keep_last < 1:
+            raise MaskLLMError(f"--keep-last: found {self.keep_last}, wanted at least 1")
         resolve_transformer_impl(self.transformer_impl)
         return self.check_settings()
 
@@ -223,11 +237,11 @@ _RANGES = (
         lambda value: value >= 1,
         (
             "train_iters", "micro_batch_size", "global_batch_size", "seq_length", "log_interval", "eval_interval",
-            "tensor_model_parallel_size", "pipeline_model_parallel_size", "distributed_timeout_minutes",
+            "tensor_model_parallel_size", "pipeline_model_parallel_size", "max_bad_steps",
         ),
     ),
     ("positive numbers", lambda value: value > 0, ("gumbel_temperature_range", "gumbel_scale_range")),
-    ("a positive number", lambda value: value > 0, ("lr",)),
+    ("a positive number", lambda value: value > 0, ("lr", "distributed_timeout_minutes")),
     (
         "at least 0",
         lambda value: value >= 0,

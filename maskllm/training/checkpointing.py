@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +12,14 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
 
+from maskllm.distributed import raised_together
 from maskllm.environment import resolve_transformer_impl
 from maskllm.errors import MaskLLMError
 from maskllm.layers.gpt import FrozenVocabularyGPTModel
 from maskllm.layers.spec import masked_linears
 from maskllm.masking.sampler import MaskSampler
 from maskllm.models.build import build_model, load_model, load_tensors
-from maskllm.models.checkpoint import LATEST, Checkpoint, CheckpointInfo, resolve, save_checkpoint
+from maskllm.models.checkpoint import Checkpoint, CheckpointInfo, holds_checkpoint, iterations, open_iteration
 from maskllm.models.config import ModelConfig
 from maskllm.patterns import Pattern
 from maskllm.training.arguments import DTYPES, TrainArguments
@@ -95,16 +96,17 @@ class Start:
         return model
 
 
-def resolve_start(arguments: TrainArguments, pattern: Pattern) -> Start:
-    """Open `--load` or, while that directory holds no checkpoint yet, `--pretrained-checkpoint`.
+def resolve_start(arguments: TrainArguments, pattern: Pattern, *, say: Callable[[str], None] = lambda _: None) -> Start:
+    """Open `--load` or, while that directory holds no checkpoint yet, `--pretrained-checkpoint`, and verify its files' checksums.
 
-    Raises MaskLLMError where the checkpoint's pattern or a setting of the run it continues contradicts the arguments, and where
-    sequences are longer than the model's context.
+    Called by all ranks of the job, if there is one; `say` gets a line about each checkpoint that is passed over. Raises MaskLLMError
+    where a file is damaged and there is no `--auto-fallback`, or nothing older to fall back to; where the checkpoint's pattern or a
+    setting of the run it continues contradicts the arguments; and where sequences are longer than the model's context.
     """
     path = arguments.load
-    if arguments.pretrained_checkpoint is not None and (path is None or not (Path(path) / LATEST).is_file()):
+    if arguments.pretrained_checkpoint is not None and (path is None or not holds_checkpoint(path)):
         path = arguments.pretrained_checkpoint
-    checkpoint = resolve(path)
+    checkpoint = _open_intact(path, fall_back=arguments.auto_fallback, say=say)
     info = checkpoint.info
     context = checkpoint.model_config.max_position_embeddings
     if arguments.seq_length > context:
@@ -129,26 +131,41 @@ def resolve_start(arguments: TrainArguments, pattern: Pattern) -> Start:
     return Start(arguments, checkpoint, resumed)
 
 
-def save_training_state(
-    start: Start, arguments: TrainArguments, iteration: int, model: FrozenVocabularyGPTModel, optimizer: MegatronOptimizer
-) -> None:
-    """Write everything that the next step depends on, on every rank."""
-    info = start.checkpoint.info
+def _open_intact(path: str, *, fall_back: bool, say: Callable[[str], None]) -> Checkpoint:
+    """The first of `iterations(path)`, its checksums verified; with `fall_back` the first that is intact."""
+    candidates = iterations(path, say=say)
+    for candidate, older in zip(candidates, [*candidates[1:], None], strict=True):
+        try:
+            with raised_together():
+                checkpoint = open_iteration(candidate)
+            checkpoint.verify()
+            return checkpoint
+        except MaskLLMError as error:
+            if older is None:
+                raise
+            if not fall_back:
+                raise MaskLLMError(f"{error} (--auto-fallback goes on from {older.name})") from None
+            say(f"{error}; --auto-fallback: going on from {older.name}")
+    raise AssertionError("iterations() gives at least one")
+
+
+def sharded_training_state(start: Start, model: FrozenVocabularyGPTModel, optimizer: MegatronOptimizer) -> dict[str, Any]:
+    """This rank's part of everything that the next step depends on, for `CheckpointSaver.save`."""
     state = _sharded_state(model, optimizer, is_loading=False)
     for name, tensor in start.originals.items():
         state["model"][name] = _with_data(state["model"][name], tensor)
-    save_checkpoint(
-        arguments.save,
-        iteration,
-        state,
-        CheckpointInfo(
-            stage="trained",
-            source=info.source,
-            pattern=arguments.pattern,
-            method=info.method,
-            details={"iteration": iteration, "settings": _settings(arguments)},
-        ),
-        hf_files_from=start.checkpoint.hf_directory,
+    return state
+
+
+def training_info(start: Start, arguments: TrainArguments, iteration: int) -> CheckpointInfo:
+    """What a checkpoint after `iteration` steps says of itself."""
+    info = start.checkpoint.info
+    return CheckpointInfo(
+        stage="trained",
+        source=info.source,
+        pattern=arguments.pattern,
+        method=info.method,
+        details={"iteration": iteration, "settings": _settings(arguments)},
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,6 +66,24 @@ class Batches:
                 "made with another tokenizer"
             )
         return Batch(*(x.to(self.device, non_blocking=True) for x in (tokens, labels, position_ids)))
+
+
+class DataFiles:
+    """The dataset's files, watched: training reads them through memory maps, where what is gone is a signal and not an error."""
+
+    def __init__(self, prefixes: list[str]) -> None:
+        self.sizes = {path: path.stat().st_size for prefix in prefixes for path in (Path(f"{prefix}.bin"), Path(f"{prefix}.idx"))}
+
+    def problem(self) -> str | None:
+        """One line about the first file that is gone or no longer what it was; None while all is well."""
+        for path, size in self.sizes.items():
+            try:
+                found = path.stat().st_size
+            except OSError as error:
+                return f"--data-path: {path} has disappeared ({error.strerror}); put it back"
+            if found != size:
+                return f"--data-path: {path} has {found} bytes, it had {size} when the run started; put it back"
+        return None
 
 
 def build_batches(arguments: TrainArguments, vocab_size: int, device: torch.device) -> tuple[Batches, Batches | None]:

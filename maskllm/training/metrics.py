@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import resource
-import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -52,7 +51,8 @@ class MetricsWriter:
     A JSON line's `kind` is "train" or "validation". A resumed run continues the file, leaving out lines of steps it will do again.
     """
 
-    def __init__(self, file: Path | None, tensorboard_dir: str | None, start_iteration: int) -> None:
+    def __init__(self, file: Path | None, tensorboard_dir: str | None, start_iteration: int, console: TextIO) -> None:
+        self.console = console
         self.file = None
         if file is not None:
             write_text(file, "".join(_lines_before(file, start_iteration)))
@@ -75,7 +75,7 @@ class MetricsWriter:
                     self.board.add_scalar(f"{kind}/{name}", value, iteration)
             self.board.flush()
         text = " | ".join(f"{name.replace('_', ' ')} {_format(value)}" for name, value in values.items() if value is not None)
-        print(f"{kind} iteration {iteration} | {text}", file=sys.stderr, flush=True)
+        print(f"{kind} iteration {iteration} | {text}", file=self.console, flush=True)
 
     def close(self) -> None:
         """Close the files."""

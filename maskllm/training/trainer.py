@@ -6,8 +6,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -16,24 +17,51 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from tqdm import tqdm
 
-from maskllm.distributed import device
-from maskllm.errors import MaskLLMError
+from maskllm.distributed import device, raised_together
+from maskllm.errors import MaskLLMError, StoppedError
 from maskllm.layers.recompute import set_sample
 from maskllm.layers.spec import masked_linears
 from maskllm.masking.sampler import VALIDATION_SAMPLES, MaskMode, MaskSampler
 from maskllm.masking.schedules import AnnealingSchedule
+from maskllm.models.saving import CheckpointSaver, remove_leftovers
 from maskllm.training.arguments import TrainArguments
-from maskllm.training.checkpointing import Start, load_training_state, resolve_start, save_training_state
-from maskllm.training.data import Batches, build_batches
+from maskllm.training.bad_batch import save_bad_batch
+from maskllm.training.checkpointing import Start, load_training_state, resolve_start, sharded_training_state, training_info
+from maskllm.training.data import Batches, DataFiles, build_batches
 from maskllm.training.metrics import MetricsWriter, WinnerTracker, peak_memory_bytes
 from maskllm.training.optimizer import build_lr_scheduler, build_optimizer
 
 
-class Trainer:
-    """One rank's share of a mask-learning run: `Trainer(arguments).train()` inside `parallel_processes`."""
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves for the metrics."""
 
-    def __init__(self, arguments: TrainArguments) -> None:
+    sums: torch.Tensor
+    """This rank's fp32 (sum of losses, their number, sum of squares, sum of maximum probabilities)."""
+    grad_norm: float
+    learning_rate: float
+    skipped: bool = False
+    """Whether the loss or a gradient was not finite on some rank, so that nothing was updated on any."""
+
+
+class Trainer:
+    """One rank's share of a mask-learning run: `Trainer(arguments).train()` inside `parallel_processes`.
+
+    Args:
+        console: On the first rank, where the run's progress is shown.
+        progress: Called with what this rank is about to do, for a watchdog.
+    """
+
+    def __init__(
+        self,
+        arguments: TrainArguments,
+        *,
+        console: TextIO | None = None,
+        progress: Callable[[str], None] = lambda _: None,
+    ) -> None:
         self.arguments = arguments
+        self.console = console
+        self.progress = progress
         pattern = arguments.check()
         self.dp_rank = parallel_state.get_data_parallel_rank()
         self.dp_size = parallel_state.get_data_parallel_world_size()
@@ -48,7 +76,15 @@ class Trainer:
             recompute_masked_weight=arguments.recompute_granularity == "selective"
             and "masked_weight" in arguments.recompute_modules,
         )
-        self.start: Start = resolve_start(arguments, pattern)
+        if arguments.save and dist.get_rank() == 0:
+            remove_leftovers(Path(arguments.save))
+        dist.barrier()
+        self.start: Start = resolve_start(arguments, pattern, say=self._say)
+        self._say(
+            f"resuming {self.start.checkpoint.path} after iteration {self.start.iteration} of {arguments.train_iters}"
+            if self.start.resumed
+            else f"starting from {self.start.checkpoint.path}"
+        )
 
         model = self.start.build_model(self.sampler)
         self.layers = list(masked_linears(model))
@@ -71,62 +107,104 @@ class Trainer:
             load_training_state(self.start, self.model.module, self.optimizer)
             self.lr_scheduler.step(self.iteration * arguments.global_batch_size)
         self.train_batches, self.valid_batches = build_batches(arguments, self.start.model_config.vocab_size, device())
+        self.data_files = DataFiles(arguments.blend()[0])
         self.tracker = WinnerTracker(self.layers)
         self.num_blocks = _model_parallel_sum(sum(layer.mask_logits[..., 0].numel() for layer in self.layers))
+        self.saver = (
+            CheckpointSaver(
+                arguments.save, background=arguments.async_save, keep_last=arguments.keep_last, protected=self.start.checkpoint.path
+            )
+            if arguments.save
+            else None
+        )
+        self.losses: list[torch.Tensor] = []
+        """Of the last step's micro-batches, on the last pipeline stage."""
+        self.bad_steps = 0
+        """Steps in a row that were skipped."""
         self.stop_signal: int | None = None
+        self.stopping = False
+        """Whether some rank has been asked to stop, as all ranks know."""
+        self.data_gone = False
+        """Whether some rank misses a file of the dataset, as all ranks know."""
 
     def train(self) -> None:
-        """Run to the last step, or to the step in which SIGTERM or SIGINT arrives; writes a checkpoint on the way out of either."""
+        """Run to the last step, or to the one in which SIGTERM or SIGINT arrives or a file of the dataset disappears.
+
+        Each way out writes a checkpoint.
+
+        Raises StoppedError after a signal, and MaskLLMError where the data are gone, a checkpoint cannot be written, or as many steps
+        as `--max-bad-steps` in a row were not finite.
+        """
         arguments = self.arguments
         writer = self._open_writer()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._request_stop)
         last_saved = self.iteration if self.start.resumed else None
-        window: list[tuple[torch.Tensor, float, float]] = []
+        window: list[StepResult] = []
+        # A bar on a terminal; a file gets the lines alone.
+        bar_off = True if self.console is None else None
         with tqdm(
-            total=arguments.train_iters, initial=self.iteration, desc="train", unit="step", disable=writer is None, file=sys.stderr
+            total=arguments.train_iters, initial=self.iteration, desc="train", unit="step", disable=bar_off, file=self.console
         ) as bar:
             started = time.perf_counter()
             while self.iteration < arguments.train_iters:
-                losses, grad_norm, lr = self._step()
+                self.progress(f"iteration {self.iteration + 1}")
+                window.append(self._step())
                 self.iteration += 1
-                window.append((losses, grad_norm, lr))
                 bar.update()
                 if self.iteration % arguments.log_interval == 0 or self.iteration == arguments.train_iters:
                     values = self._train_metrics(window, time.perf_counter() - started)
                     if writer is not None:
-                        bar.set_postfix(loss=f"{values['loss']:.3f}")
+                        bar.set_postfix({key: f"{values[key]:.3f}" for key in ("loss",) if values[key] is not None})
                         bar.clear()
                         writer.write("train", self.iteration, values)
                     window, started = [], time.perf_counter()
+                if self.bad_steps == arguments.max_bad_steps:
+                    self._end_at_bad_steps()
                 if self.valid_batches and (
                     self.iteration % arguments.eval_interval == 0 or self.iteration == arguments.train_iters
                 ):
+                    self.progress(f"the validation after iteration {self.iteration}")
                     values = self._validate()
                     if writer is not None:
                         bar.clear()
                         writer.write("validation", self.iteration, values)
                     started = time.perf_counter()
-                stop = self._stop_requested()
-                if arguments.save and (
-                    stop
-                    or self.iteration == arguments.train_iters
-                    or (arguments.save_interval and self.iteration % arguments.save_interval == 0)
-                ):
-                    save_training_state(self.start, arguments, self.iteration, self.model.module, self.optimizer)
-                    last_saved = self.iteration
-                    started = time.perf_counter()
-                if stop:
+                ending = self.stopping or self.data_gone or self.iteration == arguments.train_iters
+                if self.saver is not None:
+                    self.saver.poll()
+                    if ending or (arguments.save_interval and self.iteration % arguments.save_interval == 0):
+                        self.progress(f"saving iteration {self.iteration}")
+                        self._save()
+                        last_saved = self.iteration
+                        started = time.perf_counter()
+                if ending:
                     break
+            if self.saver is not None:
+                self.progress("the end of saving")
+                self.saver.finish()
         if writer is not None:
             writer.close()
-        if self.stop_signal is not None or self.iteration < arguments.train_iters:
-            where = f"saved at iteration {last_saved}" if last_saved is not None else "nothing saved: no --save"
-            raise MaskLLMError(f"stopped by a signal after iteration {self.iteration}; {where}; run the same command to go on")
+        where = f"saved at iteration {last_saved}" if last_saved is not None else "nothing saved: no --save"
+        if self.iteration == arguments.train_iters:
+            return
+        if self.data_gone:
+            with raised_together():
+                if problem := self.data_files.problem():
+                    raise MaskLLMError(f"{problem} and run the same command to go on; {where}")
+        raise StoppedError(f"stopped by a signal after iteration {self.iteration}; {where}; run the same command to go on")
 
-    def _step(self) -> tuple[torch.Tensor, float, float]:
-        """One optimizer step; returns this rank's (loss sum, loss count, sum of squares, sum of maximum probabilities), the
-        gradient's norm and the learning rate."""
+    def _save(self) -> None:
+        start, arguments = self.start, self.arguments
+        self.saver.save(
+            self.iteration,
+            sharded_training_state(start, self.model.module, self.optimizer),
+            training_info(start, arguments, self.iteration),
+            hf_files_from=start.checkpoint.hf_directory,
+        )
+
+    def _step(self) -> StepResult:
+        """One optimizer step; where the loss or a gradient is not finite on any rank, all ranks leave logits and optimizer as they are."""
         arguments = self.arguments
         sampler = self.sampler
         sampler.mode = MaskMode.SAMPLE
@@ -147,11 +225,49 @@ class Trainer:
             sample_of=lambda index: self.iteration if one_draw else first + index,
             forward_only=False,
         )
-        updated, grad_norm, _ = self.optimizer.step()
-        if not updated:
-            raise MaskLLMError(f"iteration {self.iteration + 1}: the optimizer found a gradient that is not finite")
+        sums = torch.cat([losses, sampler.stats])
+        problem = self._not_finite(sums)
+        data_problem = self.data_files.problem()
+        for line in filter(None, (problem, data_problem)):
+            print(f"iteration {self.iteration + 1}: {line}", file=sys.stderr, flush=True)
+        skipped, self.stopping, self.data_gone = self._any_rank(
+            problem is not None, self.stop_signal is not None, data_problem is not None
+        )
+        grad_norm = 0.0
+        if skipped:
+            self.bad_steps += 1
+        else:
+            self.bad_steps = 0
+            updated, norm, _ = self.optimizer.step()
+            if not updated:
+                raise MaskLLMError(f"iteration {self.iteration + 1}: the optimizer found a gradient that is not finite")
+            grad_norm = float(norm)
         self.lr_scheduler.step(increment=arguments.global_batch_size)
-        return torch.cat([losses, sampler.stats]), float(grad_norm), float(lr)
+        return StepResult(sums, grad_norm, float(lr), skipped)
+
+    def _not_finite(self, sums: torch.Tensor) -> str | None:
+        """What of this rank's losses and gradients is not finite; None where all are."""
+        if not bool(torch.isfinite(sums).all()):
+            return f"the loss is not finite on this rank: {[float(loss) for loss in self.losses]}"
+        for buffer in self.model.buffers:
+            # The largest magnitude: one pass without a copy, and not finite where any entry is not.
+            if not bool(torch.isfinite(torch.linalg.vector_norm(buffer.grad_data, ord=torch.inf))):
+                return "a gradient is not finite on this rank"
+        return None
+
+    def _end_at_bad_steps(self) -> None:
+        """Save the batch of the step that has just been skipped and raise."""
+        arguments = self.arguments
+        first = (self.iteration - 1) * self.num_microbatches * self.dp_size
+        where = "nothing saved: no --save"
+        if arguments.save:
+            path = Path(arguments.save) / f"bad_batch_iter_{self.iteration:07d}.safetensors"
+            with raised_together():
+                save_bad_batch(path, self.iteration, self.train_batches, first, self.num_microbatches, self.losses)
+            where = f"its batch is in {path}"
+        raise MaskLLMError(
+            f"iteration {self.iteration}: loss or gradient not finite in {self.bad_steps} steps in a row (--max-bad-steps); {where}"
+        )
 
     def _run(
         self, batches: Batches, first_batch: int, count: int, *, sample_of: Callable[[int], int], forward_only: bool
@@ -179,7 +295,7 @@ class Trainer:
             micro_batch_size=self.arguments.micro_batch_size,
             forward_only=forward_only,
         )
-        losses = [report["lm loss"] for report in reports]
+        self.losses = losses = [report["lm loss"] for report in reports]
         total = torch.zeros(2, dtype=torch.float32, device=device())
         if losses:
             total[0], total[1] = torch.stack(losses).sum(), len(losses)
@@ -191,11 +307,12 @@ class Trainer:
         for chunk in model:
             chunk.finish_grad_sync()
 
-    def _train_metrics(self, window: list[tuple[torch.Tensor, float, float]], seconds: float) -> dict[str, Any]:
-        """Metrics of the steps in `window`, the same on every rank."""
-        steps = len(window)
+    def _train_metrics(self, window: list[StepResult], seconds: float) -> dict[str, Any]:
+        """Metrics of the steps in `window`, the same on every rank; None where they would be means over steps that were all skipped."""
+        good = [step for step in window if not step.skipped]
+        steps = len(good)
         since_last, since_prior = self.tracker.changed()
-        local = torch.stack([losses for losses, _, _ in window]).double()
+        local = torch.stack([step.sums for step in good] or [torch.zeros_like(window[0].sums)]).double()
         losses = local[:, :2].sum(0)
         if parallel_state.get_tensor_model_parallel_rank() != 0:
             losses.zero_()
@@ -205,22 +322,24 @@ class Trainer:
         squares, probability = local[:, 2].clone(), local[:, 3].clone()
         for values in (squares, probability):
             dist.all_reduce(values)
-        reg_weights = [self.schedule.weight_reg_at(self.iteration - steps + i) for i in range(steps)]
-        regularizer = sum(w * s / draws for w, s in zip(reg_weights, squares.tolist(), strict=True)) / steps
+        first = self.iteration - len(window)
+        reg_weights = [self.schedule.weight_reg_at(first + i) for i, step in enumerate(window) if not step.skipped]
+        regularizer = sum(w * s / draws for w, s in zip(reg_weights, squares.tolist(), strict=False))
         memory = torch.tensor(float(peak_memory_bytes()), dtype=torch.float64, device=device())
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
-        tokens = steps * self.arguments.global_batch_size * self.arguments.seq_length
+        tokens = len(window) * self.arguments.global_batch_size * self.arguments.seq_length
         has_prior = self.layers[0].mask_bits is not None
         return {
-            "loss": float(losses[0] / losses[1]),
-            "regularizer": regularizer,
+            "loss": float(losses[0] / losses[1]) if steps else None,
+            "regularizer": regularizer / steps if steps else None,
             "temperature": self.sampler.temperature,
             "scale": self.sampler.scale,
-            "mean_max_probability": float(probability.sum()) / (steps * draws * self.num_blocks),
+            "mean_max_probability": float(probability.sum()) / (steps * draws * self.num_blocks) if steps else None,
             "changed_since_last": _model_parallel_sum(since_last) / self.num_blocks,
             "changed_since_prior": _model_parallel_sum(since_prior) / self.num_blocks if has_prior else None,
-            "grad_norm": sum(norm for _, norm, _ in window) / steps,
-            "learning_rate": window[-1][2],
+            "grad_norm": sum(step.grad_norm for step in good) / steps if steps else None,
+            "skipped_steps": len(window) - steps,
+            "learning_rate": window[-1].learning_rate,
             "tokens_per_second": tokens / seconds,
             "peak_memory_gib": float(memory) / 2**30,
         }
@@ -248,19 +367,23 @@ class Trainer:
 
     def _open_writer(self) -> MetricsWriter | None:
         """On the first rank, the writer of this run's metrics."""
-        if dist.get_rank() != 0:
+        if self.console is None:
             return None
         file = Path(self.arguments.save) / "metrics.jsonl" if self.arguments.save else None
-        return MetricsWriter(file, self.arguments.tensorboard_dir, self.iteration)
+        return MetricsWriter(file, self.arguments.tensorboard_dir, self.iteration, self.console)
+
+    def _say(self, line: str) -> None:
+        if self.console is not None:
+            print(f"maskllm.train: {line}", file=self.console, flush=True)
 
     def _request_stop(self, number: int, _: Any) -> None:
         self.stop_signal = number
 
-    def _stop_requested(self) -> bool:
-        """Whether any rank has been asked to stop."""
-        flag = torch.tensor(float(self.stop_signal is not None), device=device())
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+    def _any_rank(self, *flags: bool) -> list[bool]:
+        """For each flag, whether any rank has it set."""
+        tensor = torch.tensor([float(flag) for flag in flags], device=device())
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return [bool(flag) for flag in tensor.tolist()]
 
 
 def _mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

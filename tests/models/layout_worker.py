@@ -17,8 +17,9 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from maskllm.distributed import parallel_processes
 from maskllm.errors import MaskLLMError
 from maskllm.models.build import build_model
-from maskllm.models.checkpoint import resolve, save_checkpoint
+from maskllm.models.checkpoint import resolve
 from maskllm.models.config import ModelConfig, gpt_model_arguments, set_rotary_frequencies, transformer_config
+from maskllm.models.saving import CheckpointSaver
 
 
 def upstream_model(config: ModelConfig, tensor_model_parallel_size: int = 1) -> GPTModel:
@@ -63,9 +64,9 @@ def main(spec: str, tp: str, pp: str, *directories: str) -> None:
                 torch.save(found, directory / "logits.pt")
             state = model.sharded_state_dict(metadata={"dp_cp_group": parallel_state.get_data_parallel_group(True)})
             arguments = {"hf_files_from": checkpoint.hf_directory}
-            save_checkpoint(directory / "CKPT", 7, {"model": state}, checkpoint.info, **arguments)
+            CheckpointSaver(directory / "CKPT").save(7, {"model": state}, checkpoint.info, **arguments)
             try:
-                save_checkpoint(directory / "tokens.pt", 7, {"model": state}, checkpoint.info, **arguments)
+                CheckpointSaver(directory / "tokens.pt").save(7, {"model": state}, checkpoint.info, **arguments)
             except (MaskLLMError, OSError) as error:
                 (directory / f"failure-{dist.get_rank()}").write_text(str(error))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import binascii
 import json
 import re
 import shutil
@@ -13,9 +14,11 @@ from megatron.core import parallel_state
 from maskllm.distributed import parallel_processes
 from maskllm.errors import MaskLLMError
 from maskllm.models.build import build_model, load_model, load_tensors
-from maskllm.models.checkpoint import INFO, LATEST, CheckpointInfo, resolve, save_checkpoint, write_checkpoint
+from maskllm.models.checkpoint import INFO, LATEST, CheckpointInfo, iterations, resolve, write_checkpoint
 from maskllm.models.convert import convert
-from maskllm.models.torch_dist import LazyTensor, TensorReader
+from maskllm.models.manifest import MANIFEST, FileRecord, Manifest, write_manifest
+from maskllm.models.saving import CheckpointSaver
+from maskllm.models.torch_dist import LazyTensor
 from tests.models.tiny import write_tiny
 
 
@@ -37,10 +40,29 @@ def test_the_root_and_the_iteration_are_the_same_checkpoint(dense):
 
 
 def test_the_latest_iteration_is_the_one_that_is_named(dense):
-    (dense / "release").rename(dense / "iter_0000012")
+    for number in (8, 12, 16):
+        shutil.copytree(dense / "release", dense / f"iter_{number:07d}")
     (dense / LATEST).write_text("12")
     assert resolve(dense).path == dense / "iter_0000012"
     assert resolve(dense).iteration == 12
+    assert [path.name for path in iterations(dense)] == ["iter_0000012", "iter_0000008"]
+
+
+def test_the_newest_complete_iteration_is_found_without_being_named(dense):
+    for number in (8, 12, 16):
+        shutil.copytree(dense / "release", dense / f"iter_{number:07d}")
+    (dense / LATEST).unlink()
+    assert resolve(dense).iteration == 16
+    (dense / "iter_0000016" / MANIFEST).unlink()  # it is written last
+    lines = []
+    assert resolve(dense, say=lines.append).iteration == 12
+    assert lines == [f"{dense / 'iter_0000016'}: not complete, it has no {MANIFEST}; ignored"]
+    (dense / LATEST).write_text("16")
+    lines.clear()
+    assert resolve(dense, say=lines.append).iteration == 12
+    assert (
+        lines[-1] == f"{dense / 'iter_0000016'}: not complete, it has no {MANIFEST}, though {LATEST} names it; using iter_0000012"
+    )
 
 
 def test_an_interrupted_write_leaves_the_older_checkpoint(dense):
@@ -68,24 +90,43 @@ def test_a_directory_of_someone_elses_is_not_replaced(dense, tmp_path):
 def edit_info(root, **values) -> None:
     path = root / "release" / INFO
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    write_manifest(path.parent)
+
+
+def spoil_index(root) -> None:
+    """An index that has been junk from the start."""
+    (root / "release" / ".metadata").write_bytes(b"junk")
+    write_manifest(root / "release")
+
+
+def flip_a_bit(path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
 
 
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda root: (root / "release" / INFO).unlink(), "not a checkpoint"),
+        (lambda root: (root / "release" / INFO).unlink(), "maskllm.json: no such file, though manifest.json lists it"),
+        (lambda root: (root / "release" / MANIFEST).unlink(), "release: not complete, it has no manifest.json"),
+        (lambda root: (root / "release" / MANIFEST).write_text("{}"), "manifest.json: format_version is None, wanted 1"),
+        (lambda root: (root / "release" / MANIFEST).write_text(""), "manifest.json: line 1: not JSON"),
+        (lambda root: flip_a_bit(root / "release" / ".metadata"), ".metadata: found checksum"),
+        (lambda root: flip_a_bit(root / "release" / "hf" / "config.json"), "config.json: found checksum"),
+        (lambda root: flip_a_bit(next((root / "release").glob("*.distcp"))), ".distcp: found checksum"),
         (lambda root: (root / LATEST).write_text("../x"), "holds '../x'; wanted 'release' or an iteration number"),
         (lambda root: (root / LATEST).write_text("3"), "iter_0000003: no such directory"),
-        (lambda root: (root / "release" / INFO).write_text("{"), "line 1: not JSON"),
+        (lambda root: (root / "release" / INFO).write_text("{"), "maskllm.json: found 1 bytes, wanted"),
         (lambda root: edit_info(root, format_version=2), "format_version 2 is newer than this program's 1"),
         (lambda root: edit_info(root, format_version="1"), "format_version is '1'"),
         (lambda root: edit_info(root, stage="half-done"), "stage 'half-done'"),
         (lambda root: edit_info(root, stage="trained"), "wanted a pattern"),
         (lambda root: edit_info(root, colour="red"), "colour"),
-        (lambda root: (root / "release" / ".metadata").unlink(), "not a torch_dist checkpoint"),
-        (lambda root: (root / "release" / ".metadata").write_bytes(b"junk"), "cannot be read"),
+        (lambda root: (root / "release" / ".metadata").unlink(), ".metadata: no such file"),
+        (spoil_index, ".metadata: cannot be read"),
         (lambda root: (root / "release" / "hf" / "config.json").unlink(), "config.json: no such file"),
-        (lambda root: next((root / "release").glob("*.distcp")).write_bytes(b""), "cannot be read"),
+        (lambda root: next((root / "release").glob("*.distcp")).write_bytes(b""), ".distcp: found 0 bytes, wanted"),
     ],
 )
 def test_what_is_wrong_is_named(dense, spoil, words):
@@ -120,15 +161,33 @@ def test_a_weight_that_contradicts_the_config_is_named(dense, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["common.pt", "metadata.json", ".metadata", "__0_0.distcp"])
-def test_a_missing_file_is_named_when_a_model_is_loaded(dense, tmp_path, name):
+def test_a_missing_file_is_named(dense, tmp_path, name):
     shutil.copytree(dense, tmp_path / "b")
     (tmp_path / "b" / "release" / name).unlink()
-    with parallel_processes():
-        checkpoint = resolve(tmp_path / "b")
-        model = build_model(resolve(dense).model_config, params_dtype=torch.bfloat16)
-        with pytest.raises(MaskLLMError, match=re.escape(name)) as caught:
-            load_model(checkpoint, model)
+    with pytest.raises(MaskLLMError, match=re.escape(name)) as caught:
+        resolve(tmp_path / "b")
     assert "\n" not in str(caught.value)
+
+
+def test_a_damaged_file_is_named_when_a_model_is_loaded(dense):
+    file = max((dense / "release").glob("*.distcp"), key=lambda path: path.stat().st_size)
+    wanted = Manifest.read(dense / "release").files[file.name].crc32
+    flip_a_bit(file)
+    found = FileRecord.of(file).crc32
+    with parallel_processes():
+        checkpoint = resolve(dense)  # which does not read the tensors
+        model = build_model(checkpoint.model_config, params_dtype=torch.bfloat16)
+        with pytest.raises(MaskLLMError) as caught:
+            load_model(checkpoint, model)
+    assert str(caught.value).startswith(f"{file}: found checksum {found}, wanted {wanted};")
+
+
+def test_the_manifest_holds_every_files_size_and_checksum(dense):
+    directory = dense / "release"
+    found = Manifest.read(directory).files
+    expected = {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+    del expected[MANIFEST]
+    assert found == {name: FileRecord(len(data), f"{binascii.crc32(data):08x}") for name, data in expected.items()}
 
 
 class NormWithExtraState(torch.nn.RMSNorm):
@@ -155,11 +214,11 @@ def test_extra_state_is_neither_written_nor_wanted(dense, tmp_path):
         assert torch.equal(model.decoder.layers[1].pre_mlp_layernorm.weight, checkpoint.tensors[key].load())
         metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
         state = {"model": model.sharded_state_dict(metadata=metadata)}
-        save_checkpoint(tmp_path / "b", 3, state, checkpoint.info, hf_files_from=checkpoint.hf_directory)
+        CheckpointSaver(tmp_path / "b").save(3, state, checkpoint.info, hf_files_from=checkpoint.hf_directory)
         with pytest.raises(MaskLLMError, match=r"differ in output_layer\.weight, and 0 others"):
             load_tensors(model, {name: value for name, value in model.named_parameters() if name != "output_layer.weight"})
     assert set(resolve(tmp_path / "b").tensors) == set(checkpoint.tensors)
-    stored = TensorReader(resolve(tmp_path / "b").path)
+    stored = resolve(tmp_path / "b").tensors
     assert not [name for name in stored._reader.metadata.state_dict_metadata if "extra_state" in name]
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from maskllm.errors import MaskLLMError
 from maskllm.models.build import check_recomputation
+from maskllm.models.manifest import write_manifest
 from maskllm.training.arguments import TrainArguments, parse_arguments
 from maskllm.training.checkpointing import SETTINGS_THAT_MUST_MATCH, resolve_start
 from maskllm.training.data import build_batches
@@ -48,7 +49,9 @@ def test_the_defaults_are_the_papers_recipe():
         ("save_interval", 5, "--save-interval: wanted a positive number of steps, and --save"),
         ("tensor_model_parallel_size", 0, "--tensor-model-parallel-size: found 0"),
         ("pipeline_model_parallel_size", -2, "--pipeline-model-parallel-size: found -2"),
-        ("distributed_timeout_minutes", 0, "--distributed-timeout-minutes"),
+        ("distributed_timeout_minutes", 0, "--distributed-timeout-minutes: found 0, wanted a positive number"),
+        ("max_bad_steps", 0, "--max-bad-steps: found 0"),
+        ("keep_last", 0, "--keep-last: found 0, wanted at least 1"),
         ("gumbel_temperature_range", (0.0, 1.0), "--gumbel-temperature-range: found 0.0 1.0, wanted positive"),
         ("gumbel_temperature_range", (4.0, math.nan), "--gumbel-temperature-range: found 4.0 nan"),
         ("gumbel_scale_range", (1.0, math.inf), "--gumbel-scale-range: found 1.0 inf"),
@@ -191,6 +194,7 @@ def trained(tmp_path, tiny_pruned) -> Path:
     info = json.loads((path / "maskllm.json").read_text())
     settings = {name: getattr(GOOD, name) for name in SETTINGS_THAT_MUST_MATCH} | {"seq_length": 64}
     (path / "maskllm.json").write_text(json.dumps(info | {"stage": "trained", "details": {"settings": settings}}))
+    write_manifest(path)
     return path
 
 
@@ -214,6 +218,7 @@ def test_a_run_is_resumed_with_its_own_settings(trained, name, value, message):
 def test_a_run_whose_settings_are_lost_is_not_resumed(trained):
     info = json.loads((trained / "maskllm.json").read_text())
     (trained / "maskllm.json").write_text(json.dumps(info | {"details": {}}))
+    write_manifest(trained)
     arguments = dataclasses.replace(GOOD, load=str(trained), seq_length=64)
     with pytest.raises(MaskLLMError, match=r"maskllm\.json lacks the settings of the run; it cannot be resumed"):
         resolve_start(arguments, arguments.check())

@@ -1,104 +1,143 @@
-"""A run that is killed and started again ends where the uninterrupted run ends, bit for bit."""
+"""A run that ends early and is started again ends where the uninterrupted run ends: bit for bit, and to rounding under another layout."""
 
 from __future__ import annotations
 
-import contextlib
-import os
+import json
+import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
-from maskllm.models.checkpoint import LATEST, resolve
+from maskllm.models.checkpoint import LATEST, is_complete, iterations, resolve
+from maskllm.models.manifest import MANIFEST
 from tests.conftest import torchrun
+from tests.training.conftest import STEPS, arguments, assert_bit_identical, learned_tensors
 
 
-def arguments(save: Path, dataset: str, start: Path, steps: int = 6) -> list[str]:
-    values = [
-        "--data-path", dataset, "--pretrained-checkpoint", start, "--save", save, "--load", save, "--train-iters", steps,
-        "--global-batch-size", 4, "--seq-length", 32, "--lr", 0.01, "--params-dtype", "fp32", "--log-interval", 1,
-        "--eval-iters", 0, "--save-interval", 3,
-    ]  # fmt: skip
-    return list(map(str, values))
+def steps_done(save: Path) -> int:
+    """The number that the latest checkpoint's file holds."""
+    return int((save / LATEST).read_text()) if (save / LATEST).is_file() else 0
 
 
-def start_training(log: Path, processes: int, *values: str) -> subprocess.Popen:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-        "-m",
-        "maskllm.train",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    with log.open("w") as file:
-        return subprocess.Popen([*command, *values], stdout=file, stderr=file, env=environment)
-
-
-def kill_all(process: subprocess.Popen) -> None:
-    """SIGKILL to torchrun and every rank; torchrun puts each rank in a session of its own."""
-    for one in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
-    process.wait()
-
-
-def wait_for_iteration(save: Path, iteration: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 200
-    while not (save / LATEST).is_file() or int((save / LATEST).read_text()) < iteration:
-        assert process.poll() is None, (save.parent / "log").read_text()[-4000:]
-        assert time.monotonic() < deadline, "no checkpoint appeared"
-        time.sleep(0.05)
-
-
-def learned_tensors(save: Path) -> dict[str, torch.Tensor]:
-    """Logits and everything of the optimizer."""
-    tensors = resolve(save).tensors
-    return {key: tensors[key].load() for key in tensors if "mask_logits" in key or key.startswith("optimizer")}
+def iterations_logged(save: Path) -> list[int]:
+    return [json.loads(line)["iteration"] for line in (save / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.slow
-def test_killed_run_ends_as_the_uninterrupted_one(tmp_path, tiny_dataset, tiny_pruned):
-    torchrun(2, "maskllm.train", *arguments(tmp_path / "whole", tiny_dataset, tiny_pruned))
-    killed = arguments(tmp_path / "killed", tiny_dataset, tiny_pruned)
-    process = start_training(tmp_path / "log", 2, *killed)
-    wait_for_iteration(tmp_path / "killed", 3, process)
-    kill_all(process)
-    torchrun(2, "maskllm.train", *killed)
+def test_all_ranks_killed_in_the_first_step_and_during_a_save_and_a_damaged_checkpoint(
+    start, tmp_path, whole, tiny_dataset, tiny_pruned
+):
+    """One run meets four accidents, one after the other, and ends as if there had been none."""
+    save = tmp_path / "run"
+    values = arguments(save, tiny_dataset, tiny_pruned, async_save=True)
 
-    whole, resumed = learned_tensors(tmp_path / "whole"), learned_tensors(tmp_path / "killed")
-    assert whole.keys() == resumed.keys()
-    assert any(key.startswith("optimizer.state.exp_avg_sq") for key in whole), sorted(whole)
-    for key, tensor in whole.items():
-        assert torch.equal(tensor, resumed[key]), key
+    run = start(2, values)
+    run.wait_for((save / "metrics.jsonl").is_file)  # it is opened right before the first step
+    run.kill_all()
+    assert not (save / LATEST).exists(), "the first step was over too soon"
+
+    run = start(2, values)
+    run.wait_for(lambda: list(save.glob(f".iter_{STEPS:07d}.*.tmp")))
+    run.kill_all()
+    assert steps_done(save) == STEPS - 2, "the last checkpoint was complete too soon"
+    assert not is_complete(save / f"iter_{STEPS:07d}")
+
+    newest = max((save / f"iter_{STEPS - 2:07d}").glob("*.distcp"))
+    newest.write_bytes(newest.read_bytes()[:-1] + b"\1")
+    refused = torchrun(2, "maskllm.train", *values, check=False)
+    assert refused.returncode == 1
+    assert refused.stderr.count(f"{newest}: found checksum") == 2, "once by the job and once in torchrun's summary"
+    assert "(--auto-fallback goes on from iter_0000002)" in refused.stderr
+
+    done = torchrun(2, "maskllm.train", *values, "--auto-fallback")
+    assert f"{newest}: found checksum" in done.stderr
+    assert "--auto-fallback: going on from iter_0000002" in done.stderr
+    assert iterations_logged(save) == list(range(1, STEPS + 1))
+    assert not [entry for entry in save.iterdir() if entry.name.startswith(".iter")], "what was half-written is still there"
+    assert_bit_identical(whole, save)
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_the_run_goes_on(tmp_path, tiny_dataset, tiny_pruned):
-    values = arguments(tmp_path / "run", tiny_dataset, tiny_pruned, steps=2000)
-    process = start_training(tmp_path / "log", 1, *values)
-    wait_for_iteration(tmp_path / "run", 3, process)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(60) != 0
-    stopped = int((tmp_path / "run" / LATEST).read_text())
-    assert stopped < 2000
-    process = start_training(tmp_path / "log", 1, *values)
-    wait_for_iteration(tmp_path / "run", stopped + 3, process)
-    kill_all(process)
+def test_a_rank_killed_under_max_restarts_comes_back(start, tmp_path, whole, tiny_dataset, tiny_pruned):
+    save = tmp_path / "run"
+    values = arguments(save, tiny_dataset, tiny_pruned, async_save=True, keep_last=1)
+    run = start(2, values, "--max-restarts=1")
+    run.wait_for(lambda: steps_done(save) >= 2)
+    killed = run.rank(1)
+    killed.kill()
+    assert run.end() == 0, run.console[-4000:]
+    assert run.console.count("lost the connection to another rank") == 1, run.console
+    assert f"rank 1 (process {killed.pid}) has died" in run.console
+    assert "resuming" in run.console
+    assert_bit_identical(whole, save)
+    loaded = int(run.console.split("resuming ")[1].split("iter_")[1][:7])
+    kept = [path.name for path in iterations(save)]
+    assert kept == [f"iter_{STEPS:07d}", *([f"iter_{loaded:07d}"] if loaded < STEPS else [])]
 
 
 @pytest.mark.slow
-def test_a_contradicting_setting_is_refused(tmp_path, tiny_dataset, tiny_pruned):
-    values = arguments(tmp_path / "run", tiny_dataset, tiny_pruned, steps=3)
-    torchrun(1, "maskllm.train", *values)
-    done = torchrun(1, "maskllm.train", *values, "--seed", 7, check=False)
+def test_sigterm_saves_and_ends_with_its_own_status(start, tmp_path, tiny_dataset, tiny_pruned):
+    save = tmp_path / "run"
+    values = arguments(save, tiny_dataset, tiny_pruned, steps=2000, keep_last=2)
+    run = start(None, values)
+    run.wait_for(lambda: steps_done(save) >= 2)
+
+    second = start(None, values)
+    assert second.end() == 1
+    assert second.console.count("\n") == 1
+    assert f"process {run.process.pid} on " in second.console
+    assert " is writing there" in second.console
+
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end() == 75
+    stopped = steps_done(save)
+    assert 2 <= stopped < 2000
+    assert f"stopped by a signal after iteration {stopped}; saved at iteration {stopped}" in run.console
+    assert "Traceback" not in run.console
+
+    run = start(None, values)
+    run.wait_for(lambda: steps_done(save) > stopped)
+    assert f"iter_{stopped:07d} after iteration {stopped} of 2000" in run.console
+    run.kill_all()
+    lines = iterations_logged(save)
+    assert lines == list(range(1, len(lines) + 1))
+
+
+def copy_of_step_2(whole: Path, save: Path) -> Path:
+    shutil.copytree(whole / "iter_0000002", save / "iter_0000002")
+    (save / LATEST).write_text("2\n")
+    return save
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "layout"),
+    [(1, {}), (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2})],
+    ids=["data parallel 1", "tensor 2 and pipeline 2"],
+)
+def test_another_layout_goes_on_to_the_same_end(ranks, layout, tmp_path, whole, tiny_dataset, tiny_pruned):
+    save = copy_of_step_2(whole, tmp_path / "run")
+    done = torchrun(ranks, "maskllm.train", *arguments(save, tiny_dataset, tiny_pruned, async_save=True, **layout))
+    assert "iter_0000002 after iteration 2 of 6" in done.stderr
+    expected, found = learned_tensors(whole), learned_tensors(save)
+    before = learned_tensors(save / "iter_0000002")
+    assert expected.keys() == found.keys()
+    for key, tensor in expected.items():
+        # Rounding differs, and an entry whose gradient is nearly zero may go either way; all others agree.
+        close = torch.isclose(tensor.double(), found[key].double(), rtol=1e-3, atol=1e-4)
+        assert close.double().mean() > 0.999, key
+        if key.endswith("mlp.linear_fc1.mask_logits") and not key.startswith("optimizer"):
+            assert not torch.equal(before[key], found[key])
+
+
+@pytest.mark.slow
+def test_a_contradicting_setting_is_refused(tmp_path, whole, tiny_dataset, tiny_pruned):
+    save = copy_of_step_2(whole, tmp_path / "run")
+    done = torchrun(1, "maskllm.train", *arguments(save, tiny_dataset, tiny_pruned, seed=7), check=False)
     assert done.returncode != 0
     assert "--seed 7: the run in" in done.stderr
     assert "has 1234" in done.stderr
+    assert resolve(save).iteration == 2
+    assert (save / "iter_0000002" / MANIFEST).is_file()

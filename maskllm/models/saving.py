@@ -1,0 +1,194 @@
+"""Writing a job's checkpoints from all its ranks, at once or behind the training, so that each appears whole or not at all.
+
+Every rank writes its own files into a hidden directory beside the iteration's, and their checksums right after them, in the process that
+wrote them: so the reading that they cost is spread over the ranks, finds the files in the page cache, and stays behind the training
+where the writing does. The first rank then adds the manifest, renames the directory and moves `latest_checkpointed_iteration.txt`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from torch.distributed.checkpoint.api import CheckpointException
+
+from maskllm.errors import MaskLLMError
+from maskllm.files import publish_directory, write_json, write_text
+from maskllm.models.checkpoint import (
+    LATEST,
+    CheckpointInfo,
+    Iteration,
+    is_complete,
+    iteration_name,
+    iteration_number,
+    one_line,
+    without_extra_state,
+    write_side_files,
+)
+from maskllm.models.hf_config import read_json_object
+from maskllm.models.manifest import FileRecord, write_manifest
+
+
+class CheckpointSaver:
+    """Writes the iterations of one checkpoint directory. Every rank of the job has one and makes the same calls.
+
+    Args:
+        root: The checkpoint directory.
+        background: Whether `save` returns once this rank's tensors are copied (CUDA) or its process has been forked (CPU), and the
+            writing goes on behind it (Megatron's `async_sharded_save`). A save waits for the one before it.
+        keep_last: How many complete iterations to keep; all without it. "release" and `protected` always stay.
+        protected: An iteration directory that stays.
+    """
+
+    def __init__(
+        self, root: str | Path, *, background: bool = False, keep_last: int | None = None, protected: Path | None = None
+    ) -> None:
+        self.root = Path(root)
+        self.background = background
+        self.keep_last = keep_last
+        self.protected = protected
+        self._queue = AsyncCallsQueue()
+        self._writing: tuple[Path, Path] | None = None
+        """The iteration directory that is being written in the background, and the hidden one beside it."""
+
+    def save(self, iteration: Iteration, sharded_state_dict: dict[str, Any], info: CheckpointInfo, *, hf_files_from: Path) -> Path:
+        """Write an iteration from every rank's sharded state dict; returns its directory.
+
+        The directory takes its name, and becomes the latest, once every rank has written its part: before this returns or, in the
+        background, in a later call of `poll` or `finish`. Raises MaskLLMError on all ranks where one cannot write.
+        """
+        self.finish()
+        path = self.root / iteration_name(iteration)
+        temporary = path.with_name(f".{path.name}.{_shared_token()}.tmp")
+
+        def publish() -> None:
+            records: dict[str, FileRecord] = {}
+            for part in temporary.glob(".records_*.json"):
+                records |= {name: FileRecord(**record) for name, record in read_json_object(part).items()}
+                part.unlink()
+            write_side_files(temporary, info, hf_files_from)
+            write_manifest(temporary, records)
+            publish_directory(temporary, path)
+            write_text(self.root / LATEST, f"{iteration}\n")
+            self._remove_older(iteration)
+
+        _on_first_rank(lambda: temporary.mkdir(parents=True))
+        self._writing = (path, temporary)
+        with self._checked():
+            request = dist_checkpointing.save(without_extra_state(sharded_state_dict), str(temporary), async_sharded_save=True)
+            if request.async_fn is not None:
+                write = functools.partial(_write_and_record, request.async_fn, temporary, dist.get_rank())
+                request = request._replace(async_fn=write)
+            request.add_finalize_fn(lambda: _on_first_rank(publish))
+            if self.background:
+                self._queue.schedule_async_request(request)
+            else:
+                request.execute_sync()
+                self._writing = None
+        return path
+
+    def poll(self) -> None:
+        """Make what has been written in the background appear, if all ranks have. Raises MaskLLMError as `save` does."""
+        self._finalize(blocking=False)
+
+    def finish(self) -> None:
+        """Wait for what is being written in the background and make it appear. Raises MaskLLMError as `save` does."""
+        self._finalize(blocking=True)
+
+    def _finalize(self, *, blocking: bool) -> None:
+        if self._writing is None:
+            return
+        with self._checked():
+            self._queue.maybe_finalize_async_calls(blocking=blocking)
+        if not self._queue.get_num_unfinalized_calls():
+            self._writing = None
+
+    @contextlib.contextmanager
+    def _checked(self) -> Iterator[None]:
+        """A part of saving: an exception becomes one MaskLLMError, the same on all ranks, and what was written is removed."""
+        path, temporary = self._writing
+        try:
+            with one_line(f"{path}: cannot be written"):
+                yield
+        except MaskLLMError as error:
+            message, cause = str(error), error.__cause__
+            if dist.get_rank() == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            if isinstance(cause, CheckpointException):  # raised on all ranks together, with the reason on the first alone
+                message = _from_first_rank(message)
+            raise MaskLLMError(f"{message}; older checkpoints are as they were") from cause
+
+    def _remove_older(self, newest: int) -> None:
+        """Remove the iterations beyond `keep_last`, counted back from `newest`."""
+        if self.keep_last is None:
+            return
+        complete = {number: entry for entry in self.root.iterdir() if (number := iteration_number(entry)) is not None}
+        complete = {number: entry for number, entry in complete.items() if number <= newest and is_complete(entry)}
+        for number in sorted(complete, reverse=True)[self.keep_last :]:
+            if self.protected is None or complete[number].resolve() != self.protected.resolve():
+                removed = complete[number].with_name(f".{complete[number].name}.removed")
+                os.replace(complete[number], removed)  # at once, so that no half of it is ever taken for a checkpoint
+                shutil.rmtree(removed, ignore_errors=True)
+
+
+def remove_leftovers(root: Path) -> None:
+    """Remove what killed jobs left half-written or half-removed below `root`. No other job may be writing there."""
+    for entry in root.glob(".iter_*.tmp"):
+        shutil.rmtree(entry, ignore_errors=True)
+    for entry in root.glob(".iter_*.removed"):
+        shutil.rmtree(entry, ignore_errors=True)
+    for entry in root.glob(".iter_*.old"):  # moved aside for one that may not have come
+        path = root / entry.name.removeprefix(".").removesuffix(".old")
+        if path.exists():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            os.replace(entry, path)
+
+
+def _write_and_record(write: Callable[..., None], directory: Path, rank: int, *args: Any, **kwargs: Any) -> None:
+    """Megatron's `write`, which keeps its failures for later, then the records of its files; the first rank makes those that lack."""
+    write(*args, **kwargs)
+    buckets = args[1]
+    try:
+        records = {name: dataclasses.asdict(FileRecord.of(Path(path))) for path, name, _ in buckets}
+        write_json(directory / f".records_{rank:05d}.json", records)
+    except OSError:
+        return
+
+
+def _shared_token() -> str:
+    """A random word, the same on all ranks: a killed job's writers may live on for a while and must not meet a later job's."""
+    return _from_first_rank(uuid.uuid4().hex[:8])
+
+
+def _from_first_rank(value: str) -> str:
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def _on_first_rank(action: Callable[[], None]) -> None:
+    """Run `action` on rank 0 while the others wait; an exception there is raised everywhere, as the same MaskLLMError."""
+    failure = ""
+    if dist.get_rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            failure = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        except MaskLLMError as error:
+            failure = str(error)
+        except Exception as error:
+            failure = f"{type(error).__name__}: {error}".splitlines()[0]
+    failure = _from_first_rank(failure)
+    if failure:
+        raise MaskLLMError(failure)

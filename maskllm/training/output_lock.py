@@ -1,0 +1,65 @@
+"""One job writes to an output directory at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from maskllm.errors import MaskLLMError
+
+LOCK = ".lock"
+_PATIENCE_SECONDS = 60
+
+
+@contextlib.contextmanager
+def output_lock(directory: Path) -> Iterator[None]:
+    """Hold `directory`, made if it is not there, for one job: called by its first rank, before anything is written there.
+
+    The lock is the kernel's (flock): it goes with the process that holds it, however that ends, and with the processes that write
+    its checkpoints in the background. Those of a job that has been killed are waited for, for up to a minute. Raises MaskLLMError naming
+    the host and the process that holds the directory.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / LOCK).open("a+", encoding="utf-8") as file:
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                host, pid = _holder(directory / LOCK)
+                if time.monotonic() > deadline or not (host == socket.gethostname() and _is_gone(pid)):
+                    raise MaskLLMError(
+                        f"--save {directory}: process {pid} on {host} is writing there; wait for it, stop it, or name another --save"
+                    ) from None
+                time.sleep(0.2)
+        file.truncate(0)
+        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n")
+        file.flush()
+        yield
+
+
+def _holder(path: Path) -> tuple[str, int | None]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return values["host"], values["pid"]
+    except (ValueError, KeyError, TypeError):  # it has not written its name yet
+        return "some host", None
+
+
+def _is_gone(pid: int | None) -> bool:
+    if pid is None:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
