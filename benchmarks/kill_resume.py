@@ -1,0 +1,174 @@
+"""Kill and resume a tiny run many times at random moments: it must end with the logits of the run that nothing interrupted.
+
+usage: python benchmarks/kill_resume.py --cycles 200 --json kill_resume.json
+
+Each cycle starts the run under torchrun, lets it live for a random time, from before its first step to beyond its last save, and
+kills either one rank or torchrun and all ranks with SIGKILL. A run that reaches its end is compared, bit for bit, with the
+uninterrupted one, logits and optimizer states, and the cycles go on with a new one; the last run is taken to its end. Exits with 1
+where a tensor differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from tqdm import tqdm
+
+import megatron_patches
+
+megatron_patches.import_megatron()
+
+from maskllm.files import write_json  # noqa: E402
+from maskllm.models.checkpoint import LATEST, resolve  # noqa: E402
+
+
+def make_inputs(folder: Path) -> tuple[Path, str]:
+    """A pruned checkpoint of a random two-layer LLaMA and an indexed dataset of random tokens."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from maskllm.models.convert import convert
+    from maskllm.patterns import Pattern
+    from maskllm.pruning.checkpoint import prune_by_magnitude
+    from maskllm.pruning.solve import PruneSettings
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=None, eos_token_id=0)).save_pretrained(folder / "hf")
+    convert(str(folder / "hf"), str(folder / "dense"))
+    prune_by_magnitude(str(folder / "dense"), str(folder / "pruned"), PruneSettings("magnitude", Pattern(2, 4)))
+    builder = IndexedDatasetBuilder(str(folder / "data.bin"), dtype=np.uint16)
+    generator = np.random.default_rng(0)
+    for _ in range(64):
+        tokens = torch.from_numpy(generator.integers(1, 256, 500))
+        builder.add_document(tokens, [len(tokens)])
+    builder.finalize(str(folder / "data.idx"))
+    return folder / "pruned", str(folder / "data")
+
+
+def command(model: Path, data: str, save: Path, steps: int, ranks: int) -> list[str]:
+    """The run: saves in the background every fifth step."""
+    words = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "maskllm.train",
+        "--data-path", data, "--pretrained-checkpoint", model, "--save", save, "--load", save, "--train-iters", steps,
+        "--global-batch-size", 4, "--seq-length", 64, "--lr", 0.01, "--params-dtype", "fp32", "--log-interval", 1, "--eval-iters", 0,
+        "--save-interval", 5, "--async-save", "--keep-last", 2,
+    ]  # fmt: skip
+    return list(map(str, words))
+
+
+def start(words: list[str], log: Path) -> subprocess.Popen:
+    with log.open("a") as file:
+        return subprocess.Popen(words, stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def run_to_the_end(words: list[str], log: Path) -> float:
+    """Returns the seconds it took."""
+    begin = time.monotonic()
+    if start(words, log).wait() != 0:
+        raise SystemExit(f"the run failed:\n{log.read_text()[-3000:]}")
+    return time.monotonic() - begin
+
+
+def kill(process: subprocess.Popen, *, one_rank: bool, choose: random.Random) -> None:
+    """SIGKILL to one rank, after which torchrun ends the others, or to torchrun and everything it has started."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        agent = psutil.Process(process.pid)
+        ranks = agent.children()
+        victims = [choose.choice(ranks)] if one_rank and ranks else [agent, *agent.children(recursive=True)]
+        for victim in victims:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.kill()
+    process.wait()
+
+
+def learned(save: Path) -> dict[str, torch.Tensor]:
+    tensors = resolve(save).tensors
+    return {key: tensors[key].load() for key in tensors if "mask_logits" in key or key.startswith("optimizer")}
+
+
+def iteration(save: Path) -> int:
+    return int((save / LATEST).read_text()) if (save / LATEST).is_file() else 0
+
+
+def measure(cycles: int, steps: int, ranks: int, seed: int, folder: Path) -> dict[str, Any]:
+    """Run the cycles and compare; returns the report as JSON values."""
+    choose = random.Random(seed)
+    model, data = make_inputs(folder)
+    whole, killed, log = folder / "whole", folder / "killed", folder / "log"
+    seconds = run_to_the_end(command(model, data, whole, steps, ranks), log)
+    expected = learned(whole)
+    words = command(model, data, killed, steps, ranks)
+    history: list[dict[str, Any]] = []
+    differ: set[str] = set()
+    runs = 0
+
+    def compare() -> None:
+        nonlocal runs
+        found = learned(killed)
+        differ.update(key for key in expected if key not in found or not torch.equal(expected[key], found[key]))
+        runs += 1
+        shutil.rmtree(killed)
+
+    with tqdm(total=cycles, desc="kill and resume", unit="cycle", file=sys.stderr) as bar:
+        while len(history) < cycles:
+            process = start(words, log)
+            moment = choose.uniform(0, seconds)
+            one_rank = choose.random() < 0.5
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(moment)
+            if process.poll() is None:
+                kill(process, one_rank=one_rank, choose=choose)
+                history.append({"seconds": round(moment, 3), "one_rank": one_rank, "iteration": iteration(killed)})
+                bar.update()
+            elif process.returncode != 0:
+                raise SystemExit(f"a resumed run failed:\n{log.read_text()[-3000:]}")
+            else:
+                compare()
+    run_to_the_end(words, log)
+    compare()
+    return {
+        "cycles": cycles,
+        "steps": steps,
+        "ranks": ranks,
+        "seed": seed,
+        "uninterrupted_seconds": round(seconds, 3),
+        "runs_compared": runs,
+        "tensors_in_each": len(expected),
+        "tensors_that_differ": sorted(differ),
+        "history": history,
+    }
+
+
+def main() -> int:
+    """Parse, measure, report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--cycles", type=int, default=200, help="kills")
+    parser.add_argument("--train-iters", type=int, default=100, help="optimizer steps of a run")
+    parser.add_argument("--ranks", type=int, default=2, help="processes, data parallel")
+    parser.add_argument("--seed", type=int, default=1234, help="of the moments and the kinds of kill")
+    parser.add_argument("--json", default="kill_resume.json", metavar="FILE", help="the report")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        report = measure(args.cycles, args.train_iters, args.ranks, args.seed, Path(folder))
+    write_json(args.json, report)
+    print(json.dumps({key: value for key, value in report.items() if key != "history"}, indent=2))
+    return 1 if report["tensors_that_differ"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,185 @@
+"""Faults in real processes: a hung rank, a full disk, data that disappear, numbers that are not finite. Killed ones: test_resume.py."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from maskllm.models.checkpoint import LATEST, resolve
+from tests.training.conftest import arguments, learned_tensors
+from tests.training.test_resume import steps_done
+
+
+@pytest.mark.slow
+def test_a_hung_rank_is_named_with_its_last_iteration(start, tmp_path, tiny_dataset, tiny_pruned):
+    save = tmp_path / "run"
+    values = arguments(
+        save, tiny_dataset, tiny_pruned, steps=2000, save_interval=1000, distributed_timeout_minutes=0.15, log_interval=10
+    )
+    run = start(2, values)
+    run.wait_for(lambda: "train iteration 10 " in run.console)
+    hung = run.rank(1)
+    hung.send_signal(signal.SIGSTOP)
+    run.wait_for(lambda: "no sign of life" in run.console, seconds=60)
+    hung.send_signal(signal.SIGCONT)  # or torchrun would wait half a minute before it kills it
+    assert run.end() == 1
+    (line,) = [line for line in run.console.splitlines() if line.startswith("maskllm.train: error:")]
+    assert "no progress for 9 s (--distributed-timeout-minutes 0.15)" in line
+    assert f"no sign of life from rank 1 (process {hung.pid} on " in line
+    last_heard, waits = (int(part.split()[0].strip(";")) for part in line.split(" in iteration ")[1:])
+    logged = max(int(line.split()[2]) for line in run.console.splitlines() if line.startswith("train iteration"))
+    assert logged - 20 <= last_heard <= waits <= logged + 11
+    assert "_step" in (save / "logs" / "rank_00000.log").read_text(), "where the waiting rank stood is not in its log"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[tuple[Path, dict]]:
+    """A directory with room for one checkpoint and no second one, and what `Popen` needs for it to be so: a small file system where this
+    user may mount one, else a limit on the size of files that only the second checkpoint would exceed."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount = shutil.which("mount")
+    if mount and subprocess.run([mount, "-t", "tmpfs", "-o", "size=5m", "tmpfs", path], capture_output=True).returncode == 0:
+        try:
+            yield path, {}
+        finally:
+            subprocess.run(["umount", path], check=True)
+        return
+    if resource.getrlimit(resource.RLIMIT_FSIZE)[1] not in (resource.RLIM_INFINITY,):
+        pytest.skip("neither may mount a file system nor set a limit on the size of files")
+    yield path, {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))}
+
+
+@pytest.mark.slow
+def test_a_full_disk_during_a_save_leaves_the_checkpoint_before_it(start, whole, small_disk, tiny_dataset, tiny_pruned):
+    disk, limits = small_disk
+    save = disk / "run"
+    shutil.copytree(whole / "iter_0000002", save / "iter_0000002")
+    (save / LATEST).write_text("2\n")
+    before = learned_tensors(save)
+    run = start(None, arguments(save, tiny_dataset, tiny_pruned, async_save=True), **limits)
+    assert run.end() == 1
+    (line,) = [line for line in run.console.splitlines() if "error" in line]
+    assert line.startswith(f"maskllm.train: error: {save}/iter_0000004")
+    assert "No space left on device" in line or "File too large" in line
+    assert line.endswith("older checkpoints are as they were")
+    assert "Traceback" not in run.console
+    assert steps_done(save) == 2
+    assert not list(save.glob(".iter*")), "what was half-written still fills the disk"
+    after = learned_tensors(save)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.slow
+def test_a_dataset_file_that_disappears_is_named_and_nothing_is_lost(start, tmp_path, tiny_dataset, tiny_pruned):
+    for suffix in (".bin", ".idx"):
+        shutil.copy(tiny_dataset + suffix, tmp_path / f"data{suffix}")
+    save = tmp_path / "run"
+    run = start(None, arguments(save, str(tmp_path / "data"), tiny_pruned, steps=2000, save_interval=1000))
+    run.wait_for(lambda: "train iteration 2 " in run.console)
+    (tmp_path / "data.bin").unlink()
+    assert run.end() == 1
+    stopped = steps_done(save)
+    assert 2 <= stopped < 2000
+    (line,) = [line for line in run.console.splitlines() if line.startswith("maskllm.train: error:")]
+    assert f"{tmp_path / 'data.bin'} has disappeared (No such file or directory); put it back and run the same command" in line
+    assert line.endswith(f"saved at iteration {stopped}")
+    assert json.loads((save / "metrics.jsonl").read_text().splitlines()[-1])["iteration"] == stopped
+
+
+POISON = 7
+"""A token that the text does not hold and whose embedding is not a number."""
+
+
+@pytest.fixture(scope="module")
+def poisoned_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pruned model whose input embedding of POISON is NaN."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from maskllm.models.convert import convert
+    from maskllm.patterns import Pattern
+    from maskllm.pruning.checkpoint import prune_by_magnitude
+    from maskllm.pruning.solve import PruneSettings
+
+    folder = tmp_path_factory.mktemp("poisoned")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False, bos_token_id=None, eos_token_id=0))
+    model.model.embed_tokens.weight.data[POISON] = torch.nan
+    model.save_pretrained(folder / "hf")
+    convert(str(folder / "hf"), str(folder / "dense"))
+    prune_by_magnitude(str(folder / "dense"), str(folder / "pruned"), PruneSettings("magnitude", Pattern(2, 4)))
+    return folder / "pruned"
+
+
+@pytest.fixture(scope="module")
+def poisoned_dataset(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: str) -> str:
+    """`tiny_dataset` with POISON in some of its documents."""
+    from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder, get_bin_path, get_idx_path
+
+    prefix = str(tmp_path_factory.mktemp("poisoned") / "data")
+    source = IndexedDataset(tiny_dataset)
+    builder = IndexedDatasetBuilder(get_bin_path(prefix), dtype=source.index.dtype)
+    for index in range(len(source)):
+        tokens = torch.from_numpy(source[index].astype("int64"))
+        if index % 4 == 0:
+            tokens[::40] = POISON
+        builder.add_document(tokens, [len(tokens)])
+    builder.finalize(get_idx_path(prefix))
+    return prefix
+
+
+STEPS_WITH_POISON, BATCH = 24, 2
+
+
+@pytest.mark.slow
+def test_steps_that_are_not_finite_are_skipped_on_every_rank_and_a_row_of_them_ends_the_run(
+    start, tmp_path, poisoned_model, poisoned_dataset
+):
+    from maskllm.training.arguments import parse_arguments
+    from maskllm.training.data import build_batches
+
+    save = tmp_path / "run"
+    values = arguments(
+        save, poisoned_dataset, poisoned_model, steps=STEPS_WITH_POISON, global_batch_size=BATCH, save_interval=1, max_bad_steps=2
+    )
+    # Which steps see the token, from the data alone; one data-parallel rank has it where the other has not.
+    batches, _ = build_batches(parse_arguments(values), 256, torch.device("cpu"))
+    poisoned = [
+        [bool((batches[step * BATCH + rank].tokens == POISON).any()) for rank in range(BATCH)] for step in range(STEPS_WITH_POISON)
+    ]
+    bad = [any(step) for step in poisoned]
+    last = next(step for step in range(1, STEPS_WITH_POISON) if bad[step] and bad[step - 1])
+    alone = [step for step in range(last - 1) if bad[step]]
+    assert alone, "every bad step is in a row of them"
+    assert any(poisoned[step] == [False, True] for step in [*alone, last - 1, last]), "the first rank always has the token too"
+
+    run = start(2, values)
+    assert run.end() == 1
+    metrics = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped_steps"] for line in metrics] == [int(step) for step in bad[: last + 1]]
+    assert [line["loss"] is None for line in metrics] == bad[: last + 1]
+
+    for step in range(1, last):
+        before, after = (learned_tensors(save / f"iter_{number:07d}") for number in (step, step + 1))
+        same = all(torch.equal(before[key], after[key]) for key in before if key in after and "common" not in key)
+        assert same == bad[step], f"step {step + 1}"
+
+    file = save / f"bad_batch_iter_{last + 1:07d}.safetensors"
+    assert run.console.count(f"loss or gradient not finite in 2 steps in a row (--max-bad-steps); its batch is in {file}") == 2
+    with safe_open(file, "pt") as saved:
+        assert saved.metadata() == {"iteration": str(last + 1), "first_sample": str(last * BATCH)}
+        expected = torch.cat([batches[last * BATCH + index].tokens for index in range(BATCH)])
+        assert torch.equal(saved.get_tensor("tokens"), expected)
+        assert torch.equal(saved.get_tensor("losses").isnan(), (expected == POISON).any(1))
+    assert resolve(save).iteration == last
+    assert "not finite on this rank" in (save / "logs" / "rank_00001.log").read_text()
