@@ -70,7 +70,7 @@ def test_a_full_disk_during_a_save_leaves_the_checkpoint_before_it(start, whole,
     assert run.end() == 1
     (line,) = [line for line in run.console.splitlines() if "error" in line]
     assert line.startswith(f"maskllm.train: error: {save}/iter_0000004")
-    assert "No space left on device" in line or "File too large" in line
+    assert any(words in line for words in ("No space left on device", "File too large", "the disk is probably full"))
     assert line.endswith("older checkpoints are as they were")
     assert "Traceback" not in run.console
     assert steps_done(save) == 2
@@ -131,14 +131,14 @@ def poisoned_dataset(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: str
     builder = IndexedDatasetBuilder(get_bin_path(prefix), dtype=source.index.dtype)
     for index in range(len(source)):
         tokens = torch.from_numpy(source[index].astype("int64"))
-        if index % 4 == 0:
+        if index % 7 == 0:
             tokens[::40] = POISON
         builder.add_document(tokens, [len(tokens)])
     builder.finalize(get_idx_path(prefix))
     return prefix
 
 
-STEPS_WITH_POISON, BATCH = 24, 2
+STEPS_WITH_POISON, BATCH, ROW = 24, 2, 3
 
 
 @pytest.mark.slow
@@ -150,7 +150,7 @@ def test_steps_that_are_not_finite_are_skipped_on_every_rank_and_a_row_of_them_e
 
     save = tmp_path / "run"
     values = arguments(
-        save, poisoned_dataset, poisoned_model, steps=STEPS_WITH_POISON, global_batch_size=BATCH, save_interval=1, max_bad_steps=2
+        save, poisoned_dataset, poisoned_model, steps=STEPS_WITH_POISON, global_batch_size=BATCH, save_interval=1, max_bad_steps=ROW
     )
     # Which steps see the token, from the data alone; one data-parallel rank has it where the other has not.
     batches, _ = build_batches(parse_arguments(values), 256, torch.device("cpu"))
@@ -158,10 +158,11 @@ def test_steps_that_are_not_finite_are_skipped_on_every_rank_and_a_row_of_them_e
         [bool((batches[step * BATCH + rank].tokens == POISON).any()) for rank in range(BATCH)] for step in range(STEPS_WITH_POISON)
     ]
     bad = [any(step) for step in poisoned]
-    last = next(step for step in range(1, STEPS_WITH_POISON) if bad[step] and bad[step - 1])
-    alone = [step for step in range(last - 1) if bad[step]]
-    assert alone, "every bad step is in a row of them"
-    assert any(poisoned[step] == [False, True] for step in [*alone, last - 1, last]), "the first rank always has the token too"
+    last = next(step for step in range(ROW - 1, STEPS_WITH_POISON) if all(bad[step - ROW + 1 : step + 1]))
+    assert any(bad[: last - ROW + 1]), "the first bad steps are the ones in a row"
+    assert not all(bad[:last]), "no step is good"
+    for one_rank in ([True, False], [False, True]):
+        assert one_rank in poisoned[: last + 1], "no step is bad on that rank alone"
 
     run = start(2, values)
     assert run.end() == 1
@@ -175,7 +176,7 @@ def test_steps_that_are_not_finite_are_skipped_on_every_rank_and_a_row_of_them_e
         assert same == bad[step], f"step {step + 1}"
 
     file = save / f"bad_batch_iter_{last + 1:07d}.safetensors"
-    assert run.console.count(f"loss or gradient not finite in 2 steps in a row (--max-bad-steps); its batch is in {file}") == 2
+    assert run.console.count(f"loss or gradient not finite in {ROW} steps in a row (--max-bad-steps); its batch is in {file}") == 2
     with safe_open(file, "pt") as saved:
         assert saved.metadata() == {"iteration": str(last + 1), "first_sample": str(last * BATCH)}
         expected = torch.cat([batches[last * BATCH + index].tokens for index in range(BATCH)])
