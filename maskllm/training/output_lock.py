@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from maskllm.errors import MaskLLMError
 
 LOCK = ".lock"
 _PATIENCE_SECONDS = 60
+_CANNOT_LOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # Lustre without -o flock, for one
 
 
 @contextlib.contextmanager
@@ -39,6 +42,14 @@ def output_lock(directory: Path) -> Iterator[None]:
                         f"--save {directory}: process {pid} on {host} is writing there; wait for it, stop it, or name another --save"
                     ) from None
                 time.sleep(0.2)
+            except OSError as error:
+                if error.errno not in _CANNOT_LOCK:
+                    raise
+                print(
+                    f"--save {directory}: its file system has no locks ({error.strerror}); a second job would go unnoticed",
+                    file=sys.stderr,
+                )
+                break
         file.truncate(0)
         file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n")
         file.flush()

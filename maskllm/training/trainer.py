@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import time
@@ -107,7 +108,8 @@ class Trainer:
             load_training_state(self.start, self.model.module, self.optimizer)
             self.lr_scheduler.step(self.iteration * arguments.global_batch_size)
         self.train_batches, self.valid_batches = build_batches(arguments, self.start.model_config.vocab_size, device())
-        self.data_files = DataFiles(arguments.blend()[0])
+        # One rank of each machine looks after the files, for the file system's sake.
+        self.data_files = DataFiles(arguments.blend()[0] if os.environ.get("LOCAL_RANK", "0") == "0" else [])
         self.tracker = WinnerTracker(self.layers)
         self.num_blocks = _model_parallel_sum(sum(layer.mask_logits[..., 0].numel() for layer in self.layers))
         self.saver = (
