@@ -49,14 +49,17 @@ def why_no_cuda() -> str | None:
     return None
 
 
-def toolkit_includes() -> list[str]:
-    """The header folders of nvcc's toolkit, as nvcc itself names them: CUDA_HOME is another place where nvcc is a script that calls it."""
+def toolkit_folders(variable: str, option: str) -> list[str]:
+    """The folders of headers (INCLUDES, -I) or libraries (LIBRARIES, -L) of nvcc's toolkit, as nvcc itself names them.
+
+    CUDA_HOME is another place where the nvcc on the path is a script that calls the real one.
+    """
     from torch.utils.cpp_extension import CUDA_HOME
 
     command = [str(Path(CUDA_HOME) / "bin" / "nvcc"), "--dryrun", "-c", str(CSRC / "cuda" / "matrix.cu")]
     steps = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    found = re.search(r"^#\$ INCLUDES=(.*)$", steps, re.MULTILINE)
-    return re.findall(r'-I([^"\s]+)', found[1]) if found else []
+    found = re.search(rf"^#\$ {variable}=(.*)$", steps, re.MULTILINE)
+    return re.findall(rf'{option}([^"\s]+)', found[1]) if found else []
 
 
 def kernels() -> dict:
@@ -107,8 +110,8 @@ def kernels() -> dict:
         flags["nvcc"] = ["-O3", "-std=c++20"]
         # After the toolkit's, the CUDA headers and libraries that torch's wheels bring as packages: some toolkits hold little but nvcc.
         packages = Path(torch.__file__).parent.parent / "nvidia"
-        includes = [*toolkit_includes(), *(str(path) for path in packages.glob("*/include"))]
-        library_dirs = [str(path) for path in packages.glob("*/lib")]
+        includes = [*toolkit_folders("INCLUDES", "-I"), *(str(path) for path in packages.glob("*/include"))]
+        library_dirs = [*toolkit_folders("LIBRARIES", "-L"), *(str(path) for path in packages.glob("*/lib"))]
         if any((Path(path) / "cusparseLt.h").exists() for path in includes):
             macros.append(("MASKLLM_CUSPARSELT", "1"))
             link.append("-l:libcusparseLt.so.0")  # the file torch has loaded by then
