@@ -82,14 +82,17 @@ def test_the_entry_point_stops_where_training_cannot_run(dockerfile, tmp_path):
 
 @pytest.mark.slow
 def test_its_install_steps_work_in_a_clean_environment(dockerfile, tmp_path):
-    """As the image has torch, so this environment has what is installed here, and nothing is downloaded; no CUDA kernels are built."""
-    if shutil.which("c++") is None:
-        pytest.skip("needs a C++ compiler")
+    """As the image has torch, so this environment has what is installed here, and nothing is downloaded.
+
+    No kernels are compiled, which takes minutes and is what installing the package for these tests has done already.
+    """
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
     python = tmp_path / "venv" / "bin" / "python"
     site = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], capture_output=True, text=True, check=True
     ).stdout.strip()
+    # Python 3.10 and 3.11 put an old setuptools into every new environment, which would hide the one from here.
+    subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", "setuptools"], check=True)
     (Path(site) / "here.pth").write_text(sysconfig.get_path("purelib") + "\n")
 
     work = tmp_path / "work"
@@ -103,7 +106,7 @@ def test_its_install_steps_work_in_a_clean_environment(dockerfile, tmp_path):
                 shutil.copy(ROOT / source, work / target)
 
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    environment |= dict(dockerfile.envs) | {"MASKLLM_BUILD_CUDA": "0", "PIP_NO_INDEX": "1", "HOME": str(tmp_path)}
+    environment |= dict(dockerfile.envs) | {"MASKLLM_BUILD_CUDA": "0", "CXX": "no-compiler", "PIP_NO_INDEX": "1", "HOME": str(tmp_path)}
     environment["PATH"] = f"{python.parent}{os.pathsep}{environment['PATH']}"
     steps = [value for value in values(dockerfile, "RUN") if "pip install" in value]
     assert len(steps) == 2
@@ -116,6 +119,7 @@ def test_its_install_steps_work_in_a_clean_environment(dockerfile, tmp_path):
         cwd=tmp_path, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "doctor.json").read_text())["found"]
-    assert found["maskllm"].endswith(f"in {site}/maskllm")
-    assert found["kernels"]["cpu"] in ("avx512", "avx2", "portable")
+    report = json.loads((tmp_path / "doctor.json").read_text())
+    assert report["found"]["maskllm"].endswith(f"in {site}/maskllm")
+    assert report["found"]["kernels"] is None
+    assert any(line.startswith("kernels: not built") for line in report["missing"])
