@@ -21,6 +21,7 @@ VERBS = {
     "preprocess": "JSON lines to a Megatron indexed dataset",
     "convert": "Hugging Face checkpoint to Megatron checkpoint",
     "prune": "add a one-shot mask to a Megatron checkpoint",
+    "plan": "memory, time and disk that mask learning will take, and the layouts that fit",
     "trim": "keep only the winning mask of a trained checkpoint",
     "export": "Megatron checkpoint to Hugging Face checkpoint and mask file",
     "evaluate": "perplexity of a Hugging Face model or a Megatron checkpoint",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -35,8 +36,8 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 """The dtypes a weight may have, by their names in safetensors."""
 
 
-def find_source(directory_or_id: str | Path) -> Path:
-    """The directory of a Hugging Face checkpoint: itself, or a hub id's files after downloading those that are needed.
+def find_source(directory_or_id: str | Path, files: Sequence[str] = ("*.safetensors", INDEX, *SIDE_FILES)) -> Path:
+    """The directory of a Hugging Face checkpoint: itself, or a hub id's after downloading those of its files that match `files`.
 
     Raises MaskLLMError where there is no such directory and the hub does not have it either.
     """
@@ -52,9 +53,7 @@ def find_source(directory_or_id: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(
-            snapshot_download(str(directory_or_id), allow_patterns=["*.safetensors", INDEX, *SIDE_FILES], ignore_patterns=["*/*"])
-        )
+        return Path(snapshot_download(str(directory_or_id), allow_patterns=list(files), ignore_patterns=["*/*"]))
     except Exception as error:  # the hub's client raises its own, requests' and httpx's errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise MaskLLMError(f"{directory_or_id}: no such directory, and the hub does not give it: {reason}") from None

@@ -189,6 +189,10 @@ class TrainArguments:
         if self.recompute_num_layers is not None and self.recompute_num_layers < 1:
             raise MaskLLMError(f"--recompute-num-layers: found {self.recompute_num_layers}, wanted at least 1")
 
+    def recomputes(self, module: str) -> bool:
+        """Whether selective recomputation includes `module`, one of --recompute-modules."""
+        return self.recompute_granularity == "selective" and module in self.recompute_modules
+
     def recomputation(self) -> dict[str, Any]:
         """The fields of Megatron's `TransformerConfig` that say what is recomputed."""
         if self.recompute_granularity is None:

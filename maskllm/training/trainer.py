@@ -74,8 +74,7 @@ class Trainer:
             pattern=pattern,
             seed=arguments.seed,
             hard=arguments.hard,
-            recompute_masked_weight=arguments.recompute_granularity == "selective"
-            and "masked_weight" in arguments.recompute_modules,
+            recompute_masked_weight=arguments.recomputes("masked_weight"),
         )
         if arguments.save and dist.get_rank() == 0:
             remove_leftovers(Path(arguments.save))

@@ -1,0 +1,52 @@
+"""`maskllm plan`."""
+
+from __future__ import annotations
+
+import argparse
+
+from maskllm.errors import MaskLLMError
+from maskllm.planning.cost import GPUS
+from maskllm.planning.models import BUILT_IN
+from maskllm.training.arguments import TrainArguments, add_options
+
+TRAINING_OPTIONS = (
+    "pattern", "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel", "use_distributed_optimizer",
+    "micro_batch_size", "global_batch_size", "seq_length", "params_dtype", "mask_logits_dtype", "optimizer_state_dtype",
+    "recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules",
+)  # fmt: skip
+"""Those that change memory or time."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the verb."""
+    parser.add_argument(
+        "--model", required=True, metavar="NAME_OR_DIR", help=f"a Hugging Face directory or hub id, or one of {', '.join(BUILT_IN)}"
+    )
+    parser.add_argument("--num-gpus", type=int, metavar="K", help="ranks in all; tensor x pipeline parallel size by default")
+    parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GB", help="of one GPU, in 10^9 bytes")
+    parser.add_argument("--gpu", choices=sorted(GPUS), default="h100-80gb", help="whose speed the time is for")
+    parser.add_argument(
+        "--device", choices=["cuda", "cpu"], default="cuda", help="cpu: what processes hold beyond the libraries they import"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the numbers, in bytes and seconds")
+    add_options(parser, TRAINING_OPTIONS)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Plan and print."""
+    from maskllm.files import write_json
+    from maskllm.planning.models import named_model
+    from maskllm.planning.plan import plan
+    from maskllm.planning.text import plan_lines
+    from maskllm.training.arguments import option_values
+
+    arguments = TrainArguments(**option_values(vars(args)))
+    if args.num_gpus is not None and args.num_gpus < 1:
+        raise MaskLLMError(f"--num-gpus: found {args.num_gpus}, wanted at least 1")
+    if not args.gpu_memory > 0:
+        raise MaskLLMError(f"--gpu-memory: found {args.gpu_memory}, wanted a positive number")
+    model = named_model(args.model)
+    found = plan(model, arguments, num_gpus=args.num_gpus, gpu_bytes=args.gpu_memory * 1e9, gpu=GPUS[args.gpu], device=args.device)
+    if args.json is not None:
+        write_json(args.json, found.report(model))
+    print("\n".join(plan_lines(found, model, args.model, args.gpu)))

@@ -1,0 +1,117 @@
+"""Arithmetic, memory traffic and time of a step, and the size of a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from maskllm.models.config import ModelConfig
+from maskllm.patterns import Pattern
+from maskllm.planning.memory import FLOAT_BYTES, Layout, Shapes
+from maskllm.training.arguments import TrainArguments
+
+
+@dataclass(frozen=True)
+class GPU:
+    """What a GPU's data sheet says: dense bf16 FLOP/s, memory bytes/s, and bytes/s to its neighbours in one direction."""
+
+    flops: float
+    bandwidth: float
+    link: float
+
+
+GPUS = {
+    "a100-40gb": GPU(312e12, 1.555e12, 300e9),
+    "a100-80gb": GPU(312e12, 2.039e12, 300e9),
+    "h100-80gb": GPU(989e12, 3.35e12, 450e9),
+    "h200-141gb": GPU(989e12, 4.8e12, 450e9),
+    "b200-192gb": GPU(2250e12, 8.0e12, 900e9),
+    "l40s-48gb": GPU(362e12, 0.864e12, 32e9),
+}
+
+FLOPS_EFFICIENCY = 0.4
+"""Share of the peak FLOP/s that matrix products and attention are assumed to reach, a usual share for models of these sizes."""
+BANDWIDTH_EFFICIENCY = 0.7
+"""Share of memory and link bandwidth that mask sampling, the optimizer and all-reduces are assumed to reach."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A step of the whole job."""
+
+    flops: float
+    """All ranks together, recomputation included."""
+    memory_traffic: float
+    """Bytes that mask sampling and the optimizer move on one rank."""
+    link_traffic: float
+    """Bytes that all-reduces and transfers move from one rank."""
+    seconds: float
+    """Expected on the GPU."""
+    tokens: int
+
+
+def step_cost(model: ModelConfig, arguments: TrainArguments, layout: Layout, gpu: GPU) -> Cost:
+    """What one step does, and how long a GPU takes for it at the efficiencies above, without overlap of transfers and products."""
+    tokens = arguments.global_batch_size * arguments.seq_length
+    layers = model.num_layers
+    shapes = Shapes(model, layout.tensor)
+    linear = sum(Shapes(model, 1).masked.values())
+    # A causal attention multiplies half of the scores.
+    attention = 2 * arguments.seq_length * model.num_attention_heads * model.head_dim
+    forward = layers * (2 * linear + attention)
+    backward = 2 * forward
+    output = 4 * model.vocab_size * model.hidden_size  # logits, and the hidden states' gradient; the matrix is frozen
+    flops = tokens * (forward * (1 + _recomputed_share(model, arguments, layers // layout.pipeline)) + backward + output)
+
+    pattern = Pattern.parse(arguments.pattern)
+    masked = layers / layout.pipeline * sum(shapes.masked.values())
+    logits = masked / pattern.m * pattern.num_candidates
+    micro_batches = arguments.num_microbatches(layout.data)
+    weight, logit = FLOAT_BYTES[arguments.params_dtype], FLOAT_BYTES[arguments.mask_logits_dtype]
+    draw = masked * 2 * weight + logits * logit
+    draws = 1 + _redrawn_share(model, arguments, layers // layout.pipeline)
+    sampling = micro_batches * (draws * draw + masked * 2 * weight + logits * 3 * logit)
+    moments = 2 * FLOAT_BYTES[arguments.optimizer_state_dtype]
+    optimizer = logits * (3 * logit + 2 * moments + logit)  # and once more through the gradients for their norm
+    traffic = sampling + optimizer
+
+    hidden = arguments.seq_length * arguments.micro_batch_size * model.hidden_size * weight
+    t, d = layout.tensor, layout.data
+    reductions = 4 + 2 * (arguments.recompute_granularity == "full")
+    link = micro_batches * layers / layout.pipeline * reductions * 2 * hidden * (t - 1) / t
+    link += micro_batches * 2 * hidden * (layout.pipeline > 1)
+    link += 2 * logits * logit * (d - 1) / d
+
+    bubble = (micro_batches + layout.pipeline - 1) / micro_batches
+    seconds = bubble * (
+        flops / layout.ranks / (gpu.flops * FLOPS_EFFICIENCY)
+        + traffic / (gpu.bandwidth * BANDWIDTH_EFFICIENCY)
+        + link / (gpu.link * BANDWIDTH_EFFICIENCY)
+    )
+    return Cost(flops, traffic, link, seconds, tokens)
+
+
+def checkpoint_bytes(model: ModelConfig, arguments: TrainArguments) -> float:
+    """A training checkpoint on disk: weights, prior bits, logits, moments (8-bit ones as fp32)."""
+    shapes = Shapes(model, 1)
+    masked, other = shapes.stage(0, 1)
+    pattern = Pattern.parse(arguments.pattern)
+    logits = masked / pattern.m * pattern.num_candidates
+    moment = FLOAT_BYTES["fp32" if arguments.optimizer_state_dtype == "8bit" else arguments.optimizer_state_dtype]
+    return (masked + other) * 2 + masked / 8 + logits * (FLOAT_BYTES[arguments.mask_logits_dtype] + 2 * moment)
+
+
+def _recomputed_share(model: ModelConfig, arguments: TrainArguments, stage_layers: int) -> float:
+    """Share of the layers' products in the forward pass that is done twice."""
+    if arguments.recompute_granularity == "full":
+        return 1.0 if arguments.recompute_method == "uniform" else arguments.recompute_num_layers / stage_layers
+    if not arguments.recomputes("mlp"):
+        return 0.0
+    linears = Shapes(model, 1).masked
+    return sum(size for name, size in linears.items() if name.startswith("mlp.")) / sum(linears.values())
+
+
+def _redrawn_share(model: ModelConfig, arguments: TrainArguments, stage_layers: int) -> float:
+    """Share of the masks that is drawn a second time in the backward pass, beside the gradient's own draw."""
+    if arguments.recomputes("masked_weight"):
+        return 1.0
+    return _recomputed_share(model, arguments, stage_layers)

@@ -1,0 +1,93 @@
+"""The architectures that `maskllm plan` knows by name, as their `config.json` states them; any other is read from one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from maskllm.models.checkpoint import resolve
+from maskllm.models.config import ModelConfig
+from maskllm.models.families import FAMILIES, read_model_config
+from maskllm.models.hf_config import HFConfig
+from maskllm.models.hf_source import find_source
+
+_LLAMA: dict[str, Any] = {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
+_LLAMA_3 = _LLAMA | {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rope_theta": 500000.0,
+}
+_GPT: dict[str, Any] = {"model_type": "gpt2", "vocab_size": 256000, "tie_word_embeddings": False, "activation_function": "gelu_new"}
+
+BUILT_IN: dict[str, dict[str, Any]] = {
+    "llama-2-7b": _LLAMA
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+    },
+    "llama-2-13b": _LLAMA
+    | {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+    },
+    "llama-3-8b": _LLAMA_3,
+    "llama-3.1-8b": _LLAMA_3 | {"max_position_embeddings": 131072},
+    "nemotron-4-15b": {
+        "model_type": "nemotron",
+        "hidden_size": 6144,
+        "intermediate_size": 24576,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 48,
+        "num_key_value_heads": 8,
+        "vocab_size": 256000,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+    },
+    "gpt3-843m": _GPT | {"n_embd": 1024, "n_layer": 24, "n_head": 16, "n_positions": 4096},
+    "gpt3-2b": _GPT | {"n_embd": 2048, "n_layer": 24, "n_head": 16, "n_positions": 4096},
+    "smollm2-135m": _LLAMA
+    | {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "rope_theta": 100000.0,
+        "tie_word_embeddings": True,
+    },
+}
+"""Sizes as published; the GPT-3 style ones have GPT-3's layers (arXiv 2005.14165) with a vocabulary of 256000, not tied. Positions of
+rotary embeddings that are stretched (LLaMA 3.1) are left out: they change neither memory nor time."""
+
+
+def named_model(name: str) -> ModelConfig:
+    """The architecture `name` stands for: one of BUILT_IN, a Hugging Face directory or hub id, or a Megatron checkpoint.
+
+    Raises MaskLLMError where it is none of these or its family is not supported.
+    """
+    if name in BUILT_IN:
+        return config_of(BUILT_IN[name], name)
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").is_file():
+        return resolve(path).model_config
+    return read_model_config(find_source(name, files=["config.json"]) / "config.json")
+
+
+def config_of(values: dict[str, Any], name: str = "config") -> ModelConfig:
+    """The architecture that the values of a `config.json` describe; `name` is what errors call it."""
+    return FAMILIES[values["model_type"]].read_config(HFConfig(values, name))

@@ -1,0 +1,218 @@
+"""A plan: what the layout that was asked for needs, which layouts fit, and which settings make it fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from maskllm.errors import MaskLLMError
+from maskllm.models.build import check_recomputation
+from maskllm.models.config import ModelConfig
+from maskllm.patterns import Pattern
+from maskllm.planning.cost import GPU, Cost, checkpoint_bytes, step_cost
+from maskllm.planning.memory import Layout, Memory, largest_stage
+from maskllm.training.arguments import TrainArguments
+
+CUDA_CONTEXT = 0.6e9
+"""Bytes of a GPU that CUDA and its libraries take before the first tensor, about."""
+NCCL_COMMUNICATOR = 0.3e9
+"""Bytes that NCCL takes for each group of ranks, about."""
+
+SAVERS: tuple[dict[str, Any], ...] = (
+    {},
+    {"recompute_granularity": "selective", "recompute_modules": ["masked_weight"]},
+    {"recompute_granularity": "selective", "recompute_modules": ["mlp", "masked_weight"]},
+    {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+)
+"""Ways to keep less for the backward pass, the cheapest first."""
+PRECISIONS = (("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "8bit"), ("bf16", "bf16"), ("bf16", "8bit"))
+"""Types of logits and of Adam's moments, the most exact first."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One way to run, with what it takes."""
+
+    arguments: TrainArguments
+    layout: Layout
+    memory: Memory
+    outside: float
+    """Bytes outside torch's allocator: the CUDA context and NCCL's communicators, an assumption."""
+    cost: Cost
+
+    @property
+    def bytes(self) -> float:
+        """All that a GPU must hold."""
+        return self.memory.total + self.outside
+
+    def settings(self) -> str:
+        """The flags in which it may differ from other options."""
+        arguments = self.arguments
+        flags = [
+            f"--tensor-model-parallel-size {self.layout.tensor}",
+            f"--pipeline-model-parallel-size {self.layout.pipeline}",
+        ]
+        for name in ("mask_logits_dtype", "optimizer_state_dtype"):
+            if getattr(arguments, name) != "fp32":
+                flags.append(f"--{name.replace('_', '-')} {getattr(arguments, name)}")
+        for name in ("sequence_parallel", "use_distributed_optimizer"):
+            if getattr(arguments, name):
+                flags.append(f"--{name.replace('_', '-')}")
+        if arguments.recompute_granularity == "full":
+            flags.append(
+                f"--recompute-granularity full --recompute-method {arguments.recompute_method} "
+                f"--recompute-num-layers {arguments.recompute_num_layers}"
+            )
+        elif arguments.recompute_granularity == "selective":
+            flags.append(f"--recompute-granularity selective --recompute-modules {' '.join(arguments.recompute_modules)}")
+        return " ".join(flags)
+
+
+def option(model: ModelConfig, arguments: TrainArguments, ranks: int, *, gpu: GPU, device: str = "cuda") -> Option:
+    """What a run on `ranks` ranks takes.
+
+    Raises MaskLLMError where ranks, batch, pattern or recomputation do not divide, as training would.
+    """
+    tensor, pipeline = arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size
+    if ranks % (tensor * pipeline):
+        raise MaskLLMError(
+            f"--num-gpus {ranks}: wanted a multiple of --tensor-model-parallel-size {tensor} x --pipeline-model-parallel-size {pipeline}"
+        )
+    layout = Layout(tensor, pipeline, ranks // (tensor * pipeline))
+    arguments.check_settings()
+    model.check_tensor_parallel(tensor)
+    if model.num_layers % pipeline:
+        raise MaskLLMError(f"--pipeline-model-parallel-size {pipeline}: wanted a divisor of the model's {model.num_layers} layers")
+    check_recomputation(arguments.recomputation(), model.num_layers // pipeline)
+    _check_pattern(model, arguments, tensor)
+    arguments.num_microbatches(layout.data)
+    memory = largest_stage(model, arguments, layout, device=device)
+    groups = (tensor > 1) + (pipeline > 1) + (layout.data > 1)
+    outside = CUDA_CONTEXT + groups * NCCL_COMMUNICATOR if device == "cuda" else 0.0
+    return Option(arguments, layout, memory, outside, step_cost(model, arguments, layout, gpu))
+
+
+def layouts_that_fit(
+    model: ModelConfig, arguments: TrainArguments, ranks: int, gpu_bytes: float, *, gpu: GPU, device: str
+) -> list[Option]:
+    """Every layout of `ranks` GPUs that holds the run with the settings given, the fastest first."""
+    found = [
+        one
+        for tensor, pipeline in itertools.product(range(1, ranks + 1), repeat=2)
+        if ranks % (tensor * pipeline) == 0
+        for one in _possible(
+            model,
+            dataclasses.replace(arguments, tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline),
+            ranks,
+            gpu,
+            device,
+        )
+        if one.bytes <= gpu_bytes
+    ]
+    return sorted(found, key=lambda one: (one.cost.seconds, one.bytes))
+
+
+def settings_that_fit(
+    model: ModelConfig, arguments: TrainArguments, ranks: int, gpu_bytes: float, *, gpu: GPU, device: str
+) -> Option | None:
+    """The same layout with the least loss of exactness, and then of time, that fits; None where nothing does."""
+    for logits, moments in PRECISIONS:
+        exact = (logits, moments) == ("fp32", "fp32")
+        for saver in SAVERS:
+            reset = {
+                "recompute_granularity": None,
+                "recompute_method": None,
+                "recompute_num_layers": None,
+                "recompute_modules": ("core_attn",),
+            }
+            changed = dataclasses.replace(
+                arguments,
+                mask_logits_dtype=logits,
+                optimizer_state_dtype=moments,
+                use_distributed_optimizer=arguments.use_distributed_optimizer and exact,
+                **reset | saver,
+            )
+            for one in _possible(model, changed, ranks, gpu, device):
+                if one.bytes <= gpu_bytes:
+                    return one
+    return None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer of `maskllm plan`."""
+
+    asked: Option
+    gpu_bytes: float
+    layouts: list[Option]
+    """Those that fit with the settings that were asked for, the fastest first."""
+    remedy: Option | None
+    """The layout that was asked for with settings that make it fit, where it does not and they exist."""
+
+    @property
+    def fits(self) -> bool:
+        """Whether a GPU holds what was asked for."""
+        return self.asked.bytes <= self.gpu_bytes
+
+    def report(self, model: ModelConfig) -> dict[str, Any]:
+        """The numbers, bytes and seconds, for `--json`."""
+        return {
+            "asked": _numbers(self.asked, model),
+            "gpu_bytes": self.gpu_bytes,
+            "fits": self.fits,
+            "layouts_that_fit": [_numbers(one, model) for one in self.layouts],
+            "settings_that_fit": None if self.remedy is None else _numbers(self.remedy, model),
+        }
+
+
+def plan(
+    model: ModelConfig,
+    arguments: TrainArguments,
+    *,
+    num_gpus: int | None = None,
+    gpu_bytes: float,
+    gpu: GPU,
+    device: str = "cuda",
+) -> Plan:
+    """Plan a run on `num_gpus` ranks (as many as the layout needs by default), each with `gpu_bytes` bytes.
+
+    With the device "cpu" it counts what a process holds beyond the libraries it imports. Raises MaskLLMError where
+    the layout cannot be.
+    """
+    ranks = num_gpus or arguments.tensor_model_parallel_size * arguments.pipeline_model_parallel_size
+    asked = option(model, arguments, ranks, gpu=gpu, device=device)
+    remedy = None
+    if asked.bytes > gpu_bytes:
+        remedy = settings_that_fit(model, arguments, ranks, gpu_bytes, gpu=gpu, device=device)
+    return Plan(asked, gpu_bytes, layouts_that_fit(model, arguments, ranks, gpu_bytes, gpu=gpu, device=device), remedy)
+
+
+def _numbers(chosen: Option, model: ModelConfig) -> dict[str, Any]:
+    return {
+        "layout": dataclasses.asdict(chosen.layout),
+        "settings": chosen.settings(),
+        "memory": {**vars(chosen.memory), "outside_torch": chosen.outside, "total": chosen.bytes},
+        "step": dataclasses.asdict(chosen.cost),
+        "checkpoint_bytes": checkpoint_bytes(model, chosen.arguments),
+    }
+
+
+def _possible(model: ModelConfig, arguments: TrainArguments, ranks: int, gpu: GPU, device: str) -> Iterator[Option]:
+    try:
+        yield option(model, arguments, ranks, gpu=gpu, device=device)
+    except MaskLLMError:
+        return
+
+
+def _check_pattern(model: ModelConfig, arguments: TrainArguments, tensor: int) -> None:
+    """Raise MaskLLMError where a shard of a row does not hold whole blocks."""
+    pattern = Pattern.parse(arguments.pattern)
+    for name, width in (
+        ("hidden size", model.hidden_size),
+        ("attention's width on a rank", model.num_attention_heads * model.head_dim // tensor),
+        ("MLP width on a rank", model.ffn_hidden_size // tensor),
+    ):
+        pattern.check_divides(width, name)

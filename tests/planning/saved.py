@@ -1,0 +1,70 @@
+"""What autograd keeps for the backward pass of a small model's layers; run by test_memory, under torchrun where there are several ranks.
+
+usage: python -m tests.planning.saved OUTPUT TENSOR_PARALLEL_SIZE MODEL_JSON ARGUMENTS_JSON
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from maskllm.distributed import parallel_processes
+from maskllm.layers.recompute import set_sample
+from maskllm.layers.spec import masked_linears
+from maskllm.masking.sampler import MaskSampler
+from maskllm.models.build import build_model
+from maskllm.models.config import ModelConfig
+from maskllm.patterns import Pattern
+from maskllm.planning.models import config_of
+from maskllm.training.arguments import TrainArguments
+
+
+def kept(model_config: ModelConfig, arguments: TrainArguments) -> list[tuple[str, int]]:
+    """(kind, bytes) of each distinct storage that one forward pass with a loss keeps beside parameters."""
+    model = build_model(
+        model_config,
+        params_dtype=arguments.dtype,
+        sequence_parallel=arguments.sequence_parallel,
+        recomputation=arguments.recomputation(),
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter.data, std=0.02)
+    sampler = MaskSampler(Pattern.parse(arguments.pattern), recompute_masked_weight=arguments.recomputes("masked_weight"))
+    for layer in masked_linears(model):
+        layer.attach_logits(sampler, draw=True)
+    known = {parameter.untyped_storage().data_ptr() for parameter in [*model.parameters(), *model.buffers()]}
+    masked_shapes = {tuple(layer.weight.shape) for layer in masked_linears(model)}
+    found: dict[int, tuple[str, int]] = {}
+    alive = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kind = "masked" if tuple(tensor.shape) in masked_shapes else f"{list(tensor.shape)} {tensor.dtype}"
+            found.setdefault(storage.data_ptr(), (kind, storage.nbytes()))
+            alive.append(tensor)
+        return tensor
+
+    set_sample(0)
+    tokens = torch.randint(model_config.vocab_size, (arguments.micro_batch_size, arguments.seq_length))
+    positions = torch.arange(arguments.seq_length).expand_as(tokens).contiguous()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(tokens, positions, None, labels=tokens).mean()
+    loss.backward()
+    return list(found.values())
+
+
+def main(output: str, tensor: str, model: str, arguments: str) -> None:
+    """Write what the first rank keeps."""
+    with parallel_processes(tensor_model_parallel_size=int(tensor)):
+        found = kept(config_of(json.loads(model)), TrainArguments(**json.loads(arguments)))
+        if dist.get_rank() == 0:
+            Path(output).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

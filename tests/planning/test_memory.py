@@ -1,0 +1,161 @@
+"""The planned memory against what autograd keeps, against the tensors a model has, and against a process's peak."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from maskllm.distributed import parallel_processes
+from maskllm.layers import masked_linear
+from maskllm.layers.gpt import FrozenVocabularyGPTModel
+from maskllm.layers.spec import masked_linears
+from maskllm.models.build import build_model
+from maskllm.models.convert import convert
+from maskllm.ops import masked_weight
+from maskllm.planning.memory import Layout, Shapes, activations, largest_stage, stage_memory
+from maskllm.planning.models import config_of
+from maskllm.training.arguments import TrainArguments, parse_arguments
+from tests.conftest import torchrun
+from tests.planning.saved import kept
+
+SIZES = {"hidden_size": 192, "intermediate_size": 320, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2}
+LLAMA = {"model_type": "llama", "vocab_size": 256, "max_position_embeddings": 512, "tie_word_embeddings": True, **SIZES}
+NEMOTRON = LLAMA | {"model_type": "nemotron", "tie_word_embeddings": False}
+GPT = {"model_type": "gpt2", "vocab_size": 256, "n_embd": 192, "n_layer": 4, "n_head": 6, "n_positions": 512}
+SELECTIVE = {"recompute_granularity": "selective"}
+FULL = {"recompute_granularity": "full", "recompute_num_layers": 2}
+
+CASES = {
+    "llama": (LLAMA, {}),
+    "llama_fp32": (LLAMA, {"params_dtype": "fp32", "micro_batch_size": 1}),
+    "nemotron": (NEMOTRON, {}),
+    "gpt": (GPT, {}),
+    "core_attn": (LLAMA, SELECTIVE),
+    "mlp": (LLAMA, SELECTIVE | {"recompute_modules": ["mlp"]}),
+    "uniform": (LLAMA, FULL | {"recompute_method": "uniform"}),
+    "block": (LLAMA, FULL | {"recompute_method": "block"}),
+}
+
+
+def compare(found: list[tuple[str, int]], model: dict, arguments: TrainArguments, layout: Layout) -> None:
+    planned = activations(config_of(model), arguments, layout, 0, device="cpu")
+    masked = sum(size for kind, size in found if kind == "masked")
+    others = sum(size for kind, size in found if kind != "masked")
+    assert masked == planned.masked_weights
+    assert others == pytest.approx(planned.activations, rel=0.02), found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_planned_activations_are_those_that_autograd_keeps(name):
+    model, settings = CASES[name]
+    arguments = TrainArguments(**{"micro_batch_size": 2, "seq_length": 128, **settings})
+    with parallel_processes():
+        found = kept(config_of(model), arguments)
+    compare(found, model, arguments, Layout(1, 1, 1))
+
+
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_masked_weights_that_are_drawn_again_are_not_kept(recomputed, monkeypatch):
+    drawn = []
+
+    def draw(*args, **kwargs):
+        masked = masked_weight(*args, **kwargs)
+        drawn.append(StorageWeakRef(masked.untyped_storage()))
+        return masked
+
+    monkeypatch.setattr(masked_linear, "masked_weight", draw)
+    alive = []
+
+    def count(losses: torch.Tensor) -> torch.Tensor:
+        alive.append(sum(not storage.expired() for storage in drawn))
+        return losses
+
+    monkeypatch.setattr(FrozenVocabularyGPTModel, "forward", _then(FrozenVocabularyGPTModel.forward, count))
+    arguments = TrainArguments(seq_length=16, **SELECTIVE, recompute_modules=["masked_weight"] if recomputed else ["core_attn"])
+    with parallel_processes():
+        kept(config_of(LLAMA), arguments)
+    assert alive == [0 if recomputed else 4 * 4]
+    assert len(drawn) == (2 if recomputed else 1) * 4 * 4
+
+
+def _then(forward, after):
+    return lambda *args, **kwargs: after(forward(*args, **kwargs))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_planned_activations_of_a_tensor_parallel_rank(sequence_parallel, tmp_path):
+    settings = {"micro_batch_size": 2, "seq_length": 128, "sequence_parallel": sequence_parallel}
+    torchrun(2, "tests.planning.saved", tmp_path / "found.json", 2, json.dumps(LLAMA), json.dumps(settings))
+    compare(json.loads((tmp_path / "found.json").read_text()), LLAMA, TrainArguments(**settings), Layout(2, 1, 1))
+
+
+@pytest.mark.parametrize("model", [LLAMA, NEMOTRON, GPT], ids=lambda model: model["model_type"])
+def test_planned_weights_are_the_models(model):
+    config = config_of(model)
+    with parallel_processes():
+        built = build_model(config, params_dtype=torch.bfloat16)
+        weights = sum(layer.weight.numel() for layer in masked_linears(built))
+        everything = sum(parameter.numel() for parameter in built.parameters())
+    shapes = Shapes(config, 1)
+    assert shapes.stage(0, 1) == (weights, everything - weights)
+    memory = stage_memory(config, TrainArguments(seq_length=128), Layout(1, 1, 1), 0, device="cpu")
+    assert memory.weights == 2 * everything
+    assert memory.mask_logits == memory.gradients == memory.optimizer_state / 2 == 4 * weights * 6 / 4
+
+
+def test_pipeline_stages_hold_the_model_once_but_for_tied_embeddings():
+    for model in (LLAMA, NEMOTRON):
+        shapes = Shapes(config_of(model), 1)
+        whole = [sum(values) for values in zip(*(shapes.stage(stage, 2) for stage in range(2)), strict=True)]
+        twice = 256 * 192 if model["tie_word_embeddings"] else 0
+        assert whole == pytest.approx([shapes.stage(0, 1)[0], shapes.stage(0, 1)[1] + twice])
+
+
+SMALL = {**LLAMA, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
+BIG = {**LLAMA, "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 4}
+RUNS = {
+    "pipeline": (2, ["--pipeline-model-parallel-size", "2"]),
+    "few_bits": (
+        1,
+        [
+            "--mask-logits-dtype", "bf16", "--optimizer-state-dtype", "8bit", "--recompute-granularity", "full",
+            "--recompute-method", "uniform", "--recompute-num-layers", "1",
+        ],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_peaks_within_a_tenth_of_the_plan(name, tmp_path, tiny_dataset, monkeypatch):
+    """Peak resident memory beyond that of the same run of a model of next to nothing, which has loaded the same libraries."""
+    # Freed memory goes back to the system at once; else what malloc keeps for later would be counted too.
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "65536")
+    processes, flags = RUNS[name]
+    peaks, plans = zip(*(_peak(model, processes, flags, tmp_path, tiny_dataset) for model in (SMALL, BIG)), strict=True)
+    assert peaks[1] - peaks[0] == pytest.approx(plans[1] - plans[0], rel=0.1)
+
+
+def _peak(model: dict, processes: int, flags: list[str], tmp_path: Path, dataset: str) -> tuple[float, float]:
+    """Bytes measured and planned of the process that has most."""
+    path = tmp_path / str(model["hidden_size"])
+    values = {key: value for key, value in model.items() if key != "model_type"}
+    LlamaForCausalLM(LlamaConfig(**values)).to(torch.bfloat16).save_pretrained(path / "hf")
+    convert(str(path / "hf"), str(path / "dense"))
+    flags = [
+        "--data-path", dataset, "--load", str(path / "dense"), "--train-iters", "2", "--global-batch-size", "4",
+        "--micro-batch-size", "2", "--seq-length", "256", "--lr", "1e-3", "--log-interval", "1", "--eval-iters", "0",
+        "--save", str(path / "run"), *flags,
+    ]  # fmt: skip
+    torchrun(processes, "maskllm.train", *flags)
+    lines = [json.loads(line) for line in (path / "run" / "metrics.jsonl").read_text().splitlines()]
+    arguments, layout = parse_arguments(flags), Layout(1, processes, 1)
+    planned = largest_stage(config_of(model), arguments, layout, device="cpu").total
+    return max(line["peak_memory_gib"] for line in lines) * 2**30, planned

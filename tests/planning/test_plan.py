@@ -1,0 +1,150 @@
+"""The plans that people ask for first, and the arithmetic of a step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from maskllm.cli import main
+from maskllm.errors import MaskLLMError
+from maskllm.models.families import parameter_map
+from maskllm.planning.cost import GPUS, checkpoint_bytes, step_cost
+from maskllm.planning.memory import Layout
+from maskllm.planning.models import BUILT_IN, named_model
+from maskllm.planning.plan import plan
+from maskllm.training.arguments import TrainArguments
+
+H100 = GPUS["h100-80gb"]
+
+
+def planned(tmp_path, *flags: str) -> dict:
+    assert main(["plan", *flags, "--json", str(tmp_path / "plan.json")]) == 0
+    return json.loads((tmp_path / "plan.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        ("llama-2-7b", 6.74),
+        ("llama-2-13b", 13.02),
+        ("llama-3-8b", 8.03),
+        ("llama-3.1-8b", 8.03),
+        ("nemotron-4-15b", 15.6),
+        ("gpt3-843m", 0.83),
+        ("gpt3-2b", 2.26),
+        ("smollm2-135m", 0.1345),
+    ],
+)
+def test_built_in_models_have_their_published_sizes(name, billions):
+    model = named_model(name)
+    parameters = sum(math.prod(mapping.megatron_shape(model)) for mapping in parameter_map(model))
+    assert parameters / 1e9 == pytest.approx(billions, rel=0.01)
+    assert set(BUILT_IN) >= {name}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--recompute-granularity", "full", "--recompute-method", "uniform", "--recompute-num-layers", "1"),
+        ("--sequence-parallel", "--recompute-granularity", "selective", "--recompute-modules", "mlp", "masked_weight"),
+        ("--optimizer-state-dtype", "bf16", "--sequence-parallel"),
+    ],
+    ids=["full", "selective", "bf16_moments"],
+)
+def test_llama_2_7b_on_eight_gpus_takes_at_most_25_gb(flags, tmp_path):
+    found = planned(
+        tmp_path, "--model", "llama-2-7b", "--num-gpus", "8", "--tensor-model-parallel-size", "8", "--seq-length", "4096",
+        "--gpu-memory", "25", *flags,
+    )  # fmt: skip
+    assert found["fits"], found["asked"]
+    assert found["asked"]["memory"]["mask_logits"] == 4 * 1.5 * 32 * (4 * 4096**2 + 3 * 4096 * 11008) / 8
+
+
+@pytest.mark.parametrize(("gigabytes", "moments"), [(80, "8bit"), (141, "bf16")])
+def test_llama_2_7b_fits_on_one_gpu_with_the_settings_it_names(tmp_path, gigabytes, moments, capsys):
+    model = ("--model", "llama-2-7b", "--num-gpus", "1", "--gpu-memory", str(gigabytes))
+    found = planned(tmp_path, *model)
+    assert not found["fits"] and not found["layouts_that_fit"]
+    settings = found["settings_that_fit"]["settings"]
+    assert f"--optimizer-state-dtype {moments}" in settings
+    assert settings in capsys.readouterr().out
+    again = planned(tmp_path, *model, *settings.split())
+    assert again["fits"]
+    assert again["asked"]["memory"]["total"] == found["settings_that_fit"]["memory"]["total"] < gigabytes * 1e9
+
+
+def test_layouts_are_those_that_divide_the_model_the_fastest_first(tmp_path):
+    found = planned(tmp_path, "--model", "smollm2-135m", "--num-gpus", "6", "--seq-length", "1024", "--global-batch-size", "24")
+    layouts = {(one["layout"]["tensor"], one["layout"]["pipeline"], one["layout"]["data"]) for one in found["layouts_that_fit"]}
+    assert layouts == {(1, 1, 6), (1, 2, 3), (1, 3, 2), (1, 6, 1), (3, 1, 2), (3, 2, 1)}  # nine heads, thirty layers
+    seconds = [one["step"]["seconds"] for one in found["layouts_that_fit"]]
+    assert seconds == sorted(seconds)
+
+
+def test_memory_moves_with_each_setting_as_it_should():
+    model = named_model("llama-2-7b")
+
+    def memory(**settings):
+        layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+        arguments = TrainArguments(**layout | settings)
+        return plan(model, arguments, num_gpus=8, gpu_bytes=80e9, gpu=H100).asked.memory
+
+    base = memory()
+    assert memory(mask_logits_dtype="bf16").mask_logits == base.mask_logits / 2 == memory(mask_logits_dtype="bf16").gradients
+    assert memory(optimizer_state_dtype="bf16").optimizer_state == base.optimizer_state / 2
+    assert memory(optimizer_state_dtype="8bit").optimizer_state == pytest.approx(base.optimizer_state / 4, rel=0.02)
+    assert memory(use_distributed_optimizer=True).optimizer_state == base.optimizer_state / 2  # two data-parallel ranks
+    assert memory(sequence_parallel=True).activations < base.activations
+    assert memory(seq_length=2048).activations == pytest.approx(base.activations / 2, rel=0.01)
+    selective = memory(recompute_granularity="selective", recompute_modules=["masked_weight"])
+    assert selective.masked_weights == 0 and selective.activations == pytest.approx(base.activations, rel=0.01)
+    assert base.masked_weights == 2 * 2 * 32 * (4 * 4096**2 + 3 * 4096 * 11008) / 2 / 2  # two in flight, bf16
+    full = memory(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    assert full.activations < 0.1 * base.activations
+    assert full.masked_weights == 0
+    assert full.temporary > base.temporary
+
+
+def test_a_steps_arithmetic():
+    """6 FLOPs a token and weight, 8 with full recomputation, and attention and the vocabulary beside them."""
+    model = named_model("llama-2-7b")
+    arguments = TrainArguments(seq_length=128, global_batch_size=4)
+    cost = step_cost(model, arguments, Layout(1, 1, 1), H100)
+    weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+    attention = 32 * 6 * 128 * 4096  # half of 2 x 2 products of the sequence's length, forward and twice backward
+    assert cost.flops == pytest.approx(512 * (6 * weights + attention + 4 * 32000 * 4096), rel=1e-6)
+    full = dataclasses.replace(arguments, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    again = step_cost(model, full, Layout(1, 1, 1), H100)
+    assert again.flops - cost.flops == pytest.approx(512 * (2 * weights + attention / 3), rel=1e-6)
+    assert again.seconds > cost.seconds
+    logits = 1.5 * weights
+    # Weights and masks; logits and two moments in fp32.
+    assert checkpoint_bytes(model, arguments) == pytest.approx(2 * 6.738e9 + weights / 8 + 12 * logits, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--num-gpus", "3", "--tensor-model-parallel-size", "2"), "--num-gpus 3: wanted a multiple of"),
+        (("--tensor-model-parallel-size", "3"), "tensor-model-parallel size 3 does not divide"),
+        (("--pipeline-model-parallel-size", "5"), "--pipeline-model-parallel-size 5: wanted a divisor of the model's 32 layers"),
+        (("--gpu-memory", "-1"), "--gpu-memory: found -1.0"),
+        (("--num-gpus", "0"), "--num-gpus: found 0"),
+        (("--recompute-method", "block"), "--recompute-method: wanted only with"),
+        (("--pattern", "2:6"), "hidden size: its"),
+        (("--num-gpus", "512",), "--global-batch-size 256: wanted a multiple"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_named(flags, message, capsys):
+    assert main(["plan", "--model", "llama-2-7b", *flags]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_a_directory_is_read(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(BUILT_IN["smollm2-135m"]))
+    assert named_model(str(tmp_path)) == named_model("smollm2-135m")
+    with pytest.raises(MaskLLMError, match="no-such-model"):
+        named_model("no-such-model")
