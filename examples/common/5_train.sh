@@ -18,7 +18,8 @@ fi
 read -r -a more <<<"$TRAIN_ARGS"
 
 on_all_nodes -m maskllm.train \
-  --pretrained-checkpoint "$OUTPUT/prior" --load "$OUTPUT/learned" --save "$OUTPUT/learned" --save-interval "$SAVE_INTERVAL" \
+  --pretrained-checkpoint "$OUTPUT/prior" --load "$OUTPUT/learned" --save "$OUTPUT/learned" \
+  --save-interval "$SAVE_INTERVAL" --keep-last "$KEEP_LAST" --async-save --auto-fallback \
   --data-path "${data[@]}" --split "$SPLIT" --data-cache-path "$OUTPUT/index-cache" \
   "${layout[@]}" --params-dtype "$PARAMS_DTYPE" \
   --train-iters "$TRAIN_ITERS" --global-batch-size "$GLOBAL_BATCH_SIZE" --micro-batch-size "$MICRO_BATCH_SIZE" \

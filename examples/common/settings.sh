@@ -21,7 +21,7 @@
 #   MAX_RESTARTS          times that torchrun starts the processes again after a failure         3
 #
 #   TRAIN_ITERS, GLOBAL_BATCH_SIZE, MICRO_BATCH_SIZE, SEQ_LENGTH, LR, MIN_LR                     the paper's: 2000, 256, 1, 4096, 5e-5, 5e-6
-#   SAVE_INTERVAL, LOG_INTERVAL, EVAL_INTERVAL, EVAL_ITERS, SPLIT
+#   SAVE_INTERVAL, KEEP_LAST, LOG_INTERVAL, EVAL_INTERVAL, EVAL_ITERS, SPLIT                     100, 3, 1, 500, 4, 98,2,0
 #   CALIBRATION_SAMPLES, CALIBRATION_SEQ_LENGTH                                                  of the SparseGPT prior: 128, 2048
 #   PARAMS_DTYPE          bf16 or fp32                                                           bf16
 #   EVAL_SEQ_LENGTH, EVAL_WINDOWS                                                                SEQ_LENGTH, all
@@ -47,7 +47,7 @@ source "$RECIPE_DIR/recipe.sh"
 : "${SHARDS:=$(seq -s ' ' 0 19)}" "${JOBS:=8}" "${WORKERS:=4}"
 : "${GPUS:=8}" "${TP:=8}" "${PP:=1}" "${NNODES:=1}" "${RDZV_ID:=$RECIPE}" "${MAX_RESTARTS:=3}"
 : "${TRAIN_ITERS:=2000}" "${GLOBAL_BATCH_SIZE:=256}" "${MICRO_BATCH_SIZE:=1}" "${SEQ_LENGTH:=4096}" "${LR:=5e-5}" "${MIN_LR:=5e-6}"
-: "${SAVE_INTERVAL:=100}" "${LOG_INTERVAL:=1}" "${EVAL_INTERVAL:=500}" "${EVAL_ITERS:=4}" "${SPLIT:=98,2,0}"
+: "${SAVE_INTERVAL:=100}" "${KEEP_LAST:=3}" "${LOG_INTERVAL:=1}" "${EVAL_INTERVAL:=500}" "${EVAL_ITERS:=4}" "${SPLIT:=98,2,0}"
 : "${CALIBRATION_SAMPLES:=128}" "${CALIBRATION_SEQ_LENGTH:=2048}" "${PARAMS_DTYPE:=bf16}"
 : "${EVAL_SEQ_LENGTH:=$SEQ_LENGTH}" "${EVAL_WINDOWS:=}" "${TRAIN_ARGS:=}"
 

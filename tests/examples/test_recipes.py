@@ -117,6 +117,7 @@ def test_a_dry_run_prints_commands_that_the_programs_take(recipe, tmp_path):
     assert train.data_path == [word for prefix in tokens for word in ("1", prefix)]
     assert (train.load, train.save, train.pretrained_checkpoint) == (learned, learned, prune.output)
     assert (train.tensor_model_parallel_size, train.pipeline_model_parallel_size, train.sequence_parallel) == (8, 1, True)
+    assert (train.save_interval, train.keep_last, train.async_save, train.auto_fallback) == (100, 3, True, True)
     defaults = TrainArguments()  # the paper's: tests/training/test_arguments.py
     for name in (
         "pattern", "train_iters", "global_batch_size", "lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "weight_decay", "adam_beta1",
