@@ -106,7 +106,12 @@ def test_its_install_steps_work_in_a_clean_environment(dockerfile, tmp_path):
                 shutil.copy(ROOT / source, work / target)
 
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    environment |= dict(dockerfile.envs) | {"MASKLLM_BUILD_CUDA": "0", "CXX": "no-compiler", "PIP_NO_INDEX": "1", "HOME": str(tmp_path)}
+    environment |= dict(dockerfile.envs) | {
+        "MASKLLM_BUILD_CUDA": "0",
+        "CXX": "no-compiler",
+        "PIP_NO_INDEX": "1",
+        "HOME": str(tmp_path),
+    }
     environment["PATH"] = f"{python.parent}{os.pathsep}{environment['PATH']}"
     steps = [value for value in values(dockerfile, "RUN") if "pip install" in value]
     assert len(steps) == 2

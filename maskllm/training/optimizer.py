@@ -84,11 +84,17 @@ class LogitsOptimizer(FP32Optimizer):
         dist.all_reduce(total, group=self.get_grad_stats_parallel_group())
         return float(total.sqrt())
 
-    def clip_grad_norm(self, clip_grad: float) -> float:
-        """The gradients' norm; the step that follows scales them down to `clip_grad`, where upstream would round them once more."""
+    @torch.no_grad()
+    def step(self) -> tuple[bool, float, None]:
+        """Update; returns (True, the gradients' norm before clipping, None).
+
+        Upstream's clipping scales the gradients in place, which would round those in bf16 once more: here the step scales them.
+        """
+        self.prepare_grads()
         norm = self.get_grad_norm()
-        self.optimizer.grad_scale = min(1.0, clip_grad / (norm + 1e-6))
-        return norm
+        largest = self.config.clip_grad
+        self.optimizer.grad_scale = min(1.0, largest / (norm + 1e-6)) if largest > 0 else 1.0
+        return self.step_with_ready_grads(), norm, None
 
     def sharded_state_dict(
         self, model_sharded_state_dict: ShardedStateDict, is_loading: bool = False, metadata: dict[str, Any] | None = None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from megatron.core.optimizer import OptimizerConfig
 
+from maskllm.distributed import parallel_processes
 from maskllm.ops import ShardMap
 from maskllm.training import adam
 from maskllm.training.adam import LogitsAdam, Place
 from maskllm.training.moments import QUANTIZATION_BLOCK, BlockwiseMoment, code_levels
+from maskllm.training.optimizer import LogitsOptimizer
 
 SHAPE = (24, 50, 6)
 GROUP = {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-5}
@@ -64,6 +67,25 @@ def test_gradients_are_scaled():
         optimizer.step()
         plain.step()
     torch.testing.assert_close(parameter, other, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_wrapper_clips_as_torch_does(clip, dtype):
+    """A step with gradients in `main_grad`; the norm is that before clipping."""
+    parameter, other = (torch.nn.Parameter(start().to(dtype)) for _ in range(2))
+    parameter.main_grad = gradients(1)[0].to(dtype)
+    parameter.tensor_model_parallel = True
+    plain = LogitsAdam([{"params": [other], **GROUP}], state_dtype="fp32", places={other: Place(5, ShardMap(50))})
+    other.grad = parameter.main_grad.float().to(dtype)
+    norm = other.grad.float().norm().item()
+    plain.grad_scale = clip / norm if clip else 1.0
+    plain.step()
+    with parallel_processes():
+        inner = LogitsAdam([{"params": [parameter], **GROUP}], state_dtype="fp32", places={parameter: Place(5, ShardMap(50))})
+        updated, found, _ = LogitsOptimizer(inner, OptimizerConfig(clip_grad=clip)).step()
+    assert updated and found == pytest.approx(norm, rel=1e-5) and norm > 0.5
+    torch.testing.assert_close(parameter, other, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
 
 
 @pytest.mark.parametrize(("state_dtype", "share"), [("bf16", 0.02), ("8bit", 0.2)])

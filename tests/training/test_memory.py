@@ -19,7 +19,6 @@ STEPS = 3
 FULL = ("--recompute-granularity", "full", "--recompute-method")
 RECOMPUTATIONS = {
     "full_uniform": (*FULL, "uniform", "--recompute-num-layers", 2),
-    "full_block": (*FULL, "block", "--recompute-num-layers", 1),
     "selective": (
         "--recompute-granularity", "selective", "--recompute-modules", "core_attn", "mlp", "masked_weight",
     ),
@@ -50,13 +49,9 @@ def test_recomputed_activations_are_those_of_the_forward_pass(name, plain, tmp_p
 
 @pytest.mark.slow
 def test_one_draw_a_step_is_the_same_for_every_micro_batch_and_rank(tmp_path, tiny_dataset, tiny_pruned):
-    """With one draw a step a batch in one micro-batch, in four, and on two ranks are the same sum."""
+    """With one draw a step a batch in one micro-batch, and in two on each of two ranks, are the same sum."""
     flags = ("--mask-sample-interval", "step")
-    runs = {
-        "whole": (1, ("--micro-batch-size", 4)),
-        "parts": (1, ("--micro-batch-size", 1)),
-        "ranks": (2, ("--micro-batch-size", 2)),
-    }
+    runs = {"whole": (1, ("--micro-batch-size", 4)), "parts": (2, ("--micro-batch-size", 1))}
     for name, (processes, sizes) in runs.items():
         train(processes, tmp_path / name, tiny_dataset, tiny_pruned, *flags, *sizes, steps=STEPS)
     train(1, tmp_path / "drawn_apart", tiny_dataset, tiny_pruned, "--micro-batch-size", 1, steps=STEPS)
@@ -65,8 +60,7 @@ def test_one_draw_a_step_is_the_same_for_every_micro_batch_and_rank(tmp_path, ti
         return [line[key] for line in metrics(tmp_path / name, "train")]
 
     for key in ("loss", "regularizer", "mean_max_probability", "grad_norm"):
-        for name in ("parts", "ranks"):
-            assert values(name, key) == pytest.approx(values("whole", key), rel=1e-4), (name, key)
+        assert values("parts", key) == pytest.approx(values("whole", key), rel=1e-4), key
     assert values("drawn_apart", "loss") != pytest.approx(values("whole", "loss"), rel=1e-4)
 
 
@@ -93,12 +87,3 @@ def test_a_run_in_few_bits_is_resumed_exactly_and_under_another_layout(tmp_path,
         assert (winner_mask(one, Pattern(2, 4)) == winner_mask(other, Pattern(2, 4))).float().mean() > 0.99, key
     assert metrics(moved, "train")[-1]["loss"] == pytest.approx(metrics(whole, "train")[-1]["loss"], rel=2e-3)
     trim(str(moved), str(tmp_path / "trimmed"))
-
-
-@pytest.mark.slow
-def test_bf16_logits_learn_the_same_under_every_layout(tmp_path, tiny_dataset, tiny_pruned):
-    for name, layout in (("tp", "--tensor-model-parallel-size"), ("pp", "--pipeline-model-parallel-size")):
-        train(2, tmp_path / name, tiny_dataset, tiny_pruned, "--mask-logits-dtype", "bf16", layout, 2, steps=STEPS)
-    for one, other in zip(metrics(tmp_path / "tp", "train"), metrics(tmp_path / "pp", "train"), strict=True):
-        assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
-        assert other["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-2)
