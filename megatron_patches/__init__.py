@@ -1,7 +1,7 @@
 """Every change this project makes to Megatron Core's behaviour, for versions 0.16 to 0.19.
 
 Each entry point that may run Megatron calls `import_megatron()` before anything imports Megatron Core, and `apply()` before it uses it.
-With a CUDA device they patch nothing.
+With a CUDA device only `megatron_patches.checkpoints` is applied.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ def import_megatron() -> None:
 def apply() -> None:
     """Apply the patches that this machine needs; later calls do nothing."""
     global _applied
-    if _applied or torch.cuda.is_available():
+    if _applied:
         return
-    from megatron_patches import cpu
+    from megatron_patches import checkpoints, cpu
 
-    for patch in cpu.PATCHES:
+    for patch in [*checkpoints.PATCHES, *(() if torch.cuda.is_available() else cpu.PATCHES)]:
         patch.function()
     _applied = True
 

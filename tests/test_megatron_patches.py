@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_patches import cpu
+from megatron_patches import checkpoints, cpu
 
 
 def upstream_source(upstream: str) -> str:
@@ -19,8 +19,8 @@ def upstream_source(upstream: str) -> str:
     return text if isinstance(node, ast.Module) else ast.get_source_segment(text, node)
 
 
-@pytest.mark.parametrize("patch", cpu.PATCHES, ids=lambda patch: patch.function.__name__)
+@pytest.mark.parametrize("patch", cpu.PATCHES + checkpoints.PATCHES, ids=lambda patch: patch.function.__name__)
 def test_upstream_still_needs_the_patch(patch):
     assert patch.needed_for in upstream_source(patch.upstream), (
-        f"{patch.upstream} no longer holds {patch.needed_for!r}: remove megatron_patches.cpu.{patch.function.__name__}"
+        f"{patch.upstream} no longer holds {patch.needed_for!r}: remove {patch.function.__module__}.{patch.function.__name__}"
     )

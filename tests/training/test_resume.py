@@ -21,8 +21,14 @@ def steps_done(save: Path) -> int:
     return int((save / LATEST).read_text()) if (save / LATEST).is_file() else 0
 
 
+def metrics(save: Path, *keys: str) -> list[tuple]:
+    """The values of `keys` in each line of the metrics."""
+    lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(line[key] for key in keys) for line in lines]
+
+
 def iterations_logged(save: Path) -> list[int]:
-    return [json.loads(line)["iteration"] for line in (save / "metrics.jsonl").read_text().splitlines()]
+    return [iteration for (iteration,) in metrics(save, "iteration")]
 
 
 @pytest.mark.slow
@@ -55,6 +61,8 @@ def test_all_ranks_killed_in_the_first_step_and_during_a_save_and_a_damaged_chec
     assert f"{newest}: found checksum" in done.stderr
     assert "--auto-fallback: going on from iter_0000002" in done.stderr
     assert iterations_logged(save) == list(range(1, STEPS + 1))
+    keys = ("iteration", "loss", "grad_norm", "mean_max_probability")
+    assert metrics(save, *keys) == metrics(whole, *keys), "the losses are those of other data or other masks"
     assert not [entry for entry in save.iterdir() if entry.name.startswith(".iter")], "what was half-written is still there"
     assert_bit_identical(whole, save)
 
@@ -97,11 +105,15 @@ def test_sigterm_saves_and_ends_with_its_own_status(start, tmp_path, tiny_datase
     assert f"stopped by a signal after iteration {stopped}; saved at iteration {stopped}" in run.console
     assert "Traceback" not in run.console
 
-    run = start(None, values)
+    run = start(2, values)  # the same, of torchrun and more than one rank
     run.wait_for(lambda: steps_done(save) > stopped)
     assert f"iter_{stopped:07d} after iteration {stopped} of 2000" in run.console
-    run.kill_all()
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end() != 0
+    stopped_again = steps_done(save)
+    assert run.console.count(f"stopped by a signal after iteration {stopped_again}; saved at iteration {stopped_again}") == 1
     lines = iterations_logged(save)
+    assert stopped_again == lines[-1]
     assert lines == list(range(1, len(lines) + 1))
 
 

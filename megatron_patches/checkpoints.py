@@ -1,0 +1,48 @@
+"""Patches of Megatron Core's checkpointing, on any device."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pickle
+import queue
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+from megatron_patches.cpu import Patch
+
+
+class _Results:
+    """What a save's writer, a fork of this process or this process itself, hands back: one value, in memory that both see."""
+
+    def __init__(self) -> None:
+        self._file = os.fdopen(os.memfd_create("write results"), "w+b")
+
+    def put(self, value: Any) -> None:
+        self._file.write(ForkingPickler.dumps(value))
+        self._file.flush()
+
+    def get_nowait(self) -> Any:
+        self._file.seek(0)
+        data = self._file.read()
+        if not data:
+            raise queue.Empty
+        return pickle.loads(data)
+
+
+def results_without_a_process() -> None:
+    """`_get_write_results_queue` starts a process by spawn that keeps the writers' results.
+
+    A launcher that asks a rank to stop sends SIGTERM to all of the rank's processes, torchrun to its process group: that one ends, and the
+    rank cannot write the checkpoint that it was asked to stop with. It also costs every rank a second start of Python and torch.
+    """
+    importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")._get_write_results_queue = _Results
+
+
+PATCHES = [
+    Patch(
+        results_without_a_process,
+        "megatron.core.dist_checkpointing.strategies.filesystem_async:_get_write_results_queue",
+        "ctx.Manager().Queue()",
+    )
+]
