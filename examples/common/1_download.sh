@@ -11,7 +11,7 @@ fi
 
 if [[ $HF_DIR != "$HF_MODEL" ]]; then
   run hf download "$HF_MODEL" --local-dir "$HF_DIR" --include '*.safetensors' --include '*.json' --include 'tokenizer*' \
-    --include 'LICENSE*' --exclude 'original/*'
+    --include merges.txt --include 'LICENSE*' --exclude 'original/*'
 fi
 missing=()
 for shard in $SHARDS; do

@@ -9,9 +9,11 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +179,49 @@ def test_slurm_starts_the_multinode_script(tmp_path):
     assert (torchrun["nnodes"], torchrun["rdzv_id"], module) == ("8", "llama2-7b-42", "maskllm.train")
     header = (EXAMPLES / "slurm.sbatch").read_text()
     assert "#SBATCH --ntasks-per-node=1" in header, "torchrun starts the processes of a node itself"
+
+
+SRUN = """#!/bin/bash
+printenv RDZV_ENDPOINT NNODES > rendezvous
+[[ $1 == --kill-on-bad-exit=1 && -e fails ]] && exit 7
+trap 'touch saved; exit 1' TERM
+touch started
+while :; do sleep 0.05; done
+"""
+SCONTROL = """#!/bin/bash
+if [[ $1 == show ]]; then printf 'node7\\nnode8\\n'; else echo "$@" >> requests; fi
+"""
+
+
+@pytest.fixture
+def cluster(tmp_path) -> dict[str, str]:
+    """A directory with stand-ins for Slurm's two programs, and the environment of a job."""
+    (tmp_path / "bin").mkdir()
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    variables = environment(SLURM_JOB_ID=42, SLURM_JOB_NUM_NODES=2, SLURM_JOB_NODELIST="node[7-8]")
+    return variables | {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{variables['PATH']}"}
+
+
+def test_a_slurm_job_that_is_asked_to_stop_saves_and_is_queued_again(cluster, tmp_path):
+    job = subprocess.Popen(["bash", EXAMPLES / "slurm.sbatch", "llama2-7b"], cwd=tmp_path, env=cluster)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "started").exists():
+        assert job.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)  # to the script alone, as --signal=B: does
+    job.wait(timeout=60)
+    assert (tmp_path / "saved").exists()
+    assert (tmp_path / "requests").read_text() == "requeue 42\n"
+    assert (tmp_path / "rendezvous").read_text() == "node7:29500\n2\n"
+
+
+def test_a_slurm_job_that_fails_is_not_queued_again(cluster, tmp_path):
+    (tmp_path / "fails").touch()
+    job = subprocess.run(["bash", EXAMPLES / "slurm.sbatch", "llama2-7b"], cwd=tmp_path, env=cluster, check=False, timeout=60)
+    assert job.returncode == 7
+    assert not (tmp_path / "requests").exists()
 
 
 TINY = {
