@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import resource
 import time
 from collections.abc import Iterator
+
+from maskllm.resident import peak_resident_bytes
 
 
 @contextlib.contextmanager
@@ -15,4 +16,4 @@ def measured() -> Iterator[dict[str, float]]:
     started = time.perf_counter()
     yield cost
     cost["seconds"] = time.perf_counter() - started
-    cost["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    cost["peak_memory_bytes"] = peak_resident_bytes()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-import sys
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -13,18 +11,14 @@ import torch
 from maskllm.files import write_text
 from maskllm.layers.spec import MaskedLinear
 from maskllm.patterns import unpack_mask
+from maskllm.resident import peak_resident_bytes
 
 
 def peak_memory_bytes() -> int:
     """The most memory this process has held: on the device with CUDA, resident otherwise."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    try:
-        # getrusage's maximum begins with that of the process that started this one.
-        status = Path("/proc/self/status").read_text()
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    return peak_resident_bytes()
 
 
 class WinnerTracker:
