@@ -124,13 +124,15 @@ def stage_memory(model: ModelConfig, arguments: TrainArguments, layout: Layout, 
     kept = activations(model, arguments, layout, stage, device=device)
     sequence = arguments.seq_length * arguments.micro_batch_size
     hidden = sequence * model.hidden_size * element
+    # Weights that are computed with in another type than the checkpoint's, bf16, are kept on the host in that type too.
+    host_copy = FLOAT_BYTES["bf16"] if device == "cpu" and arguments.params_dtype != "bf16" else 0.0
     communication = 0.0
     if layout.pipeline > 1:
         communication += 2 * hidden / _sequence_split(arguments, layout)  # what is being sent and what is being received
     if _sequence_split(arguments, layout) > 1:
         communication += hidden  # Megatron's buffer for gathered sequences
     return Memory(
-        weights=(masked + other) * element,
+        weights=(masked + other) * (element + host_copy),
         mask_bits=2 * masked / 8,
         mask_logits=logits * logit,
         gradients=logits * logit,
