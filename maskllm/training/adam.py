@@ -18,8 +18,6 @@ from maskllm.training.moments import QUANTIZATION_BLOCK, BlockwiseMoment, FloatM
 CHUNK = 1 << 22
 """Entries updated at once, about: what is in fp32 for a moment is a few times 16 MiB, whatever the tensor's size."""
 
-STATE_DTYPES = ("fp32", "bf16", "8bit")
-
 
 @dataclass(frozen=True)
 class Place:
@@ -46,7 +44,7 @@ class LogitsAdam(torch.optim.Optimizer):
     ) -> None:
         """Take parameter groups with `lr`, `weight_decay`, `betas` and `eps`, of tensors [rows, blocks a row, candidates].
 
-        `state_dtype` is one of STATE_DTYPES; `places` has an entry for each bf16 parameter.
+        `state_dtype` is fp32, bf16 or 8bit; `places` has an entry for each bf16 parameter.
         """
         super().__init__(params, {})
         self.places = places
