@@ -11,6 +11,8 @@ from typing import Any
 
 from megatron_patches.cpu import Patch
 
+_MODULE = "megatron.core.dist_checkpointing.strategies.filesystem_async"
+
 
 class _Results:
     """What a save's writer, a fork of this process or this process itself, hands back: one value, in memory that both see."""
@@ -31,18 +33,14 @@ class _Results:
 
 
 def results_without_a_process() -> None:
-    """`_get_write_results_queue` starts a process by spawn that keeps the writers' results.
+    """`get_write_results_queue` (0.16: `_get_write_results_queue`) starts a process by spawn that keeps the writers' results.
 
     A launcher that asks a rank to stop sends SIGTERM to all of the rank's processes, torchrun to its process group: that one ends, and the
     rank cannot write the checkpoint that it was asked to stop with. It also costs every rank a second start of Python and torch.
     """
-    importlib.import_module("megatron.core.dist_checkpointing.strategies.filesystem_async")._get_write_results_queue = _Results
+    module = importlib.import_module(_MODULE)
+    name = next(name for name in ("get_write_results_queue", "_get_write_results_queue") if hasattr(module, name))
+    setattr(module, name, _Results)
 
 
-PATCHES = [
-    Patch(
-        results_without_a_process,
-        "megatron.core.dist_checkpointing.strategies.filesystem_async:_get_write_results_queue",
-        "ctx.Manager().Queue()",
-    )
-]
+PATCHES = [Patch(results_without_a_process, _MODULE, "ctx.Manager().Queue()")]

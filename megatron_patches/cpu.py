@@ -51,13 +51,16 @@ def upstream_object(upstream: str) -> Any:
 
 
 class _CpuCuda:
-    """Stands in for `torch.cuda`: the current device is the CPU, and there is nothing to synchronize."""
+    """Stands in for `torch.cuda`: the current device is the CPU, there are no streams, and there is nothing to synchronize."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cuda, name)
 
     def current_device(self) -> torch.device:
         return torch.device("cpu")
+
+    def current_stream(self, *_: Any, **__: Any) -> None:  # since 0.19, before each reduction of gradients
+        pass
 
     def synchronize(self, *_: Any, **__: Any) -> None:
         pass

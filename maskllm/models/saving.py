@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import os
 import shutil
 import uuid
@@ -37,6 +38,9 @@ from maskllm.models.checkpoint import (
 )
 from maskllm.models.hf_config import read_json_object
 from maskllm.models.manifest import FileRecord, write_manifest
+
+# From 0.19 on Megatron prefers an optional package's writer to its own, and asks for it by default.
+_OWN_WRITER = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
 
 
 class CheckpointSaver:
@@ -85,7 +89,9 @@ class CheckpointSaver:
         _on_first_rank(lambda: temporary.mkdir(parents=True))
         self._writing = (path, temporary)
         with self._checked():
-            request = dist_checkpointing.save(without_extra_state(sharded_state_dict), str(temporary), async_sharded_save=True)
+            request = dist_checkpointing.save(
+                without_extra_state(sharded_state_dict), str(temporary), async_sharded_save=True, **_OWN_WRITER
+            )
             if request.async_fn is not None:
                 write = functools.partial(_write_and_record, request.async_fn, temporary, dist.get_rank())
                 request = request._replace(async_fn=write)

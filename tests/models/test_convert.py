@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_side_files_go_along_and_nothing_else(tmp_path):
     write_tiny("llama2", tmp_path / "hf")
     for name in ("tokenizer.json", "tokenizer.model", "chat_template.jinja", "LICENSE", "pytorch_model.bin", "training_args.bin"):
         (tmp_path / "hf" / name).write_text(name)
-    path = convert(tmp_path / "hf", tmp_path / "dense")
+    path = Path(convert(tmp_path / "hf", tmp_path / "dense").path)
     assert {file.name for file in (path / "hf").iterdir()} == {
         "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja", "LICENSE",
     }  # fmt: skip
