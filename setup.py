@@ -112,7 +112,7 @@ def kernels() -> dict:
         packages = Path(torch.__file__).parent.parent / "nvidia"
         includes = [*toolkit_folders("INCLUDES", "-I"), *(str(path) for path in packages.glob("*/include"))]
         library_dirs = [*toolkit_folders("LIBRARIES", "-L"), *(str(path) for path in packages.glob("*/lib"))]
-        if any((Path(path) / "cusparseLt.h").exists() for path in includes):
+        if any((Path(path) / "cusparseLt.h").exists() for path in [*includes, "/usr/include"]):
             macros.append(("MASKLLM_CUSPARSELT", "1"))
             link.append("-l:libcusparseLt.so.0")  # the file torch has loaded by then
         else:
