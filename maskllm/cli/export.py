@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
+from maskllm.cli.measure import measured
 from maskllm.export.hf import MAX_SHARD_SIZE, export
 from maskllm.files import write_json
 
@@ -22,9 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Export and say what was written."""
-    report = export(args.load, args.output, mask_file=args.mask_file, max_shard_size=args.max_shard_size)
+    with measured() as cost:
+        report = export(args.load, args.output, mask_file=args.mask_file, max_shard_size=args.max_shard_size)
     if args.json:
-        write_json(args.json, dataclasses.asdict(report))
+        write_json(args.json, {"load": args.load} | dataclasses.asdict(report) | cost)
     print(f"wrote {args.output}" + (f" and {args.mask_file}" if args.mask_file else ""))
     print(f"{report.parameters:,} parameters, {report.bytes:,} bytes")
     if report.pruned_parameters:

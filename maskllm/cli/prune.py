@@ -7,6 +7,7 @@ import logging
 
 import torch
 
+from maskllm.cli.measure import measured
 from maskllm.errors import MaskLLMError
 from maskllm.patterns import Pattern
 from maskllm.pruning.checkpoint import Calibration, prune_by_magnitude, prune_calibrated
@@ -38,12 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=Calibration.seed, metavar="X", help="of the choice of windows")
     parser.add_argument("--pack", action="store_true", help="join documents into one stream before cutting windows")
     parser.add_argument("--params-dtype", choices=sorted(DTYPES), default="bf16", help="type the layers compute in")
-    parser.add_argument("--json", metavar="FILE", help="write the report, with errors by layer and matrix")
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the report: errors by layer and matrix, where there are calibration data"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Prune and say where to."""
-    from maskllm.distributed import parallel_processes
+    from maskllm.distributed import parallel_processes, raised_together
     from maskllm.files import write_json
 
     logging.basicConfig(format="%(message)s")
@@ -53,12 +56,18 @@ def run(args: argparse.Namespace) -> None:
     for name in ("calibration_samples", "seq_length"):
         if getattr(args, name) < 1:
             raise MaskLLMError(f"--{name.replace('_', '-')} {getattr(args, name)}: wanted a positive number")
+    if args.seed < 0:
+        raise MaskLLMError(f"--seed {args.seed}: wanted a number of at least 0")
     if args.calibration_data is None:
         if args.method != "magnitude":
             raise MaskLLMError(f"--method {args.method} needs --calibration-data")
-        if args.json is not None:
-            raise MaskLLMError("--json: the report is made of calibration data; give --calibration-data too")
-        print(f"wrote {prune_by_magnitude(args.load, args.output, settings)}")
+        with parallel_processes(timeout_minutes=60), raised_together():
+            if torch.distributed.get_rank() == 0:
+                with measured() as cost:
+                    path = prune_by_magnitude(args.load, args.output, settings)
+                if args.json is not None:
+                    write_json(args.json, {"load": args.load, **settings.as_dict()} | cost)
+                print(f"wrote {path}")
         return
     calibration = Calibration(
         args.calibration_data, args.calibration_samples, args.seq_length, args.seed, args.pack, DTYPES[args.params_dtype]

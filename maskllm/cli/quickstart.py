@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from maskllm.errors import MaskLLMError
 from maskllm.quickstart.pipeline import METHODS, QuickstartSettings, quickstart
 
 
@@ -19,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR_OR_ID", help="Hugging Face model instead of SmolLM2-135M-Instruct")
     parser.add_argument("--corpus", nargs="+", metavar="FILE", help="C4 shards to learn from instead of installed documentation")
     parser.add_argument(
-        "--eval-corpus", metavar="FILE", help="held-out text to evaluate on (WikiText-2 raw, JSON lines or plain text)"
+        "--eval-corpus",
+        metavar="FILE",
+        help="text to evaluate on instead of documentation (WikiText-2 raw, JSON lines, plain text)",
     )
     parser.add_argument("--train-iters", type=int, default=defaults.train_iters, help="steps of mask learning")
     parser.add_argument("--global-batch-size", type=int, default=defaults.global_batch_size, help="sequences a step")
@@ -36,8 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the pipeline and print the table."""
-    if args.corpus and not args.eval_corpus:
-        raise MaskLLMError("--corpus: wanted --eval-corpus with it, a text that the masks are not learned from")
     names = QuickstartSettings.__dataclass_fields__.keys() & vars(args).keys()
     settings = QuickstartSettings(**{name: getattr(args, name) for name in names})
     quickstart(args.output, settings, model=args.model, corpus=args.corpus, eval_corpus=args.eval_corpus)

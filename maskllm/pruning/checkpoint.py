@@ -18,6 +18,7 @@ from maskllm.distributed import device
 from maskllm.errors import MaskLLMError
 from maskllm.models.checkpoint import UNSTRUCTURED, Checkpoint, CheckpointInfo, iteration_name, resolve, write_checkpoint
 from maskllm.models.families import parameter_map
+from maskllm.models.manifest import MANIFEST
 from maskllm.models.mapping import Mapping
 from maskllm.models.torch_dist import LazyTensor
 from maskllm.patterns import Pattern, pack_mask
@@ -116,6 +117,7 @@ def prune_calibrated(
     tokens = calibration.tokens(checkpoint)
     run = {
         "load": str(checkpoint.path.resolve()),
+        "manifest": hashlib.sha256((checkpoint.path / MANIFEST).read_bytes()).hexdigest(),
         "settings": settings.as_dict(),
         "calibration": {**calibration.as_dict(), "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,6 +37,8 @@ class PruneSettings:
             raise MaskLLMError(f"prune method {self.method!r}: wanted one of {', '.join(METHODS)}")
         if self.update_weights and self.method != "sparsegpt":
             raise MaskLLMError(f"method {self.method} chooses a mask only; updating the weights takes sparsegpt")
+        if not 0 < self.damping < math.inf:
+            raise MaskLLMError(f"damping {self.damping}: wanted a positive number")
         check_sparsity(self.sparsity)
 
     def as_dict(self) -> dict[str, Any]:

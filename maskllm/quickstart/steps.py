@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import multiprocessing
+import os
 import shlex
 import shutil
 import subprocess
@@ -52,11 +53,11 @@ class Steps:
         told = command or [f"{work.__module__}.{work.__qualname__}", *map(str, arguments)]
         self._identity = hashlib.sha256(json.dumps([self._identity, told]).encode()).hexdigest()
         record = self.records.get(name, {})
-        if record.get("identity") == self._identity and "seconds" in record:
+        if record.get("identity") == self._identity and "seconds" in record and output.exists():
             print(f"[{name}] done before", file=sys.stderr, flush=True)
             return
         print(f"[{name}] {shlex.join(command) if command else work.__doc__.splitlines()[0]}", file=sys.stderr, flush=True)
-        if record.get("identity") != self._identity:
+        if record.get("identity") != self._identity or "seconds" in record:
             _remove(output)
             record = {"identity": self._identity, "seconds_before": 0.0}
             self._note(name, record)  # so that even a killed step is known, and gone on from
@@ -121,7 +122,8 @@ def _tree_memory() -> int:
 
 
 def _run_command(name: str, command: Sequence[str]) -> None:
-    process = subprocess.Popen(command)
+    # How long torchrun lets its processes save after a signal; its default is 30 seconds.
+    process = subprocess.Popen(command, env={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "240"} | os.environ)
     try:
         status = process.wait()
     except KeyboardInterrupt:

@@ -49,7 +49,7 @@ class TrainArguments:
     split: str = _option("969,30,1", "shares of the documents for training, validation and test, in any unit")
     data_cache_path: str | None = _option(None, "where the dataset's index files are cached; beside the dataset by default")
 
-    pattern: str = _option("2:4", "N:M, keep N of every M consecutive weights")
+    pattern: str = _option("2:4", "N:M, keep N of every M consecutive weights; M at most 32, and at most 128 candidate masks")
     gumbel_temperature_range: tuple[float, float] = _option((4.0, 0.05), "softmax temperature, first and last", nargs=2)
     gumbel_scale_range: tuple[float, float] = _option((1e2, 5e2), "multiplier of the logits, first and last", nargs=2)
     prior_strength: float = _option(3.0, "how far a prior mask moves the initial logits, in their standard deviations")

@@ -39,9 +39,20 @@ SETTINGS_THAT_MUST_MATCH = (
     "use_distributed_optimizer",
     "mask_logits_dtype",
     "optimizer_state_dtype",
+    "lr",
+    "min_lr",
+    "lr_decay_style",
+    "lr_warmup_iters",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_eps",
+    "clip_grad",
+    "split",
 )
-"""Arguments that a resumed run must share with the run it continues; the rest (layout, intervals, paths) may change. The two kinds of
-optimizer keep their state under different keys and cannot load each other's."""
+"""Arguments that a resumed run must share with the run it continues: all that decide what is learned, but for the data's path. The rest
+(layout, precision of the frozen weights, intervals, paths) may change. The two kinds of optimizer keep their state under different keys
+and cannot load each other's."""
 
 
 @dataclass
@@ -114,6 +125,11 @@ def resolve_start(arguments: TrainArguments, pattern: Pattern, *, say: Callable[
     if info.stage == "trimmed":
         raise MaskLLMError(
             f"{checkpoint.path}: a trimmed checkpoint's weights have their zeros written in; start from the pruned one"
+        )
+    if info.stage == "pruned" and info.details.get("update_weights"):
+        raise MaskLLMError(
+            f"{checkpoint.path}: its weights have zeros written in (--update-weights), which no mask can bring back; start from one "
+            "pruned without it"
         )
     if info.pattern is not None and info.pattern != str(pattern):
         raise MaskLLMError(f"{checkpoint.path}: its masks have pattern {info.pattern}; --pattern is {pattern}")

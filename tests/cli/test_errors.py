@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import errno
+import importlib
 import os
 import resource
 from pathlib import Path
@@ -33,6 +35,9 @@ def test_help_is_complete(verb, capsys):
         main([verb, "--help"])
     assert caught.value.code == 0
     text = capsys.readouterr().out
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"maskllm.cli.{verb}").add_arguments(parser)
+    assert all(action.help for action in parser._actions)
     assert "--output" in text or "--json" in text
     assert "default: None" not in text
     assert "default: False" not in text

@@ -29,7 +29,7 @@ def passages(count: int, seed: int = 0) -> list[str]:
     ]
 
 
-TRICKY = ["", " ", "\n", "a</s>b", "<s>", "</s></s> 5", "  2024  x", "𝠀 \U00046131", "\u0130 e\u0301", "\x01\x00", "word " * 30000]
+TRICKY = ["", " ", "\n", "a</s>b", "<s>", "</s></s> 5", "  2024  x", "𝠀 \U00046131", "\u0130 e\u0301", "\x01\x00", "word " * 300000]
 
 
 def write_hf_tokenizer(directory: Path, *, digits: bool = False, bos: bool = False, vocab_size: int = 600) -> Path:

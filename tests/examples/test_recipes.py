@@ -253,8 +253,26 @@ def train_on_two_nodes(recipe: str, cwd: Path, settings: dict[str, object]) -> N
     assert [node.returncode for node in nodes] == [0, 0], messages[0][-3000:] + messages[1][-3000:]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
+def test_a_tiny_dry_run_differs_by_names_alone(recipe, tmp_path):
+    """From that of a recipe whose tiny model goes all the way in every run of the tests."""
+    same = "llama2-7b" if recipe.startswith("llama") else "gpt3-2b" if recipe.startswith("gpt3") else recipe
+    for step in STEPS:
+        ours, theirs = (dry_run(name, step, tmp_path, MODEL="tiny") for name in (recipe, same))
+        family = "--family"
+        ours, theirs = (
+            [[word.replace(name, "RECIPE") for i, word in enumerate(words) if words[i - 1] != family] for words in commands]
+            for name, commands in ((recipe, ours), (same, theirs))
+        )
+        assert ours == theirs, step
+
+
+LONG = ("llama2-13b", "llama3-8b", "gpt3-843m")
+"""Recipes that are others by another name: `pytest -m long` runs them."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in RECIPES])
 def test_a_tiny_model_goes_all_the_way(recipe, tmp_path):
     settings = {"MODEL": "tiny"} | TINY[recipe]
     if "NNODES" in settings:

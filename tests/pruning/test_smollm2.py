@@ -47,6 +47,6 @@ def test_smollm2_on_c4_and_wikitext(shared_data, tmp_path):
     results["magnitude"] = perplexity(model, windows)
     print(results)
     masks = results["wanda"], results["sparsegpt"]
-    assert results["magnitude"] > 8 * max(masks)
+    assert results["magnitude"] > 10 * max(masks)
     assert max(masks) < 1.4 * min(masks)
     assert 2 * results["dense"] < results["sparsegpt, updated"] < 0.8 * min(masks)

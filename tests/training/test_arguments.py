@@ -202,6 +202,8 @@ def trained(tmp_path, tiny_pruned) -> Path:
     ("name", "value", "message"),
     [
         ("seed", 5, "--seed 5: the run in .* has 1234"),
+        ("lr", 1e-3, "--lr 0.001: the run in .* has 5e-05"),
+        ("split", "9,1,0", "--split 9,1,0: the run in .* has 969,30,1"),
         ("use_distributed_optimizer", True, "--use-distributed-optimizer True: the run in .* has False"),
         ("gumbel_temperature_range", (2.0, 0.05), r"--gumbel-temperature-range \[2.0, 0.05\]: the run in .* has \[4.0, 0.05\]"),
     ],
@@ -212,6 +214,17 @@ def test_a_run_is_resumed_with_its_own_settings(trained, name, value, message):
     assert (start.resumed, start.iteration) == (True, 2)
     arguments = dataclasses.replace(arguments, **{name: value})
     with pytest.raises(MaskLLMError, match=message):
+        resolve_start(arguments, arguments.check())
+
+
+def test_weights_with_zeros_written_in_are_no_start(tmp_path, tiny_pruned):
+    path = tmp_path / "release"
+    shutil.copytree(tiny_pruned / "release", path)
+    info = json.loads((path / "maskllm.json").read_text())
+    (path / "maskllm.json").write_text(json.dumps(info | {"details": {"update_weights": True}}))
+    write_manifest(path)
+    arguments = dataclasses.replace(GOOD, load=str(path), seq_length=64)
+    with pytest.raises(MaskLLMError, match=r"zeros written in .*pruned without it"):
         resolve_start(arguments, arguments.check())
 
 
