@@ -1,7 +1,7 @@
 # MaskLLM on NVIDIA's PyTorch container, with the CUDA kernels for A100 (8.0), A10/RTX 30 (8.6), L40/RTX 40 (8.9), H100/H200 (9.0) and B200 (10.0).
 #
 #   docker build -t maskllm .
-#   docker run --rm -it --gpus all --ipc=host --ulimit memlock=-1 --ulimit stack=67108864 -v "$PWD:/workspace" maskllm
+#   docker run --rm -it --gpus all --ipc=host --ulimit memlock=-1 --ulimit stack=67108864 --user "$(id -u):$(id -g)" -e HOME=/workspace -v "$PWD:/workspace" maskllm
 #
 # 25.12 has Ubuntu 24.04, Python 3.12, CUDA 13.1, PyTorch 2.10 and Transformer Engine. Its PyTorch is NVIDIA's own build and is kept: the
 # kernels are built against it, and the image's list of versions (PIP_CONSTRAINT) holds for what is installed beside it.

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 import megatron_patches
 from maskllm.errors import MaskLLMError
+
+T = TypeVar("T")
 
 
 def device() -> torch.device:
@@ -79,6 +82,20 @@ def _meet(store: dist.Store, rank: int, ranks: int) -> str:
 def lost_connection(error: BaseException) -> bool:
     """Whether a collective failed because another process has gone, or has not answered in time."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in ("gloo", "NCCL")))
+
+
+def from_first_rank(value: T) -> T:
+    """The first rank's `value`, on all ranks of the job, if there is one."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def is_first_rank() -> bool:
+    """Whether this is the first rank of the job, or the only process."""
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 @contextlib.contextmanager

@@ -233,10 +233,13 @@ def _compilers(diagnosis: Diagnosis) -> None:
 
 
 def _output(command: list[str]) -> str | None:
-    """What a program prints; None where there is no such program or it fails."""
+    """What a program prints; None where there is no such program, it fails or it hangs."""
     if shutil.which(command[0]) is None:
         return None
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
     return done.stdout.strip() if done.returncode == 0 else None
 
 

@@ -24,7 +24,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     import megatron_patches
 
     megatron_patches.import_megatron()
+    import torch
+
     from maskllm.distributed import parallel_processes
+    from maskllm.errors import StoppedError
     from maskllm.training.failures import report
     from maskllm.training.output_lock import output_lock
     from maskllm.training.rank_output import rank_output
@@ -44,7 +47,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 pipeline_model_parallel_size=arguments.pipeline_model_parallel_size,
                 timeout_minutes=arguments.distributed_timeout_minutes + 1,  # the watchdog, which can name the rank, comes first
             ):
-                return _train(arguments, rank, console)
+                status = _train(arguments, rank, console)
+                if status not in (0, StoppedError.exit_status) and torch.cuda.is_available():
+                    # NCCL's groups go down together, and the others may be waiting for this rank somewhere else.
+                    sys.stderr.flush()
+                    os._exit(status)
+                return status
         except BaseException as error:
             return report(error, console)
 

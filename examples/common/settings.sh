@@ -51,6 +51,9 @@ source "$RECIPE_DIR/recipe.sh"
 : "${CALIBRATION_SAMPLES:=128}" "${CALIBRATION_SEQ_LENGTH:=2048}" "${PARAMS_DTYPE:=bf16}"
 : "${EVAL_SEQ_LENGTH:=$SEQ_LENGTH}" "${EVAL_WINDOWS:=}" "${TRAIN_ARGS:=}"
 
+if [[ -n ${DRY_RUN:-} ]]; then
+  : "${HF_MODEL:=/path/to/$RECIPE}"
+fi
 if [[ -z ${HF_MODEL:-} ]]; then
   echo "$RECIPE: its weights are not on the hub; set HF_MODEL to a Hugging Face checkpoint of it" >&2
   exit 2
@@ -65,15 +68,28 @@ fi
 # What torchrun grants the processes to save after SIGTERM, where its version can be told; else it is 30 seconds.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}
 
-# Show a command and, unless DRY_RUN is set, run it.
-run() {
+# Show a command; fails in a dry run, so that it is not run.
+show() {
   local line
   printf -v line '%q ' "$@"
   if [[ -n ${DRY_RUN:-} ]]; then
     printf '%s\n' "${line% }"
-  else
-    printf '+ %s\n' "${line% }" >&2
+    return 1
+  fi
+  printf '+ %s\n' "${line% }" >&2
+}
+
+# Show a command and, unless DRY_RUN is set, run it.
+run() {
+  if show "$@"; then
     "$@"
+  fi
+}
+
+# The same as a script's last command, in place of its shell: a signal to the script is one to the command.
+run_last() {
+  if show "$@"; then
+    exec "$@"
   fi
 }
 
@@ -93,7 +109,7 @@ on_all_nodes() {
     : "${RDZV_ENDPOINT:?with NNODES over 1, HOST:PORT of one of the nodes, the same on all}"
     nodes=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "$RDZV_ID")
   fi
-  run torchrun "${nodes[@]}" --nproc-per-node "$GPUS" --max-restarts "$MAX_RESTARTS" "$@"
+  run_last torchrun "${nodes[@]}" --nproc-per-node "$GPUS" --max-restarts "$MAX_RESTARTS" "$@"
 }
 
 shard_file() { printf '%s/en/c4-train.%05d-of-01024.json.gz' "$DATA_DIR/c4" "$1"; }

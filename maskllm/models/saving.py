@@ -23,6 +23,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
 
+from maskllm.distributed import from_first_rank
 from maskllm.errors import MaskLLMError
 from maskllm.files import publish_directory, write_json, write_text
 from maskllm.models.checkpoint import (
@@ -131,7 +132,7 @@ class CheckpointSaver:
             if dist.get_rank() == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(cause, CheckpointException):  # raised on all ranks together, with the reason on the first alone
-                message = _from_first_rank(message)
+                message = from_first_rank(message)
             raise MaskLLMError(f"{message}; older checkpoints are as they were") from cause
 
     def _remove_older(self, newest: int) -> None:
@@ -174,13 +175,7 @@ def _write_and_record(write: Callable[..., None], directory: Path, rank: int, *a
 
 def _shared_token() -> str:
     """A random word, the same on all ranks: a killed job's writers may live on for a while and must not meet a later job's."""
-    return _from_first_rank(uuid.uuid4().hex[:8])
-
-
-def _from_first_rank(value: str) -> str:
-    box = [value]
-    dist.broadcast_object_list(box)
-    return box[0]
+    return from_first_rank(uuid.uuid4().hex[:8])
 
 
 def _on_first_rank(action: Callable[[], None]) -> None:
@@ -195,6 +190,6 @@ def _on_first_rank(action: Callable[[], None]) -> None:
             failure = str(error)
         except Exception as error:
             failure = f"{type(error).__name__}: {error}".splitlines()[0]
-    failure = _from_first_rank(failure)
+    failure = from_first_rank(failure)
     if failure:
         raise MaskLLMError(failure)

@@ -56,8 +56,8 @@ BUILT_IN: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 4096,
         "tie_word_embeddings": False,
     },
-    "gpt3-843m": _GPT | {"n_embd": 1024, "n_layer": 24, "n_head": 16, "n_positions": 4096},
-    "gpt3-2b": _GPT | {"n_embd": 2048, "n_layer": 24, "n_head": 16, "n_positions": 4096},
+    "gpt3-843m": _GPT | {"n_embd": 1024, "n_layer": 24, "n_head": 16, "n_positions": 2048},
+    "gpt3-2b": _GPT | {"n_embd": 2048, "n_layer": 24, "n_head": 16, "n_positions": 2048},
     "smollm2-135m": _LLAMA
     | {
         "hidden_size": 576,

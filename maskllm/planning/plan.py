@@ -90,6 +90,10 @@ def option(model: ModelConfig, arguments: TrainArguments, ranks: int, *, gpu: GP
     _check_pattern(model, arguments, tensor)
     arguments.num_microbatches(layout.data)
     memory = largest_stage(model, arguments, layout, device=device)
+    if arguments.seq_length > model.max_position_embeddings:
+        raise MaskLLMError(
+            f"--seq-length {arguments.seq_length}: the model has a context of {model.max_position_embeddings} tokens"
+        )
     groups = (tensor > 1) + (pipeline > 1) + (layout.data > 1)
     outside = CUDA_CONTEXT + groups * NCCL_COMMUNICATOR if device == "cuda" else 0.0
     return Option(arguments, layout, memory, outside, step_cost(model, arguments, layout, gpu))
@@ -120,25 +124,37 @@ def settings_that_fit(
 ) -> Option | None:
     """The same layout with the least loss of exactness, and then of time, that fits; None where nothing does."""
     for logits, moments in PRECISIONS:
-        exact = (logits, moments) == ("fp32", "fp32")
-        for saver in SAVERS:
-            reset = {
-                "recompute_granularity": None,
-                "recompute_method": None,
-                "recompute_num_layers": None,
-                "recompute_modules": ("core_attn",),
-            }
-            changed = dataclasses.replace(
-                arguments,
-                mask_logits_dtype=logits,
-                optimizer_state_dtype=moments,
-                use_distributed_optimizer=arguments.use_distributed_optimizer and exact,
-                **reset | saver,
-            )
-            for one in _possible(model, changed, ranks, gpu, device):
-                if one.bytes <= gpu_bytes:
-                    return one
+        changed = dataclasses.replace(arguments, mask_logits_dtype=logits, optimizer_state_dtype=moments)
+        for one in _savings(model, changed, ranks, gpu, device):
+            if one.bytes <= gpu_bytes:
+                return one
     return None
+
+
+def least_without_loss(model: ModelConfig, arguments: TrainArguments, ranks: int, *, gpu: GPU, device: str) -> Option | None:
+    """The same layout and types of numbers, what is learned unchanged, in the least memory."""
+    return min(_savings(model, arguments, ranks, gpu, device), key=lambda one: one.bytes, default=None)
+
+
+def _savings(model: ModelConfig, arguments: TrainArguments, ranks: int, gpu: GPU, device: str) -> Iterator[Option]:
+    """Activations and optimizer states split over the ranks that are there anyway, and then ever more recomputation."""
+    tensor = arguments.tensor_model_parallel_size
+    data = ranks // (tensor * arguments.pipeline_model_parallel_size)
+    exact = (arguments.mask_logits_dtype, arguments.optimizer_state_dtype) == ("fp32", "fp32")
+    for saver in SAVERS:
+        reset = {
+            "recompute_granularity": None,
+            "recompute_method": None,
+            "recompute_num_layers": None,
+            "recompute_modules": ("core_attn",),
+        }
+        changed = dataclasses.replace(
+            arguments,
+            sequence_parallel=arguments.sequence_parallel or tensor > 1,
+            use_distributed_optimizer=exact and (arguments.use_distributed_optimizer or data > 1),
+            **reset | saver,
+        )
+        yield from _possible(model, changed, ranks, gpu, device)
 
 
 @dataclass(frozen=True)
@@ -151,6 +167,8 @@ class Plan:
     """Those that fit with the settings that were asked for, the fastest first."""
     remedy: Option | None
     """The layout that was asked for with settings that make it fit, where it does not and they exist."""
+    leanest: Option | None
+    """The layout that was asked for in the least memory in which the same is learned; None where nothing saves any."""
 
     @property
     def fits(self) -> bool:
@@ -164,6 +182,7 @@ class Plan:
             "gpu_bytes": self.gpu_bytes,
             "fits": self.fits,
             "layouts_that_fit": [_numbers(one, model) for one in self.layouts],
+            "least_memory_without_loss": None if self.leanest is None else _numbers(self.leanest, model),
             "settings_that_fit": None if self.remedy is None else _numbers(self.remedy, model),
         }
 
@@ -187,7 +206,11 @@ def plan(
     remedy = None
     if asked.bytes > gpu_bytes:
         remedy = settings_that_fit(model, arguments, ranks, gpu_bytes, gpu=gpu, device=device)
-    return Plan(asked, gpu_bytes, layouts_that_fit(model, arguments, ranks, gpu_bytes, gpu=gpu, device=device), remedy)
+    leanest = least_without_loss(model, arguments, ranks, gpu=gpu, device=device)
+    if leanest is not None and leanest.bytes >= asked.bytes:
+        leanest = None
+    layouts = layouts_that_fit(model, arguments, ranks, gpu_bytes, gpu=gpu, device=device)
+    return Plan(asked, gpu_bytes, layouts, remedy, leanest)
 
 
 def _numbers(chosen: Option, model: ModelConfig) -> dict[str, Any]:

@@ -46,6 +46,8 @@ def plan_lines(plan: Plan, model: ModelConfig, name: str, gpu: str) -> Iterator[
         f"{BANDWIDTH_EFFICIENCY:.0%} of its bandwidths, which is assumed)"
     )
     yield f"checkpoint: {checkpoint_bytes(model, asked.arguments) / 1e9:.3g} GB on disk"
+    if plan.leanest is not None:
+        yield f"the same is learned in {plan.leanest.bytes / 1e9:.1f} GB with: {plan.leanest.settings()}"
     if plan.remedy is not None:
         yield f"this layout fits with ({plan.remedy.bytes / 1e9:.1f} GB): {plan.remedy.settings()}"
     elif not plan.fits:

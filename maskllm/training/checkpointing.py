@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
 
-from maskllm.distributed import raised_together
+from maskllm.distributed import from_first_rank, is_first_rank, raised_together
 from maskllm.environment import resolve_transformer_impl
 from maskllm.errors import MaskLLMError
 from maskllm.layers.gpt import FrozenVocabularyGPTModel
@@ -115,7 +116,7 @@ def resolve_start(arguments: TrainArguments, pattern: Pattern, *, say: Callable[
     setting of the run it continues contradicts the arguments; and where sequences are longer than the model's context.
     """
     path = arguments.load
-    if arguments.pretrained_checkpoint is not None and (path is None or not holds_checkpoint(path)):
+    if arguments.pretrained_checkpoint is not None and (path is None or not from_first_rank(holds_checkpoint(path))):
         path = arguments.pretrained_checkpoint
     checkpoint = _open_intact(path, fall_back=arguments.auto_fallback, say=say)
     info = checkpoint.info
@@ -144,12 +145,20 @@ def resolve_start(arguments: TrainArguments, pattern: Pattern, *, say: Callable[
                     f"--{name.replace('_', '-')} {now}: the run in {checkpoint.path} has {before[name]}; resume with the same value, or "
                     "start a new run with another --save"
                 )
+    elif arguments.save is not None and from_first_rank(holds_checkpoint(arguments.save)):
+        raise MaskLLMError(
+            f"--save {arguments.save}: holds a run; go on with it by --load {arguments.save}, or name another --save"
+        )
     return Start(arguments, checkpoint, resumed)
 
 
 def _open_intact(path: str, *, fall_back: bool, say: Callable[[str], None]) -> Checkpoint:
     """The first of `iterations(path)`, its checksums verified; with `fall_back` the first that is intact."""
-    candidates = iterations(path, say=say)
+    found: list[str] = []
+    with raised_together():  # the first rank decides: another machine may not see the newest directory yet
+        if is_first_rank():
+            found = [str(candidate) for candidate in iterations(path, say=say)]
+    candidates = [Path(candidate) for candidate in from_first_rank(found)]
     for candidate, older in zip(candidates, [*candidates[1:], None], strict=True):
         try:
             with raised_together():

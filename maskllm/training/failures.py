@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -34,14 +35,16 @@ def say_failure(line: str, console: TextIO, *, details: str = "", is_cause: bool
     line_and_program = f"{PROGRAM}: error: {line}\n"
     has_log = console is not sys.stderr
     if has_log:
-        print(details + line_and_program, end="", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the log lies on the disk that may be full
+            print(details + line_and_program, end="", file=sys.stderr, flush=True)
     if not is_first_failure():
         return
     print(line_and_program if has_log else details + line_and_program, end="", file=console, flush=True)
     reply = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if is_cause and reply:
         message = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
-        Path(reply).write_text(json.dumps({"message": message}), encoding="utf-8")
+        with contextlib.suppress(OSError):
+            Path(reply).write_text(json.dumps({"message": message}), encoding="utf-8")
 
 
 def report(error: BaseException, console: TextIO, where: Callable[[], str] = lambda: "") -> int:

@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from maskllm.errors import MaskLLMError
+from maskllm.resident import is_gone
 
 LOCK = ".lock"
-_PATIENCE_SECONDS = 60
+_PATIENCE_SECONDS = 180
 _CANNOT_LOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # Lustre without -o flock, for one
 
 
@@ -25,11 +26,14 @@ def output_lock(directory: Path) -> Iterator[None]:
     """Hold `directory`, made if it is not there, for one job: called by its first rank, before anything is written there.
 
     The lock is the kernel's (flock): it goes with the process that holds it, however that ends, and with the processes that write
-    its checkpoints in the background. Those of a job that has been killed are waited for, for up to a minute. Raises MaskLLMError naming
+    its checkpoints in the background. Those of a job that has been killed are waited for, for up to three minutes,
+    and so is another machine's lock where torchrun has restarted the job. Raises MaskLLMError naming
     the host and the process that holds the directory.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / LOCK).open("a+", encoding="utf-8") as file:
+        # A machine that has died keeps its lock on a shared file system until its lease ends.
+        restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while True:
             try:
@@ -37,7 +41,8 @@ def output_lock(directory: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 host, pid = _holder(directory / LOCK)
-                if time.monotonic() > deadline or not (host == socket.gethostname() and _is_gone(pid)):
+                going = host == socket.gethostname() and not is_gone(pid)
+                if time.monotonic() > deadline or going or (host != socket.gethostname() and not restarted):
                     raise MaskLLMError(
                         f"--save {directory}: process {pid} on {host} is writing there; wait for it, stop it, or name another --save"
                     ) from None
@@ -62,15 +67,3 @@ def _holder(path: Path) -> tuple[str, int | None]:
         return values["host"], values["pid"]
     except (ValueError, KeyError, TypeError):  # it has not written its name yet
         return "some host", None
-
-
-def _is_gone(pid: int | None) -> bool:
-    if pid is None:
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False

@@ -162,8 +162,11 @@ class Trainer:
                     window, started = [], time.perf_counter()
                 if self.bad_steps == arguments.max_bad_steps:
                     self._end_at_bad_steps()
-                if self.valid_batches and (
-                    self.iteration % arguments.eval_interval == 0 or self.iteration == arguments.train_iters
+                stopped = self.stopping or self.data_gone
+                if (
+                    self.valid_batches
+                    and not stopped  # there may be little time left, and a checkpoint to write
+                    and (self.iteration % arguments.eval_interval == 0 or self.iteration == arguments.train_iters)
                 ):
                     self.progress(f"the validation after iteration {self.iteration}")
                     values = self._validate()
@@ -171,7 +174,7 @@ class Trainer:
                         bar.clear()
                         writer.write("validation", self.iteration, values)
                     started = time.perf_counter()
-                ending = self.stopping or self.data_gone or self.iteration == arguments.train_iters
+                ending = stopped or self.iteration == arguments.train_iters
                 if self.saver is not None:
                     self.saver.poll()
                     if ending or (arguments.save_interval and self.iteration % arguments.save_interval == 0):
@@ -213,8 +216,7 @@ class Trainer:
         sampler.scale = self.schedule.scale(self.iteration)
         sampler.weight_reg = self.schedule.weight_reg_at(self.iteration) / self.num_microbatches
         sampler.stats = torch.zeros(2, dtype=torch.float32, device=device())
-        for param_group in self.optimizer.param_groups:
-            lr = param_group["lr"]
+        lr = self.optimizer.param_groups[0]["lr"]
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         first = self.iteration * self.num_microbatches * self.dp_size

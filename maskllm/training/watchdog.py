@@ -11,10 +11,14 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+
+from maskllm.resident import is_gone
+
+_DONE = "nothing, it is done"
+_PATIENCE_SECONDS = 15
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,13 @@ class Heartbeat:
 class Watchdog:
     """A thread of one rank, for as long as the `with` block runs.
 
-    When this rank has made no progress for `limit` seconds, and another rank has published no heartbeat for half of that time or more,
-    `give_up` is called, in the thread, with a line that names the ranks that are silent and what they were last doing; it must not
-    return. Where all are alive (a long save, a slow disk) nothing happens: the process group's own timeout ends a wait that never ends.
+    `give_up` is called, in the thread, with a line that says why, and must not return:
+
+    * when this rank has made no progress for 15 seconds and another rank of its machine has died, which NCCL does not tell;
+    * when it has made none for `limit` seconds, and another rank has published no heartbeat for half of that time or more: the line
+      names the ranks that are silent and what they were last doing.
+
+    Where all are alive (a long save, a slow disk) nothing happens: the process group's own timeout ends a wait that never ends.
 
     Args:
         store: Where the heartbeats are; no other thread may block in it. Its keys are this attempt's alone.
@@ -62,6 +70,9 @@ class Watchdog:
         self._closed = True
         self._wake.set()
         self._thread.join()
+        self._where = _DONE
+        with contextlib.suppress(RuntimeError):  # the store's own rank may have ended
+            self._publish()
 
     def progress(self, where: str) -> None:
         """Note that this rank has got further: it is now at `where`, such as "iteration 7"."""
@@ -72,12 +83,18 @@ class Watchdog:
 
     def describe(self) -> str:
         """Where this rank is, and which other ranks of this machine have gone, to end a sentence with."""
-        gone = []
+        gone = ""
         with contextlib.suppress(Exception):  # the store may have gone too
-            for rank, beat in self._heartbeats().items():
-                if rank != self.rank and beat.host == socket.gethostname() and _is_gone(beat.pid):
-                    gone.append(f"; rank {rank} (process {beat.pid}) has died, in {beat.where}")
-        return f" in {self._where}" + "".join(gone)
+            gone = self._gone()
+        return f" in {self._where}{gone}"
+
+    def _gone(self) -> str:
+        """Which other ranks of this machine have ended without being done."""
+        return "".join(
+            f"; rank {rank} (process {beat.pid}) has died, in {beat.where}"
+            for rank, beat in self._heartbeats().items()
+            if rank != self.rank and beat.host == socket.gethostname() and beat.where != _DONE and is_gone(beat.pid)
+        )
 
     def _run(self) -> None:
         interval = min(5.0, self.limit / 12)
@@ -91,13 +108,15 @@ class Watchdog:
             try:
                 self._publish()
                 stalled = time.monotonic() - self._last_progress
+                if stalled >= _PATIENCE_SECONDS and (gone := self._gone()):
+                    self.give_up(f"rank {self.rank} waits in {self._where}{gone}")
                 if stalled < self.limit / 2:
                     before = None
                 elif before is None:
                     before = self._heartbeats()
                 elif stalled >= self.limit:
                     silent = {rank: beat for rank, beat in self._heartbeats().items() if beat == before.get(rank)}
-                    silent.pop(self.rank, None)
+                    silent = {rank: beat for rank, beat in silent.items() if rank != self.rank and beat.where != _DONE}
                     if silent:
                         faulthandler.dump_traceback(all_threads=True)
                         self.give_up(self._accuse(silent))
@@ -122,12 +141,3 @@ class Watchdog:
         """Of the ranks that have published one."""
         ranks = [rank for rank in range(self.ranks) if self.store.check([str(rank)])]
         return {rank: Heartbeat(**json.loads(self.store.get(str(rank)))) for rank in ranks}
-
-
-def _is_gone(pid: int) -> bool:
-    """Whether a process of this machine has ended, be it that nobody has asked for its exit status yet."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return True
-    return state in "ZX"

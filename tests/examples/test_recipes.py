@@ -184,9 +184,14 @@ def test_slurm_starts_the_multinode_script(tmp_path):
 SRUN = """#!/bin/bash
 printenv RDZV_ENDPOINT NNODES > rendezvous
 [[ $1 == --kill-on-bad-exit=1 && -e fails ]] && exit 7
-trap 'touch saved; exit 1' TERM
-touch started
-while :; do sleep 0.05; done
+bash -c 'trap "touch saved; exit 1" TERM; touch started; while :; do sleep 0.05; done' &
+echo $! > task
+trap 'kill -KILL $(cat task)' TERM  # as Slurm's own does
+while kill -0 $(cat task) 2> /dev/null; do sleep 0.05; done
+exit 1
+"""
+SCANCEL = """#!/bin/bash
+[[ $1 == --signal=TERM && $2 == 42 ]] && kill -TERM $(cat task)
 """
 SCONTROL = """#!/bin/bash
 if [[ $1 == show ]]; then printf 'node7\\nnode8\\n'; else echo "$@" >> requests; fi
@@ -195,9 +200,9 @@ if [[ $1 == show ]]; then printf 'node7\\nnode8\\n'; else echo "$@" >> requests;
 
 @pytest.fixture
 def cluster(tmp_path) -> dict[str, str]:
-    """A directory with stand-ins for Slurm's two programs, and the environment of a job."""
+    """A directory with stand-ins for Slurm's programs, and the environment of a job."""
     (tmp_path / "bin").mkdir()
-    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("scancel", SCANCEL)):
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
     variables = environment(SLURM_JOB_ID=42, SLURM_JOB_NUM_NODES=2, SLURM_JOB_NODELIST="node[7-8]")

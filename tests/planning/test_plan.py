@@ -63,6 +63,18 @@ def test_llama_2_7b_on_eight_gpus_takes_at_most_25_gb(flags, tmp_path):
     assert found["asked"]["memory"]["mask_logits"] == 4 * 1.5 * 32 * (4 * 4096**2 + 3 * 4096 * 11008) / 8
 
 
+def test_a_plan_names_the_settings_that_save_memory_and_change_nothing(tmp_path, capsys):
+    command = ("--model", "llama-2-7b", "--num-gpus", "8", "--tensor-model-parallel-size", "8", "--seq-length", "4096")
+    found = planned(tmp_path, *command, "--gpu-memory", "80")
+    assert found["fits"]
+    leanest = found["least_memory_without_loss"]
+    assert leanest["memory"]["total"] <= 25e9 < found["asked"]["memory"]["total"]
+    assert leanest["settings"] in capsys.readouterr().out
+    assert "dtype" not in leanest["settings"]
+    two_copies = planned(tmp_path, *command[:5], "4", *command[6:], "--gpu-memory", "45")
+    assert "--use-distributed-optimizer" in two_copies["least_memory_without_loss"]["settings"]
+
+
 @pytest.mark.parametrize(("gigabytes", "moments"), [(80, "8bit"), (141, "bf16")])
 def test_llama_2_7b_fits_on_one_gpu_with_the_settings_it_names(tmp_path, gigabytes, moments, capsys):
     model = ("--model", "llama-2-7b", "--num-gpus", "1", "--gpu-memory", str(gigabytes))
