@@ -24,7 +24,7 @@ quickstart: setup
 	$(VENV)/bin/maskllm quickstart --output outputs/quickstart
 
 test: setup
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -16,6 +16,8 @@ import megatron_patches
 
 megatron_patches.import_megatron()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the other worker has the other core
 
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
