@@ -89,6 +89,8 @@ def test_pruned_matrices_keep_two_of_four_and_the_rest_is_untouched(trimmed, tmp
         assert kept.unflatten(1, (-1, 4)).sum(-1).eq(2).all(), key
         assert torch.equal(after[key][kept], before[key][kept]), key
     report = json.loads((tmp_path / "report.json").read_text())
+    assert report.pop("load") == str(trimmed)
+    assert report.pop("seconds") > 0 and report.pop("peak_memory_bytes") > 0
     assert report == {
         "parameters": sum(tensor.numel() for tensor in before.values()),
         "pruned_parameters": sum(before[key].numel() for key in pruned),
