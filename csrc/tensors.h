@@ -44,14 +44,7 @@ inline Type type_of(const at::Tensor& tensor, const char* name) {
 // Calls work(value) with a value of the tensor's storage type (float, BFloat16 or Float16).
 template <class Work>
 void with_values(const at::Tensor& tensor, const char* name, const Work& work) {
-  switch (type_of(tensor, name)) {
-    case Type::kFloat32:
-      return work(float{});
-    case Type::kBFloat16:
-      return work(BFloat16{});
-    case Type::kFloat16:
-      return work(Float16{});
-  }
+  with_type(type_of(tensor, name), work);
 }
 
 // Calls work(bits, number) with an unsigned integer of the elements' size.

@@ -20,7 +20,7 @@ from types import ModuleType
 from typing import Any
 
 from maskllm import __version__
-from maskllm.errors import MaskLLMError
+from maskllm.errors import MaskLLMError, first_line
 
 OLDEST_PYTHON = (3, 10)
 
@@ -80,14 +80,10 @@ def _import(diagnosis: Diagnosis, name: str) -> ModuleType | None:
         return importlib.import_module(name)
     except Exception as error:  # a broken installation raises nearly anything
         if not isinstance(error, ModuleNotFoundError) or error.name != name:
-            diagnosis.problems.append(f"{name} cannot be imported ({_first_line(error)})")
+            diagnosis.problems.append(f"{name} cannot be imported ({first_line(error)})")
         elif not any(problem.startswith(f"{name}: ") for problem in diagnosis.problems):
             diagnosis.problems.append(f"{name}: not installed")
         return None
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _packages(diagnosis: Diagnosis) -> None:
@@ -129,7 +125,7 @@ def _megatron(diagnosis: Diagnosis) -> None:
         importlib.import_module("megatron.core.models.gpt")
     except Exception as error:
         if not any(problem.startswith("megatron-core: ") for problem in diagnosis.problems):
-            diagnosis.problems.append(f"megatron-core cannot be imported ({_first_line(error)})")
+            diagnosis.problems.append(f"megatron-core cannot be imported ({first_line(error)})")
 
 
 def _gpus(diagnosis: Diagnosis, torch: ModuleType) -> None:

@@ -10,7 +10,7 @@ from importlib import metadata
 
 import torch
 
-from maskllm.errors import MaskLLMError
+from maskllm.errors import MaskLLMError, first_line
 
 TRANSFORMER_IMPLS = ("local", "transformer_engine")
 """Megatron-LM's `--transformer-impl`: whose norms and attention a model uses. The masked linears are this project's in both."""
@@ -58,7 +58,7 @@ def _part(name: str, package: str, module: str, brings: str) -> OptionalPart:
     try:
         importlib.import_module(module)
     except Exception as error:  # a library of another CUDA or torch fails in its own ways
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        reason = first_line(error)
         return OptionalPart(name, brings, version, f"{version or 'it'} is installed but cannot be imported ({reason})")
     return OptionalPart(name, brings, version, None)
 

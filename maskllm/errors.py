@@ -19,6 +19,11 @@ class StoppedError(MaskLLMError):
     exit_status = 75  # EX_TEMPFAIL of sysexits.h: "the user is invited to retry"
 
 
+def first_line(error: BaseException) -> str:
+    """An exception's type and the first line of its message."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0].removesuffix(":")
+
+
 def as_line(error: BaseException) -> str | None:
     """What to tell the user in one line about an error that is not this program's fault; None for others."""
     if isinstance(error, MaskLLMError):

@@ -93,11 +93,12 @@ def _train(arguments: TrainArguments, rank: int, console: TextIO) -> int:
         print(f"{PROGRAM}: {startup_line(resolve_transformer_impl(arguments.transformer_impl))}", file=console, flush=True)
     store = job_store("heartbeats") or dist.HashStore()
     limit = arguments.distributed_timeout_minutes * 60
-    with Watchdog(store, rank, dist.get_world_size(), limit=limit, give_up=give_up) as watchdog:
-        try:
+    watchdog = Watchdog(store, rank, dist.get_world_size(), limit=limit, give_up=give_up)
+    try:
+        with watchdog:
             Trainer(arguments, console=console if rank == 0 else None, progress=watchdog.progress).train()
-        except BaseException as error:
-            return report(error, console, watchdog.describe)
+    except BaseException as error:
+        return report(error, console, watchdog.describe)
     return 0
 
 

@@ -239,18 +239,6 @@ bool is_one_of_four(const AnyPattern& p) { return p.m == 4 && p.candidates == 4 
 
 bool aligned16(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-template <class Work>
-void with_weight(Type type, const Work& work) {
-  switch (type) {
-    case Type::kFloat32:
-      return work(float{});
-    case Type::kBFloat16:
-      return work(BFloat16{});
-    case Type::kFloat16:
-      return work(Float16{});
-  }
-}
-
 // Logits are fp32 or bf16.
 template <class Work>
 void with_logits(Type type, const Work& work) {
@@ -261,7 +249,7 @@ void with_logits(Type type, const Work& work) {
 template <class P>
 void forward_of(const ForwardArgs& args, int64_t blocks, int grid, double* sums, cudaStream_t stream) {
   const bool aligned = aligned16(args.weight) && aligned16(args.logits) && aligned16(args.masked);
-  with_weight(args.weight_type, [&](auto weight) {
+  with_type(args.weight_type, [&](auto weight) {
     with_logits(args.logits_type, [&](auto logit) {
       forward_pairs<P, decltype(weight), decltype(logit)><<<grid, kThreads, 0, stream>>>(args, blocks, aligned, sums);
     });
@@ -272,7 +260,7 @@ template <class P>
 void backward_of(const BackwardArgs& args, int64_t blocks, int grid, cudaStream_t stream) {
   const bool aligned = aligned16(args.weight) && aligned16(args.logits) && aligned16(args.grad) && aligned16(args.grad_logits) &&
                        aligned16(args.grad_weight);
-  with_weight(args.weight_type, [&](auto weight) {
+  with_type(args.weight_type, [&](auto weight) {
     with_logits(args.logits_type, [&](auto logit) {
       with_logits(args.grad_logits_type, [&](auto grad_logit) {
         backward_pairs<P, decltype(weight), decltype(logit), decltype(grad_logit)>

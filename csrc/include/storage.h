@@ -14,6 +14,19 @@ struct Float16 {
   uint16_t bits;
 };
 
+// Calls work(value) with a value of the storage type (float, BFloat16 or Float16). Host code.
+template <class Work>
+void with_type(Type type, const Work& work) {
+  switch (type) {
+    case Type::kFloat32:
+      return work(float{});
+    case Type::kBFloat16:
+      return work(BFloat16{});
+    case Type::kFloat16:
+      return work(Float16{});
+  }
+}
+
 MASKLLM_INLINE float load(float value) { return value; }
 
 MASKLLM_INLINE float load(BFloat16 value) { return float_of(static_cast<uint32_t>(value.bits) << 16); }

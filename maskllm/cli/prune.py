@@ -12,8 +12,7 @@ from maskllm.errors import MaskLLMError
 from maskllm.patterns import Pattern
 from maskllm.pruning.checkpoint import Calibration, prune_by_magnitude, prune_calibrated
 from maskllm.pruning.solve import METHODS, PruneSettings
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+from maskllm.training.arguments import DTYPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -27,7 +27,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from torch.distributed.checkpoint.api import CheckpointException
 
 from maskllm.distributed import lost_connection, raised_together
-from maskllm.errors import MaskLLMError
+from maskllm.errors import MaskLLMError, first_line
 from maskllm.files import atomic_directory, write_json, write_text
 from maskllm.models.config import ModelConfig
 from maskllm.models.families import parameter_map, read_model_config
@@ -312,16 +312,16 @@ def one_line(what: str) -> Iterator[None]:
         yield
     except CheckpointException as error:  # a BaseException that holds the ranks' own, on the ranks that were told of them
         cause = next((cause for cause, _ in error.failures.values()), None)
-        raise MaskLLMError(f"{what} ({_first_line(cause) if cause else 'another rank could not'})") from error
+        raise MaskLLMError(f"{what} ({_reason(cause) if cause else 'another rank could not'})") from error
     except MaskLLMError:
         raise
     except Exception as error:  # a damaged file raises nearly anything
         if lost_connection(error):
             raise
-        raise MaskLLMError(f"{what} ({_first_line(error)})") from error
+        raise MaskLLMError(f"{what} ({_reason(error)})") from error
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     if "inline_container" in str(error):  # torch.save's own complaint about a short write
         return "the disk is probably full"
-    return f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(": ")
+    return first_line(error)

@@ -24,7 +24,7 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch.distributed.checkpoint.api import CheckpointException
 
 from maskllm.distributed import from_first_rank
-from maskllm.errors import MaskLLMError
+from maskllm.errors import MaskLLMError, as_line, first_line
 from maskllm.files import publish_directory, write_json, write_text
 from maskllm.models.checkpoint import (
     LATEST,
@@ -184,12 +184,8 @@ def _on_first_rank(action: Callable[[], None]) -> None:
     if dist.get_rank() == 0:
         try:
             action()
-        except OSError as error:
-            failure = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        except MaskLLMError as error:
-            failure = str(error)
         except Exception as error:
-            failure = f"{type(error).__name__}: {error}".splitlines()[0]
+            failure = as_line(error) or first_line(error)
     failure = from_first_rank(failure)
     if failure:
         raise MaskLLMError(failure)

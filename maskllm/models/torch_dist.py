@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from tqdm import tqdm
 
-from maskllm.errors import MaskLLMError
+from maskllm.errors import MaskLLMError, first_line
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class TensorReader(Mapping[str, LazyTensor]):
             with _one_process():
                 dcp.load(values, storage_reader=self._reader, planner=planner, no_dist=True)
         except Exception as error:  # a damaged file raises nearly anything
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = first_line(error)
             raise MaskLLMError(f"{self.directory}: tensor {key} cannot be read ({reason})") from None
         return values[key]
 

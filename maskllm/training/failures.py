@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from maskllm.distributed import job_store, lost_connection
-from maskllm.errors import as_line
+from maskllm.errors import as_line, first_line
 
 PROGRAM = "maskllm.train"
 
@@ -61,7 +61,7 @@ def report(error: BaseException, console: TextIO, where: Callable[[], str] = lam
         say_failure(line, console)
         return getattr(error, "exit_status", 1)
     rank = os.environ.get("RANK", "0")
-    first = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    first = first_line(error)
     details = "".join(traceback.format_exception(error))
     if lost_connection(error):
         say_failure(f"rank {rank} lost the connection to another rank{where()} ({first})", console, details=details, is_cause=False)

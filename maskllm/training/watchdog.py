@@ -66,10 +66,12 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, failure: type[BaseException] | None, *_: Any) -> None:
         self._closed = True
         self._wake.set()
         self._thread.join()
+        if failure is not None:
+            return
         self._where = _DONE
         with contextlib.suppress(RuntimeError):  # the store's own rank may have ended
             self._publish()
