@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 from maskllm.errors import MaskLLMError
-from maskllm.planning.cost import GPUS
+from maskllm.planning.cost import GPUS, Cluster
 from maskllm.planning.models import BUILT_IN
 from maskllm.training.arguments import TrainArguments, add_options
 
@@ -25,6 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-gpus", type=int, metavar="K", help="ranks in all; tensor x pipeline parallel size by default")
     parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GB", help="of one GPU, in 10^9 bytes")
     parser.add_argument("--gpu", choices=sorted(GPUS), default="h100-80gb", help="whose speed the time is for")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="K", help="which the GPU's own links join")
+    parser.add_argument(
+        "--network-bandwidth",
+        type=float,
+        default=50.0,
+        metavar="GB",
+        help="10^9 bytes/s from one GPU to other nodes, in one direction",
+    )
     parser.add_argument(
         "--device", choices=["cuda", "cpu"], default="cuda", help="cpu: what processes hold beyond the libraries they import"
     )
@@ -43,10 +52,14 @@ def run(args: argparse.Namespace) -> None:
     arguments = TrainArguments(**option_values(vars(args)))
     if args.num_gpus is not None and args.num_gpus < 1:
         raise MaskLLMError(f"--num-gpus: found {args.num_gpus}, wanted at least 1")
-    if not args.gpu_memory > 0:
-        raise MaskLLMError(f"--gpu-memory: found {args.gpu_memory}, wanted a positive number")
+    if args.gpus_per_node < 1:
+        raise MaskLLMError(f"--gpus-per-node: found {args.gpus_per_node}, wanted at least 1")
+    for name in ("gpu_memory", "network_bandwidth"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise MaskLLMError(f"--{name.replace('_', '-')}: found {getattr(args, name)}, wanted a positive number")
     model = named_model(args.model)
-    found = plan(model, arguments, num_gpus=args.num_gpus, gpu_bytes=args.gpu_memory * 1e9, gpu=GPUS[args.gpu], device=args.device)
+    cluster = Cluster(GPUS[args.gpu], args.gpus_per_node, args.network_bandwidth * 1e9)
+    found = plan(model, arguments, num_gpus=args.num_gpus, gpu_bytes=args.gpu_memory * 1e9, cluster=cluster, device=args.device)
     if args.json is not None:
         write_json(args.json, found.report(model))
     print("\n".join(plan_lines(found, model, args.model, args.gpu)))

@@ -28,6 +28,21 @@ GPUS = {
     "l40s-48gb": GPU(362e12, 0.864e12, 32e9),
 }
 
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs of one kind in nodes."""
+
+    gpu: GPU
+    gpus_per_node: int = 8
+    network: float = 50e9
+    """Bytes/s from one GPU to other nodes; the default is one 400 Gbit/s adapter a GPU."""
+
+    def link(self, span: int) -> float:
+        """Bytes/s between ranks that lie within `span` consecutive ones: the slowest link that is used."""
+        return self.gpu.link if span <= self.gpus_per_node else min(self.gpu.link, self.network)
+
+
 FLOPS_EFFICIENCY = 0.4
 """Share of the peak FLOP/s that matrix products and attention are assumed to reach, a usual share for models of these sizes."""
 BANDWIDTH_EFFICIENCY = 0.7
@@ -49,7 +64,7 @@ class Cost:
     tokens: int
 
 
-def step_cost(model: ModelConfig, arguments: TrainArguments, layout: Layout, gpu: GPU) -> Cost:
+def step_cost(model: ModelConfig, arguments: TrainArguments, layout: Layout, cluster: Cluster) -> Cost:
     """What one step does, and how long a GPU takes for it at the efficiencies above, without overlap of transfers and products."""
     tokens = arguments.global_batch_size * arguments.seq_length
     layers = model.num_layers
@@ -75,19 +90,23 @@ def step_cost(model: ModelConfig, arguments: TrainArguments, layout: Layout, gpu
     traffic = sampling + optimizer
 
     hidden = arguments.seq_length * arguments.micro_batch_size * model.hidden_size * weight
-    t, d = layout.tensor, layout.data
+    t, d, p = layout.tensor, layout.data, layout.pipeline
     reductions = 4 + 2 * (arguments.recompute_granularity == "full")
-    link = micro_batches * layers / layout.pipeline * reductions * 2 * hidden * (t - 1) / t
-    link += micro_batches * 2 * hidden * (layout.pipeline > 1)
-    link += 2 * logits * logit * (d - 1) / d
+    # By the number of consecutive ranks that a group lies within: Megatron numbers tensor-parallel ranks first, then data-parallel ones.
+    moved = [
+        (t, micro_batches * layers / p * reductions * 2 * hidden * (t - 1) / t),
+        (t * d, 2 * logits * logit * (d - 1) / d),
+        (t * d * p, micro_batches * 2 * hidden * (p > 1)),
+    ]
 
-    bubble = (micro_batches + layout.pipeline - 1) / micro_batches
+    gpu = cluster.gpu
+    bubble = (micro_batches + p - 1) / micro_batches
     seconds = bubble * (
         flops / layout.ranks / (gpu.flops * FLOPS_EFFICIENCY)
         + traffic / (gpu.bandwidth * BANDWIDTH_EFFICIENCY)
-        + link / (gpu.link * BANDWIDTH_EFFICIENCY)
+        + sum(size / (cluster.link(span) * BANDWIDTH_EFFICIENCY) for span, size in moved)
     )
-    return Cost(flops, traffic, link, seconds, tokens)
+    return Cost(flops, traffic, sum(size for _, size in moved), seconds, tokens)
 
 
 def checkpoint_bytes(model: ModelConfig, arguments: TrainArguments) -> float:

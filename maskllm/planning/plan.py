@@ -12,7 +12,7 @@ from maskllm.errors import MaskLLMError
 from maskllm.models.build import check_recomputation
 from maskllm.models.config import ModelConfig
 from maskllm.patterns import Pattern
-from maskllm.planning.cost import GPU, Cost, checkpoint_bytes, step_cost
+from maskllm.planning.cost import Cluster, Cost, checkpoint_bytes, step_cost
 from maskllm.planning.memory import Layout, Memory, largest_stage
 from maskllm.training.arguments import TrainArguments
 
@@ -71,7 +71,7 @@ class Option:
         return " ".join(flags)
 
 
-def option(model: ModelConfig, arguments: TrainArguments, ranks: int, *, gpu: GPU, device: str = "cuda") -> Option:
+def option(model: ModelConfig, arguments: TrainArguments, ranks: int, *, cluster: Cluster, device: str = "cuda") -> Option:
     """What a run on `ranks` ranks takes.
 
     Raises MaskLLMError where ranks, batch, pattern or recomputation do not divide, as training would.
@@ -96,11 +96,11 @@ def option(model: ModelConfig, arguments: TrainArguments, ranks: int, *, gpu: GP
         )
     groups = (tensor > 1) + (pipeline > 1) + (layout.data > 1)
     outside = CUDA_CONTEXT + groups * NCCL_COMMUNICATOR if device == "cuda" else 0.0
-    return Option(arguments, layout, memory, outside, step_cost(model, arguments, layout, gpu))
+    return Option(arguments, layout, memory, outside, step_cost(model, arguments, layout, cluster))
 
 
 def layouts_that_fit(
-    model: ModelConfig, arguments: TrainArguments, ranks: int, gpu_bytes: float, *, gpu: GPU, device: str
+    model: ModelConfig, arguments: TrainArguments, ranks: int, gpu_bytes: float, *, cluster: Cluster, device: str
 ) -> list[Option]:
     """Every layout of `ranks` GPUs that holds the run with the settings given, the fastest first."""
     found = [
@@ -111,7 +111,7 @@ def layouts_that_fit(
             model,
             dataclasses.replace(arguments, tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline),
             ranks,
-            gpu,
+            cluster,
             device,
         )
         if one.bytes <= gpu_bytes
@@ -120,23 +120,25 @@ def layouts_that_fit(
 
 
 def settings_that_fit(
-    model: ModelConfig, arguments: TrainArguments, ranks: int, gpu_bytes: float, *, gpu: GPU, device: str
+    model: ModelConfig, arguments: TrainArguments, ranks: int, gpu_bytes: float, *, cluster: Cluster, device: str
 ) -> Option | None:
     """The same layout with the least loss of exactness, and then of time, that fits; None where nothing does."""
     for logits, moments in PRECISIONS:
         changed = dataclasses.replace(arguments, mask_logits_dtype=logits, optimizer_state_dtype=moments)
-        for one in _savings(model, changed, ranks, gpu, device):
+        for one in _savings(model, changed, ranks, cluster, device):
             if one.bytes <= gpu_bytes:
                 return one
     return None
 
 
-def least_without_loss(model: ModelConfig, arguments: TrainArguments, ranks: int, *, gpu: GPU, device: str) -> Option | None:
+def least_without_loss(
+    model: ModelConfig, arguments: TrainArguments, ranks: int, *, cluster: Cluster, device: str
+) -> Option | None:
     """The same layout and types of numbers, what is learned unchanged, in the least memory."""
-    return min(_savings(model, arguments, ranks, gpu, device), key=lambda one: one.bytes, default=None)
+    return min(_savings(model, arguments, ranks, cluster, device), key=lambda one: one.bytes, default=None)
 
 
-def _savings(model: ModelConfig, arguments: TrainArguments, ranks: int, gpu: GPU, device: str) -> Iterator[Option]:
+def _savings(model: ModelConfig, arguments: TrainArguments, ranks: int, cluster: Cluster, device: str) -> Iterator[Option]:
     """Activations and optimizer states split over the ranks that are there anyway, and then ever more recomputation."""
     tensor = arguments.tensor_model_parallel_size
     data = ranks // (tensor * arguments.pipeline_model_parallel_size)
@@ -154,7 +156,7 @@ def _savings(model: ModelConfig, arguments: TrainArguments, ranks: int, gpu: GPU
             use_distributed_optimizer=exact and (arguments.use_distributed_optimizer or data > 1),
             **reset | saver,
         )
-        yield from _possible(model, changed, ranks, gpu, device)
+        yield from _possible(model, changed, ranks, cluster, device)
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ def plan(
     *,
     num_gpus: int | None = None,
     gpu_bytes: float,
-    gpu: GPU,
+    cluster: Cluster,
     device: str = "cuda",
 ) -> Plan:
     """Plan a run on `num_gpus` ranks (as many as the layout needs by default), each with `gpu_bytes` bytes.
@@ -202,14 +204,14 @@ def plan(
     the layout cannot be.
     """
     ranks = num_gpus or arguments.tensor_model_parallel_size * arguments.pipeline_model_parallel_size
-    asked = option(model, arguments, ranks, gpu=gpu, device=device)
+    asked = option(model, arguments, ranks, cluster=cluster, device=device)
     remedy = None
     if asked.bytes > gpu_bytes:
-        remedy = settings_that_fit(model, arguments, ranks, gpu_bytes, gpu=gpu, device=device)
-    leanest = least_without_loss(model, arguments, ranks, gpu=gpu, device=device)
+        remedy = settings_that_fit(model, arguments, ranks, gpu_bytes, cluster=cluster, device=device)
+    leanest = least_without_loss(model, arguments, ranks, cluster=cluster, device=device)
     if leanest is not None and leanest.bytes >= asked.bytes:
         leanest = None
-    layouts = layouts_that_fit(model, arguments, ranks, gpu_bytes, gpu=gpu, device=device)
+    layouts = layouts_that_fit(model, arguments, ranks, gpu_bytes, cluster=cluster, device=device)
     return Plan(asked, gpu_bytes, layouts, remedy, leanest)
 
 
@@ -223,9 +225,9 @@ def _numbers(chosen: Option, model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _possible(model: ModelConfig, arguments: TrainArguments, ranks: int, gpu: GPU, device: str) -> Iterator[Option]:
+def _possible(model: ModelConfig, arguments: TrainArguments, ranks: int, cluster: Cluster, device: str) -> Iterator[Option]:
     try:
-        yield option(model, arguments, ranks, gpu=gpu, device=device)
+        yield option(model, arguments, ranks, cluster=cluster, device=device)
     except MaskLLMError:
         return
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from maskllm.masking.sampler import MaskSampler
 from maskllm.models.build import build_model, load_model, load_tensors
 from maskllm.models.checkpoint import Checkpoint, CheckpointInfo, holds_checkpoint, iterations, open_iteration
 from maskllm.models.config import ModelConfig
+from maskllm.models.manifest import FileRecord
 from maskllm.patterns import Pattern
 from maskllm.training.arguments import DTYPES, TrainArguments
 
@@ -51,7 +52,7 @@ SETTINGS_THAT_MUST_MATCH = (
     "clip_grad",
     "split",
 )
-"""Arguments that a resumed run must share with the run it continues: all that decide what is learned, but for the data's path. The rest
+"""Arguments that a resumed run must share with the run it continues, as it must its data: all that decide what is learned. The rest
 (layout, precision of the frozen weights, intervals, paths) may change. The two kinds of optimizer keep their state under different keys
 and cannot load each other's."""
 
@@ -64,6 +65,8 @@ class Start:
     checkpoint: Checkpoint
     resumed: bool
     """Whether it was written by training and is continued, rather than started from."""
+    data: list[dict[str, Any]]
+    """What identifies the run's data: see `data_identity`."""
     originals: dict[str, torch.Tensor] = field(default_factory=dict)
     """This rank's frozen tensors, by their name in the model, as the checkpoint stores them, on the host: those whose type is not the
     one that training computes in. They are what a checkpoint of this run holds, so that weights leave it bit-identical."""
@@ -135,6 +138,11 @@ def resolve_start(arguments: TrainArguments, pattern: Pattern, *, say: Callable[
     if info.pattern is not None and info.pattern != str(pattern):
         raise MaskLLMError(f"{checkpoint.path}: its masks have pattern {info.pattern}; --pattern is {pattern}")
     resumed = info.stage == "trained"
+    data: list[dict[str, Any]] = []
+    with raised_together():
+        if is_first_rank():
+            data = data_identity(arguments)
+    data = from_first_rank(data)
     if resumed:
         before = info.details.get("settings")
         if not isinstance(before, dict) or not before.keys() >= set(SETTINGS_THAT_MUST_MATCH):
@@ -145,11 +153,16 @@ def resolve_start(arguments: TrainArguments, pattern: Pattern, *, say: Callable[
                     f"--{name.replace('_', '-')} {now}: the run in {checkpoint.path} has {before[name]}; resume with the same value, or "
                     "start a new run with another --save"
                 )
+        if info.details.get("data") != data:
+            raise MaskLLMError(
+                f"--data-path: these are not the data of the run in {checkpoint.path} (its datasets, in their order, with their "
+                "weights, wherever they lie); resume with the same data, or start a new run with another --save"
+            )
     elif arguments.save is not None and from_first_rank(holds_checkpoint(arguments.save)):
         raise MaskLLMError(
             f"--save {arguments.save}: holds a run; go on with it by --load {arguments.save}, or name another --save"
         )
-    return Start(arguments, checkpoint, resumed)
+    return Start(arguments, checkpoint, resumed, data)
 
 
 def _open_intact(path: str, *, fall_back: bool, say: Callable[[str], None]) -> Checkpoint:
@@ -190,7 +203,7 @@ def training_info(start: Start, arguments: TrainArguments, iteration: int) -> Ch
         source=info.source,
         pattern=arguments.pattern,
         method=info.method,
-        details={"iteration": iteration, "settings": _settings(arguments)},
+        details={"iteration": iteration, "settings": _settings(arguments), "data": start.data},
     )
 
 
@@ -232,6 +245,15 @@ def _with_data(sharded: ShardedTensor | ShardedTensorFactory, data: torch.Tensor
     if isinstance(sharded, ShardedTensorFactory):
         return dataclasses.replace(sharded, data=data)
     return dataclasses.replace(sharded, data=data, dtype=data.dtype)
+
+
+def data_identity(arguments: TrainArguments) -> list[dict[str, Any]]:
+    """Of each dataset of the blend its weight and the checksum of its index, which has every document's length: its path may change."""
+    prefixes, weights = arguments.blend()
+    return [
+        {"weight": weight, "idx": asdict(FileRecord.of(Path(f"{prefix}.idx")))}
+        for prefix, weight in zip(prefixes, weights or [1.0], strict=True)
+    ]
 
 
 def _settings(arguments: TrainArguments) -> dict[str, Any]:

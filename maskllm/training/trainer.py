@@ -50,7 +50,7 @@ class Trainer:
 
     Args:
         console: On the first rank, where the run's progress is shown.
-        progress: Called with what this rank is about to do, for a watchdog.
+        progress: Called with what this rank is about to do, and without arguments for each micro-batch of it, for a watchdog.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Trainer:
         arguments: TrainArguments,
         *,
         console: TextIO | None = None,
-        progress: Callable[[str], None] = lambda _: None,
+        progress: Callable[..., None] = lambda *_: None,
     ) -> None:
         self.arguments = arguments
         self.console = console
@@ -161,7 +161,7 @@ class Trainer:
                         writer.write("train", self.iteration, values)
                     window, started = [], time.perf_counter()
                 if self.bad_steps == arguments.max_bad_steps:
-                    self._end_at_bad_steps()
+                    self._end_at_bad_steps(last_saved or self.start.iteration)
                 stopped = self.stopping or self.data_gone
                 if (
                     self.valid_batches
@@ -178,8 +178,7 @@ class Trainer:
                 if self.saver is not None:
                     self.saver.poll()
                     if ending or (arguments.save_interval and self.iteration % arguments.save_interval == 0):
-                        self.progress(f"saving iteration {self.iteration}")
-                        self._save()
+                        self._save(self.iteration)
                         last_saved = self.iteration
                         started = time.perf_counter()
                 if ending:
@@ -198,12 +197,13 @@ class Trainer:
                     raise MaskLLMError(f"{problem} and run the same command to go on; {where}")
         raise StoppedError(f"stopped by a signal after iteration {self.iteration}; {where}; run the same command to go on")
 
-    def _save(self) -> None:
-        start, arguments = self.start, self.arguments
+    def _save(self, iteration: int) -> None:
+        start = self.start
+        self.progress(f"saving iteration {iteration}")
         self.saver.save(
-            self.iteration,
+            iteration,
             sharded_training_state(start, self.model.module, self.optimizer),
-            training_info(start, arguments, self.iteration),
+            training_info(start, self.arguments, iteration),
             hf_files_from=start.checkpoint.hf_directory,
         )
 
@@ -258,16 +258,22 @@ class Trainer:
                 return "a gradient is not finite on this rank"
         return None
 
-    def _end_at_bad_steps(self) -> None:
-        """Save the batch of the step that has just been skipped and raise."""
+    def _end_at_bad_steps(self, last_saved: int) -> None:
+        """Save what the good steps have learned and the batch of the step that has just been skipped, and raise."""
         arguments = self.arguments
         first = (self.iteration - 1) * self.num_microbatches * self.dp_size
         where = "nothing saved: no --save"
-        if arguments.save:
+        if self.saver is not None:
             path = Path(arguments.save) / f"bad_batch_iter_{self.iteration:07d}.safetensors"
             with raised_together():
                 save_bad_batch(path, self.iteration, self.train_batches, first, self.num_microbatches, self.losses)
-            where = f"its batch is in {path}"
+            good = self.iteration - self.bad_steps
+            if good > last_saved:
+                # Skipped steps have changed nothing: this is the state that they were met in.
+                self._save(good)
+            self.saver.finish()
+            saved = max(good, last_saved)
+            where = f"its batch is in {path}; {f'saved at iteration {saved}' if saved else 'there was no good step to save'}"
         raise MaskLLMError(
             f"iteration {self.iteration}: loss or gradient not finite in {self.bad_steps} steps in a row (--max-bad-steps); {where}"
         )
@@ -284,6 +290,7 @@ class Trainer:
 
         def forward_step(_: Any, model: torch.nn.Module, *__: Any) -> tuple[torch.Tensor, Any]:
             index = next(numbers) * self.dp_size + self.dp_rank
+            self.progress()
             set_sample(sample_of(index))
             batch = batches[first_batch + index]
             output = model(batch.tokens, batch.position_ids, None, labels=batch.labels)

@@ -11,13 +11,13 @@ import pytest
 from maskllm.cli import main
 from maskllm.errors import MaskLLMError
 from maskllm.models.families import parameter_map
-from maskllm.planning.cost import GPUS, checkpoint_bytes, step_cost
+from maskllm.planning.cost import BANDWIDTH_EFFICIENCY, GPUS, Cluster, checkpoint_bytes, step_cost
 from maskllm.planning.memory import Layout
 from maskllm.planning.models import BUILT_IN, named_model
 from maskllm.planning.plan import plan
 from maskllm.training.arguments import TrainArguments
 
-H100 = GPUS["h100-80gb"]
+H100 = Cluster(GPUS["h100-80gb"])
 
 
 def planned(tmp_path, *flags: str) -> dict:
@@ -102,7 +102,7 @@ def test_memory_moves_with_each_setting_as_it_should():
     def memory(**settings):
         layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
         arguments = TrainArguments(**layout | settings)
-        return plan(model, arguments, num_gpus=8, gpu_bytes=80e9, gpu=H100).asked.memory
+        return plan(model, arguments, num_gpus=8, gpu_bytes=80e9, cluster=H100).asked.memory
 
     base = memory()
     assert memory(mask_logits_dtype="bf16").mask_logits == base.mask_logits / 2 == memory(mask_logits_dtype="bf16").gradients
@@ -138,8 +138,34 @@ def test_a_steps_arithmetic():
 
 
 @pytest.mark.parametrize(
+    ("layout", "bytes_between_nodes"),
+    [
+        # all-reduces of the hidden states (bf16, 4 a layer, twice their size in a ring), of logits' gradients (fp32), a stage's outputs
+        (Layout(16, 1, 1), 32 * 4 * 2 * (2 * 4096 * 4096) * 15 / 16),
+        (Layout(8, 1, 2), 2 * 4 * 1.5 * 32 * (4 * 4096**2 + 3 * 4096 * 11008) / 8 / 2),
+        (Layout(8, 2, 1), 2 * (2 * 4096 * 4096)),
+    ],
+    ids=["tensor", "data", "pipeline"],
+)
+def test_only_what_goes_between_nodes_goes_at_the_networks_speed(layout, bytes_between_nodes):
+    model = named_model("llama-2-7b")
+    arguments = TrainArguments(
+        seq_length=4096, global_batch_size=layout.data, tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+    )  # fmt: skip
+    gpu = GPUS["h100-80gb"]
+    one_node = step_cost(model, arguments, layout, Cluster(gpu, gpus_per_node=16)).seconds
+    two_nodes = step_cost(model, arguments, layout, Cluster(gpu, gpus_per_node=8, network=25e9)).seconds
+    bubble = layout.pipeline
+    extra = bubble * bytes_between_nodes * (1 / 25e9 - 1 / gpu.link) / BANDWIDTH_EFFICIENCY
+    assert two_nodes - one_node == pytest.approx(extra, rel=1e-6)
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (("--gpus-per-node", "0"), "--gpus-per-node: found 0"),
+        (("--network-bandwidth", "nan"), "--network-bandwidth: found nan"),
         (("--num-gpus", "3", "--tensor-model-parallel-size", "2"), "--num-gpus 3: wanted a multiple of"),
         (("--tensor-model-parallel-size", "3"), "tensor-model-parallel size 3 does not divide"),
         (("--pipeline-model-parallel-size", "5"), "--pipeline-model-parallel-size 5: wanted a divisor of the model's 32 layers"),

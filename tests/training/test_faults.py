@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,21 @@ def test_a_hung_rank_is_named_with_its_last_iteration(start, tmp_path, tiny_data
     logged = max(int(line.split()[2]) for line in run.console.splitlines() if line.startswith("train iteration"))
     assert logged - 20 <= last_heard <= waits <= logged + 11
     assert "_step" in (save / "logs" / "rank_00000.log").read_text(), "where the waiting rank stood is not in its log"
+
+
+@pytest.mark.slow
+def test_a_rank_that_lives_but_waits_for_the_file_system_is_named(start, tmp_path, tiny_dataset, tiny_pruned):
+    save = tmp_path / "run"
+    save.mkdir()
+    os.mkfifo(save / "metrics.jsonl")  # to open it waits for a reader, as a file server that does not answer does
+    run = start(2, arguments(save, tiny_dataset, tiny_pruned, distributed_timeout_minutes=0.15))
+    run.wait_for(lambda: "--distributed-timeout-minutes" in run.console, seconds=100)
+    stuck = run.rank(0).pid
+    assert run.end() == 1
+    (line,) = [line for line in run.console.splitlines() if line.startswith("maskllm.train: error:")]
+    assert f"the others wait for rank 0 (process {stuck} on " in line
+    assert " which is at metrics.py:" in line or " which is at pathlib.py:" in line
+    assert line.endswith("rank 1 waits in iteration 1")
 
 
 @pytest.fixture
@@ -100,9 +116,8 @@ POISON = 7
 """A token that the text does not hold and whose embedding is not a number."""
 
 
-@pytest.fixture(scope="module")
-def poisoned_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pruned model whose input embedding of POISON is NaN."""
+def pruned_after(folder: Path, damage: Callable[[torch.nn.Module], None]) -> Path:
+    """A pruned tiny model, damaged before."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from maskllm.models.convert import convert
@@ -110,15 +125,21 @@ def poisoned_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from maskllm.pruning.checkpoint import prune_by_magnitude
     from maskllm.pruning.solve import PruneSettings
 
-    folder = tmp_path_factory.mktemp("poisoned")
     torch.manual_seed(0)
     sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False, bos_token_id=None, eos_token_id=0))
-    model.model.embed_tokens.weight.data[POISON] = torch.nan
+    with torch.no_grad():
+        damage(model)
     model.save_pretrained(folder / "hf")
     convert(str(folder / "hf"), str(folder / "dense"))
     prune_by_magnitude(str(folder / "dense"), str(folder / "pruned"), PruneSettings("magnitude", Pattern(2, 4)))
     return folder / "pruned"
+
+
+@pytest.fixture(scope="module")
+def poisoned_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pruned model whose input embedding of POISON is NaN."""
+    return pruned_after(tmp_path_factory.mktemp("poisoned"), lambda model: model.model.embed_tokens.weight[POISON].fill_(torch.nan))
 
 
 @pytest.fixture(scope="module")
@@ -184,3 +205,36 @@ def test_steps_that_are_not_finite_are_skipped_on_every_rank_and_a_row_of_them_e
         assert torch.equal(saved.get_tensor("losses").isnan(), (expected == POISON).any(1))
     assert resolve(save).iteration == last
     assert "not finite on this rank" in (save / "logs" / "rank_00001.log").read_text()
+
+    seldom = tmp_path / "seldom"
+    values[values.index("--save-interval") + 1] = "1000"
+    for option in ("--save", "--load"):
+        values[values.index(option) + 1] = str(seldom)
+    run = start(None, [*values, "--async-save"])
+    assert run.end() == 1
+    assert run.console.rstrip().endswith(f"saved at iteration {last + 1 - ROW}"), "the good steps are lost"
+    assert resolve(seldom).iteration == last + 1 - ROW
+
+
+@pytest.fixture(scope="module")
+def steep_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pruned model whose loss is finite and its gradients are not: one output has enormous weights, and tiny embeddings make the
+    norms' gradients large."""
+
+    def steepen(model: torch.nn.Module) -> None:
+        model.lm_head.weight[POISON].mul_(1e36)
+        model.model.embed_tokens.weight.mul_(1e-3)
+
+    return pruned_after(tmp_path_factory.mktemp("steep"), steepen)
+
+
+@pytest.mark.slow
+def test_a_gradient_that_is_not_finite_ends_the_run_too_though_the_loss_is(start, tmp_path, steep_model, tiny_dataset):
+    save = tmp_path / "run"
+    run = start(None, arguments(save, tiny_dataset, steep_model, max_bad_steps=2))
+    assert run.end() == 1
+    assert "iteration 1: a gradient is not finite on this rank" in run.console + (save / "logs" / "rank_00000.log").read_text()
+    assert "iteration 2: loss or gradient not finite in 2 steps in a row" in run.console
+    assert "there was no good step to save" in run.console
+    with safe_open(save / "bad_batch_iter_0000002.safetensors", "pt") as saved:
+        assert saved.get_tensor("losses").isfinite().all()

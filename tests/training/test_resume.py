@@ -145,6 +145,22 @@ def test_another_layout_goes_on_to_the_same_end(ranks, layout, tmp_path, whole, 
 
 
 @pytest.mark.slow
+def test_other_data_are_refused_but_the_same_may_lie_elsewhere(tmp_path, whole, tiny_dataset, tiny_pruned):
+    save = copy_of_step_2(whole, tmp_path / "run")
+    moved = str(tmp_path / "moved")
+    for suffix in (".bin", ".idx"):
+        shutil.copy(tiny_dataset + suffix, moved + suffix)
+    twice = arguments(save, tiny_dataset, tiny_pruned)
+    twice[twice.index("--data-path") + 1 : twice.index("--pretrained-checkpoint")] = ["2", tiny_dataset, "1", moved]
+    done = torchrun(1, "maskllm.train", *twice, check=False)
+    assert done.returncode == 1
+    assert f"--data-path: these are not the data of the run in {save / 'iter_0000002'}" in done.stderr
+    assert resolve(save).iteration == 2
+    torchrun(2, "maskllm.train", *arguments(save, moved, tiny_pruned))
+    assert_bit_identical(whole, save)
+
+
+@pytest.mark.slow
 def test_a_contradicting_setting_is_refused(tmp_path, whole, tiny_dataset, tiny_pruned):
     save = copy_of_step_2(whole, tmp_path / "run")
     done = torchrun(1, "maskllm.train", *arguments(save, tiny_dataset, tiny_pruned, seed=7), check=False)

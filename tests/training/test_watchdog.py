@@ -8,10 +8,11 @@ import socket
 import subprocess
 import threading
 import time
+from dataclasses import asdict
 
 import torch.distributed as dist
 
-from maskllm.training.watchdog import Watchdog
+from maskllm.training.watchdog import Heartbeat, Watchdog
 
 LIMIT = 1.2
 
@@ -55,6 +56,53 @@ def test_a_silent_rank_is_named_with_its_last_place():
     assert line.endswith(f"rank {rank} waits in iteration 5")
 
 
+def stand(dog: Watchdog, position: str, *, in_collective: bool) -> None:
+    """Let its main thread, which all dogs here share, be somewhere."""
+    dog._main_thread = lambda: (position, in_collective)
+
+
+def test_a_rank_that_is_alive_but_stuck_is_named_with_its_line_of_code_by_one_that_waits_for_it():
+    dogs, lines, said = ranks(3, dist.HashStore())
+    stand(dogs[0], "trainer.py:10 (_any_rank)", in_collective=True)
+    stand(dogs[1], "data.py:88 (__getitem__)", in_collective=False)
+    stand(dogs[2], "trainer.py:10 (_any_rank)", in_collective=True)
+    with dogs[0], dogs[1], dogs[2]:
+        for dog in dogs:
+            dog.progress("iteration 5")
+        assert said.wait(20)
+    rank, line = lines[0]
+    assert rank in (0, 2)
+    assert (
+        f"the others wait for rank 1 (process {os.getpid()} on {socket.gethostname()}), which is at data.py:88 (__getitem__)"
+        in line
+    )
+    assert line.endswith(f"rank {rank} waits in iteration 5")
+
+
+def test_a_rank_that_gets_on_within_a_long_step_is_not_stuck():
+    dogs, lines, _ = ranks(2, dist.HashStore())
+    stand(dogs[0], "trainer.py:10 (_any_rank)", in_collective=True)
+    stand(dogs[1], "data.py:88 (__getitem__)", in_collective=False)
+    with dogs[0], dogs[1]:
+        for _ in range(20):
+            dogs[1].progress()
+            time.sleep(LIMIT / 6)
+    assert not lines
+
+
+def test_where_all_are_at_work_or_all_wait_the_log_has_where(capsys):
+    dogs, lines, _ = ranks(2, dist.HashStore())
+    for dog in dogs:
+        stand(dog, "trainer.py:20 (_step)", in_collective=False)
+        dog.progress("iteration 5")
+    with dogs[0], dogs[1]:
+        time.sleep(3 * LIMIT)
+    assert not lines
+    log = capsys.readouterr().err
+    assert log.count("no progress for 1 s;") == 2, "each rank tells once"
+    assert f"rank 1 (process {os.getpid()} on {socket.gethostname()}) is at trainer.py:20 (_step), in iteration 5" in log
+
+
 def test_a_long_step_of_ranks_that_are_alive_is_no_fault():
     dogs, lines, _ = ranks(2, dist.HashStore())
     with dogs[0], dogs[1]:
@@ -87,7 +135,8 @@ def test_a_dead_process_of_this_machine_is_named_long_before_the_limit(monkeypat
     store = dist.HashStore()
     dead = subprocess.Popen(["true"])
     dead.wait()
-    store.set("1", json.dumps({"number": 3, "where": "iteration 4", "host": socket.gethostname(), "pid": dead.pid}))
+    beat = Heartbeat(3, "iteration 4", 1, "trainer.py:10 (_step)", in_collective=False, host=socket.gethostname(), pid=dead.pid)
+    store.set("1", json.dumps(asdict(beat)))
     dogs, lines, said = ranks(2, store)
     dogs[0].limit = 6.0
     with dogs[0]:
