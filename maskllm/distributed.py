@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import datetime
 import os
+import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -18,7 +19,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 import megatron_patches
-from maskllm.errors import MaskLLMError
+from maskllm.errors import MaskLLMError, StoppedError
 
 T = TypeVar("T")
 
@@ -168,3 +169,28 @@ def parallel_processes(
         finally:
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
+
+
+def run_in_group(
+    call: Callable[[], int],
+    *,
+    tensor_model_parallel_size: int = 1,
+    pipeline_model_parallel_size: int = 1,
+    timeout_minutes: float = 10,
+) -> int:
+    """Run `call` in `parallel_processes`; returns its exit status.
+
+    `call` reports its own failure (`maskllm.failures`): once the group goes down the other ranks fail too, for want of this one.
+    """
+    with parallel_processes(
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        pipeline_model_parallel_size=pipeline_model_parallel_size,
+        timeout_minutes=timeout_minutes,
+    ):
+        status = call()
+        if status not in (0, StoppedError.exit_status) and torch.cuda.is_available() and dist.get_world_size() > 1:
+            # NCCL's groups go down together, and the others may be waiting for this rank somewhere else.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        return status

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import io
 import os
 import sys
 import time
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from maskllm.training.arguments import TrainArguments
 
+PROGRAM = "maskllm.train"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, train; returns the exit status.
@@ -24,16 +25,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     import megatron_patches
 
     megatron_patches.import_megatron()
-    import torch
-
-    from maskllm.distributed import parallel_processes
-    from maskllm.errors import StoppedError
-    from maskllm.training.failures import report
+    from maskllm.distributed import run_in_group
+    from maskllm.failures import report, usage_said_once
+    from maskllm.training.arguments import parse_arguments
     from maskllm.training.output_lock import output_lock
     from maskllm.training.rank_output import rank_output
 
     rank = int(os.environ.get("RANK", "0"))
-    arguments = _parse(argv, rank)
+    with usage_said_once():
+        arguments = parse_arguments(argv)
     console: TextIO = sys.stderr
     with contextlib.ExitStack() as stack:
         try:
@@ -42,50 +42,28 @@ def main(argv: Sequence[str] | None = None) -> int:
                 stack.enter_context(output_lock(Path(arguments.save)))
             console = stack.enter_context(rank_output(arguments.save, rank))
             faulthandler.enable(all_threads=True)
-            with parallel_processes(
+            return run_in_group(
+                lambda: _train(arguments, rank, console),
                 tensor_model_parallel_size=arguments.tensor_model_parallel_size,
                 pipeline_model_parallel_size=arguments.pipeline_model_parallel_size,
                 timeout_minutes=arguments.distributed_timeout_minutes + 1,  # the watchdog, which can name the rank, comes first
-            ):
-                status = _train(arguments, rank, console)
-                if status not in (0, StoppedError.exit_status) and torch.cuda.is_available():
-                    # NCCL's groups go down together, and the others may be waiting for this rank somewhere else.
-                    sys.stderr.flush()
-                    os._exit(status)
-                return status
+            )
         except BaseException as error:
-            return report(error, console)
-
-
-def _parse(argv: Sequence[str] | None, rank: int) -> TrainArguments:
-    """Read the command line, with the parser's complaint printed once in the job."""
-    from maskllm.training.arguments import parse_arguments
-    from maskllm.training.failures import is_first_failure
-
-    complaint, help_text = io.StringIO(), io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(help_text):
-            return parse_arguments(argv)
-    except SystemExit as stop:
-        if rank == 0:
-            print(help_text.getvalue(), end="", flush=True)
-        if stop.code and is_first_failure():
-            print(complaint.getvalue(), end="", file=sys.stderr, flush=True)
-        raise
+            return report(PROGRAM, error, console)
 
 
 def _train(arguments: TrainArguments, rank: int, console: TextIO) -> int:
-    """Train inside the process group, and report a failure before the group goes down and takes the other ranks along."""
+    """Train inside the process group; returns the exit status."""
     import torch.distributed as dist
 
     from maskllm.distributed import job_store
     from maskllm.environment import resolve_transformer_impl, startup_line
-    from maskllm.training.failures import PROGRAM, report, say_failure
+    from maskllm.failures import report, say_failure
     from maskllm.training.trainer import Trainer
     from maskllm.training.watchdog import Watchdog
 
     def give_up(line: str) -> None:
-        say_failure(line, console)
+        say_failure(PROGRAM, line, console)
         time.sleep(2)  # for the others to see it too, and to write down where they are
         os._exit(1)
 
@@ -98,7 +76,7 @@ def _train(arguments: TrainArguments, rank: int, console: TextIO) -> int:
         with watchdog:
             Trainer(arguments, console=console if rank == 0 else None, progress=watchdog.progress).train()
     except BaseException as error:
-        return report(error, console, watchdog.describe)
+        return report(PROGRAM, error, console, watchdog.describe)
     return 0
 
 

@@ -1,7 +1,7 @@
 """The console command `maskllm VERB`.
 
-A verb is a module of this package with `add_arguments(parser)` and `run(args)`. Verbs only parse and call; a verb's module is
-imported when it is used, so that `maskllm --help` is quick.
+A verb is a module of this package with `add_arguments(parser)` and `run(args)`, which may return an exit status. Verbs only parse and
+call; a verb's module is imported when it is used, so that `maskllm --help` is quick.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from maskllm import __version__
-from maskllm.errors import MaskLLMError, as_line
+from maskllm.errors import MaskLLMError
+from maskllm.failures import is_alone, report, usage_said_once
 from maskllm.options import HelpFormatter
 
 VERBS = {
@@ -38,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_guarded(f"maskllm {verb}" if verb else "maskllm", lambda: _run(verb, argv))
 
 
-def _run(verb: str | None, argv: list[str]) -> None:
+def _run(verb: str | None, argv: list[str]) -> int | None:
     """Parse and call; `verb` is `argv`'s first word where that is a verb, else the parser will say what is wrong."""
     parser = argparse.ArgumentParser(prog="maskllm", description="Learn N:M sparse masks for language models.")
     parser.add_argument("--version", action="version", version=f"maskllm {__version__}")
@@ -49,18 +50,21 @@ def _run(verb: str | None, argv: list[str]) -> None:
             if verb not in WITHOUT_MEGATRON:
                 importlib.import_module("megatron_patches").import_megatron()
             importlib.import_module(f"maskllm.cli.{name}").add_arguments(command)
-    args = parser.parse_args(argv)
-    importlib.import_module(f"maskllm.cli.{args.verb}").run(args)
+    with usage_said_once():
+        args = parser.parse_args(argv)
+    return importlib.import_module(f"maskllm.cli.{args.verb}").run(args)
 
 
-def run_guarded(program: str, call) -> int:
-    """Call `call`; turn a user's mistake into one line on standard error and an exit status instead of a traceback."""
+def run_guarded(program: str, call: Callable[[], int | None]) -> int:
+    """Call `call`; turn a user's mistake into one line on standard error, one in the job, and an exit status instead of a traceback.
+
+    Returns the exit status: what `call` returns, 0 for None. What a verb does in a process group it guards in there.
+    """
     try:
-        call()
-    except (MaskLLMError, OSError) as error:
-        print(f"{program}: error: {as_line(error)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
-    return 0
+        return call() or 0
+    except (MaskLLMError, OSError, KeyboardInterrupt) as error:
+        return report(program, error, sys.stderr)
+    except Exception as error:
+        if is_alone():
+            raise
+        return report(program, error, sys.stderr)

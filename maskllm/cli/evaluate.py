@@ -8,6 +8,7 @@ import os
 
 import torch
 
+from maskllm.cli import run_guarded
 from maskllm.errors import MaskLLMError
 from maskllm.evaluation.huggingface import Evaluation, evaluate_hf
 from maskllm.files import write_json
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", metavar="F", help="write the numbers as JSON")
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int | None:
     """Evaluate and print the perplexity."""
     dtype = getattr(torch, DTYPES[args.params_dtype]) if args.params_dtype else None
     windows = {"seq_length": args.seq_length, "max_windows": args.max_windows}
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
             trust_remote_code=args.trust_remote_code,
         )
         report(args, result)
-        return
+        return None
     if args.mask is not None:
         raise MaskLLMError("--mask: applies to --model; a checkpoint has its own masks")
     if args.device is not None or args.trust_remote_code:
@@ -61,13 +62,16 @@ def run(args: argparse.Namespace) -> None:
     import megatron_patches
 
     megatron_patches.import_megatron()
-    from maskllm.distributed import parallel_processes
+    from maskllm.distributed import run_in_group
     from maskllm.evaluation.megatron import evaluate_checkpoint
 
-    with parallel_processes(tensor_model_parallel_size=int(os.environ.get("WORLD_SIZE", "1"))):
+    def evaluate() -> None:
         result = evaluate_checkpoint(args.load, args.data, **windows, params_dtype=dtype)
         if torch.distributed.get_rank() == 0:
             report(args, result)
+
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    return run_in_group(lambda: run_guarded("maskllm evaluate", evaluate), tensor_model_parallel_size=size)
 
 
 def report(args: argparse.Namespace, result: Evaluation) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from maskllm.cli import run_guarded
 from maskllm.cli.measure import measured
 from maskllm.errors import MaskLLMError
+from maskllm.files import write_json
 from maskllm.patterns import Pattern
 from maskllm.pruning.checkpoint import Calibration, prune_by_magnitude, prune_calibrated
 from maskllm.pruning.solve import METHODS, PruneSettings
@@ -43,10 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> int:
     """Prune and say where to."""
-    from maskllm.distributed import parallel_processes, raised_together
-    from maskllm.files import write_json
+    from maskllm.distributed import run_in_group
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("maskllm").setLevel(logging.INFO)
@@ -60,20 +64,34 @@ def run(args: argparse.Namespace) -> None:
     if args.calibration_data is None:
         if args.method != "magnitude":
             raise MaskLLMError(f"--method {args.method} needs --calibration-data")
-        with parallel_processes(timeout_minutes=60), raised_together():
-            if torch.distributed.get_rank() == 0:
-                with measured() as cost:
-                    path = prune_by_magnitude(args.load, args.output, settings)
-                if args.json is not None:
-                    write_json(args.json, {"load": args.load, **settings.as_dict()} | cost)
-                print(f"wrote {path}")
-        return
-    calibration = Calibration(
-        args.calibration_data, args.calibration_samples, args.seq_length, args.seed, args.pack, DTYPES[args.params_dtype]
-    )
-    with parallel_processes(timeout_minutes=60):
-        path, report = prune_calibrated(args.load, args.output, settings, calibration)
+        work = functools.partial(_without_data, args, settings)
+    else:
+        calibration = Calibration(
+            args.calibration_data, args.calibration_samples, args.seq_length, args.seed, args.pack, DTYPES[args.params_dtype]
+        )
+        work = functools.partial(_with_data, args, settings, calibration)
+    return run_in_group(lambda: run_guarded("maskllm prune", work), timeout_minutes=60)
+
+
+def _without_data(args: argparse.Namespace, settings: PruneSettings) -> None:
+    """The first rank prunes by magnitude, which takes one process."""
+    from maskllm.distributed import raised_together
+
+    with raised_together():
         if torch.distributed.get_rank() == 0:
-            if args.json is not None:
-                write_json(args.json, report)
-            print(f"wrote {path}")
+            with measured() as cost:
+                path = prune_by_magnitude(args.load, args.output, settings)
+            _say(args, path, {"load": args.load, **settings.as_dict()} | cost)
+
+
+def _with_data(args: argparse.Namespace, settings: PruneSettings, calibration: Calibration) -> None:
+    """All ranks prune on calibration data."""
+    path, report = prune_calibrated(args.load, args.output, settings, calibration)
+    if torch.distributed.get_rank() == 0:
+        _say(args, path, report)
+
+
+def _say(args: argparse.Namespace, path: Path, report: dict[str, Any]) -> None:
+    if args.json is not None:
+        write_json(args.json, report)
+    print(f"wrote {path}")

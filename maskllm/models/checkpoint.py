@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import os
 import re
@@ -251,17 +252,28 @@ def write_checkpoint(
     """Write `ROOT/release` from tensors that are made one at a time, in a single process; returns the iteration directory.
 
     It appears, replacing an older one, when it is complete. Side files are copied from the Hugging Face directory `hf_files_from`.
-    Raises MaskLLMError where ROOT/release is something else than a checkpoint.
+    Raises as `release_directory` does.
     """
-    root = Path(root)
-    path = root / iteration_name("release")
-    if path.exists() and not (path / INFO).is_file():
-        raise MaskLLMError(f"{path}: exists and is not a checkpoint of this program; remove it or name another --output")
+    path = release_directory(root)
     with atomic_directory(path) as temporary:
         write_tensors(temporary, tensors, description)
         write_side_files(temporary, info, hf_files_from)
         write_manifest(temporary)
-    write_text(root / LATEST, "release\n")
+    write_text(path.parent / LATEST, "release\n")
+    return path
+
+
+def release_directory(root: str | Path) -> Path:
+    """`ROOT/release`, which `write_checkpoint` will write or replace.
+
+    Raises FileExistsError where ROOT is a file, MaskLLMError where ROOT/release is something else than a checkpoint.
+    """
+    root = Path(root)
+    if root.exists() and not root.is_dir():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(root))
+    path = root / iteration_name("release")
+    if path.exists() and not (path / INFO).is_file():
+        raise MaskLLMError(f"{path}: exists and is not a checkpoint of this program; remove it or name another --output")
     return path
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from maskllm.data.indexed import open_indexed
 from maskllm.data.json_lines import check_inputs, document, read_lines
 from maskllm.data.tokenizer import Tokenizer, load_tokenizer
+from maskllm.distributed import is_first_rank
 from maskllm.errors import MaskLLMError
 
 
@@ -81,7 +82,8 @@ def sample_windows(
     """
     generator = np.random.default_rng(seed)
     windows = _packed(documents, seq_length, generator) if pack else _within(documents, seq_length, generator)
-    progress = tqdm(windows, total=samples, desc="calibration data", unit="sample", disable=None, leave=False)
+    silent = None if is_first_rank() else True
+    progress = tqdm(windows, total=samples, desc="calibration data", unit="sample", disable=silent, leave=False)
     with progress:
         found = list(itertools.islice(progress, samples))
     if not found:

@@ -16,7 +16,15 @@ from torch import distributed as dist
 
 from maskllm.distributed import device
 from maskllm.errors import MaskLLMError
-from maskllm.models.checkpoint import UNSTRUCTURED, Checkpoint, CheckpointInfo, iteration_name, resolve, write_checkpoint
+from maskllm.models.checkpoint import (
+    UNSTRUCTURED,
+    Checkpoint,
+    CheckpointInfo,
+    iteration_name,
+    release_directory,
+    resolve,
+    write_checkpoint,
+)
 from maskllm.models.families import parameter_map
 from maskllm.models.manifest import MANIFEST
 from maskllm.models.mapping import Mapping
@@ -31,9 +39,10 @@ from maskllm.pruning.stream import LayerStream
 
 
 def open_for_pruning(load: str | Path, output: str | Path, settings: PruneSettings) -> Checkpoint:
-    """The checkpoint `load`, with its shapes and those of its masks checked before any work is done.
+    """The checkpoint `load`, with its shapes, those of its masks, and `output` checked before any work is done.
 
-    Raises MaskLLMError where it has masks already, a tensor has another shape than its config says, or the pattern does not fit.
+    Raises MaskLLMError where it has masks already, a tensor has another shape than its config says, the pattern does not fit, or, as
+    `release_directory` does, where `output` cannot be written.
     """
     checkpoint = resolve(load)
     if checkpoint.info.stage != "dense":
@@ -42,6 +51,7 @@ def open_for_pruning(load: str | Path, output: str | Path, settings: PruneSettin
         )
     if Path(output).resolve() in (checkpoint.path.resolve(), checkpoint.path.resolve().parent):
         raise MaskLLMError(f"--output {output} is the checkpoint that is loaded; name another directory")
+    release_directory(output)
     checkpoint.check_weights()
     for mapping in parameter_map(checkpoint.model_config):
         if mapping.linear is not None and isinstance(settings.sparsity, Pattern):

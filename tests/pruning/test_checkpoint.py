@@ -10,35 +10,12 @@ from transformers import LlamaForCausalLM
 
 from maskllm.cli import main
 from maskllm.models.checkpoint import resolve
-from maskllm.models.families import parameter_map
 from maskllm.patterns import Pattern, unpack_mask
 from maskllm.pruning import PruneSettings, prune_hf
 from maskllm.pruning.calibration import open_documents, sample_windows
 from maskllm.pruning.statistics import InputStatistics
 from maskllm.pruning.store import DirectoryStore
-from tests.conftest import torchrun
-
-
-def hf_masks(path):
-    """The masks of a pruned checkpoint, Hugging Face name -> bool [out, in], after checking that weights and all else are there."""
-    checkpoint = resolve(path)
-    masks = {}
-    for mapping in parameter_map(checkpoint.model_config):
-        weight = checkpoint.tensors[mapping.megatron]
-        if mapping.linear is not None:
-            bits = checkpoint.tensors[f"{mapping.linear}.mask_bits"].load()
-            parts = mapping.to_hf(unpack_mask(bits, weight.shape[1]), checkpoint.model_config)
-            masks.update(zip(mapping.hf, parts, strict=True))
-    return masks
-
-
-def hf_weights(path):
-    checkpoint = resolve(path)
-    weights = {}
-    for mapping in parameter_map(checkpoint.model_config):
-        parts = mapping.to_hf(checkpoint.tensors[mapping.megatron].load(), checkpoint.model_config)
-        weights.update(zip(mapping.hf, parts, strict=True))
-    return weights
+from tests.pruning.pruned import calibrated, hf_masks, hf_weights
 
 
 def prune(load, output, *options):
@@ -69,23 +46,6 @@ def test_magnitude_needs_no_data_and_keeps_the_weights(tiny_hf, tiny_dense, tmp_
             assert (kept.sum(-1) == pattern.n).all()
             smallest_kept = blocks.masked_fill(~kept, torch.inf).amin(-1)
             assert (smallest_kept >= blocks.masked_fill(kept, 0).amax(-1)).all()
-
-
-def calibrated(dataset, method, *options):
-    """Few and short samples in fp32; the same as `in_memory` has."""
-    data = [
-        "--calibration-data",
-        dataset,
-        "--calibration-samples",
-        "6",
-        "--seq-length",
-        "48",
-        "--seed",
-        "3",
-        "--params-dtype",
-        "fp32",
-    ]
-    return ["--method", method, *data, *options]
 
 
 def in_memory(hf, dataset, settings):
@@ -135,19 +95,6 @@ def test_updated_weights_are_stored_in_the_checkpoints_dtype(tiny_hf, tiny_dense
     first = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(weights[first], model.get_parameter(first).bfloat16())
     assert resolve(tmp_path / "out").info.details["update_weights"] is True
-
-
-@pytest.mark.slow
-def test_two_ranks_find_the_masks_of_one(tiny_dense, tiny_dataset, tmp_path):
-    """Bit for bit, updated weights included, though the ranks split the samples and the matrices."""
-    arguments = calibrated(tiny_dataset, "sparsegpt", "--update-weights")
-    arguments[arguments.index("fp32")] = "bf16"
-    torchrun(2, "maskllm", "prune", "--load", tiny_dense, "--output", tmp_path / "two", *arguments)
-    assert prune(tiny_dense, tmp_path / "one", *arguments) == 0
-    one, two = hf_masks(tmp_path / "one"), hf_masks(tmp_path / "two")
-    assert len(one) == 28 and all(torch.equal(one[name], two[name]) for name in one)
-    one, two = hf_weights(tmp_path / "one"), hf_weights(tmp_path / "two")
-    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def live_bytes():

@@ -1,0 +1,104 @@
+"""A job that fails says why once: the rank that fails first takes the word in the job's store, the others write to their own logs.
+
+What is imported where it is used takes seconds, and a process that is alone needs none of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TextIO
+
+from maskllm.errors import as_line, first_line
+
+
+def is_alone() -> bool:
+    """Whether this process is the only one of its job."""
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1
+
+
+def is_first_failure() -> bool:
+    """Take the word for this attempt at the job; False where another rank has had it. A rank that cannot ask has it."""
+    if is_alone():
+        return True
+    from maskllm.distributed import job_store
+
+    try:
+        store = job_store("failures")
+        return store is None or store.add("ranks", 1) == 1
+    except RuntimeError:  # the store has gone with the process that kept it
+        return True
+
+
+def say_failure(program: str, line: str, console: TextIO, *, details: str = "", is_cause: bool = True) -> None:
+    """Print `line`, after the program's name, on the console if this is the job's first failure; a rank's log gets it in any case.
+
+    `details` go before it into the log, or on the console where there is no log.
+
+    With `is_cause` torchrun's summary shows the line too (in the file that TORCHELASTIC_ERROR_FILE names).
+    """
+    line_and_program = f"{program}: error: {line}\n"
+    has_log = console is not sys.stderr
+    if has_log:
+        with contextlib.suppress(OSError):  # the log lies on the disk that may be full
+            print(details + line_and_program, end="", file=sys.stderr, flush=True)
+    if not is_first_failure():
+        return
+    print(line_and_program if has_log else details + line_and_program, end="", file=console, flush=True)
+    reply = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if is_cause and reply:
+        message = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with contextlib.suppress(OSError):
+            Path(reply).write_text(json.dumps({"message": message}), encoding="utf-8")
+
+
+def report(program: str, error: BaseException, console: TextIO, where: Callable[[], str] = lambda: "") -> int:
+    """Say once in the job why it fails; returns this process's exit status.
+
+    To be called before the process group goes down, which the other ranks see as a failure of their own.
+
+    An error that is neither the user's nor the machine's keeps its traceback: in the rank's log, or on the console where there are none.
+    `where` tells what this rank was doing, and what has become of the others.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        say_failure(program, "interrupted; run the same command again to go on", console)
+        return 130
+    line = as_line(error)
+    if line is not None:
+        say_failure(program, line, console)
+        return getattr(error, "exit_status", 1)
+    from maskllm.distributed import lost_connection
+
+    rank = os.environ.get("RANK", "0")
+    first = first_line(error)
+    details = "".join(traceback.format_exception(error))
+    if lost_connection(error):
+        say_failure(
+            program, f"rank {rank} lost the connection to another rank{where()} ({first})", console, details=details, is_cause=False
+        )
+    else:
+        log = f"; its traceback is in logs/rank_{int(rank):05d}.log" if console is not sys.stderr else ""
+        say_failure(program, f"rank {rank} failed{where()}: {first}{log}", console, details=details)
+    return 1
+
+
+@contextlib.contextmanager
+def usage_said_once() -> Iterator[None]:
+    """A block that parses the command line: the parser's complaint, or its help, is printed once in the job."""
+    complaint, help_text = io.StringIO(), io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(help_text):
+            yield
+    except SystemExit as stop:
+        if os.environ.get("RANK", "0") == "0":
+            print(help_text.getvalue(), end="", flush=True)
+        if stop.code and is_first_failure():
+            print(complaint.getvalue(), end="", file=sys.stderr, flush=True)
+        raise

@@ -1,0 +1,40 @@
+"""What tests read from a pruned checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from maskllm.models.checkpoint import resolve
+from maskllm.models.families import parameter_map
+from maskllm.patterns import unpack_mask
+
+
+def hf_masks(path: Path) -> dict[str, torch.Tensor]:
+    """Its masks, Hugging Face name -> bool [out, in]."""
+    checkpoint = resolve(path)
+    masks = {}
+    for mapping in parameter_map(checkpoint.model_config):
+        weight = checkpoint.tensors[mapping.megatron]
+        if mapping.linear is not None:
+            bits = checkpoint.tensors[f"{mapping.linear}.mask_bits"].load()
+            parts = mapping.to_hf(unpack_mask(bits, weight.shape[1]), checkpoint.model_config)
+            masks.update(zip(mapping.hf, parts, strict=True))
+    return masks
+
+
+def hf_weights(path: Path) -> dict[str, torch.Tensor]:
+    """All its weights under their Hugging Face names."""
+    checkpoint = resolve(path)
+    weights = {}
+    for mapping in parameter_map(checkpoint.model_config):
+        parts = mapping.to_hf(checkpoint.tensors[mapping.megatron].load(), checkpoint.model_config)
+        weights.update(zip(mapping.hf, parts, strict=True))
+    return weights
+
+
+def calibrated(dataset: str | Path, method: str, *options: object) -> list[str]:
+    """Options for few and short samples, computed in fp32 where `options` do not say otherwise."""
+    few = ["--calibration-samples", "6", "--seq-length", "48", "--seed", "3", "--params-dtype", "fp32"]
+    return ["--method", method, "--calibration-data", str(dataset), *few, *map(str, options)]

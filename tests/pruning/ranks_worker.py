@@ -1,0 +1,54 @@
+"""Run under torchrun by test_ranks: write a checkpoint under several layouts, then run commands of the console program, all in one job.
+
+usage: python -m tests.pruning.ranks_worker DENSE JOB.json
+
+JOB.json holds "layouts", a directory -> [tensor, pipeline] parallel sizes, and "commands", a list of command lines. The ranks' exit
+statuses go to JOB.RANK, and each rank prints a line between commands.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+import megatron_patches
+
+megatron_patches.import_megatron()
+
+from maskllm.cli import main as maskllm  # noqa: E402
+from maskllm.distributed import parallel_processes  # noqa: E402
+from maskllm.models.build import build_model, load_model  # noqa: E402
+from maskllm.models.checkpoint import resolve  # noqa: E402
+from maskllm.models.saving import CheckpointSaver  # noqa: E402
+
+
+def write_under(dense: str, directory: str, tensor: int, pipeline: int) -> None:
+    """Load `dense` into a model under a layout, which is data-parallel over what the sizes leave, and save it from there."""
+    with parallel_processes(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline):
+        checkpoint = resolve(dense)
+        model = build_model(checkpoint.model_config, params_dtype=torch.bfloat16)
+        load_model(checkpoint, model)
+        state = {"model": model.sharded_state_dict()}
+        CheckpointSaver(directory).save("release", state, checkpoint.info, hf_files_from=checkpoint.hf_directory)
+
+
+def main(dense: str, path: str) -> None:
+    """Do all of it."""
+    job = json.loads(Path(path).read_text())
+    for directory, (tensor, pipeline) in job["layouts"].items():
+        write_under(dense, directory, tensor, pipeline)
+    statuses = []
+    for command in job["commands"]:
+        try:
+            statuses.append(maskllm(command))
+        except SystemExit as usage:
+            statuses.append(usage.code)
+    Path(f"{path}.{os.environ['RANK']}").write_text(json.dumps(statuses))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
