@@ -58,7 +58,7 @@ def factor_hessian(hessian: torch.Tensor, name: str, *, damping: float = DAMPING
         if not failed:
             root = root.flip(0, 1)
             upper = torch.linalg.solve_triangular(root, torch.eye(len(hessian), device=hessian.device), upper=True)
-            if upper.isfinite().all():
+            if torch.stack(upper.aminmax()).isfinite().all():  # NaN comes through; no copies
                 return HessianFactor(upper, dead, damping)
         if damping >= _MAX_DAMPING:
             raise MaskLLMError(f"{name}: its inputs' Hessian has no Cholesky factor; it is not positive semi-definite")
