@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pack", action="store_true", help="join documents into one stream before cutting windows")
     parser.add_argument("--params-dtype", choices=sorted(DTYPES), default="bf16", help="type the layers compute in")
     parser.add_argument(
-        "--json", metavar="FILE", help="write the report: errors by layer and matrix, where there are calibration data"
+        "--json", metavar="FILE", help="write the report: what it cost and, with calibration data, errors by layer and matrix"
     )
 
 
@@ -86,9 +86,10 @@ def _without_data(args: argparse.Namespace, settings: PruneSettings) -> None:
 
 def _with_data(args: argparse.Namespace, settings: PruneSettings, calibration: Calibration) -> None:
     """All ranks prune on calibration data."""
-    path, report = prune_calibrated(args.load, args.output, settings, calibration)
+    with measured() as cost:
+        path, report = prune_calibrated(args.load, args.output, settings, calibration)
     if torch.distributed.get_rank() == 0:
-        _say(args, path, report)
+        _say(args, path, report | cost)
 
 
 def _say(args: argparse.Namespace, path: Path, report: dict[str, Any]) -> None:

@@ -2,6 +2,10 @@
 
 import gc
 import json
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
@@ -61,6 +65,7 @@ def in_memory(hf, dataset, settings):
     "method, options, settings",
     [
         ("wanda", [], PruneSettings("wanda", Pattern(2, 4))),
+        ("wanda", ["--pattern", "16:32"], PruneSettings("wanda", Pattern(16, 32))),
         ("sparsegpt", ["--no-sequential"], PruneSettings("sparsegpt", Pattern(2, 4), sequential=False)),
         ("sparsegpt", ["--sparsity", "0.5"], PruneSettings("sparsegpt", 0.5)),
     ],
@@ -73,7 +78,8 @@ def test_is_the_same_as_in_memory(tiny_hf, tiny_dense, tiny_dataset, tmp_path, m
     assert all(torch.equal(masks[name], expected[name]) for name in expected)
     assert all(torch.equal(weights[name], dense[name]) for name in dense)
     report = json.loads((tmp_path / "report.json").read_text())
-    assert len(report["layers"]) == 4
+    assert report["method"] == method and len(report["layers"]) == 4
+    assert report["seconds"] > 0 and report["peak_memory_bytes"] > 0
     for layer, expected_layer in zip(report["layers"], expected_report["layers"], strict=True):
         for name, matrix in layer["matrices"].items():
             assert matrix["relative_error"] == pytest.approx(expected_layer["matrices"][name]["relative_error"], rel=1e-4)
@@ -153,6 +159,31 @@ def test_an_interrupted_run_goes_on_after_its_last_layer(tiny_dense, tiny_datase
         assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
+@pytest.mark.slow
+def test_a_killed_run_goes_on_after_its_last_layer(tiny_dense, tiny_dataset, tmp_path):
+    report = tmp_path / "report.json"
+    arguments = calibrated(tiny_dataset, "sparsegpt", "--update-weights", "--calibration-samples", "40", "--json", report)
+    assert prune(tiny_dense, tmp_path / "whole", *arguments) == 0
+    layers = tmp_path / ".out.layers"
+    command = [sys.executable, "-m", "maskllm", "prune", "--load", tiny_dense, "--output", tmp_path / "out", *arguments]
+    with (tmp_path / "console").open("w") as console:
+        process = subprocess.Popen([str(word) for word in command], stdout=console, stderr=console)
+        while not list(layers.glob("layer_*")):
+            assert process.poll() is None, (tmp_path / "console").read_text()
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    finished = len(list(layers.glob("layer_*")))
+    assert 1 <= finished < 4
+    assert not (tmp_path / "out").exists()
+    assert prune(tiny_dense, tmp_path / "out", *arguments) == 0
+    assert [layer["resumed"] for layer in json.loads(report.read_text())["layers"]] == [index < finished for index in range(4)]
+    for read in (hf_masks, hf_weights):
+        whole, resumed = read(tmp_path / "whole"), read(tmp_path / "out")
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert not layers.exists()
+
+
 def test_a_run_interrupted_while_writing_only_writes(tiny_dense, tiny_dataset, tmp_path, monkeypatch):
     def no_room(*args, **kwargs):
         raise OSError(28, "No space left on device", "out")
@@ -181,7 +212,7 @@ def test_layers_of_another_run_are_not_taken_up(tiny_dense, tiny_dataset, tmp_pa
 
 
 def test_calibrates_on_json_lines_with_the_models_tokenizer(tiny_hf, tmp_path, capsys):
-    """Without a tokenizer in the checkpoint this says so; with one, its tokens are those that count."""
+    """Without a tokenizer in the checkpoint this says so; with one, its tokens are those that count. Short documents need --pack."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -210,6 +241,12 @@ def test_calibrates_on_json_lines_with_the_models_tokenizer(tiny_hf, tmp_path, c
     convert(str(hf), str(tmp_path / "with"))
     assert prune(tmp_path / "with", tmp_path / "out", *options) == 0
     assert len(hf_masks(tmp_path / "out")) == 28
+    options[-1] = "125"  # a token a byte, and documents have 120
+    capsys.readouterr()
+    assert prune(tmp_path / "with", tmp_path / "packed", *options) == 1
+    assert "none of the 9 calibration documents is longer than 125 tokens" in capsys.readouterr().err
+    assert prune(tmp_path / "with", tmp_path / "packed", *options, "--pack") == 0
+    assert resolve(tmp_path / "packed").info.details["calibration"]["pack"] is True
 
 
 def test_refuses_before_any_work(tiny_dense, tiny_dataset, tmp_path, capsys):
