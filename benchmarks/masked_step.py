@@ -51,6 +51,9 @@ def make_step(checkpoint: Checkpoint, tokens: torch.Tensor, *, masked: bool) -> 
         params_dtype=torch.float32 if masked else dtype,
     )
     optimizer = get_megatron_optimizer(config, [ddp])
+    for group in optimizer.param_groups:
+        if "fused" in group:
+            group["fused"] = True  # as training sets it
     positions = torch.arange(tokens.shape[1] - 1, device=tokens.device)[None]
 
     def step() -> None:

@@ -7,6 +7,7 @@ With a CUDA device only `megatron_patches.checkpoints` is applied.
 from __future__ import annotations
 
 import importlib
+import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -18,11 +19,13 @@ _applied = False
 
 
 def import_megatron() -> None:
-    """Silence Megatron Core's own warnings and, where there is no CUDA device, import it without `torch.compile`.
+    """Silence the warnings of Megatron Core and what it imports and, where there is no CUDA device, import it without `torch.compile`.
 
     Upstream (`megatron.core.jit.jit_fuser`) decorates its fused functions with `torch.compile` on import, which loads the whole
     compiler, seconds for each process, for functions that only the CUDA configurations call.
     """
+    # A CUDA build of torch complains of a machine without a GPU, once a process, when an extension's builder is imported.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # It warns once a module that Transformer Engine and Apex are missing, and of deprecations inside itself.
     warnings.filterwarnings("ignore", module=r"megatron\.")
     if not torch.cuda.is_available():

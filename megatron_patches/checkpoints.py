@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import pickle
@@ -43,4 +44,25 @@ def results_without_a_process() -> None:
     setattr(module, name, _Results)
 
 
-PATCHES = [Patch(results_without_a_process, _MODULE, "ctx.Manager().Queue()")]
+def failed_write_says_why() -> None:
+    """In 0.19 the writer puts the type of a failed write's exception in the place of the exception: that the disk is full is lost.
+
+    The write that the writer does itself is handed no queue; its exception is raised here, and the writer keeps its words.
+    """
+    writer = importlib.import_module(_MODULE).FileSystemWriterAsync
+    write = writer.write_preloaded_data
+
+    @functools.wraps(write)  # upstream counts its parameters
+    def write_or_raise(*args: Any, results_queue: Any, **kwargs: Any) -> Any:
+        output = write(*args, results_queue=results_queue, **kwargs)
+        if results_queue is None and isinstance(output[1], Exception):
+            raise output[1]
+        return output
+
+    writer.write_preloaded_data = staticmethod(write_or_raise)
+
+
+PATCHES = [
+    Patch(failed_write_says_why, _MODULE, "assert isinstance(local_results_or_exc, list), type(local_results_or_exc)"),
+    Patch(results_without_a_process, _MODULE, "ctx.Manager().Queue()"),
+]

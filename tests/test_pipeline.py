@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import pydoc_data.topics
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -57,13 +59,18 @@ def quickstart(tmp_path_factory, tiny_model, texts) -> Path:
     return output
 
 
-def run(output: Path, model: Path, texts: tuple[Path, Path]) -> subprocess.CompletedProcess:
+def command(output: Path, model: Path, texts: tuple[Path, Path], *, train_iters: int = 8) -> list[str]:
+    words = [
+        sys.executable, "-m", "maskllm", "quickstart", "--output", output, "--model", model, "--corpus", texts[0],
+        "--eval-corpus", texts[1], "--train-iters", train_iters, "--seq-length", 64, "--global-batch-size", 4, "--lr", 0.01,
+        "--eval-seq-length", 64, "--eval-windows", 4, "--calibration-samples", 4,
+    ]  # fmt: skip
+    return list(map(str, words))
+
+
+def run(output: Path, model: Path, texts: tuple[Path, Path], **settings: int) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [
-            sys.executable, "-m", "maskllm", "quickstart", "--output", output, "--model", model, "--corpus", texts[0],
-            "--eval-corpus", texts[1], "--train-iters", "8", "--seq-length", "64", "--global-batch-size", "4", "--lr", "0.01",
-            "--eval-seq-length", "64", "--eval-windows", "4", "--calibration-samples", "4",
-        ],
+        command(output, model, texts, **settings),
         capture_output=True, text=True, timeout=900, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
     )  # fmt: skip
 
@@ -143,3 +150,36 @@ def test_a_second_run_skips_what_is_done(quickstart, tiny_model, texts):
         assert f"[{step}] done before" in done.stderr
     assert "learned" in done.stdout
     assert (quickstart / "hf" / "learned" / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_where_ctrl_c_has_stopped_it(quickstart, tiny_model, texts, tmp_path):
+    """The last test of this file: it trains again, for longer."""
+    metrics = quickstart / "megatron" / "learned" / "metrics.jsonl"
+    steps = {"train_iters": 300}
+    before = metrics.read_text()
+    with (tmp_path / "console").open("w") as console:
+        interrupted = subprocess.Popen(
+            command(quickstart, tiny_model, texts, **steps), stdout=console, stderr=console, start_new_session=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would inherit that it is ignored
+        )  # fmt: skip
+        deadline = time.monotonic() + 300
+        while not metrics.exists() or metrics.read_text().count("\n") < 3 or metrics.read_text() == before:
+            assert interrupted.poll() is None, (tmp_path / "console").read_text()[-3000:]
+            assert time.monotonic() < deadline, (tmp_path / "console").read_text()[-3000:]
+            time.sleep(0.05)
+        os.killpg(interrupted.pid, signal.SIGINT)  # as a terminal does, to all in the foreground
+        assert interrupted.wait(300) == 130, (tmp_path / "console").read_text()[-3000:]
+    assert "interrupted; run the same command again to go on" in (tmp_path / "console").read_text()
+    assert "Traceback" not in (tmp_path / "console").read_text()
+    saved = int((quickstart / "megatron" / "learned" / "latest_checkpointed_iteration.txt").read_text())
+    assert 0 < saved < 300
+    assert not (quickstart / "hf" / "learned" / "model.safetensors").stat().st_mtime > metrics.stat().st_mtime
+
+    done = run(quickstart, tiny_model, texts, **steps)
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert "[prune sparsegpt] done before" in done.stderr
+    assert f"after iteration {saved} of 300" in done.stderr
+    trained = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["iteration"] for line in trained if "grad_norm" in line] == list(range(5, 301, 5))

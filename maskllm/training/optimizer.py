@@ -76,9 +76,12 @@ class LogitsOptimizer(FP32Optimizer):
 
     @torch.no_grad()
     def get_grad_norm(self) -> float:
-        """The gradients' norm over all ranks, added up in fp32; upstream's adds up in the gradients' type."""
+        """The gradients' norm over all ranks, added up in fp32; upstream's adds up in the gradients' type.
+
+        All gradients count once: every rank owns its logits.
+        """
         squares = [
-            torch.linalg.vector_norm(gradient, dtype=torch.float32).square() for gradient in self.get_main_grads_for_grad_norm()
+            torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square() for parameter in self.get_parameters()
         ]
         total = torch.stack(squares).sum()
         dist.all_reduce(total, group=self.get_grad_stats_parallel_group())
