@@ -14,7 +14,7 @@ from maskllm.errors import MaskLLMError
 from maskllm.models.build import check_recomputation
 from maskllm.models.manifest import write_manifest
 from maskllm.training.arguments import TrainArguments, parse_arguments
-from maskllm.training.checkpointing import SETTINGS_THAT_MUST_MATCH, resolve_start
+from maskllm.training.checkpointing import SETTINGS_THAT_MUST_MATCH, data_identity, resolve_start
 from maskllm.training.data import build_batches
 
 GOOD = TrainArguments(data_path=["data"], load="checkpoint")
@@ -172,11 +172,11 @@ def test_help_names_every_option_with_its_default(capsys):
     assert "default: False" not in text
 
 
-def test_sequences_longer_than_the_models_context_are_refused(tiny_pruned):
+def test_sequences_longer_than_the_models_context_are_refused(tiny_pruned, tiny_dataset):
     arguments = dataclasses.replace(GOOD, load=str(tiny_pruned), seq_length=129)
     with pytest.raises(MaskLLMError, match=r"--seq-length 129: the model in .* has a context of 128 tokens"):
         resolve_start(arguments, arguments.check())
-    arguments = dataclasses.replace(arguments, seq_length=128)
+    arguments = dataclasses.replace(arguments, seq_length=128, data_path=[tiny_dataset])
     assert not resolve_start(arguments, arguments.check()).resumed
 
 
@@ -187,13 +187,14 @@ def test_a_checkpoint_with_another_pattern_is_refused(tiny_pruned):
 
 
 @pytest.fixture
-def trained(tmp_path, tiny_pruned) -> Path:
-    """A directory that says of itself to be a checkpoint of a run with `GOOD`'s settings and sequences of 64 tokens."""
+def trained(tmp_path, tiny_pruned, tiny_dataset) -> Path:
+    """A directory that says of itself to be a checkpoint of a run on `tiny_dataset`, `GOOD`'s settings and sequences of 64 tokens."""
     path = tmp_path / "iter_0000002"
     shutil.copytree(tiny_pruned / "release", path)
     info = json.loads((path / "maskllm.json").read_text())
     settings = {name: getattr(GOOD, name) for name in SETTINGS_THAT_MUST_MATCH} | {"seq_length": 64}
-    (path / "maskllm.json").write_text(json.dumps(info | {"stage": "trained", "details": {"settings": settings}}))
+    details = {"settings": settings, "data": data_identity(dataclasses.replace(GOOD, data_path=[tiny_dataset]))}
+    (path / "maskllm.json").write_text(json.dumps(info | {"stage": "trained", "details": details}))
     write_manifest(path)
     return path
 
@@ -208,8 +209,8 @@ def trained(tmp_path, tiny_pruned) -> Path:
         ("gumbel_temperature_range", (2.0, 0.05), r"--gumbel-temperature-range \[2.0, 0.05\]: the run in .* has \[4.0, 0.05\]"),
     ],
 )
-def test_a_run_is_resumed_with_its_own_settings(trained, name, value, message):
-    arguments = dataclasses.replace(GOOD, load=str(trained), seq_length=64)
+def test_a_run_is_resumed_with_its_own_settings(trained, tiny_dataset, name, value, message):
+    arguments = dataclasses.replace(GOOD, load=str(trained), data_path=[tiny_dataset], seq_length=64)
     start = resolve_start(arguments, arguments.check())
     assert (start.resumed, start.iteration) == (True, 2)
     arguments = dataclasses.replace(arguments, **{name: value})
@@ -228,11 +229,11 @@ def test_weights_with_zeros_written_in_are_no_start(tmp_path, tiny_pruned):
         resolve_start(arguments, arguments.check())
 
 
-def test_a_run_whose_settings_are_lost_is_not_resumed(trained):
+def test_a_run_whose_settings_are_lost_is_not_resumed(trained, tiny_dataset):
     info = json.loads((trained / "maskllm.json").read_text())
     (trained / "maskllm.json").write_text(json.dumps(info | {"details": {}}))
     write_manifest(trained)
-    arguments = dataclasses.replace(GOOD, load=str(trained), seq_length=64)
+    arguments = dataclasses.replace(GOOD, load=str(trained), data_path=[tiny_dataset], seq_length=64)
     with pytest.raises(MaskLLMError, match=r"maskllm\.json lacks the settings of the run; it cannot be resumed"):
         resolve_start(arguments, arguments.check())
 
