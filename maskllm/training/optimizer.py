@@ -80,9 +80,7 @@ class LogitsOptimizer(FP32Optimizer):
 
         All gradients count once: every rank owns its logits.
         """
-        squares = [
-            torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square() for parameter in self.get_parameters()
-        ]
+        squares = [torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square() for parameter in self.get_parameters()]
         total = torch.stack(squares).sum()
         dist.all_reduce(total, group=self.get_grad_stats_parallel_group())
         return float(total.sqrt())
