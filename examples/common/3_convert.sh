@@ -4,4 +4,4 @@
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh" "$1"
 
 up_to_date "$OUTPUT/dense/latest_checkpointed_iteration.txt" "$HF_DIR/config.json" ||
-  run maskllm convert --hf "$HF_DIR" --output "$OUTPUT/dense" --json "$OUTPUT/convert.json"
+  run_last maskllm convert --hf "$HF_DIR" --output "$OUTPUT/dense" --json "$OUTPUT/convert.json"

@@ -4,4 +4,4 @@
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh" "$1"
 
 up_to_date "$OUTPUT/trimmed/latest_checkpointed_iteration.txt" "$OUTPUT/learned/latest_checkpointed_iteration.txt" ||
-  run maskllm trim --load "$OUTPUT/learned" --output "$OUTPUT/trimmed" --json "$OUTPUT/trim.json"
+  run_last maskllm trim --load "$OUTPUT/learned" --output "$OUTPUT/trimmed" --json "$OUTPUT/trim.json"

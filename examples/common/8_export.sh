@@ -4,5 +4,5 @@
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh" "$1"
 
 up_to_date "$OUTPUT/hf-2to4/config.json" "$OUTPUT/trimmed/latest_checkpointed_iteration.txt" ||
-  run maskllm export --load "$OUTPUT/trimmed" --output "$OUTPUT/hf-2to4" --mask-file "$OUTPUT/$RECIPE.mask.npz" \
+  run_last maskllm export --load "$OUTPUT/trimmed" --output "$OUTPUT/hf-2to4" --mask-file "$OUTPUT/$RECIPE.mask.npz" \
     --json "$OUTPUT/export.json"

@@ -100,7 +100,7 @@ up_to_date() {
 }
 
 # One process a GPU on this node alone.
-on_this_node() { run torchrun --standalone --nproc-per-node "$GPUS" "$@"; }
+on_this_node() { run_last torchrun --standalone --nproc-per-node "$GPUS" "$@"; }
 
 # One process a GPU on every node: each node runs the same script.
 on_all_nodes() {

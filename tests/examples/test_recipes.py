@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -14,12 +15,15 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from safetensors.torch import load_file
 
+from maskllm.resident import is_gone
 from maskllm.training.arguments import TrainArguments, parse_arguments
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -226,6 +230,87 @@ def test_a_slurm_job_that_fails_is_not_queued_again(cluster, tmp_path):
     job = subprocess.run(["bash", EXAMPLES / "slurm.sbatch", "llama2-7b"], cwd=tmp_path, env=cluster, check=False, timeout=60)
     assert job.returncode == 7
     assert not (tmp_path / "requests").exists()
+
+
+PREPROCESS = """#!/bin/bash
+echo $1 $$ >> tasks
+trap 'exit 1' TERM INT
+for i in {1..1200}; do sleep 0.05; done
+"""
+
+
+@contextlib.contextmanager
+def all_steps(cwd: Path, variables: dict[str, str]) -> Iterator[tuple[subprocess.Popen, Path]]:
+    """run_all.sh of a recipe in the foreground of a terminal of its own, with the file that has what it says."""
+    console = cwd / "console"
+    command = ["bash", EXAMPLES / "llama2-7b" / "run_all.sh"]
+    with console.open("w") as file:
+        script = subprocess.Popen(command, cwd=cwd, env=variables, stderr=file, start_new_session=True)
+    try:
+        yield script, console
+    finally:
+        if script.poll() is None:
+            for process in [*psutil.Process(script.pid).children(recursive=True), script]:
+                process.kill()
+
+
+def wait_for(condition: Callable[[], object], script: subprocess.Popen, console: Path) -> None:
+    deadline = time.monotonic() + 200
+    while not condition():
+        assert script.poll() is None and time.monotonic() < deadline, console.read_text()[-4000:]
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_of_all_steps_leaves_no_process_behind(number, tmp_path):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "maskllm").write_text(PREPROCESS)
+    (tmp_path / "bin" / "maskllm").chmod(0o755)
+    for path in ("hf", "data/c4/en/c4-train.00000-of-01024.json.gz", "data/c4/en/c4-train.00001-of-01024.json.gz", "held_out.txt"):
+        (tmp_path / path).mkdir(parents=True)
+    variables = environment(HF_MODEL="hf", SHARDS="0 1", EVAL_DATA="held_out.txt")
+    variables["PATH"] = f"{tmp_path / 'bin'}{os.pathsep}{variables['PATH']}"
+    tasks = tmp_path / "tasks"
+    with all_steps(tmp_path, variables) as (script, console):
+        wait_for(lambda: tasks.exists() and tasks.read_text().count("\n") == 2, script, console)
+        if number == signal.SIGINT:
+            os.killpg(script.pid, number)  # as a terminal does
+        else:
+            script.send_signal(number)  # to the script alone, as `kill` does
+        assert script.wait(timeout=60) != 0
+    lines = [line.split() for line in tasks.read_text().splitlines()]
+    assert [verb for verb, _ in lines] == ["preprocess"] * 2, "the next step was started"
+    deadline = time.monotonic() + 30
+    while alive := [pid for _, pid in lines if not is_gone(int(pid))]:
+        assert time.monotonic() < deadline, alive
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_the_training_of_a_run_of_all_steps_saves_when_it_is_stopped(tiny_hf, tiny_dense, tiny_pruned, tiny_dataset, tmp_path):
+    output = tmp_path / "output"
+    (output / "tokens").mkdir(parents=True)
+    for suffix in (".bin", ".idx"):
+        shutil.copy(tiny_dataset + suffix, output / "tokens" / f"c4_00000_text_document{suffix}")
+    (output / "dense").symlink_to(tiny_dense)
+    (output / "prior").symlink_to(tiny_pruned)
+    settings = {
+        "HF_MODEL": tiny_hf,
+        "OUTPUT": output,
+        "SHARDS": 0,
+        "TRAIN_ITERS": 5000,
+        "SAVE_INTERVAL": 5000,
+        "EVAL_INTERVAL": 5000,
+    }
+    with all_steps(tmp_path, environment(MODEL="tiny", **settings)) as (script, console):
+        wait_for(lambda: "train iteration 2 " in console.read_text(), script, console)
+        script.send_signal(signal.SIGTERM)
+        assert script.wait(timeout=120) != 0
+    text = console.read_text()
+    iteration = (output / "learned" / "latest_checkpointed_iteration.txt").read_text().strip()
+    assert 2 <= int(iteration) < 5000
+    assert text.count(f"stopped by a signal after iteration {iteration}; saved at iteration {iteration}") == 1
+    assert "maskllm trim" not in text, "the next step was started"
 
 
 TINY = {
