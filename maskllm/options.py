@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from maskllm.errors import MaskLLMError
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -14,3 +18,13 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         if isinstance(action.default, tuple):
             return f"{action.help} (default: {' '.join(map(str, action.default))})"
         return super()._get_help_string(action)
+
+
+def refuse_empty(options: Mapping[str, Any]) -> None:
+    """Raise MaskLLMError for an option (name with underscores -> value) whose value, or one of them, is the empty string.
+
+    It is what a shell's unset variable leaves, and as a path it would mean the working directory.
+    """
+    for name, value in options.items():
+        if value == "" or (isinstance(value, list) and "" in value):
+            raise MaskLLMError(f"--{name.replace('_', '-')}: found an empty value; give it one, or leave the option out")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import pydoc_data.topics
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -105,3 +107,12 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
         builder.add_document(torch.from_numpy(tokens.astype(np.int64)), [len(tokens)])
     builder.finalize(get_idx_path(prefix))
     return prefix
+
+
+@pytest.fixture
+def signal_handlers() -> Iterator[None]:
+    """For tests that train in their own process: training takes SIGTERM and SIGINT for itself."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

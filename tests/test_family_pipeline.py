@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,8 @@ from maskllm.patterns import Pattern, unpack_mask
 from maskllm.pruning import PruneSettings, prune_hf
 from maskllm.pruning.calibration import open_documents, sample_windows
 
+pytestmark = pytest.mark.usefixtures("signal_handlers")
+
 FAMILIES = {
     "gpt2": {
         "vocab_size": 256, "n_embd": 32, "n_inner": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.15,
@@ -36,15 +37,6 @@ MATRICES = {
     "gpt2": ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
     "nemotron": (*(f"self_attn.{name}_proj" for name in "qkvo"), "mlp.up_proj", "mlp.down_proj"),
 }
-
-
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    """Training takes SIGTERM and SIGINT for itself."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def run(verb: str, *arguments: object) -> None:

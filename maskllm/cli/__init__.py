@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from maskllm import __version__
 from maskllm.errors import MaskLLMError
 from maskllm.failures import is_alone, report, usage_said_once
-from maskllm.options import HelpFormatter
+from maskllm.options import HelpFormatter, refuse_empty
 
 VERBS = {
     "doctor": "what is installed here, what is missing, and whether training can run",
@@ -52,6 +52,7 @@ def _run(verb: str | None, argv: list[str]) -> int | None:
             importlib.import_module(f"maskllm.cli.{name}").add_arguments(command)
     with usage_said_once():
         args = parser.parse_args(argv)
+    refuse_empty(vars(args))
     return importlib.import_module(f"maskllm.cli.{args.verb}").run(args)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as hf_logging
 
 from maskllm.data.tokenizer import load_tokenizer
 from maskllm.errors import MaskLLMError
@@ -75,16 +79,42 @@ def evaluate_hf(
 def load_hf_model(
     directory: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A causal language model in evaluation mode on `device`; `dtype` as in `evaluate_hf`. Raises MaskLLMError where it fails."""
+    """A causal language model in evaluation mode on `device`; `dtype` as in `evaluate_hf`.
+
+    Raises MaskLLMError where it cannot be loaded, or lacks a tensor.
+    """
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype or "auto", local_files_only=True, trust_remote_code=trust_remote_code
-        )
+        with _quiet_transformers():
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=dtype or "auto",
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
     except Exception as error:  # transformers raises all sorts for files that are missing, damaged or of unknown architectures
         raise MaskLLMError(f"{directory}: transformers cannot load it: {(str(error).splitlines() or [''])[0]}") from error
+    if missing := sorted(loading["missing_keys"]):  # which transformers makes up at random
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise MaskLLMError(f"{directory}: has no tensor {missing[0]}{more}, which the model in its config.json has")
     if dtype is None and device.type == "cpu" and not _computes_fast_on_cpu(model.dtype):
         model = model.float()
     return model.to(device).eval()
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """A block in which transformers says nothing but errors, and shows progress on a terminal only."""
+    verbosity, has_progress = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if has_progress:
+            hf_logging.enable_progress_bar()
 
 
 def usable_device(device: str | torch.device) -> torch.device:

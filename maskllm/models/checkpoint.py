@@ -67,6 +67,10 @@ class CheckpointInfo:
     def __post_init__(self) -> None:
         if self.stage not in STAGES:
             raise MaskLLMError(f"checkpoint stage {self.stage!r}; wanted one of {', '.join(STAGES)}")
+        if not isinstance(self.details, dict):
+            raise MaskLLMError(f"details {self.details!r}; wanted a JSON object")
+        if self.pattern is not None and not isinstance(self.pattern, str):
+            raise MaskLLMError(f"pattern {self.pattern!r}; wanted N:M or {UNSTRUCTURED}")
         if (self.pattern is None) != (self.stage == "dense"):
             raise MaskLLMError(f"checkpoint stage {self.stage} with pattern {self.pattern}; wanted a pattern for all but dense")
 
@@ -291,7 +295,9 @@ def _read_info(path: Path) -> CheckpointInfo:
     if version > FORMAT_VERSION:
         raise MaskLLMError(f"{path}: format_version {version} is newer than this program's {FORMAT_VERSION}; update maskllm")
     try:
-        return CheckpointInfo(**values)
+        info = CheckpointInfo(**values)
+        _ = info.block_pattern
+        return info
     except TypeError as error:
         raise MaskLLMError(f"{path}: {error}") from None
     except MaskLLMError as error:

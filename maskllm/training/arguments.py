@@ -18,7 +18,7 @@ import torch
 
 from maskllm.environment import TRANSFORMER_IMPLS, resolve_transformer_impl
 from maskllm.errors import MaskLLMError
-from maskllm.options import HelpFormatter
+from maskllm.options import HelpFormatter, refuse_empty
 from maskllm.patterns import Pattern
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -130,6 +130,7 @@ class TrainArguments:
 
     def check(self) -> Pattern:
         """Raise MaskLLMError for values that cannot work, whatever the number of ranks; returns the pattern."""
+        refuse_empty(vars(self))
         if not self.data_path:
             raise MaskLLMError("--data-path: wanted at least one indexed-dataset prefix (make one with `maskllm preprocess`)")
         if self.load is None and self.pretrained_checkpoint is None:

@@ -18,6 +18,7 @@ from maskllm.errors import MaskLLMError
 from maskllm.files import atomic_directory, atomic_file
 from maskllm.quickstart.pipeline import QuickstartSettings
 from maskllm.quickstart.steps import Steps
+from maskllm.training.arguments import TrainArguments
 
 
 def refused(capsys, *argv: object) -> str:
@@ -61,6 +62,21 @@ def test_what_is_not_a_checkpoint_is_named(capsys, tmp_path, tiny_hf):
     assert "config.json: no such file" in refused(capsys, "convert", "--hf", tmp_path, "--output", new)
     assert f"{file}: File exists" in refused(capsys, "convert", "--hf", tiny_hf, "--output", file)
     assert not new.exists()
+
+
+def test_what_an_unset_variable_leaves_is_refused(capsys, tmp_path, monkeypatch, tiny_hf, tiny_dense):
+    """An empty path would mean the working directory."""
+    monkeypatch.chdir(tmp_path)
+    assert "--output: found an empty value" in refused(capsys, "convert", "--hf", tiny_hf, "--output", "")
+    assert "--load: found an empty value" in refused(capsys, "export", "--load", "", "--output", "hf")
+    assert "--input: found an empty value" in refused(
+        capsys, "preprocess", "--input", "a", "", "--output-prefix", "p", "--tokenizer", "t"
+    )
+    with pytest.raises(MaskLLMError, match="--save: found an empty value"):
+        TrainArguments(data_path=["data"], load=str(tiny_dense), save="").check()
+    with pytest.raises(MaskLLMError, match="--data-path: found an empty value"):
+        TrainArguments(data_path=["1", ""], load=str(tiny_dense)).check()
+    assert not list(tmp_path.iterdir())
 
 
 def test_stages_in_the_wrong_order_are_refused(capsys, tmp_path, tiny_dense, tiny_pruned):

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskllm.cli import main
@@ -106,6 +107,21 @@ def test_a_damaged_model_and_a_model_that_overflows(model_directory, text_file, 
     model.save_pretrained(tmp_path)
     with pytest.raises(MaskLLMError, match="likelihood of window 1 is not a number"):
         evaluate_hf(tmp_path, text_file, seq_length=32)
+
+
+def test_a_model_without_one_of_its_tensors_is_refused(model_directory, text_file, tmp_path, capfd):
+    """transformers would make the tensor up at random, with a warning."""
+    for file in model_directory.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in ("model.layers.1.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"):
+        del tensors[name]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert main(["evaluate", "--model", str(tmp_path), "--data", str(text_file), "--seq-length", "32"]) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(
+        f"maskllm evaluate: error: {tmp_path}: has no tensor model.layers.1.mlp.up_proj.weight and 1 more, which the model"
+    )
 
 
 def test_a_tokenizer_of_another_model_is_refused(model_directory, text_file, tmp_path):

@@ -59,6 +59,8 @@ SHAPES = [
     ("3:4", 4, 9),
     ("4:8", 3, 35),
     ("1:16", 2, 5),
+    ("2:16", 2, 3),  # 120 candidates
+    ("5:9", 3, 5),  # 126, the most that a pattern to learn has
 ]
 
 

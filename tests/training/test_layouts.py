@@ -12,6 +12,7 @@ from maskllm.models.checkpoint import resolve
 from maskllm.ops import winner_mask
 from maskllm.patterns import Pattern
 from tests.conftest import torchrun
+from tests.training.layout_load_worker import LAYOUTS as LOADED_LAYOUTS
 
 LAYOUTS = {
     "tp2": (2, ["--tensor-model-parallel-size", 2]),
@@ -72,3 +73,16 @@ def test_layout_gives_the_same_run(name, single, tmp_path, tiny_dataset, tiny_pr
         assert close.float().mean() > 0.999, key
         same = (winner_mask(one, Pattern(2, 4)) == winner_mask(other, Pattern(2, 4))).float().mean()
         assert same > 0.999, key
+
+
+@pytest.mark.slow
+def test_logits_load_under_every_layout_with_the_same_winners(single, tmp_path):
+    """Beside this, every layout above writes what one process reads."""
+    torchrun(4, "tests.training.layout_load_worker", single, tmp_path / "found")
+    ranks = [json.loads((tmp_path / f"found-{rank}.json").read_text()) for rank in range(4)]
+    linears = {key.removesuffix(".mask_logits") for key in logits(single)}
+    assert len(linears) == 4 * 4
+    for layout in LOADED_LAYOUTS:
+        parts = [rank["{} {}".format(*layout)] for rank in ranks]
+        assert set().union(*parts) == linears, layout
+        assert [name for part in parts for name, same in part.items() if not same] == [], layout
