@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,49 @@ from safetensors import safe_open
 from maskllm.models.checkpoint import LATEST, resolve
 from tests.training.conftest import arguments, learned_tensors
 from tests.training.test_resume import steps_done
+
+FAULTY = """
+import sys
+import megatron_patches
+megatron_patches.import_megatron()
+from maskllm import train
+from maskllm.training.trainer import Trainer
+step = Trainer._step
+def faulty(self):
+    if self.iteration == 2:
+        raise RuntimeError("a fault of the program\\nand more about it")
+    return step(self)
+Trainer._step = faulty
+if __name__ == "__main__":
+    sys.exit(train.main())
+"""
+
+
+@pytest.mark.slow
+def test_a_fault_of_every_rank_is_said_once_and_its_tracebacks_are_in_their_logs(tmp_path, tiny_dataset, tiny_pruned):
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    save = tmp_path / "run"
+    job = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", tmp_path / "faulty.py"]
+    done = subprocess.run([*job, *arguments(save, tiny_dataset, tiny_pruned)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    console = done.stdout + done.stderr
+    (line,) = [line for line in console.splitlines() if line.startswith("maskllm.train: error:")]
+    rank = line.split()[3]
+    log = f"logs/rank_0000{rank}.log"
+    assert (
+        line
+        == f"maskllm.train: error: rank {rank} failed in iteration 3: RuntimeError: a fault of the program; its traceback is in {log}"
+    )
+    assert console.count("a fault of the program") == 2, "once by the job and once in torchrun's summary"
+    assert 'faulty.py", line' not in console
+    assert 'faulty.py", line 10, in faulty' in (save / log).read_text()
+
+    steps = [line.split(" | ")[0] for line in console.splitlines() if " iteration " in line and " | " in line]
+    assert steps == ["train iteration 1", "train iteration 2"]
+    for number in range(2):
+        text = (save / "logs" / f"rank_0000{number}.log").read_text()
+        assert text.startswith(f"--- rank {number}, process ")
+        assert "train iteration" not in text
 
 
 @pytest.mark.slow
