@@ -24,7 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--load", metavar="CKPT", help="Megatron checkpoint of any stage; under torchrun its layers are split over all processes"
     )
     parser.add_argument(
-        "--data", required=True, metavar="FILE", help="held-out text: WikiText raw, JSON lines (.json, .jsonl, .gz), or plain text"
+        "--data",
+        required=True,
+        metavar="FILE",
+        help="held-out text: WikiText raw, JSON lines (.json or .jsonl, also with .gz), or plain text",
     )
     parser.add_argument("--mask", metavar="F.npz", help="mask file to apply to the weights of --model first")
     parser.add_argument("--seq-length", type=int, required=True, metavar="S", help="tokens in a window")
@@ -32,7 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--params-dtype",
         choices=sorted(DTYPES),
-        help="what to compute in; default: the checkpoint's type, fp32 on CPUs without instructions for it",
+        help="what to compute in; default for --model: the checkpoint's type, or fp32 on CPUs without instructions for it; for --load: "
+        "bf16 on GPUs, fp32 on CPUs",
     )
     parser.add_argument("--device", metavar="D", help="where --model runs; default: cuda if there is one, else cpu")
     parser.add_argument("--trust-remote-code", action="store_true", help="let --model run code that it brings along")
