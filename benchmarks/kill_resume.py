@@ -89,7 +89,11 @@ def kill(process: subprocess.Popen, *, one_rank: bool, choose: random.Random) ->
     with contextlib.suppress(psutil.NoSuchProcess):
         agent = psutil.Process(process.pid)
         ranks = agent.children()
-        victims = [choose.choice(ranks)] if one_rank and ranks else [agent, *agent.children(recursive=True)]
+        if one_rank and ranks:
+            victims = [choose.choice(ranks)]
+        else:
+            agent.suspend()  # or it may start one more while it is killed, which would live on and hold the output
+            victims = [*agent.children(recursive=True), agent]
         for victim in victims:
             with contextlib.suppress(psutil.NoSuchProcess):
                 victim.kill()

@@ -72,7 +72,9 @@ class Run:
 
     def kill_all(self) -> None:
         """SIGKILL to torchrun and every rank; torchrun puts each rank in a session of its own."""
-        for one in [*psutil.Process(self.process.pid).children(recursive=True), psutil.Process(self.process.pid)]:
+        launcher = psutil.Process(self.process.pid)
+        launcher.suspend()  # or it may start one more while it is killed
+        for one in [*launcher.children(recursive=True), launcher]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 one.kill()
         self.process.wait()
