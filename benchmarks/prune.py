@@ -16,6 +16,7 @@ import time
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from maskllm.files import write_json
@@ -82,6 +83,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-length", type=int, default=512)
     parser.add_argument("--layers", type=int, help="only this many of the model's layers")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--sequential", action="store_true", help="leave out pruning that is not sequential")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
 
@@ -105,24 +108,33 @@ def main() -> None:
         f"{solve['algorithm_1'] * layers:.1f} s, ratio {solve['algorithm_1'] / solve['ours']:.1f}"
     )
 
-    started = synchronized_seconds(device)
+    started, processor_started = synchronized_seconds(device), time.process_time()
     with torch.no_grad():
-        for ids in tokens.to(device).split(1):
+        for ids in tqdm(tokens.to(device).split(1), desc="dense forward passes", leave=False):
             model.base_model(ids, use_cache=False)
-    dense = synchronized_seconds(device) - started
-    numbers["dense_forward_seconds"] = dense
-    print(f"dense forward passes alone: {dense:.1f} s")
+    dense, processor_dense = synchronized_seconds(device) - started, time.process_time() - processor_started
+    numbers["dense_forward_seconds"], numbers["dense_forward_processor_seconds"] = dense, processor_dense
+    print(f"dense forward passes alone: {dense:.1f} s, {processor_dense:.1f} s of processors", flush=True)
     numbers["prune"] = {}
-    for method in METHODS:
-        for sequential in (True, False):
+    for method in args.methods:
+        for sequential in (True,) if args.sequential else (True, False):
             pruned = copy.deepcopy(model)
-            started = synchronized_seconds(device)
+            started, processor_started = synchronized_seconds(device), time.process_time()
             report = prune_hf(pruned, tokens, PruneSettings(method, PATTERN, sequential=sequential)).report
-            total = synchronized_seconds(device) - started
+            total, processor_total = synchronized_seconds(device) - started, time.process_time() - processor_started
             solving = sum(layer["solve_seconds"] for layer in report["layers"])
             name = f"{method}{'' if sequential else ', not sequential'}"
-            numbers["prune"][name] = {"seconds": total, "solve_seconds": solving, "ratio": total / dense}
-            print(f"{name}: {total:.1f} s ({solving:.1f} s of it solving), {total / dense:.2f} times the dense forward passes")
+            numbers["prune"][name] = {
+                "seconds": total,
+                "solve_seconds": solving,
+                "ratio": total / dense,
+                "processor_ratio": processor_total / processor_dense,
+            }
+            print(
+                f"{name}: {total:.1f} s ({solving:.1f} s of it solving), {total / dense:.2f} times the dense forward passes, "
+                f"{processor_total / processor_dense:.2f} times in time of processors",
+                flush=True,
+            )
     numbers["peak_resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if device.type == "cuda":
         numbers["peak_gpu_bytes"] = torch.cuda.max_memory_allocated()
