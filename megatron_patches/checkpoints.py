@@ -10,7 +10,9 @@ import queue
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
-from megatron_patches.cpu import Patch
+import torch
+
+from megatron_patches.cpu import Patch, upstream_object
 
 _MODULE = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 
@@ -62,7 +64,33 @@ def failed_write_says_why() -> None:
     writer.write_preloaded_data = staticmethod(write_or_raise)
 
 
+def torch_adams_steps_are_no_tensors_to_load() -> None:
+    """`DistributedOptimizer` loads Adam's states by their names. Torch's Adam, unlike Transformer Engine's and Apex's, has a "step" among
+    them, which a checkpoint holds once for all parameters: upstream ends with a KeyError. Here the one that is there stays.
+
+    Each parameter gets a tensor of its own: upstream gives all of them the same, which every one of them would count up.
+    """
+    optimizer = upstream_object("megatron.core.optimizer.distrib_optimizer:DistributedOptimizer")
+    load = optimizer._set_main_param_and_optimizer_states
+
+    @functools.wraps(load)
+    def load_with_step(self: Any, model_param: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        if isinstance(self.optimizer, torch.optim.Adam):
+            group, order = self.model_param_group_index_map[model_param]
+            state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+            state["step"] = state["step"].clone()
+            tensors = tensors | {"step": state["step"]}
+        load(self, model_param, tensors)
+
+    optimizer._set_main_param_and_optimizer_states = load_with_step
+
+
 PATCHES = [
     Patch(failed_write_says_why, _MODULE, "assert isinstance(local_results_or_exc, list), type(local_results_or_exc)"),
     Patch(results_without_a_process, _MODULE, "ctx.Manager().Queue()"),
+    Patch(
+        torch_adams_steps_are_no_tensors_to_load,
+        "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._set_main_param_and_optimizer_states",
+        "for key in dst_tensors:",
+    ),
 ]

@@ -12,7 +12,7 @@ layout=(--tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP")
 if ((TP > 1)); then
   layout+=(--sequence-parallel)
 fi
-if ((GPUS * NNODES > TP * PP)); then
+if ((DISTRIBUTED_OPTIMIZER)); then
   layout+=(--use-distributed-optimizer)
 fi
 read -r -a more <<<"$TRAIN_ARGS"

@@ -15,6 +15,7 @@
 #
 #   GPUS                  processes a node, one a GPU                                            8
 #   TP, PP                tensor- and pipeline-parallel sizes; the other ranks are data-parallel 8, 1
+#   DISTRIBUTED_OPTIMIZER 1: split the optimizer's states over data-parallel ranks; stays for a run   1 if there are any, else 0
 #   NNODES                nodes                                                                  1
 #   RDZV_ENDPOINT         several nodes: HOST:PORT of one of them, the same on all
 #   RDZV_ID               several nodes: a name of the job, the same on all                      RECIPE
@@ -46,6 +47,7 @@ source "$RECIPE_DIR/recipe.sh"
 : "${DATA_DIR:=data}" "${OUTPUT:=outputs/$RECIPE}" "${EVAL_DATA:=$DATA_DIR/wikitext-2-raw/wiki.test.raw}"
 : "${SHARDS:=$(seq -s ' ' 0 19)}" "${JOBS:=8}" "${WORKERS:=4}"
 : "${GPUS:=8}" "${TP:=8}" "${PP:=1}" "${NNODES:=1}" "${RDZV_ID:=$RECIPE}" "${MAX_RESTARTS:=3}"
+: "${DISTRIBUTED_OPTIMIZER:=$((GPUS * NNODES > TP * PP))}"
 : "${TRAIN_ITERS:=2000}" "${GLOBAL_BATCH_SIZE:=256}" "${MICRO_BATCH_SIZE:=1}" "${SEQ_LENGTH:=4096}" "${LR:=5e-5}" "${MIN_LR:=5e-6}"
 : "${SAVE_INTERVAL:=100}" "${KEEP_LAST:=3}" "${LOG_INTERVAL:=1}" "${EVAL_INTERVAL:=500}" "${EVAL_ITERS:=4}" "${SPLIT:=98,2,0}"
 : "${CALIBRATION_SAMPLES:=128}" "${CALIBRATION_SEQ_LENGTH:=2048}" "${PARAMS_DTYPE:=bf16}"

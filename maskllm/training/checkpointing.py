@@ -12,6 +12,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from maskllm.distributed import from_first_rank, is_first_rank, raised_together
 from maskllm.environment import resolve_transformer_impl
@@ -209,9 +210,23 @@ def training_info(start: Start, arguments: TrainArguments, iteration: int) -> Ch
 
 def load_training_state(start: Start, model: FrozenVocabularyGPTModel, optimizer: MegatronOptimizer) -> None:
     """Read logits and optimizer state back, under any layout."""
+    _make_room(optimizer)
     state = start.checkpoint.load(_sharded_state(model, optimizer, is_loading=True))
     load_tensors(model, state["model"])
     optimizer.load_state_dict(state["optimizer"])
+
+
+def _make_room(optimizer: MegatronOptimizer) -> None:
+    """Give torch's Adam the moments that it would make in its first step: Megatron's distributed optimizer cannot describe what it is to
+    load without them (it can for Transformer Engine's and Apex's)."""
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if isinstance(one, DistributedOptimizer) and isinstance(one.optimizer, torch.optim.Adam):
+            for parameter in (parameter for group in one.optimizer.param_groups for parameter in group["params"]):
+                one.optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
 
 
 def _sharded_state(model: FrozenVocabularyGPTModel, optimizer: MegatronOptimizer, *, is_loading: bool) -> dict[str, Any]:

@@ -157,6 +157,8 @@ def test_settings_come_from_the_environment(tmp_path):
     assert (train.tensor_model_parallel_size, train.use_distributed_optimizer) == (2, True)
     assert (train.train_iters, train.hard, train.seed, train.save) == (7, True, 5, "/somewhere/learned")
     assert len(train.data_path) == 4
+    (words,) = dry_run("llama2-7b", "6_resume", tmp_path, DISTRIBUTED_OPTIMIZER=1)
+    assert parse_arguments(split_torchrun(words)[1][1:]).use_distributed_optimizer
 
 
 def test_what_is_not_set_is_asked_for(tmp_path):

@@ -145,6 +145,23 @@ def test_another_layout_goes_on_to_the_same_end(ranks, layout, tmp_path, whole, 
 
 
 @pytest.mark.slow
+def test_a_distributed_optimizer_goes_on_exactly_and_on_another_number_of_ranks(tmp_path, tiny_dataset, tiny_pruned):
+    options = {"use_distributed_optimizer": True, "steps": 4}
+    whole = tmp_path / "whole"
+    torchrun(2, "maskllm.train", *arguments(whole, tiny_dataset, tiny_pruned, **options))
+    for ranks in (2, 1):
+        save = copy_of_step_2(whole, tmp_path / f"on_{ranks}")
+        done = torchrun(ranks, "maskllm.train", *arguments(save, tiny_dataset, tiny_pruned, **options))
+        assert "iter_0000002 after iteration 2 of 4" in done.stderr
+    assert_bit_identical(whole, tmp_path / "on_2")
+    expected, found = learned_tensors(whole), learned_tensors(tmp_path / "on_1")
+    assert expected.keys() == found.keys()
+    for key, tensor in expected.items():
+        close = torch.isclose(tensor.double(), found[key].double(), rtol=1e-3, atol=1e-4)
+        assert close.double().mean() > 0.999, key
+
+
+@pytest.mark.slow
 def test_other_data_are_refused_but_the_same_may_lie_elsewhere(tmp_path, whole, tiny_dataset, tiny_pruned):
     save = copy_of_step_2(whole, tmp_path / "run")
     moved = str(tmp_path / "moved")
