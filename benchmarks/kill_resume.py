@@ -2,10 +2,10 @@
 
 usage: python benchmarks/kill_resume.py --cycles 200 --json kill_resume.json
 
-Each cycle starts the run under torchrun, lets it live for a random time, from before its first step to beyond its last save, and
-kills either one rank or torchrun and all ranks with SIGKILL. A run that reaches its end is compared, bit for bit, with the
-uninterrupted one, logits and optimizer states, and the cycles go on with a new one; the last run is taken to its end. Exits with 1
-where a tensor differs.
+Each cycle starts the run under torchrun and kills either one rank or torchrun and all ranks with SIGKILL: a sixth of them at a random
+moment before the first step, the others at a random moment after a random number of steps, up to two saves later. A run that reaches
+its end is compared, bit for bit, with the uninterrupted one, logits and optimizer states, and the cycles go on with a new one; the last
+run is taken to its end. Ctrl-C ends the cycles early. Exits with 1 where a tensor differs.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ megatron_patches.import_megatron()
 from maskllm.files import write_json  # noqa: E402
 from maskllm.models.checkpoint import LATEST, resolve  # noqa: E402
 
+SAVE_INTERVAL = 5
+
 
 def make_inputs(folder: Path) -> tuple[Path, str]:
     """A pruned checkpoint of a random two-layer LLaMA and an indexed dataset of random tokens."""
@@ -61,12 +63,12 @@ def make_inputs(folder: Path) -> tuple[Path, str]:
 
 
 def command(model: Path, data: str, save: Path, steps: int, ranks: int) -> list[str]:
-    """The run: saves in the background every fifth step."""
+    """The run, which saves in the background."""
     words = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "maskllm.train",
         "--data-path", data, "--pretrained-checkpoint", model, "--save", save, "--load", save, "--train-iters", steps,
         "--global-batch-size", 4, "--seq-length", 64, "--lr", 0.01, "--params-dtype", "fp32", "--log-interval", 1, "--eval-iters", 0,
-        "--save-interval", 5, "--async-save", "--keep-last", 2,
+        "--save-interval", SAVE_INTERVAL, "--async-save", "--keep-last", 2,
     ]  # fmt: skip
     return list(map(str, words))
 
@@ -82,6 +84,21 @@ def run_to_the_end(words: list[str], log: Path) -> float:
     if start(words, log).wait() != 0:
         raise SystemExit(f"the run failed:\n{log.read_text()[-3000:]}")
     return time.monotonic() - begin
+
+
+def steps_logged(log: Path, since: int) -> int:
+    """How many steps the console has had, from the byte `since` on."""
+    with log.open("rb") as file:
+        file.seek(since)
+        return file.read().count(b"train iteration ")
+
+
+def live(process: subprocess.Popen, log: Path, since: int, steps: int | None, seconds: float) -> None:
+    """Wait until the run has done `steps` steps and then, or at once for None, for `seconds`; no longer than the run lives."""
+    while steps is not None and process.poll() is None and steps_logged(log, since) < steps:
+        time.sleep(0.005)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(seconds)
 
 
 def kill(process: subprocess.Popen, *, one_rank: bool, choose: random.Random) -> None:
@@ -128,30 +145,41 @@ def measure(cycles: int, steps: int, ranks: int, seed: int, folder: Path) -> dic
         runs += 1
         shutil.rmtree(killed)
 
-    with tqdm(total=cycles, desc="kill and resume", unit="cycle", file=sys.stderr) as bar:
-        while len(history) < cycles:
-            process = start(words, log)
-            moment = choose.uniform(0, seconds)
-            one_rank = choose.random() < 0.5
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(moment)
-            if process.poll() is None:
-                kill(process, one_rank=one_rank, choose=choose)
-                history.append({"seconds": round(moment, 3), "one_rank": one_rank, "iteration": iteration(killed)})
-                bar.update()
-            elif process.returncode != 0:
-                raise SystemExit(f"a resumed run failed:\n{log.read_text()[-3000:]}")
-            else:
-                compare()
+    try:
+        with tqdm(total=cycles, desc="kill and resume", unit="cycle", file=sys.stderr) as bar:
+            while len(history) < cycles:
+                since = log.stat().st_size
+                process = start(words, log)
+                wanted = choose.randrange(2 * SAVE_INTERVAL) if choose.random() > 1 / 6 else None
+                moment = choose.uniform(0, 0.2 if wanted is not None else seconds / 2)
+                one_rank = choose.random() < 0.5
+                live(process, log, since, wanted, moment)
+                if process.poll() is None:
+                    kill(process, one_rank=one_rank, choose=choose)
+                    done = steps_logged(log, since)
+                    history.append(
+                        {"steps": done, "seconds": round(moment, 3), "one_rank": one_rank, "last_saved": iteration(killed)}
+                    )
+                    bar.update()
+                elif process.returncode != 0:
+                    raise SystemExit(f"a resumed run failed:\n{log.read_text()[-3000:]}")
+                else:
+                    compare()
+    except KeyboardInterrupt:
+        print("interrupted: the report is of the cycles until now", file=sys.stderr)
+        if process.poll() is None:
+            kill(process, one_rank=False, choose=choose)
     run_to_the_end(words, log)
     compare()
     return {
-        "cycles": cycles,
+        "cycles": len(history),
         "steps": steps,
         "ranks": ranks,
         "seed": seed,
         "uninterrupted_seconds": round(seconds, 3),
         "runs_compared": runs,
+        "killed_before_a_step": sum(not one["steps"] for one in history),
+        "killed_one_rank": sum(one["one_rank"] for one in history),
         "tensors_in_each": len(expected),
         "tensors_that_differ": sorted(differ),
         "history": history,
