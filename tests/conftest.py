@@ -116,3 +116,8 @@ def signal_handlers() -> Iterator[None]:
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+def heed_interrupts() -> None:
+    """For `preexec_fn`: a shell's background job, as these tests may be, inherits that SIGINT is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from maskllm.cli import main
+from tests.conftest import heed_interrupts
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +163,7 @@ def test_a_run_goes_on_where_ctrl_c_has_stopped_it(quickstart, tiny_model, texts
         interrupted = subprocess.Popen(
             command(quickstart, tiny_model, texts, **steps), stdout=console, stderr=console, start_new_session=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job would inherit that it is ignored
+            preexec_fn=heed_interrupts,
         )  # fmt: skip
         deadline = time.monotonic() + 300
         while not metrics.exists() or metrics.read_text().count("\n") < 3 or metrics.read_text() == before:

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 
 from maskllm.resident import is_gone
 from maskllm.training.arguments import TrainArguments, parse_arguments
+from tests.conftest import heed_interrupts
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPES = ["llama2-7b", "llama2-13b", "llama3-8b", "llama3.1-8b", "nemotron4-15b", "gpt3-843m", "gpt3-2b"]
@@ -247,7 +248,7 @@ def all_steps(cwd: Path, variables: dict[str, str]) -> Iterator[tuple[subprocess
     console = cwd / "console"
     command = ["bash", EXAMPLES / "llama2-7b" / "run_all.sh"]
     with console.open("w") as file:
-        script = subprocess.Popen(command, cwd=cwd, env=variables, stderr=file, start_new_session=True)
+        script = subprocess.Popen(command, cwd=cwd, env=variables, stderr=file, start_new_session=True, preexec_fn=heed_interrupts)
     try:
         yield script, console
     finally:
