@@ -129,6 +129,8 @@ def _megatron(diagnosis: Diagnosis) -> None:
 
 
 def _gpus(diagnosis: Diagnosis, torch: ModuleType) -> None:
+    from maskllm.environment import slow_dtype
+
     found = diagnosis.found
     found["cuda"] = torch.version.cuda
     found["driver"] = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
@@ -152,6 +154,8 @@ def _gpus(diagnosis: Diagnosis, torch: ModuleType) -> None:
         diagnosis.missing.append("GPU: none is visible, training runs on the CPU (a container wants `docker run --gpus all`)")
     elif found["cusparselt"] is None:
         diagnosis.missing.append("cuSPARSELt: torch has none; it would bring fast products with 2:4 weights")
+    if not visible and (slow := slow_dtype(torch.bfloat16)):
+        diagnosis.missing.append(f"bf16: {slow}")
     if visible and not nccl:
         diagnosis.problems.append(f"NCCL: torch {torch.__version__} is built without it, which training on GPUs needs")
     if not visible and not gloo:

@@ -57,7 +57,7 @@ def _train(arguments: TrainArguments, rank: int, console: TextIO) -> int:
     import torch.distributed as dist
 
     from maskllm.distributed import job_store
-    from maskllm.environment import resolve_transformer_impl, startup_line
+    from maskllm.environment import resolve_transformer_impl, slow_dtype, startup_line
     from maskllm.failures import report, say_failure
     from maskllm.training.trainer import Trainer
     from maskllm.training.watchdog import Watchdog
@@ -69,6 +69,8 @@ def _train(arguments: TrainArguments, rank: int, console: TextIO) -> int:
 
     if rank == 0:
         print(f"{PROGRAM}: {startup_line(resolve_transformer_impl(arguments.transformer_impl))}", file=console, flush=True)
+        if slow := slow_dtype(arguments.dtype):
+            print(f"{PROGRAM}: {slow}", file=console, flush=True)
     store = job_store("heartbeats") or dist.HashStore()
     limit = arguments.distributed_timeout_minutes * 60
     watchdog = Watchdog(store, rank, dist.get_world_size(), limit=limit, give_up=give_up)

@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 import torch
 
-from maskllm.environment import resolve_transformer_impl, startup_line, transformer_engine
+from maskllm.environment import resolve_transformer_impl, slow_dtype, startup_line, transformer_engine
 from maskllm.errors import MaskLLMError
 from maskllm.layers.attention import SDPACoreAttention
 from maskllm.layers.masked_linear import MaskedColumnParallelLinear, MaskedRowParallelLinear
@@ -39,6 +39,16 @@ def test_without_it_the_default_is_local_and_the_start_names_what_is_missing():
     line = startup_line("local")
     assert "norms and attention are torch's (--transformer-impl local)" in line
     assert "transformer-engine: not installed; it would bring fused norms" in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_type_that_the_cpu_has_no_instructions_for_is_named(monkeypatch):
+    for supported in (False, True):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda supported=supported: supported)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        slow = slow_dtype(torch.bfloat16)
+        assert slow is None if supported else "no instructions for bfloat16" in slow and "--params-dtype fp32" in slow
+        assert slow_dtype(torch.float32) is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")

@@ -8,6 +8,7 @@ import dataclasses
 from maskllm.cli.measure import measured
 from maskllm.files import write_json
 from maskllm.models.convert import convert
+from maskllm.options import writable_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--hf", required=True, metavar="DIR_OR_ID", help="Hugging Face checkpoint: a directory with safetensors, or a hub id"
     )
     parser.add_argument("--output", required=True, metavar="CKPT", help="Megatron checkpoint directory to write")
-    parser.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
+    parser.add_argument("--json", type=writable_file, metavar="FILE", help="also write the numbers to this file")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -7,12 +7,13 @@ import argparse
 from maskllm.doctor import as_json, examine
 from maskllm.errors import MaskLLMError
 from maskllm.files import write_json
+from maskllm.options import writable_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
     parser.description = "Print what training finds here and what is missing. Exits with status 1 where training cannot run."
-    parser.add_argument("--json", metavar="FILE", help="also write what was found to this file")
+    parser.add_argument("--json", type=writable_file, metavar="FILE", help="also write what was found to this file")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -12,6 +12,8 @@ from maskllm.cli import run_guarded
 from maskllm.errors import MaskLLMError
 from maskllm.evaluation.huggingface import Evaluation, evaluate_hf
 from maskllm.files import write_json
+from maskllm.options import writable_file
+from maskllm.resident import peak_resident_bytes
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -40,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", metavar="D", help="where --model runs; default: cuda if there is one, else cpu")
     parser.add_argument("--trust-remote-code", action="store_true", help="let --model run code that it brings along")
-    parser.add_argument("--json", metavar="F", help="write the numbers as JSON")
+    parser.add_argument("--json", type=writable_file, metavar="FILE", help="write the numbers as JSON")
 
 
 def run(args: argparse.Namespace) -> int | None:
@@ -86,4 +88,4 @@ def report(args: argparse.Namespace, result: Evaluation) -> None:
     )
     if args.json:
         what = {"model": args.model, "load": args.load, "data": args.data, "mask": args.mask}
-        write_json(args.json, what | dataclasses.asdict(result))
+        write_json(args.json, what | dataclasses.asdict(result) | {"peak_memory_bytes": peak_resident_bytes()})

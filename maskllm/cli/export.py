@@ -8,6 +8,7 @@ import dataclasses
 from maskllm.cli.measure import measured
 from maskllm.export.hf import MAX_SHARD_SIZE, export
 from maskllm.files import write_json
+from maskllm.options import writable_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--load", required=True, metavar="CKPT", help="dense or trimmed checkpoint: its directory or one iteration's"
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="Hugging Face checkpoint directory to write")
-    parser.add_argument("--mask-file", metavar="F.npz", help="also write the masks to this file")
-    parser.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
+    parser.add_argument("--mask-file", type=writable_file, metavar="F.npz", help="also write the masks to this file")
+    parser.add_argument("--json", type=writable_file, metavar="FILE", help="also write the numbers to this file")
     parser.add_argument("--max-shard-size", default=MAX_SHARD_SIZE, metavar="SIZE", help="largest safetensors file to write")
 
 

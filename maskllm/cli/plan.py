@@ -6,6 +6,7 @@ import argparse
 import math
 
 from maskllm.errors import MaskLLMError
+from maskllm.options import writable_file
 from maskllm.planning.cost import GPUS, Cluster
 from maskllm.planning.models import BUILT_IN
 from maskllm.training.arguments import TrainArguments, add_options
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=["cuda", "cpu"], default="cuda", help="cpu: what processes hold beyond the libraries they import"
     )
-    parser.add_argument("--json", metavar="FILE", help="write the numbers, in bytes and seconds")
+    parser.add_argument("--json", type=writable_file, metavar="FILE", help="write the numbers, in bytes and seconds")
     add_options(parser, TRAINING_OPTIONS)
 
 

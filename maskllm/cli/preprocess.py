@@ -7,6 +7,8 @@ import dataclasses
 import sys
 
 from maskllm.files import write_json
+from maskllm.options import writable_file
+from maskllm.resident import peak_resident_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--skip-bad-lines", action="store_true", help="count and report lines without a document instead of failing at the first"
     )
-    parser.add_argument("--json", metavar="FILE", help="write the numbers as JSON")
+    parser.add_argument("--json", type=writable_file, metavar="FILE", help="write the numbers as JSON")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -50,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
         f"{summary.tokens} tokens, {summary.input_bytes / 1e6 / summary.seconds:.1f} MB/s with {summary.library}"
     )
     if args.json:
-        write_json(args.json, dataclasses.asdict(summary))
+        write_json(args.json, dataclasses.asdict(summary) | {"peak_memory_bytes": peak_resident_bytes()})
 
 
 def positive_integer(text: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 
 from maskllm.cli import run_guarded
 from maskllm.cli.measure import measured
+from maskllm.environment import slow_dtype
 from maskllm.errors import MaskLLMError
 from maskllm.files import write_json
+from maskllm.options import writable_file
 from maskllm.patterns import Pattern
 from maskllm.pruning.checkpoint import Calibration, prune_by_magnitude, prune_calibrated
 from maskllm.pruning.solve import METHODS, PruneSettings
@@ -44,7 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pack", action="store_true", help="join documents into one stream before cutting windows")
     parser.add_argument("--params-dtype", choices=sorted(DTYPES), default="bf16", help="type the layers compute in")
     parser.add_argument(
-        "--json", metavar="FILE", help="write the report: what it cost and, with calibration data, errors by layer and matrix"
+        "--json",
+        type=writable_file,
+        metavar="FILE",
+        help="write the report: what it cost and, with calibration data, errors by layer and matrix",
     )
 
 
@@ -86,6 +92,8 @@ def _without_data(args: argparse.Namespace, settings: PruneSettings) -> None:
 
 def _with_data(args: argparse.Namespace, settings: PruneSettings, calibration: Calibration) -> None:
     """All ranks prune on calibration data."""
+    if torch.distributed.get_rank() == 0 and (slow := slow_dtype(calibration.params_dtype)):
+        print(f"maskllm prune: {slow}", file=sys.stderr)
     with measured() as cost:
         path, report = prune_calibrated(args.load, args.output, settings, calibration)
     if torch.distributed.get_rank() == 0:

@@ -8,6 +8,7 @@ import dataclasses
 from maskllm.cli.measure import measured
 from maskllm.export.trim import trim
 from maskllm.files import write_json
+from maskllm.options import writable_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--load", required=True, metavar="CKPT", help="trained or pruned checkpoint: its directory or one iteration's"
     )
     parser.add_argument("--output", required=True, metavar="CKPT", help="Megatron checkpoint directory to write")
-    parser.add_argument("--json", metavar="FILE", help="also write the numbers to this file")
+    parser.add_argument("--json", type=writable_file, metavar="FILE", help="also write the numbers to this file")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -38,8 +38,11 @@ def check_inputs(paths: Iterable[str | os.PathLike]) -> list[Path]:
     if not paths:
         raise MaskLLMError("no input files given")
     for path in paths:
+        if not path.exists():
+            raise MaskLLMError(f"{path}: no such file")
         if not path.is_file():
-            raise MaskLLMError(f"{path}: {'is a directory, wanted a JSON-lines file' if path.is_dir() else 'no such file'}")
+            found = "a directory" if path.is_dir() else "no regular file, and may have to be read twice"
+            raise MaskLLMError(f"{path}: is {found}; wanted a JSON-lines file")
     return paths
 
 

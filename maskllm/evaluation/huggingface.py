@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from maskllm.data.tokenizer import load_tokenizer
+from maskllm.environment import multiplies
 from maskllm.errors import MaskLLMError
 from maskllm.evaluation.perplexity import Perplexity, WindowNLL, next_token_nll, perplexity
 from maskllm.evaluation.text import read_evaluation_text
@@ -97,7 +98,7 @@ def load_hf_model(
     if missing := sorted(loading["missing_keys"]):  # which transformers makes up at random
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise MaskLLMError(f"{directory}: has no tensor {missing[0]}{more}, which the model in its config.json has")
-    if dtype is None and device.type == "cpu" and not _computes_fast_on_cpu(model.dtype):
+    if dtype is None and device.type == "cpu" and not multiplies(model.dtype):
         model = model.float()
     return model.to(device).eval()
 
@@ -127,11 +128,6 @@ def usable_device(device: str | torch.device) -> torch.device:
             f"--device {device}: cannot be used here ({str(error).splitlines()[0]}); wanted cpu, cuda, cuda:1, ..."
         ) from None
     return found
-
-
-def _computes_fast_on_cpu(dtype: torch.dtype) -> bool:
-    capability = {torch.bfloat16: "_is_avx512_bf16_supported", torch.float16: "_is_amx_fp16_supported"}.get(dtype)
-    return capability is None or getattr(torch.cpu, capability, lambda: False)()
 
 
 def hf_window_nll(model: PreTrainedModel) -> WindowNLL:

@@ -176,9 +176,9 @@ def compute_dtype() -> str:
     """bf16 where the hardware multiplies it, else fp32: the same weights, and faster there."""
     import torch
 
-    if torch.cuda.is_available() or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
-        return "bf16"
-    return "fp32"
+    from maskllm.environment import slow_dtype
+
+    return "bf16" if slow_dtype(torch.bfloat16) is None else "fp32"
 
 
 def build_report(output: Path, steps: Steps, settings: QuickstartSettings, model: str, data: str, prior: str) -> Report:

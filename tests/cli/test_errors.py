@@ -52,6 +52,29 @@ def test_usage_errors_end_with_status_2(capsys):
         assert "error: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "quickstart"])
+def test_a_place_for_the_numbers_that_cannot_be_written_is_refused_before_the_work(verb, capsys, tmp_path):
+    pipe, file, missing = tmp_path / "pipe", tmp_path / "file", str(tmp_path / "missing")
+    os.mkfifo(pipe)
+    file.write_text("x")
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"maskllm.cli.{verb}").add_arguments(parser)
+    required = [word for action in parser._actions if action.required for word in (action.option_strings[0], missing)]
+    if verb == "evaluate":
+        required = ["--model", missing, "--data", missing, "--seq-length", "8"]
+    for place, reason in (
+        (tmp_path, "is a directory"),
+        (pipe, "is no regular file"),
+        (file / "f.json", f"{file} is not a directory"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main([verb, *required, "--json", str(place)])
+        assert caught.value.code == 2
+        error = capsys.readouterr().err
+        assert "--json" in error
+        assert reason in error
+
+
 def test_what_is_not_a_checkpoint_is_named(capsys, tmp_path, tiny_hf):
     file = tmp_path / "file"
     file.write_text("x")

@@ -156,9 +156,11 @@ def failing_inputs(root: Path) -> dict[str, tuple[list[str], str]]:
     (root / "empty.json").write_bytes(b"\n")
     (root / "no_text.json").write_bytes(b'{"text": ""}\n')
     (root / "folder").mkdir()
+    os.mkfifo(root / "pipe")
     return {
         "missing": (["missing.json"], "missing.json: no such file"),
         "folder": (["folder"], "folder: is a directory"),
+        "pipe": (["pipe"], "pipe: is no regular file"),
         "cut": (["good.json", "cut.json.gz"], "cut.json.gz: the gzip stream is damaged or cut off after line"),
         "damaged": (["damaged.json.gz"], "damaged.json.gz: the gzip stream is damaged or cut off after line"),
         "empty": (["empty.json"], "no document with text"),
@@ -166,7 +168,7 @@ def failing_inputs(root: Path) -> dict[str, tuple[list[str], str]]:
     }
 
 
-@pytest.mark.parametrize("case", ["missing", "folder", "cut", "damaged", "empty", "no_text"])
+@pytest.mark.parametrize("case", ["missing", "folder", "pipe", "cut", "damaged", "empty", "no_text"])
 def test_input_that_cannot_be_used_ends_with_one_line(tokenizers_directory, tmp_path, capsys, case):
     names, message = failing_inputs(tmp_path)[case]
     before = {entry.name for entry in tmp_path.iterdir()}

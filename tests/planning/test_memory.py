@@ -120,12 +120,13 @@ def test_pipeline_stages_hold_the_model_once_but_for_tied_embeddings():
 SMALL = {**LLAMA, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
 BIG = {**LLAMA, "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 4}
 RUNS = {
-    "pipeline": (2, ["--pipeline-model-parallel-size", "2"]),
+    "pipeline": (2, ["--pipeline-model-parallel-size", "2", "--params-dtype", "fp32"]),
     "few_bits": (
         1,
         [
             "--mask-logits-dtype", "bf16", "--optimizer-state-dtype", "8bit", "--recompute-granularity", "full",
-            "--recompute-method", "uniform", "--recompute-num-layers", "1",
+            "--recompute-method", "uniform", "--recompute-num-layers", "1", "--micro-batch-size", "1",
+            "--global-batch-size", "1", "--seq-length", "128",
         ],
     ),
 }  # fmt: skip
