@@ -72,6 +72,30 @@ def write_model(family: str, path: Path) -> PreTrainedModel:
     return model
 
 
+def learn(load: Path, save: Path, dataset: str, *flags: str) -> None:
+    options = {
+        "--data-path": dataset, "--load": load, "--save": save, "--train-iters": 4,
+        "--global-batch-size": 4, "--seq-length": 32, "--lr": 0.05, "--params-dtype": "fp32", "--eval-iters": 0, "--log-interval": 1,
+    }  # fmt: skip
+    assert train.main([*(str(part) for option in options.items() for part in option), *flags]) == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_recomputed_activations_change_nothing(family, tmp_path, tiny_dataset):
+    """Some families' linears have frozen biases, which upstream's recomputation hands on."""
+    write_model(family, tmp_path / "hf")
+    run("convert", "--hf", tmp_path / "hf", "--output", tmp_path / "dense")
+    run("prune", "--load", tmp_path / "dense", "--output", tmp_path / "pruned", "--method", "magnitude")
+    learn(tmp_path / "pruned", tmp_path / "kept", tiny_dataset)
+    recompute = ("--recompute-granularity", "selective", "--recompute-modules", "core_attn", "mlp", "masked_weight")
+    learn(tmp_path / "pruned", tmp_path / "recomputed", tiny_dataset, *recompute)
+    kept, recomputed = (resolve(tmp_path / name).tensors for name in ("kept", "recomputed"))
+    names = [name for name in kept if name.endswith("mask_logits")]
+    assert len(names) == 3 * 2 * 4, "the logits and their two moments"
+    for name in names:
+        assert torch.equal(kept[name].load(), recomputed[name].load()), name
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_whole_pipeline(family, tmp_path, tiny_dataset):
@@ -97,11 +121,7 @@ def test_whole_pipeline(family, tmp_path, tiny_dataset):
     assert sorted(prior) == sorted(expected) == names
     assert all(torch.equal(mask, unpack_mask(expected[name], mask.shape[1])) for name, mask in prior.items())
 
-    options = {
-        "--data-path": tiny_dataset, "--load": tmp_path / "pruned", "--save": tmp_path / "trained", "--train-iters": 4,
-        "--global-batch-size": 4, "--seq-length": 32, "--lr": 0.05, "--params-dtype": "fp32", "--eval-iters": 0, "--log-interval": 1,
-    }  # fmt: skip
-    assert train.main([str(part) for option in options.items() for part in option]) == 0
+    learn(tmp_path / "pruned", tmp_path / "trained", tiny_dataset)
     run("trim", "--load", tmp_path / "trained", "--output", tmp_path / "trimmed")
     run("export", "--load", tmp_path / "trimmed", "--output", tmp_path / "sparse", "--mask-file", tmp_path / "masks.npz")
 

@@ -180,3 +180,12 @@ class MaskedRowParallelLinear(_MaskedLinear, RowParallelLinear):
     """`RowParallelLinear` (inputs split over tensor-parallel ranks) with a masked weight."""
 
     partition_dim = 1
+
+    def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Upstream's, with a bias that it hands on (`skip_bias_add`) as a tensor of its own.
+
+        Upstream's recomputation of the MLP returns that bias from an autograd function, which makes it a result of that function in
+        place. A frozen parameter would stay one, and the next backward pass would lead through it back to the function itself.
+        """
+        output, bias = super().forward(input_)
+        return output, None if bias is None else bias.detach()

@@ -41,9 +41,25 @@ def environment(**settings: object) -> dict[str, str]:
 
 
 def bash(script: Path, cwd: Path, *arguments: str, **settings: object) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        ["bash", script, *arguments], capture_output=True, text=True, cwd=cwd, env=environment(**settings), check=False, timeout=600
-    )
+    command = ["bash", script, *arguments]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+        env=environment(**settings),
+        start_new_session=True,
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=300)
+        except BaseException:
+            os.killpg(
+                process.pid, signal.SIGTERM
+            )  # which torchrun, unlike SIGKILL, hands on to its ranks, and kills them in the end
+            process.communicate(timeout=60)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
 def dry_run(recipe: str, step: str, cwd: Path, **settings: object) -> list[list[str]]:
