@@ -375,7 +375,7 @@ def test_a_tiny_dry_run_differs_by_names_alone(recipe, tmp_path):
         assert ours == theirs, step
 
 
-LONG = ("llama2-13b", "llama3-8b", "nemotron4-15b", "gpt3-843m", "gpt3-2b")
+LONG = ("llama2-13b", "llama3-8b", "nemotron4-15b", "gpt3-2b")
 """Recipes that `pytest -m long` runs: by their commands they are one of the others by another name, and `tests/test_family_pipeline.py`
 takes the other families all the way."""
 
