@@ -83,7 +83,7 @@ def resolve_transformer_impl(requested: str | None) -> str:
     )
 
 
-def multiplies(dtype: torch.dtype) -> bool:
+def computes_natively(dtype: torch.dtype) -> bool:
     """Whether the CPU has instructions for products in `dtype`; without, torch is many times slower there than in fp32."""
     if dtype is torch.bfloat16:
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -94,7 +94,7 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 def slow_dtype(dtype: torch.dtype) -> str | None:
     """What is to be said of a run that computes in `dtype` where that is slow, None where it is not."""
-    if torch.cuda.is_available() or multiplies(dtype):
+    if torch.cuda.is_available() or computes_natively(dtype):
         return None
     name = str(dtype).removeprefix("torch.")
     return f"this CPU has no instructions for {name} and is many times slower in it; --params-dtype fp32 computes with the same weights"

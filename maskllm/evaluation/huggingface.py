@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from maskllm.data.tokenizer import load_tokenizer
-from maskllm.environment import multiplies
+from maskllm.environment import computes_natively
 from maskllm.errors import MaskLLMError
 from maskllm.evaluation.perplexity import Perplexity, WindowNLL, next_token_nll, perplexity
 from maskllm.evaluation.text import read_evaluation_text
@@ -98,7 +98,7 @@ def load_hf_model(
     if missing := sorted(loading["missing_keys"]):  # which transformers makes up at random
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise MaskLLMError(f"{directory}: has no tensor {missing[0]}{more}, which the model in its config.json has")
-    if dtype is None and device.type == "cpu" and not multiplies(model.dtype):
+    if dtype is None and device.type == "cpu" and not computes_natively(model.dtype):
         model = model.float()
     return model.to(device).eval()
 

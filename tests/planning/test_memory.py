@@ -120,6 +120,7 @@ def test_pipeline_stages_hold_the_model_once_but_for_tied_embeddings():
 SMALL = {**LLAMA, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4}
 BIG = {**LLAMA, "hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 4}
 RUNS = {
+    "tensor": (2, ["--tensor-model-parallel-size", "2", "--sequence-parallel", "--params-dtype", "fp32"]),
     "pipeline": (2, ["--pipeline-model-parallel-size", "2", "--params-dtype", "fp32"]),
     "few_bits": (
         1,
@@ -157,6 +158,7 @@ def _peak(model: dict, processes: int, flags: list[str], tmp_path: Path, dataset
     ]  # fmt: skip
     torchrun(processes, "maskllm.train", *flags)
     lines = [json.loads(line) for line in (path / "run" / "metrics.jsonl").read_text().splitlines()]
-    arguments, layout = parse_arguments(flags), Layout(1, processes, 1)
+    arguments = parse_arguments(flags)
+    layout = Layout(arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size, 1)
     planned = largest_stage(config_of(model), arguments, layout, device="cpu").total
     return max(line["peak_memory_gib"] for line in lines) * 2**30, planned
