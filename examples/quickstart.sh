@@ -14,11 +14,11 @@ ITERS=${ITERS:-50}
 SEQ=${SEQ:-256}
 DTYPE=${DTYPE:-fp32}
 
-if [ ! -e "$OUT/data_text_document.idx" ]; then
-  maskllm preprocess --input "$TRAIN" --output-prefix "$OUT/data" --tokenizer "$MODEL" --append-eod
-fi
 if [ ! -e "$OUT/dense/latest_checkpointed_iteration.txt" ]; then
   maskllm convert --hf "$MODEL" --output "$OUT/dense"
+fi
+if [ ! -e "$OUT/data_text_document.idx" ]; then # with the tokenizer that the conversion has brought along
+  maskllm preprocess --input "$TRAIN" --output-prefix "$OUT/data" --tokenizer "$OUT/dense/release/hf" --append-eod
 fi
 if [ ! -e "$OUT/prior/latest_checkpointed_iteration.txt" ]; then
   maskllm prune --load "$OUT/dense" --method sparsegpt --pattern 2:4 --output "$OUT/prior" \

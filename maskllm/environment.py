@@ -102,6 +102,11 @@ def slow_dtype(dtype: torch.dtype) -> str | None:
 
 def startup_line(transformer_impl: str) -> str:
     """What a run says about itself when it starts: whose norms and attention it uses, and the optional parts there and missing."""
+    from maskllm.ops.extension import has_kernels
+
     whose = {"local": "torch's", "transformer_engine": "Transformer Engine's"}[transformer_impl]
-    parts = "; ".join(map(str, (transformer_engine(), apex())))
-    return f"norms and attention are {whose} (--transformer-impl {transformer_impl}); {parts}"
+    parts = [str(transformer_engine()), str(apex())]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not has_kernels(device):
+        parts.append(f"{device} kernels: not built; they would bring masks several times faster than the PyTorch reference")
+    return f"norms and attention are {whose} (--transformer-impl {transformer_impl}); {'; '.join(parts)}"

@@ -41,6 +41,11 @@ def test_without_it_the_default_is_local_and_the_start_names_what_is_missing():
     assert "transformer-engine: not installed; it would bring fused norms" in line
 
 
+def test_the_start_names_kernels_that_are_not_built(monkeypatch):
+    monkeypatch.setattr("maskllm.ops.extension.has_kernels", lambda device_type: False)
+    assert "kernels: not built; they would bring masks several times faster" in startup_line("local")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_a_type_that_the_cpu_has_no_instructions_for_is_named(monkeypatch):
     for supported in (False, True):

@@ -10,8 +10,7 @@ if [[ ${MODEL:-} == tiny ]]; then
 fi
 
 if [[ $HF_DIR != "$HF_MODEL" ]]; then
-  run hf download "$HF_MODEL" --local-dir "$HF_DIR" --include '*.safetensors' --include '*.json' --include 'tokenizer*' \
-    --include merges.txt --include 'LICENSE*' --exclude 'original/*'
+  run "$PYTHON" "$COMMON/download.py" "$HF_MODEL" "$HF_DIR"
 fi
 missing=()
 for shard in $SHARDS; do

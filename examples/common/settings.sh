@@ -108,6 +108,7 @@ on_this_node() { run_last torchrun --standalone --nproc-per-node "$GPUS" "$@"; }
 on_all_nodes() {
   local -a nodes=(--standalone)
   if ((NNODES > 1)); then
+    [[ -z ${DRY_RUN:-} ]] || : "${RDZV_ENDPOINT:=HOST:PORT}"
     : "${RDZV_ENDPOINT:?with NNODES over 1, HOST:PORT of one of the nodes, the same on all}"
     nodes=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "$RDZV_ID")
   fi

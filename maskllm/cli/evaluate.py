@@ -32,7 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="held-out text: WikiText raw, JSON lines (.json or .jsonl, also with .gz), or plain text",
     )
     parser.add_argument("--mask", metavar="F.npz", help="mask file to apply to the weights of --model first")
-    parser.add_argument("--seq-length", type=int, required=True, metavar="S", help="tokens in a window")
+    parser.add_argument(
+        "--seq-length",
+        type=int,
+        required=True,
+        metavar="S",
+        help="tokens in a window; perplexity is exp of the mean, over all windows, of the S - 1 predictions in each",
+    )
     parser.add_argument("--max-windows", type=int, metavar="N", help="evaluate the first N windows only")
     parser.add_argument(
         "--params-dtype",

@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokenizer",
         required=True,
         metavar="DIR_OR_FILE",
-        help="Hugging Face directory or tokenizer.json, or a SentencePiece tokenizer.model (BOS first, as Llama2Tokenizer)",
+        help="Hugging Face directory or tokenizer.json, or a SentencePiece tokenizer.model (BOS first, as Llama2Tokenizer); "
+        "one that adds BOS itself does so here, as Megatron-LM does with --tokenizer-hf-include-special-tokens",
     )
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-sequence token")
     parser.add_argument("--workers", type=positive_integer, metavar="N", help="threads that tokenize; default: one a core")

@@ -29,7 +29,7 @@ SMOLLM2 = "SmolLM2-135M-Instruct"
 
 @dataclass(frozen=True)
 class QuickstartSettings:
-    """The settings of a short run, found by measuring SmolLM2-135M on the documentation corpus (docs/quickstart.md)."""
+    """The settings of a short run. Where they come from, and what they reach: docs/quickstart.md."""
 
     train_iters: int = 50
     global_batch_size: int = 2

@@ -35,6 +35,7 @@ SETTINGS_THAT_MUST_MATCH = (
     "micro_batch_size",
     "seq_length",
     "hard",
+    "prior_strength",
     "mask_sample_interval",
     "gumbel_temperature_range",
     "gumbel_scale_range",

@@ -109,7 +109,10 @@ def test_the_scripts_are_clean_to_shellcheck():
 def test_a_dry_run_prints_commands_that_the_programs_take(recipe, tmp_path):
     learned = f"outputs/{recipe}/learned"
     (download, *_) = downloads = dry_run(recipe, "1_download", tmp_path)
-    assert all(words[:2] == ["hf", "download"] or words[1:3] == ["-m", "zipfile"] for words in downloads)
+    assert all(
+        words[:2] == ["hf", "download"] or words[1].endswith("download.py") or words[1:3] == ["-m", "zipfile"]
+        for words in downloads
+    )
     assert download[2].startswith("meta-llama/" if recipe.startswith("llama") else f"/path/to/{recipe}")
     shards = [word for words in downloads for word in words if re.fullmatch(r"en/c4-train\.000\d\d-of-01024\.json\.gz", word)]
 
@@ -149,6 +152,8 @@ def test_a_dry_run_prints_commands_that_the_programs_take(recipe, tmp_path):
     assert train.seq_length == (2048 if recipe.startswith("gpt3") else 4096)
     assert dry_run(recipe, "6_resume", tmp_path) == [["torchrun", *words[1:]]]
 
+    (words,) = dry_run(recipe, "5_train_multinode", tmp_path)
+    assert split_torchrun(words)[0]["rdzv_endpoint"] == "HOST:PORT", "what is still to be set"
     (words,) = dry_run(recipe, "5_train_multinode", tmp_path, NNODES=4, RDZV_ENDPOINT="node0:29500")
     torchrun, (_, *options) = split_torchrun(words)
     assert (torchrun["nnodes"], torchrun["rdzv_backend"], torchrun["rdzv_endpoint"]) == ("4", "c10d", "node0:29500")
@@ -182,7 +187,7 @@ def test_what_is_not_set_is_asked_for(tmp_path):
     done = bash(EXAMPLES / "nemotron4-15b" / "3_convert.sh", tmp_path)
     assert done.returncode == 2
     assert "set HF_MODEL" in done.stderr
-    done = bash(EXAMPLES / "llama2-7b" / "5_train_multinode.sh", tmp_path, DRY_RUN=1)
+    done = bash(EXAMPLES / "llama2-7b" / "5_train_multinode.sh", tmp_path)
     assert done.returncode != 0
     assert "HOST:PORT of one of the nodes" in done.stderr
     done = bash(EXAMPLES / "llama2-7b" / "3_convert.sh", tmp_path, MODEL="small")

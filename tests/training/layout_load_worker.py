@@ -15,11 +15,14 @@ from megatron.core import parallel_state
 
 from maskllm.distributed import parallel_processes
 from maskllm.evaluation.megatron import load_masked_model
-from maskllm.layers.spec import masked_linears
-from maskllm.models.checkpoint import resolve
-from maskllm.ops import winner_mask
+from maskllm.layers.recompute import set_sample
+from maskllm.layers.spec import MaskedLinear, masked_linears
+from maskllm.masking.sampler import MaskMode
+from maskllm.models.checkpoint import Checkpoint, resolve
+from maskllm.ops import NoiseKey, ShardMap, masked_weight, philox_key, winner_mask
 from maskllm.patterns import Pattern
 
+SAMPLE, SETTINGS = 5, {"scale": 200.0, "temperature": 1.0}
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)]
 """(tensor, pipeline) parallel sizes; the rest of the four ranks is data parallel."""
 
@@ -34,8 +37,21 @@ def own_part(name: str, mask: torch.Tensor, rank: int, ranks: int) -> torch.Tens
     return mask.chunk(ranks)[rank]
 
 
+def is_own_part_of_the_draw(layer: MaskedLinear, checkpoint: Checkpoint, tp: int) -> bool:
+    """Whether the weight that training would use for SAMPLE is, bit for bit, this rank's part of what one process would use."""
+    set_sample(SAMPLE)
+    layer.sampler.mode = MaskMode.SAMPLE
+    layer.sampler.scale, layer.sampler.temperature = SETTINGS["scale"], SETTINGS["temperature"]
+    found = layer.effective_weight()
+    layer.sampler.mode = MaskMode.WINNER
+    weight, logits = (checkpoint.tensors[f"{layer.name}.{kind}"].load() for kind in ("weight", "mask_logits"))
+    key = NoiseKey(philox_key(layer.sampler.seed, layer.name), SAMPLE, ShardMap(logits.shape[1]))
+    whole = masked_weight(weight.float(), logits, pattern=Pattern(2, 4), key=key, **SETTINGS)
+    return torch.equal(found, own_part(layer.name, whole, parallel_state.get_tensor_model_parallel_rank(), tp))
+
+
 def main(path: str, output: str) -> None:
-    """Write to OUTPUT-RANK.json, per layout, the masked linears of this rank and whether their winners are those of the checkpoint."""
+    """Write to OUTPUT-RANK.json, per layout, this rank's masked linears and whether their winners and their draws are the whole model's."""
     found = {}
     for tp, pp in LAYOUTS:
         with parallel_processes(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp):
@@ -46,7 +62,7 @@ def main(path: str, output: str) -> None:
             for layer in masked_linears(model):
                 whole = winner_mask(checkpoint.tensors[f"{layer.name}.mask_logits"].load(), Pattern(2, 4))
                 wanted = own_part(layer.name, whole, parallel_state.get_tensor_model_parallel_rank(), tp)
-                same[layer.name] = torch.equal(layer.winner(), wanted)
+                same[layer.name] = torch.equal(layer.winner(), wanted), is_own_part_of_the_draw(layer, checkpoint, tp)
             found[f"{tp} {pp}"] = same
     Path(f"{output}-{rank}.json").write_text(json.dumps(found))
 

@@ -204,6 +204,7 @@ def trained(tmp_path, tiny_pruned, tiny_dataset) -> Path:
     [
         ("seed", 5, "--seed 5: the run in .* has 1234"),
         ("lr", 1e-3, "--lr 0.001: the run in .* has 5e-05"),
+        ("prior_strength", 1.0, "--prior-strength 1.0: the run in .* has 3.0"),
         ("split", "9,1,0", "--split 9,1,0: the run in .* has 969,30,1"),
         ("use_distributed_optimizer", True, "--use-distributed-optimizer True: the run in .* has False"),
         ("gumbel_temperature_range", (2.0, 0.05), r"--gumbel-temperature-range \[2.0, 0.05\]: the run in .* has \[4.0, 0.05\]"),
