@@ -1,9 +1,11 @@
 """What fewer bits, and one draw a step, do to what is learned: the same short run with each option, beside the same run with another seed.
 
-    python benchmarks/precision.py --hf DIR --corpus FILE... [--layers 6] [--train-iters 20] [--json FILE]
+    python benchmarks/precision.py --hf DIR --corpus FILE... [--layers 6] [--train-iters 20] [--global-batch-size 4]
+        [--seq-length 256] [--rows I...] [--json FILE]
 
 The first layers of a Hugging Face model start from the magnitude prior and learn on the corpus (C4 JSON lines). Each row is one run of
-`maskllm.train`: its validation loss with the winners, and the share of mask entries that are those of the first row.
+`maskllm.train`, one sequence a micro-batch: its validation loss with the winners, and the share of mask entries that are those of the
+first row.
 """
 
 from __future__ import annotations
@@ -61,11 +63,11 @@ def make_inputs(hf: str, corpus: list[str], layers: int, folder: Path) -> tuple[
     return pruned, prefix.with_name("data_text_document")
 
 
-def learn(pruned: Path, data: Path, save: Path, iterations: int, options: list[str]) -> float:
+def learn(pruned: Path, data: Path, save: Path, iterations: int, sizes: list[object], options: list[str]) -> float:
     """Train; returns the last validation loss with the winners."""
     command = [
         sys.executable, "-m", "maskllm.train", "--pretrained-checkpoint", pruned, "--data-path", data, "--save", save, "--seed", 1,
-        "--train-iters", iterations, "--global-batch-size", 4, "--seq-length", 256, "--lr", 2e-3, "--min-lr", 2e-4, "--params-dtype",
+        "--train-iters", iterations, *sizes, "--lr", 2e-3, "--min-lr", 2e-4, "--params-dtype",
         "fp32", "--log-interval", 1, "--eval-interval", iterations, "--eval-iters", 4, "--split", "90,10,0", *options,
     ]  # fmt: skip
     log = save.with_suffix(".log")
@@ -89,6 +91,16 @@ def main() -> None:
     parser.add_argument("--corpus", required=True, nargs="+", metavar="FILE")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--train-iters", type=int, default=20)
+    parser.add_argument("--global-batch-size", type=int, default=4, help="micro-batches a step")
+    parser.add_argument("--seq-length", type=int, default=256)
+    parser.add_argument(
+        "--rows",
+        type=int,
+        nargs="+",
+        default=list(range(len(ROWS))),
+        metavar="I",
+        help=f"which of {ROWS}; the first is compared with",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
     args = parser.parse_args()
     rows = []
@@ -96,16 +108,17 @@ def main() -> None:
         folder = Path(name)
         pruned, data = make_inputs(args.hf, args.corpus, args.layers, folder)
         first: torch.Tensor | None = None
-        for number, options in enumerate(tqdm(ROWS, desc="runs")):
-            save = folder / f"run{number}"
-            loss = learn(pruned, data, save, args.train_iters, options)
+        sizes = ["--global-batch-size", args.global_batch_size, "--seq-length", args.seq_length]
+        for number in tqdm(args.rows, desc="runs"):
+            save, options = folder / f"run{number}", ROWS[number]
+            loss = learn(pruned, data, save, args.train_iters, sizes, options)
             masks = winners(save)
             first = masks if first is None else first
             rows.append({"options": options, "loss_winner": loss, "masks_equal": float((masks == first).double().mean())})
     for row in rows:
         print(f"{row['loss_winner']:.3f}  {row['masks_equal']:.1%}  {' '.join(row['options']) or '(none)'}")
     if args.json:
-        write_json(args.json, {"torch": torch.__version__, "layers": args.layers, "train_iters": args.train_iters, "rows": rows})
+        write_json(args.json, {"torch": torch.__version__, **vars(args), "rows": rows})
 
 
 if __name__ == "__main__":
