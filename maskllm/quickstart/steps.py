@@ -149,4 +149,7 @@ def _run_function(name: str, work: Callable[..., Any], arguments: Sequence[Any])
 def _guarded(program: str, work: Callable[..., Any], *arguments: Any) -> None:
     from maskllm.cli import run_guarded
 
-    sys.exit(run_guarded(program, lambda: work(*arguments)))
+    def call() -> None:
+        work(*arguments)  # what it returns is no exit status
+
+    sys.exit(run_guarded(program, call))
