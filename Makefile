@@ -2,6 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+ifeq ($(PYTHON_VERSION),)
+$(error PYTHON=$(PYTHON) does not run; name an interpreter of Python 3.10 to 3.12)
+endif
 READY := $(VENV)/.ready-$(PYTHON_VERSION)
 KERNEL_SOURCES := $(shell find csrc -type f)
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import megatron_patches
+from tests.ranks import Pool
 
 megatron_patches.import_megatron()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -35,7 +36,10 @@ def shared_data() -> Path:
 def torchrun(
     processes: int, module: str, *arguments: object, check: bool = True, timeout: float = 300
 ) -> subprocess.CompletedProcess:
-    """Run `python -m MODULE ARGUMENTS` in `processes` processes under torchrun; one thread each."""
+    """Run `python -m MODULE ARGUMENTS` in `processes` processes under torchrun; one thread each.
+
+    `ranks` does so in a fraction of the time, where neither torchrun nor that the processes are new is what is tested.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", module]
     done = subprocess.run(
         [*command, *map(str, arguments)],
@@ -47,6 +51,14 @@ def torchrun(
     )
     assert not check or done.returncode == 0, done.stderr[-6000:]
     return done
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Pool]:
+    """`ranks(2, MODULE, ARGUMENTS...)` is `torchrun` in processes that have run other programs before."""
+    pool = Pool()
+    yield pool
+    pool.close()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -47,14 +47,22 @@ def rotary_frequencies(rope: Rope) -> torch.Tensor:
     return frequencies * kept + frequencies / scaling.factor * (1 - kept)
 
 
+_KEYS = {"type", "rope_type", "rope_theta", "partial_rotary_factor", *(entry.name for entry in fields(Llama3RopeScaling))}
+
+
 def read_rope(hf: HFConfig, *, head_dim: int, max_position_embeddings: int, partial_rotary_factor: float = 1.0) -> Rope:
     """The rotary settings of a `config.json`, in transformers 5's spelling (`rope_parameters`) or the older one (`rope_scaling`).
 
     `partial_rotary_factor` is the family's default share of a head's `head_dim` channels that turn. Raises MaskLLMError that names
     the key for a value that is missing, malformed or not supported.
     """
-    section = next((hf.section(key) for key in ("rope_parameters", "rope_scaling") if hf.has(key)), HFConfig({}, hf.where))
+    given = [hf.section(key) for key in ("rope_scaling", "rope_parameters") if hf.has(key)]
+    if len(given) == 2 and given[0].values != given[1].values:
+        raise hf.error("rope_scaling and rope_parameters differ; wanted one of them")
+    section = given[0] if given else HFConfig({}, hf.where)
     values = dict(section.values)
+    for key in values.keys() - _KEYS:
+        raise section.error(f"{key!r} is not supported, only {', '.join(sorted(_KEYS))}")
     if "type" in values:
         values.setdefault("rope_type", values["type"])
     for key in ("rope_theta", "partial_rotary_factor"):

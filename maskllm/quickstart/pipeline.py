@@ -20,6 +20,8 @@ from maskllm.errors import MaskLLMError
 from maskllm.evaluation.report import ModelResult, Report, table, write_report
 from maskllm.models.checkpoint import resolve
 from maskllm.models.config import ModelConfig
+from maskllm.models.families import read_model_config
+from maskllm.models.hf_source import find_source
 from maskllm.quickstart.steps import Steps
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
@@ -97,6 +99,7 @@ def quickstart(
         from maskllm.data.smollm2 import write_smollm2  # needs the package gguf, which only the quickstart installs
 
         steps.run("model", exported / "dense", write_smollm2, exported / "dense")
+    settings.check_fits(read_model_config(find_source(source) / "config.json"))
     if corpus is None or eval_corpus is None:
         steps.run("corpus", output / "corpus", write_documentation_corpus, output / "corpus")
     train_files = corpus or [str(output / "corpus" / TRAIN_FILE)]
@@ -104,9 +107,7 @@ def quickstart(
     prefix = output / "data" / "train"
     dataset = f"{prefix}_text_document"
     steps.run("convert", megatron / "dense", [*maskllm, "convert", "--hf", source, "--output", megatron / "dense"])
-    dense = resolve(megatron / "dense")
-    settings.check_fits(dense.model_config)
-    tokenizer = dense.hf_directory
+    tokenizer = resolve(megatron / "dense").hf_directory
     steps.run(
         "preprocess",
         output / "data",

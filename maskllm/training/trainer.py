@@ -162,19 +162,18 @@ class Trainer:
                     window, started = [], time.perf_counter()
                 if self.bad_steps == arguments.max_bad_steps:
                     self._end_at_bad_steps(last_saved or self.start.iteration)
-                stopped = self.stopping or self.data_gone
                 if (
                     self.valid_batches
-                    and not stopped  # there may be little time left, and a checkpoint to write
+                    and not (self.stopping or self.data_gone)  # there may be little time left, and a checkpoint to write
                     and (self.iteration % arguments.eval_interval == 0 or self.iteration == arguments.train_iters)
                 ):
                     self.progress(f"the validation after iteration {self.iteration}")
                     values = self._validate()
-                    if writer is not None:
+                    if values is not None and writer is not None:
                         bar.clear()
                         writer.write("validation", self.iteration, values)
                     started = time.perf_counter()
-                ending = stopped or self.iteration == arguments.train_iters
+                ending = self.stopping or self.data_gone or self.iteration == arguments.train_iters
                 if self.saver is not None:
                     self.saver.poll()
                     if ending or (arguments.save_interval and self.iteration % arguments.save_interval == 0):
@@ -354,20 +353,30 @@ class Trainer:
             "peak_memory_gib": float(memory) / 2**30,
         }
 
-    def _validate(self) -> dict[str, float]:
-        """Mean loss on the validation batches with sampled and with arg-max masks, the same on every rank."""
+    def _validate(self) -> dict[str, float] | None:
+        """Mean loss on the validation batches with sampled and with arg-max masks, the same on every rank; None once a rank is to stop."""
         sampler = self.sampler
         sampler.stats = None
         sampler.weight_reg = 0.0
-        count = self.arguments.eval_iters * self.num_microbatches
         means = {}
         self.model.eval()
         for name, mode in (("loss_sampled", MaskMode.SAMPLE), ("loss_winner", MaskMode.WINNER)):
             sampler.mode = mode
-            with torch.no_grad():
-                losses = self._run(
-                    self.valid_batches, 0, count, sample_of=lambda index: VALIDATION_SAMPLES + index, forward_only=True
-                ).double()
+            losses = torch.zeros(2, dtype=torch.float64, device=device())
+            for batch in range(self.arguments.eval_iters):
+                first = batch * self.num_microbatches * self.dp_size
+                with torch.no_grad():
+                    losses += self._run(
+                        self.valid_batches,
+                        first,
+                        self.num_microbatches,
+                        sample_of=lambda index, first=first: VALIDATION_SAMPLES + first + index,
+                        forward_only=True,
+                    )
+                (self.stopping,) = self._any_rank(self.stop_signal is not None)
+                if self.stopping:
+                    self.model.train()
+                    return None
             if parallel_state.get_tensor_model_parallel_rank() != 0:
                 losses.zero_()
             dist.all_reduce(losses)

@@ -310,23 +310,23 @@ def test_a_stopped_run_of_all_steps_leaves_no_process_behind(number, tmp_path):
         time.sleep(0.05)
 
 
-@pytest.mark.slow
-def test_the_training_of_a_run_of_all_steps_saves_when_it_is_stopped(tiny_hf, tiny_dense, tiny_pruned, tiny_dataset, tmp_path):
+@pytest.fixture
+def pruned(tiny_hf, tiny_dense, tiny_pruned, tiny_dataset, tmp_path) -> dict[str, object]:
+    """The settings of a tiny run whose steps before the training are done."""
     output = tmp_path / "output"
     (output / "tokens").mkdir(parents=True)
     for suffix in (".bin", ".idx"):
         shutil.copy(tiny_dataset + suffix, output / "tokens" / f"c4_00000_text_document{suffix}")
     (output / "dense").symlink_to(tiny_dense)
     (output / "prior").symlink_to(tiny_pruned)
-    settings = {
-        "HF_MODEL": tiny_hf,
-        "OUTPUT": output,
-        "SHARDS": 0,
-        "TRAIN_ITERS": 5000,
-        "SAVE_INTERVAL": 5000,
-        "EVAL_INTERVAL": 5000,
-    }
-    with all_steps(tmp_path, environment(MODEL="tiny", **settings)) as (script, console):
+    return {"MODEL": "tiny", "HF_MODEL": tiny_hf, "OUTPUT": output, "SHARDS": 0}
+
+
+@pytest.mark.slow
+def test_the_training_of_a_run_of_all_steps_saves_when_it_is_stopped(pruned, tmp_path):
+    output = pruned["OUTPUT"]
+    settings = {"TRAIN_ITERS": 5000, "SAVE_INTERVAL": 5000, "EVAL_INTERVAL": 5000}
+    with all_steps(tmp_path, environment(**pruned, **settings)) as (script, console):
         wait_for(lambda: "train iteration 2 " in console.read_text(), script, console)
         script.send_signal(signal.SIGTERM)
         assert script.wait(timeout=120) != 0
@@ -337,68 +337,66 @@ def test_the_training_of_a_run_of_all_steps_saves_when_it_is_stopped(tiny_hf, ti
     assert "maskllm trim" not in text, "the next step was started"
 
 
-TINY = {
-    "llama2-7b": {"SAVE_INTERVAL": 3},
-    "llama2-13b": {"SHARDS": 0, "GPUS": 1, "TP": 1},
-    "llama3-8b": {"SHARDS": 0, "GPUS": 1, "TP": 1},
-    "llama3.1-8b": {"SHARDS": 0, "GPUS": 1, "NNODES": 2},
-    "nemotron4-15b": {"SHARDS": 0},
-    "gpt3-843m": {"SHARDS": 0, "GPUS": 1, "TP": 1},
-    "gpt3-2b": {"SHARDS": 0},
-}
-"""What differs from examples/common/tiny.sh. One recipe tokenizes two shards at a time and has a checkpoint in the middle, one trains on
-two "nodes", and some make do with one process: starting processes is what these tests spend their time on."""
-
-
-def train_on_two_nodes(recipe: str, cwd: Path, settings: dict[str, object]) -> None:
+@pytest.mark.slow
+def test_two_nodes_train_one_model(pruned, tmp_path):
     """Step 5, started twice as if on two machines."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = ["bash", EXAMPLES / recipe / "5_train_multinode.sh"]
-    variables = environment(RDZV_ENDPOINT=f"localhost:{port}", **settings)
-    nodes = [subprocess.Popen(command, cwd=cwd, env=variables, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    command = ["bash", EXAMPLES / "llama3.1-8b" / "5_train_multinode.sh"]
+    variables = environment(RDZV_ENDPOINT=f"localhost:{port}", GPUS=1, **pruned)
+    nodes = [subprocess.Popen(command, cwd=tmp_path, env=variables, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     try:
         messages = [node.communicate(timeout=600)[1] for node in nodes]
     finally:
         for node in nodes:
             node.kill()
     assert [node.returncode for node in nodes] == [0, 0], messages[0][-3000:] + messages[1][-3000:]
+    learned = pruned["OUTPUT"] / "learned"
+    assert sorted(path.name for path in (learned / "logs").iterdir()) == ["rank_00000.log", "rank_00001.log"]
+    metrics = [json.loads(line) for line in (learned / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in metrics if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_tiny_dry_run_differs_by_names_alone(recipe, tmp_path):
-    """From that of a recipe whose tiny model goes all the way in every run of the tests."""
-    same = "llama2-7b"
-    for step in STEPS:
-        ours, theirs = (dry_run(name, step, tmp_path, MODEL="tiny") for name in (recipe, same))
-        family = "--family"
-        ours, theirs = (
-            [[word.replace(name, "RECIPE") for i, word in enumerate(words) if words[i - 1] != family] for words in commands]
-            for name, commands in ((recipe, ours), (same, theirs))
-        )
-        assert ours == theirs, step
+STAND_IN = """#!{python} -ISE
+import sys
+sys.path.insert(0, {root!r})
+from pathlib import Path
+from tests.ranks import ask
+words = sys.argv[1:]
+{program}
+print(done.stderr, end="", file=sys.stderr)
+sys.exit(done.returncode)
+"""
+STAND_INS = {
+    "maskllm": "done = ask(Path({one!r}), 1, ['-m', 'maskllm', *words])",
+    "python": "done = ask(Path({one!r}), 1, words)",
+    "torchrun": "assert '--nproc-per-node 2' in ' '.join(words)\ndone = ask(Path({two!r}), 2, words[words.index('-m'):])",
+}
 
 
-LONG = ("llama2-13b", "llama3-8b", "nemotron4-15b", "gpt3-2b")
-"""Recipes that `pytest -m long` runs: by their commands they are one of the others by another name, and `tests/test_family_pipeline.py`
-takes the other families all the way."""
+@pytest.fixture
+def warm_programs(ranks, tmp_path_factory) -> dict[str, str]:
+    """The environment in which the programs that the scripts call run in processes that have imported everything before."""
+    folder = tmp_path_factory.mktemp("programs")
+    places = {"python": sys.executable, "root": str(EXAMPLES.parent), "one": str(ranks.folder(1)), "two": str(ranks.folder(2))}
+    for name, program in STAND_INS.items():
+        (folder / name).write_text(STAND_IN.format(**places, program=program.format(**places)))
+        (folder / name).chmod(0o755)
+    return {"PATH": f"{folder}{os.pathsep}{environment()['PATH']}", "PYTHON": str(folder / "python")}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in RECIPES])
-def test_a_tiny_model_goes_all_the_way(recipe, tmp_path):
-    settings = {"MODEL": "tiny"} | TINY[recipe]
-    if "NNODES" in settings:
-        for step in ["1_download", "2_preprocess", "3_convert", "4_prune", "5_train_multinode", "7_trim", "8_export", "9_evaluate"]:
-            if step == "5_train_multinode":
-                train_on_two_nodes(recipe, tmp_path, settings)
-                continue
-            done = bash(EXAMPLES / recipe / f"{step}.sh", tmp_path, **settings)
-            assert done.returncode == 0, done.stderr[-6000:]
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_tiny_model_goes_all_the_way(recipe, request, tmp_path):
+    """The first recipe by itself, on two shards tokenized at a time and with a checkpoint in the middle; the others' programs are warm."""
+    settings = {"MODEL": "tiny"}
+    if recipe == RECIPES[0]:
+        settings["SAVE_INTERVAL"] = 3
     else:
-        done = bash(EXAMPLES / recipe / "run_all.sh", tmp_path, **settings)
-        assert done.returncode == 0, done.stderr[-6000:]
+        settings |= {"SHARDS": 0} | request.getfixturevalue("warm_programs")
+    done = bash(EXAMPLES / recipe / "run_all.sh", tmp_path, **settings)
+    assert done.returncode == 0, done.stderr[-6000:]
     output = tmp_path / "outputs" / "tiny" / recipe
     reports = {path.stem: json.loads(path.read_text()) for path in output.glob("*.json")}
     assert reports["evaluate-dense"]["zeros"] < 0.01
@@ -418,7 +416,7 @@ def test_a_tiny_model_goes_all_the_way(recipe, tmp_path):
         assert share == pytest.approx(0.5, abs=0.02) if name in pruned else (sparse[name] == weight).all(), name
 
     # Interrupted after iteration 3, as if by a failure: step 6 goes on, and ends where the run had ended.
-    if recipe == "llama2-7b":
+    if recipe == RECIPES[0]:
         latest = output / "learned" / "latest_checkpointed_iteration.txt"
         before = metrics[-1]
         assert bash(EXAMPLES / recipe / "6_resume.sh", tmp_path, **settings).stderr.endswith("nothing is left to do\n")

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 
 from maskllm.layers import loss as loss_module
 from maskllm.layers.loss import frozen_linear_cross_entropy
-from tests.conftest import torchrun
 
 TOKENS, HIDDEN, VOCABULARY = 23, 16, 48
 
@@ -68,8 +67,8 @@ def test_refuses_a_matrix_that_is_trained():
 
 
 @pytest.mark.slow
-def test_vocabulary_split_over_two_processes():
-    torchrun(2, "tests.layers.test_loss")
+def test_vocabulary_split_over_two_processes(ranks):
+    ranks(2, "tests.layers.test_loss")
 
 
 def _rank_main() -> None:
@@ -82,6 +81,7 @@ def _rank_main() -> None:
     losses = frozen_linear_cross_entropy(hidden, half, labels, dist.group.WORLD)
     (losses * scale).sum().backward()
     dist.all_reduce(hidden.grad)
+    dist.destroy_process_group()
     expected_losses, expected_gradient = expected()
     torch.testing.assert_close(losses.detach().double(), expected_losses, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(hidden.grad.double(), expected_gradient, rtol=1e-5, atol=1e-5)

@@ -45,7 +45,9 @@ def test_the_latest_iteration_is_the_one_that_is_named(dense):
     (dense / LATEST).write_text("12")
     assert resolve(dense).path == dense / "iter_0000012"
     assert resolve(dense).iteration == 12
-    assert [path.name for path in iterations(dense)] == ["iter_0000012", "iter_0000008"]
+    lines = []
+    assert [path.name for path in iterations(dense, say=lines.append)] == ["iter_0000012", "iter_0000008"]
+    assert lines == [f"{dense / 'iter_0000016'}: newer than iter_0000012, which {LATEST} names; ignored"]
 
 
 def test_the_newest_complete_iteration_is_found_without_being_named(dense):
@@ -63,6 +65,23 @@ def test_the_newest_complete_iteration_is_found_without_being_named(dense):
     assert (
         lines[-1] == f"{dense / 'iter_0000016'}: not complete, it has no {MANIFEST}, though {LATEST} names it; using iter_0000012"
     )
+
+
+@pytest.mark.parametrize(
+    ("latest", "words"),
+    [("../x", "holds '../x'; wanted 'release' or an iteration number; ignored"), ("", "holds ''"), ("3", "iter_0000003: no such")],
+)
+def test_a_file_that_names_nothing_does_not_hide_what_is_complete(dense, latest, words):
+    (dense / LATEST).write_text(latest)
+    lines = []
+    assert resolve(dense, say=lines.append).iteration == "release"
+    assert words in lines[0]
+    shutil.copytree(dense / "release", dense / "iter_0000008")
+    assert resolve(dense).iteration == 8
+    shutil.rmtree(dense / "iter_0000008")
+    shutil.rmtree(dense / "release")
+    with pytest.raises(MaskLLMError, match="no complete iteration" if latest != "3" else "there is no other to use"):
+        resolve(dense)
 
 
 def test_an_interrupted_write_leaves_the_older_checkpoint(dense):
@@ -115,8 +134,6 @@ def flip_a_bit(path) -> None:
         (lambda root: flip_a_bit(root / "release" / ".metadata"), ".metadata: found checksum"),
         (lambda root: flip_a_bit(root / "release" / "hf" / "config.json"), "config.json: found checksum"),
         (lambda root: flip_a_bit(next((root / "release").glob("*.distcp"))), ".distcp: found checksum"),
-        (lambda root: (root / LATEST).write_text("../x"), "holds '../x'; wanted 'release' or an iteration number"),
-        (lambda root: (root / LATEST).write_text("3"), "iter_0000003: no such directory"),
         (lambda root: (root / "release" / INFO).write_text("{"), "maskllm.json: found 1 bytes, wanted"),
         (lambda root: edit_info(root, format_version=2), "format_version 2 is newer than this program's 1"),
         (lambda root: edit_info(root, format_version="1"), "format_version is '1'"),

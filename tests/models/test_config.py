@@ -102,6 +102,11 @@ def test_rotary_frequencies_are_those_of_transformers(read, rope, head_dim):
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling: rope_type 'dynamic'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing"),
         ({"rope_parameters": SCALED_ROPE | {"low_freq_factor": 5.0}}, "must be below high_freq_factor"),
+        (
+            {"rope_parameters": SCALED_ROPE, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_scaling and rope_parameters differ",
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters: 'full_attention' is not supported"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
         ({"attention_bias": True}, "attention_bias is True and mlp_bias is False"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),

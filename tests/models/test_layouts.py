@@ -7,7 +7,6 @@ import torch
 
 from maskllm.models.checkpoint import resolve
 from maskllm.models.convert import convert
-from tests.conftest import torchrun
 from tests.models.tiny import write_tiny
 
 
@@ -20,13 +19,13 @@ from tests.models.tiny import write_tiny
         ("ours", 1, 2, ["llama3.2", "gpt2"]),
     ],
 )
-def test_layout_loads_and_saves_the_same_model(spec, tp, pp, names, tmp_path):
+def test_layout_loads_and_saves_the_same_model(spec, tp, pp, names, ranks, tmp_path):
     tokens = torch.randint(96, (2, 160), generator=torch.Generator().manual_seed(0))
     models = {tmp_path / name: write_tiny(name, tmp_path / name / "hf") for name in names}
     for path in models:
         convert(path / "hf", path / "dense")
         torch.save(tokens, path / "tokens.pt")
-    torchrun(tp * pp, "tests.models.layout_worker", spec, tp, pp, *models)
+    ranks(tp * pp, "tests.models.layout_worker", spec, tp, pp, *models)
     for path, model in models.items():
         with torch.no_grad():
             expected = model(tokens).logits

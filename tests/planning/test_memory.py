@@ -89,9 +89,9 @@ def _then(forward, after):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_planned_activations_of_a_tensor_parallel_rank(sequence_parallel, tmp_path):
+def test_planned_activations_of_a_tensor_parallel_rank(sequence_parallel, ranks, tmp_path):
     settings = {"micro_batch_size": 2, "seq_length": 128, "sequence_parallel": sequence_parallel}
-    torchrun(2, "tests.planning.saved", tmp_path / "found.json", 2, json.dumps(LLAMA), json.dumps(settings))
+    ranks(2, "tests.planning.saved", tmp_path / "found.json", 2, json.dumps(LLAMA), json.dumps(settings))
     compare(json.loads((tmp_path / "found.json").read_text()), LLAMA, TrainArguments(**settings), Layout(2, 1, 1))
 
 

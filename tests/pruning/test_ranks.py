@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from maskllm.cli import main
-from tests.conftest import torchrun
 from tests.pruning.pruned import calibrated, hf_masks, hf_weights
 
 LAYOUTS = {"tp2": (2, 1), "pp2": (1, 2), "dp2": (1, 1)}
@@ -35,7 +34,7 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory, tiny_dense, tiny_dataset) -> Job:
+def job(tmp_path_factory, ranks, tiny_dense, tiny_dataset) -> Job:
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "foreign" / "release").mkdir(parents=True)
     (folder / ".blocked.layers").write_text("only the first rank writes here")
@@ -56,9 +55,9 @@ def job(tmp_path_factory, tiny_dense, tiny_dataset) -> Job:
     }
     layouts = {str(folder / name): sizes for name, sizes in LAYOUTS.items()}
     (folder / "job.json").write_text(json.dumps({"layouts": layouts, "commands": list(commands.values())}))
-    done = torchrun(2, "tests.pruning.ranks_worker", tiny_dense, folder / "job.json")
-    ranks = [json.loads((folder / f"job.json.{rank}").read_text()) for rank in range(2)]
-    return Job(folder, done.stderr, {name: list(both) for name, both in zip(commands, zip(*ranks, strict=True), strict=True)})
+    done = ranks(2, "tests.pruning.ranks_worker", tiny_dense, folder / "job.json")
+    found = [json.loads((folder / f"job.json.{rank}").read_text()) for rank in range(2)]
+    return Job(folder, done.stderr, {name: list(both) for name, both in zip(commands, zip(*found, strict=True), strict=True)})
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from maskllm.models.checkpoint import resolve
-from tests.conftest import torchrun
 
 STEPS = 6
 
@@ -103,10 +102,10 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory: pytest.TempPathFactory, tiny_dataset: str, tiny_pruned: Path) -> Path:
+def whole(tmp_path_factory: pytest.TempPathFactory, ranks: Callable, tiny_dataset: str, tiny_pruned: Path) -> Path:
     """The checkpoints of a run on two data-parallel ranks that nothing interrupted, one every second step."""
     save = tmp_path_factory.mktemp("whole") / "run"
-    torchrun(2, "maskllm.train", *arguments(save, tiny_dataset, tiny_pruned))
+    ranks(2, "maskllm.train", *arguments(save, tiny_dataset, tiny_pruned))
     return save
 
 

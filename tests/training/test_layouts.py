@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,6 @@ import torch
 from maskllm.models.checkpoint import resolve
 from maskllm.ops import winner_mask
 from maskllm.patterns import Pattern
-from tests.conftest import torchrun
 from tests.training.layout_load_worker import LAYOUTS as LOADED_LAYOUTS
 
 LAYOUTS = {
@@ -25,12 +25,12 @@ LAYOUTS = {
 STEPS = 10
 
 
-def train(processes: int, save: Path, dataset: str, start: Path, *extra: object, steps: int = STEPS, check: bool = True):
+def train(ranks: Callable, processes: int, save: Path, dataset: str, start: Path, *extra: object, steps: int = STEPS) -> None:
     """Ten steps at a rate that moves some winners, logging each."""
-    return torchrun(
+    ranks(
         processes, "maskllm.train", "--data-path", dataset, "--pretrained-checkpoint", start, "--save", save, "--load", save,
         "--train-iters", steps, "--global-batch-size", 4, "--seq-length", 32, "--lr", 0.01, "--params-dtype", "fp32",
-        "--log-interval", 1, "--eval-iters", 2, "--eval-interval", 5, "--split", "80,20,0", *extra, check=check,
+        "--log-interval", 1, "--eval-iters", 2, "--eval-interval", 5, "--split", "80,20,0", *extra,
     )  # fmt: skip
 
 
@@ -45,17 +45,17 @@ def logits(save: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory, tiny_dataset, tiny_pruned) -> Path:
+def single(tmp_path_factory, ranks, tiny_dataset, tiny_pruned) -> Path:
     save = tmp_path_factory.mktemp("layouts") / "single"
-    train(1, save, tiny_dataset, tiny_pruned)
+    train(ranks, 1, save, tiny_dataset, tiny_pruned)
     return save
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_gives_the_same_run(name, single, tmp_path, tiny_dataset, tiny_pruned):
+def test_layout_gives_the_same_run(name, single, ranks, tmp_path, tiny_dataset, tiny_pruned):
     processes, flags = LAYOUTS[name]
-    train(processes, tmp_path / name, tiny_dataset, tiny_pruned, *flags)
+    train(ranks, processes, tmp_path / name, tiny_dataset, tiny_pruned, *flags)
     expected, found = metrics(single, "train"), metrics(tmp_path / name, "train")
     assert len(expected) == len(found) == STEPS
     assert expected[-1]["changed_since_prior"] > 0.01, "the run moves too little to tell layouts apart"
@@ -76,14 +76,14 @@ def test_layout_gives_the_same_run(name, single, tmp_path, tiny_dataset, tiny_pr
 
 
 @pytest.mark.slow
-def test_logits_load_under_every_layout_with_the_same_winners(single, tmp_path):
+def test_logits_load_under_every_layout_with_the_same_winners(single, ranks, tmp_path):
     """Beside this, every layout above writes what one process reads."""
-    torchrun(4, "tests.training.layout_load_worker", single, tmp_path / "found")
-    ranks = [json.loads((tmp_path / f"found-{rank}.json").read_text()) for rank in range(4)]
+    ranks(4, "tests.training.layout_load_worker", single, tmp_path / "found")
+    found = [json.loads((tmp_path / f"found-{rank}.json").read_text()) for rank in range(4)]
     linears = {key.removesuffix(".mask_logits") for key in logits(single)}
     assert len(linears) == 4 * 4
     for layout in LOADED_LAYOUTS:
-        parts = [rank["{} {}".format(*layout)] for rank in ranks]
+        parts = [rank["{} {}".format(*layout)] for rank in found]
         assert set().union(*parts) == linears, layout
         different = [name for part in parts for name, same in part.items() if same != [True, True]]
         assert different == [], layout

@@ -5,12 +5,18 @@ from __future__ import annotations
 import io
 import json
 import math
+import signal
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from maskllm import train
+from maskllm.distributed import parallel_processes
+from maskllm.errors import StoppedError
+from maskllm.models.checkpoint import resolve
+from maskllm.training.arguments import parse_arguments
 from maskllm.training.metrics import MetricsWriter
+from maskllm.training.trainer import Trainer
 
 TRAIN = {
     "loss", "regularizer", "temperature", "scale", "mean_max_probability", "changed_since_last", "changed_since_prior", "grad_norm",
@@ -61,6 +67,27 @@ def test_a_run_reports_every_figure_everywhere(tmp_path, tiny_dataset, tiny_prun
     for line in by_kind["train"]:
         assert f"train iteration {line['iteration']} | loss {line['loss']:.4g} | " in console
     assert f"validation iteration 4 | loss sampled {by_kind['validation'][1]['loss_sampled']:.4g} | loss winner " in console
+
+
+@pytest.mark.usefixtures("signal_handlers")
+def test_a_signal_during_validation_saves_without_waiting_for_its_end(tmp_path, tiny_dataset, tiny_pruned):
+    options = {
+        "--data-path": tiny_dataset, "--load": tiny_pruned, "--save": tmp_path / "run", "--train-iters": 4, "--global-batch-size": 2,
+        "--seq-length": 32, "--params-dtype": "fp32", "--split": "80,20,0", "--eval-interval": 1, "--eval-iters": 50,
+    }  # fmt: skip
+    arguments = parse_arguments([str(part) for option in options.items() for part in option])
+    places = []
+
+    def progress(where: str | None = None) -> None:
+        places.append(where or places[-1])
+        if len(places) > 1 and "validation" in places[-2]:
+            signal.raise_signal(signal.SIGTERM)
+
+    with parallel_processes(), pytest.raises(StoppedError, match="after iteration 1; saved at iteration 1"):
+        Trainer(arguments, progress=progress).train()
+    validated = [place for place in places if "validation" in place]
+    assert len(validated) == 1 + 2, "one batch of two micro-batches, of 2 x 50"
+    assert resolve(tmp_path / "run").iteration == 1
 
 
 def test_a_resumed_run_leaves_out_the_lines_of_steps_it_does_again_and_a_torn_one(tmp_path):

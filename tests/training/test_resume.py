@@ -125,13 +125,13 @@ def copy_of_step_2(whole: Path, save: Path) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("ranks", "layout"),
+    ("processes", "layout"),
     [(1, {}), (4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2})],
     ids=["data parallel 1", "tensor 2 and pipeline 2"],
 )
-def test_another_layout_goes_on_to_the_same_end(ranks, layout, tmp_path, whole, tiny_dataset, tiny_pruned):
+def test_another_layout_goes_on_to_the_same_end(processes, layout, ranks, tmp_path, whole, tiny_dataset, tiny_pruned):
     save = copy_of_step_2(whole, tmp_path / "run")
-    done = torchrun(ranks, "maskllm.train", *arguments(save, tiny_dataset, tiny_pruned, async_save=True, **layout))
+    done = ranks(processes, "maskllm.train", *arguments(save, tiny_dataset, tiny_pruned, async_save=True, **layout))
     assert "iter_0000002 after iteration 2 of 6" in done.stderr
     expected, found = learned_tensors(whole), learned_tensors(save)
     before = learned_tensors(save / "iter_0000002")
@@ -145,13 +145,13 @@ def test_another_layout_goes_on_to_the_same_end(ranks, layout, tmp_path, whole, 
 
 
 @pytest.mark.slow
-def test_a_distributed_optimizer_goes_on_exactly_and_on_another_number_of_ranks(tmp_path, tiny_dataset, tiny_pruned):
+def test_a_distributed_optimizer_goes_on_exactly_and_on_another_number_of_ranks(ranks, tmp_path, tiny_dataset, tiny_pruned):
     options = {"use_distributed_optimizer": True, "steps": 4}
     whole = tmp_path / "whole"
-    torchrun(2, "maskllm.train", *arguments(whole, tiny_dataset, tiny_pruned, **options))
-    for ranks in (2, 1):
-        save = copy_of_step_2(whole, tmp_path / f"on_{ranks}")
-        done = torchrun(ranks, "maskllm.train", *arguments(save, tiny_dataset, tiny_pruned, **options))
+    ranks(2, "maskllm.train", *arguments(whole, tiny_dataset, tiny_pruned, **options))
+    for processes in (2, 1):
+        save = copy_of_step_2(whole, tmp_path / f"on_{processes}")
+        done = ranks(processes, "maskllm.train", *arguments(save, tiny_dataset, tiny_pruned, **options))
         assert "iter_0000002 after iteration 2 of 4" in done.stderr
     assert_bit_identical(whole, tmp_path / "on_2")
     expected, found = learned_tensors(whole), learned_tensors(tmp_path / "on_1")
@@ -162,25 +162,25 @@ def test_a_distributed_optimizer_goes_on_exactly_and_on_another_number_of_ranks(
 
 
 @pytest.mark.slow
-def test_other_data_are_refused_but_the_same_may_lie_elsewhere(tmp_path, whole, tiny_dataset, tiny_pruned):
+def test_other_data_are_refused_but_the_same_may_lie_elsewhere(ranks, tmp_path, whole, tiny_dataset, tiny_pruned):
     save = copy_of_step_2(whole, tmp_path / "run")
     moved = str(tmp_path / "moved")
     for suffix in (".bin", ".idx"):
         shutil.copy(tiny_dataset + suffix, moved + suffix)
     twice = arguments(save, tiny_dataset, tiny_pruned)
     twice[twice.index("--data-path") + 1 : twice.index("--pretrained-checkpoint")] = ["2", tiny_dataset, "1", moved]
-    done = torchrun(1, "maskllm.train", *twice, check=False)
+    done = ranks(1, "maskllm.train", *twice, check=False)
     assert done.returncode == 1
     assert f"--data-path: these are not the data of the run in {save / 'iter_0000002'}" in done.stderr
     assert resolve(save).iteration == 2
-    torchrun(2, "maskllm.train", *arguments(save, moved, tiny_pruned))
+    ranks(2, "maskllm.train", *arguments(save, moved, tiny_pruned))
     assert_bit_identical(whole, save)
 
 
 @pytest.mark.slow
-def test_a_contradicting_setting_is_refused(tmp_path, whole, tiny_dataset, tiny_pruned):
+def test_a_contradicting_setting_is_refused(ranks, tmp_path, whole, tiny_dataset, tiny_pruned):
     save = copy_of_step_2(whole, tmp_path / "run")
-    done = torchrun(1, "maskllm.train", *arguments(save, tiny_dataset, tiny_pruned, seed=7), check=False)
+    done = ranks(1, "maskllm.train", *arguments(save, tiny_dataset, tiny_pruned, seed=7), check=False)
     assert done.returncode != 0
     assert "--seed 7: the run in" in done.stderr
     assert "has 1234" in done.stderr

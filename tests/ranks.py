@@ -1,0 +1,148 @@
+"""Jobs under torchrun that run one program after another, so that their processes import PyTorch and Megatron once.
+
+usage: torchrun ... -m tests.ranks FOLDER
+
+A rank runs the program in FOLDER/1.json, then that in 2.json and so on, as `python` does, its output in NUMBER.RANK.log, and leaves the
+exit status in NUMBER.RANK.status.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+POLL_SECONDS = 0.02
+
+
+class Pool:
+    """A job for each number of ranks, one thread each, started when it is first used."""
+
+    def __init__(self) -> None:
+        self._jobs: dict[int, tuple[subprocess.Popen, Path]] = {}
+
+    def __call__(self, ranks: int, module: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
+        """Run `python -m MODULE ARGUMENTS` in each of `ranks` ranks; `stderr` of the result is what they print, rank after rank."""
+        done = ask(self.folder(ranks), ranks, ["-m", module, *map(str, arguments)])
+        if done.returncode < 0:  # it hangs or has died
+            self._end(ranks)
+        assert not check or done.returncode == 0, done.stderr
+        return done
+
+    def folder(self, ranks: int) -> Path:
+        """Where the job of so many ranks is asked."""
+        if ranks not in self._jobs:
+            folder = Path(tempfile.mkdtemp(prefix="ranks"))
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+            with (folder / "torchrun.log").open("w") as log:
+                job = subprocess.Popen(
+                    [*command, "-m", "tests.ranks", folder],
+                    stdout=log,
+                    stderr=log,
+                    cwd=Path(__file__).parents[1],
+                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+                )
+            self._jobs[ranks] = job, folder
+        return self._jobs[ranks][1]
+
+    def close(self) -> None:
+        """End all jobs."""
+        for ranks in list(self._jobs):
+            self._end(ranks)
+
+    def _end(self, ranks: int) -> None:
+        job, folder = self._jobs.pop(ranks)
+        job.terminate()  # torchrun hands it on to its ranks
+        job.wait(60)
+        shutil.rmtree(folder)
+
+
+def ask(folder: Path, ranks: int, words: Sequence[str], timeout: float = 300) -> subprocess.CompletedProcess:
+    """Have the job of `ranks` processes that serves `folder` run `python WORDS` (-m MODULE or FILE, and arguments) in this directory.
+
+    The status is negative where it does not answer.
+    """
+    number = len(list(folder.glob("*.json"))) + 1
+    request, part = folder / f"{number}.json", folder / f"{number}.part"
+    part.write_text(json.dumps({"words": list(words), "directory": str(Path.cwd())}))
+    part.rename(request)
+    replies = [folder / f"{number}.{rank}.status" for rank in range(ranks)]
+    deadline = time.monotonic() + timeout
+    while not all(reply.exists() for reply in replies) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    status = max(int(reply.read_text()) if reply.exists() else -1 for reply in replies)
+    if not all(reply.exists() for reply in replies):
+        status = -1
+    logs = [folder / f"{number}.{rank}.log" for rank in range(ranks)]
+    output = "".join(log.read_text() for log in [*logs, folder / "torchrun.log"] if log.exists())
+    return subprocess.CompletedProcess(words, status, "", output)
+
+
+@contextlib.contextmanager
+def _as_new(log: Path, directory: str) -> Iterator[None]:
+    """A block that runs a program in `directory`, its output and its children's in `log`, and leaves the process as it was."""
+    before = {number: os.dup(number) for number in (1, 2)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    home = Path.cwd()
+    os.chdir(directory)
+    with log.open("wb", buffering=0) as file:
+        for number in before:
+            os.dup2(file.fileno(), number)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, saved in before.items():
+            os.dup2(saved, number)
+            os.close(saved)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        os.chdir(home)
+
+
+def _run(words: list[str]) -> int:
+    """`python WORDS` in this process; returns the exit status."""
+    try:
+        if words[0] == "-m":
+            sys.argv[1:] = words[2:]
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv[1:] = words[1:]
+            runpy.run_path(words[0], run_name="__main__")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def main(folder: Path) -> None:
+    """Serve until terminated."""
+    rank, number = os.environ["RANK"], 0
+    while True:
+        number += 1
+        request = folder / f"{number}.json"
+        while not request.exists():
+            time.sleep(POLL_SECONDS)
+        asked = json.loads(request.read_text())
+        with _as_new(folder / f"{number}.{rank}.log", asked["directory"]):
+            status = _run(asked["words"])
+        reply = folder / f"{number}.{rank}.part"
+        reply.write_text(str(status))
+        reply.rename(reply.with_suffix(".status"))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
