@@ -27,7 +27,7 @@ quickstart: setup
 	$(VENV)/bin/maskllm quickstart --output outputs/quickstart
 
 test: setup
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -55,6 +55,18 @@ class Pool:
             self._jobs[ranks] = job, folder
         return self._jobs[ranks][1]
 
+    def programs(self, folder: Path) -> Path:
+        """Write stand-ins for python, maskllm and torchrun (of one node with two ranks) that ask the jobs into `folder`; returns python's."""
+        root, folders = str(Path(__file__).parents[1]), {ranks: str(self.folder(ranks)) for ranks in (1, 2)}
+        for name, first in {"python": [], "maskllm": ["-m", "maskllm"], "torchrun": _TORCHRUN}.items():
+            words = f"{first} + sys.argv[1:]"
+            (folder / name).write_text(
+                f"#!{sys.executable} -ISE\nimport sys\nsys.path.insert(0, {root!r})\n"
+                f"from tests.ranks import python\nsys.exit(python({folders}, {words}))\n"
+            )
+            (folder / name).chmod(0o755)
+        return folder / "python"
+
     def close(self) -> None:
         """End all jobs."""
         for ranks in list(self._jobs):
@@ -86,6 +98,21 @@ def ask(folder: Path, ranks: int, words: Sequence[str], timeout: float = 300) ->
     logs = [folder / f"{number}.{rank}.log" for rank in range(ranks)]
     output = "".join(log.read_text() for log in [*logs, folder / "torchrun.log"] if log.exists())
     return subprocess.CompletedProcess(words, status, "", output)
+
+
+_TORCHRUN = ["-m", "torch.distributed.run"]
+
+
+def python(folders: dict[int, str], words: list[str]) -> int:
+    """`python WORDS` by the job that serves one of `folders`, the one of as many ranks as torchrun is to start; the exit status."""
+    ranks = 1
+    if words[:2] == _TORCHRUN:
+        program = words.index("-m", 2)
+        options = " ".join(words[2:program]).replace("=", " ").split()
+        ranks, words = int(options[options.index("--nproc-per-node") + 1]), words[program:]
+    done = ask(Path(folders[ranks]), ranks, words)
+    print(done.stderr, end="", file=sys.stderr)
+    return done.returncode
 
 
 @contextlib.contextmanager

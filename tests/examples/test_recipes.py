@@ -358,32 +358,11 @@ def test_two_nodes_train_one_model(pruned, tmp_path):
     assert [line["iteration"] for line in metrics if line["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
 
 
-STAND_IN = """#!{python} -ISE
-import sys
-sys.path.insert(0, {root!r})
-from pathlib import Path
-from tests.ranks import ask
-words = sys.argv[1:]
-{program}
-print(done.stderr, end="", file=sys.stderr)
-sys.exit(done.returncode)
-"""
-STAND_INS = {
-    "maskllm": "done = ask(Path({one!r}), 1, ['-m', 'maskllm', *words])",
-    "python": "done = ask(Path({one!r}), 1, words)",
-    "torchrun": "assert '--nproc-per-node 2' in ' '.join(words)\ndone = ask(Path({two!r}), 2, words[words.index('-m'):])",
-}
-
-
 @pytest.fixture
 def warm_programs(ranks, tmp_path_factory) -> dict[str, str]:
     """The environment in which the programs that the scripts call run in processes that have imported everything before."""
-    folder = tmp_path_factory.mktemp("programs")
-    places = {"python": sys.executable, "root": str(EXAMPLES.parent), "one": str(ranks.folder(1)), "two": str(ranks.folder(2))}
-    for name, program in STAND_INS.items():
-        (folder / name).write_text(STAND_IN.format(**places, program=program.format(**places)))
-        (folder / name).chmod(0o755)
-    return {"PATH": f"{folder}{os.pathsep}{environment()['PATH']}", "PYTHON": str(folder / "python")}
+    python = ranks.programs(tmp_path_factory.mktemp("programs"))
+    return {"PATH": f"{python.parent}{os.pathsep}{environment()['PATH']}", "PYTHON": str(python)}
 
 
 @pytest.mark.slow
