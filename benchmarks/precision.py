@@ -88,7 +88,7 @@ def winners(save: Path) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hf", required=True, metavar="DIR")
-    parser.add_argument("--corpus", required=True, nargs="+", metavar="FILE")
+    parser.add_argument("--corpus", required=True, nargs="+", action="extend", metavar="FILE")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--train-iters", type=int, default=20)
     parser.add_argument("--global-batch-size", type=int, default=4, help="micro-batches a step")

@@ -84,7 +84,7 @@ def processor_name() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=Path, nargs="+", metavar="FILE", help="JSON lines, not compressed")
+    parser.add_argument("--input", type=Path, nargs="+", action="extend", metavar="FILE", help="JSON lines, not compressed")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR_OR_FILE")
     parser.add_argument("--workers", type=int, default=available_cores())
     parser.add_argument("--repeat", type=int, default=3)

@@ -27,7 +27,9 @@ def first_line(error: BaseException) -> str:
 def as_line(error: BaseException) -> str | None:
     """What to tell the user in one line about an error that is not this program's fault; None for others."""
     if isinstance(error, MaskLLMError):
-        return str(error)
-    if isinstance(error, OSError):
-        return f"{error.filename}: {error.strerror or error}" if error.filename else str(error.strerror or error)
-    return None
+        text = str(error)
+    elif isinstance(error, OSError):
+        text = f"{error.filename}: {error.strerror or error}" if error.filename else str(error.strerror or error)
+    else:
+        return None
+    return text.replace("\n", "\\n").replace("\r", "\\r")  # a path may hold line ends

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from maskllm.errors import MaskLLMError
+
 
 def _fsync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
@@ -26,48 +28,73 @@ def _name(error: OSError, path: Path) -> None:
         error.filename = str(path)
 
 
+def real_file(path: str | os.PathLike) -> Path:
+    """Where an output file `path` goes: where it is a link, what the link points to is written and the link stays.
+
+    Raises MaskLLMError where something else than a regular file is there: a rename would do away with a pipe or a device.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise MaskLLMError(f"{path}: is {'a directory' if path.is_dir() else 'no regular file'}, wanted a file to write")
+    return Path(os.path.realpath(path))
+
+
+@contextlib.contextmanager
+def _directory(path: Path) -> Iterator[None]:
+    """A block for which the directory `path` is there; what of it had to be made goes again where the block raises."""
+    made = [directory for directory in (path, *path.parents) if not directory.exists()]
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for directory in made:
+            with contextlib.suppress(OSError):  # it may hold what others have written meanwhile
+                directory.rmdir()
+        raise
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`; move it there, on disk, when the block ends without an exception.
 
-    On an exception the temporary file is removed and `path` is left as it was. What a killed process left is overwritten.
+    On an exception the temporary file is removed and `path` is left as it was. What a killed process left is overwritten. Raises as
+    `real_file` does.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "is a directory, wanted a file to write", str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = real_file(path)
     temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        _fsync(temporary)
-        os.replace(temporary, path)
-        _fsync(path.parent)
-    except OSError as error:
-        _name(error, path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _directory(path.parent):
+        try:
+            yield temporary
+            _fsync(temporary)
+            os.replace(temporary, path)
+            _fsync(path.parent)
+        except OSError as error:
+            _name(error, path)
+            raise
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary directory beside `path`; every file in it is synced and it takes `path`'s place when the block ends.
 
-    An existing directory at `path` is replaced. On an exception the temporary directory is removed and `path` is left as it was.
+    An existing directory at `path` is replaced, or the one that a link there points to. On an exception the temporary directory is
+    removed and `path` is left as it was.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    try:
-        yield temporary
-        publish_directory(temporary, path)
-    except OSError as error:
-        _name(error, path)
-        raise
-    finally:
+    with _directory(path.parent):
         shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        try:
+            yield temporary
+            publish_directory(temporary, path)
+        except OSError as error:
+            _name(error, path)
+            raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def publish_directory(temporary: Path, path: Path) -> None:

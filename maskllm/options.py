@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from maskllm.errors import MaskLLMError
+from maskllm.errors import MaskLLMError, as_line
+from maskllm.files import real_file
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -23,20 +25,19 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def writable_file(text: str) -> str:
-    """An argparse type: the path of a file to write, refused before the work where it could not be written after it.
-
-    What is there must be a regular file: outputs take their place by a rename, which would do away with a pipe or a device.
-    """
-    path = Path(text).absolute()
-    if text and path.exists() and not path.is_file():
-        raise argparse.ArgumentTypeError(
-            f"{text}: is {'a directory' if path.is_dir() else 'no regular file'}, wanted a file to write"
-        )
-    folder = next(parent for parent in path.parents if parent.exists())
-    if not folder.is_dir():
-        raise argparse.ArgumentTypeError(f"{text}: {folder} is not a directory")
-    if not os.access(folder, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text}: no permission to write in {folder}")
+    """An argparse type: the path of a file to write, refused before the work where it could not be written after it."""
+    if text == "":
+        return text  # `refuse_empty` names the option
+    if text == "-":
+        raise argparse.ArgumentTypeError("found '-', wanted a file's path (./- for a file of that name)")
+    try:
+        folder = next(parent for parent in real_file(text).parents if parent.exists())
+        if not folder.is_dir():
+            raise MaskLLMError(f"{text}: {folder} is not a directory")
+        if not os.access(folder, os.W_OK):
+            raise MaskLLMError(f"{text}: no permission to write in {folder}")
+    except (MaskLLMError, OSError) as error:
+        raise argparse.ArgumentTypeError(as_line(error)) from None
     return text
 
 
@@ -48,3 +49,13 @@ def refuse_empty(options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if value == "" or (isinstance(value, list) and "" in value):
             raise MaskLLMError(f"--{name.replace('_', '-')}: found an empty value; give it one, or leave the option out")
+
+
+def refuse_collisions(options: Mapping[str, Any]) -> None:
+    """Raise MaskLLMError where two outputs of a verb are one file, or a file would lie in the directory that --output makes."""
+    given = [name for name in ("output", "mask_file", "json") if options.get(name) is not None]
+    for first, second in itertools.combinations(given, 2):
+        places = [Path(os.path.realpath(options[name])) for name in (first, second)]
+        if places[0].is_relative_to(places[1]) or places[1].is_relative_to(places[0]):
+            flags = [f"--{name.replace('_', '-')} {options[name]}" for name in (first, second)]
+            raise MaskLLMError(f"{' and '.join(flags)}: one is, or lies in, the other; name places apart from each other")

@@ -36,7 +36,7 @@ class Pattern:
     @classmethod
     def parse(cls, text: str) -> Pattern:
         """Read "N:M". Raises MaskLLMError for anything else."""
-        match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", text.strip())
+        match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text.strip())
         if match is None:
             raise MaskLLMError(f"pattern {text[:40]!r}: wanted N:M, for example 2:4")
         return cls(int(match[1]), int(match[2]))

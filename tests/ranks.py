@@ -56,7 +56,7 @@ class Pool:
         return self._jobs[ranks][1]
 
     def programs(self, folder: Path) -> Path:
-        """Write stand-ins for python, maskllm and torchrun (of one node with two ranks) that ask the jobs into `folder`; returns python's."""
+        """Write stand-ins for python, maskllm and torchrun (of two ranks) that ask the jobs into `folder`; returns python's."""
         root, folders = str(Path(__file__).parents[1]), {ranks: str(self.folder(ranks)) for ranks in (1, 2)}
         for name, first in {"python": [], "maskllm": ["-m", "maskllm"], "torchrun": _TORCHRUN}.items():
             words = f"{first} + sys.argv[1:]"

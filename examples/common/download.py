@@ -1,4 +1,5 @@
-"""The Hugging Face files that the recipes need of a checkpoint on the hub: weights as safetensors, configs, tokenizer and licence.
+"""The Hugging Face files that the recipes need of a checkpoint on the hub: weights as safetensors, configs, tokenizer with its chat
+templates, and licence.
 
 usage: python download.py ID DIRECTORY
 
@@ -12,6 +13,6 @@ from huggingface_hub import snapshot_download
 snapshot_download(
     sys.argv[1],
     local_dir=sys.argv[2],
-    allow_patterns=["*.safetensors", "*.json", "tokenizer*", "merges.txt", "LICENSE*"],
+    allow_patterns=["*.safetensors", "*.json", "tokenizer*", "*.jinja", "merges.txt", "LICENSE*"],
     ignore_patterns=["original/*"],
 )

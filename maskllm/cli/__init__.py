@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import sys
 from collections.abc import Callable, Sequence
 
 from maskllm import __version__
 from maskllm.errors import MaskLLMError
 from maskllm.failures import is_alone, report, usage_said_once
-from maskllm.options import HelpFormatter, refuse_empty
+from maskllm.options import HelpFormatter, refuse_collisions, refuse_empty
 
 VERBS = {
     "doctor": "what is installed here, what is missing, and whether training can run",
@@ -34,6 +35,8 @@ WITHOUT_MEGATRON = ("doctor", "evaluate")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `maskllm VERB ...`; returns the exit status (0 done, 1 bad input, 2 bad usage, 130 interrupted)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error is: a path that it cannot spell must not end the verb
     argv = list(sys.argv[1:] if argv is None else argv)
     verb = argv[0] if argv and argv[0] in VERBS else None
     return run_guarded(f"maskllm {verb}" if verb else "maskllm", lambda: _run(verb, argv))
@@ -53,6 +56,7 @@ def _run(verb: str | None, argv: list[str]) -> int | None:
     with usage_said_once():
         args = parser.parse_args(argv)
     refuse_empty(vars(args))
+    refuse_collisions(vars(args))
     return importlib.import_module(f"maskllm.cli.{args.verb}").run(args)
 
 

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         metavar="FILE",
-        help="held-out text: WikiText raw, JSON lines (.json or .jsonl, also with .gz), or plain text",
+        help="held-out text: WikiText raw, JSON lines or plain text, each also as gzip",
     )
     parser.add_argument("--mask", metavar="F.npz", help="mask file to apply to the weights of --model first")
     parser.add_argument(

@@ -12,7 +12,9 @@ from maskllm.resident import peak_resident_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSON lines, plain or gzip, as C4's shards")
+    parser.add_argument(
+        "--input", nargs="+", action="extend", required=True, metavar="FILE", help="JSON lines, plain or gzip, as C4's shards"
+    )
     parser.add_argument(
         "--output-prefix", required=True, metavar="P", help="writes P_KEY_document.bin and .idx, KEY being --json-key"
     )

@@ -16,7 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="directory for everything that is made")
     parser.add_argument("--model", metavar="DIR_OR_ID", help="Hugging Face model instead of SmolLM2-135M-Instruct")
-    parser.add_argument("--corpus", nargs="+", metavar="FILE", help="C4 shards to learn from instead of installed documentation")
+    parser.add_argument(
+        "--corpus", nargs="+", action="extend", metavar="FILE", help="C4 shards to learn from instead of installed documentation"
+    )
     parser.add_argument(
         "--eval-corpus",
         metavar="FILE",

@@ -1,4 +1,4 @@
-"""Corpora in C4's format: JSON lines, plain or gzip, one object a line whose text is under one key."""
+"""Files of text by line, plain or gzip, and corpora in C4's format: JSON lines, one object a line whose text is under one key."""
 
 from __future__ import annotations
 
@@ -42,32 +42,36 @@ def check_inputs(paths: Iterable[str | os.PathLike]) -> list[Path]:
             raise MaskLLMError(f"{path}: no such file")
         if not path.is_file():
             found = "a directory" if path.is_dir() else "no regular file, and may have to be read twice"
-            raise MaskLLMError(f"{path}: is {found}; wanted a JSON-lines file")
+            raise MaskLLMError(f"{path}: is {found}; wanted a file")
     return paths
 
 
 def read_lines(paths: Sequence[Path]) -> Iterator[Line]:
-    """Every line of the files but those of white space only. Gzip is told by its first bytes, whatever the file is called.
+    """Every line of the files but those of white space only. Raises as `every_line` does."""
+    before = 0
+    for path in paths:
+        yield from (line for line in every_line(path, before) if not line.data.isspace())
+        before += path.stat().st_size
+
+
+def every_line(path: Path, before: int = 0) -> Iterator[Line]:
+    """Every line of a file; `before` is added to their positions. Gzip is told by its first bytes, whatever the file is called.
 
     Raises MaskLLMError where a gzip stream is damaged or ends early.
     """
-    before = 0
-    for path in paths:
-        with path.open("rb") as stored:
-            compressed = stored.peek(2)[:2] == _GZIP_MAGIC
-            stream = gzip.GzipFile(fileobj=stored) if compressed else stored
-            number = 0
-            try:
-                for number, data in enumerate(stream, start=1):
-                    if number == 1:
-                        data = data.removeprefix(_BYTE_ORDER_MARK)
-                    if not data.isspace():
-                        yield Line(path, number, data, before + stored.tell())
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise MaskLLMError(
-                    f"{path}: the gzip stream is damaged or cut off after line {number} ({error}); fetch the file again"
-                ) from error
-            before += stored.tell()
+    with path.open("rb") as stored:
+        compressed = stored.peek(2)[:2] == _GZIP_MAGIC
+        stream = gzip.GzipFile(fileobj=stored) if compressed else stored
+        number = 0
+        try:
+            for number, data in enumerate(stream, start=1):
+                if number == 1:
+                    data = data.removeprefix(_BYTE_ORDER_MARK)
+                yield Line(path, number, data, before + stored.tell())
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise MaskLLMError(
+                f"{path}: the gzip stream is damaged or cut off after line {number} ({error}); fetch the file again"
+            ) from error
 
 
 def document(line: Line, key: str) -> str:

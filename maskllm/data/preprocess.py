@@ -26,7 +26,7 @@ from tqdm import tqdm
 from maskllm.data.json_lines import BadLineError, Line, check_inputs, document, read_lines
 from maskllm.data.tokenizer import InexactError, TokenBatch, Tokenizer, load_tokenizer, one_core_a_call
 from maskllm.errors import MaskLLMError
-from maskllm.files import atomic_file
+from maskllm.files import atomic_file, real_file
 
 CHUNK_BYTES = 1 << 20
 """Lines are handed to a worker in chunks of about this size."""
@@ -130,7 +130,7 @@ def _preprocess(
         if not summary.tokens:
             raise MaskLLMError(f"{', '.join(map(str, inputs))}: no document with text, nothing to write")
         builder.finalize(str(new_idx))
-        idx_path.unlink(missing_ok=True)
+        real_file(idx_path).unlink(missing_ok=True)
     summary.seconds = time.perf_counter() - started
     return summary
 

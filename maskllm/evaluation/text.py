@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from maskllm.data.json_lines import check_inputs, document, read_lines
+from maskllm.data.json_lines import check_inputs, document, every_line, read_lines
 from maskllm.errors import MaskLLMError
 
-_JSON_LINES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
+_JSON = re.compile(rb'\s*\[?\s*\{\s*("|$)')
+"""How a JSON object, or an array of objects, begins."""
 
 
 @dataclass(frozen=True)
@@ -22,18 +24,20 @@ class EvaluationText:
 
 
 def read_evaluation_text(path: str | os.PathLike) -> EvaluationText:
-    """Read a held-out text.
+    """Read a held-out text, plain or gzip. What kind it is its contents tell, not its name.
 
-    * `.json` and `.jsonl`, also with `.gz`: the `text` of every line, joined by blank lines ("\\n\\n").
+    * JSON lines, where the first line that is not blank begins as a JSON object does: the `text` of every line, joined by blank lines
+      ("\\n\\n"). So JSON of another form is refused by line, and no model is ever judged on JSON syntax.
     * WikiText's raw form, a file in which every line begins and ends with a space: its rows joined by "\\n\\n", as every pruning
       paper's loader joins `load_dataset("wikitext", "wikitext-2-raw-v1")["text"]`. A line of one space is an empty row, every other
       row keeps its line end. The test split is 341469 tokens to the Llama-2 tokenizer, BOS included.
     * Any other file: as it is (UTF-8, line ends made "\\n").
 
-    Raises MaskLLMError where the file cannot be read or is empty.
+    Raises MaskLLMError where the file cannot be read, is empty, or is JSON without a `text` in every line.
     """
     (path,) = check_inputs([path])
-    if path.name.endswith(_JSON_LINES):
+    first = next(read_lines([path]), None)
+    if first is not None and _JSON.match(first.data):
         found = EvaluationText("\n\n".join(document(line, "text") for line in read_lines([path])), "json lines")
     else:
         found = _plain(path)
@@ -44,7 +48,7 @@ def read_evaluation_text(path: str | os.PathLike) -> EvaluationText:
 
 def _plain(path: Path) -> EvaluationText:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = b"".join(line.data for line in every_line(path)).decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         raise MaskLLMError(f"{path}: not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}") from error
     lines = text.split("\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,13 +46,17 @@ def export(
     """Write the checkpoint `load`, dense or trimmed, as a Hugging Face checkpoint to the directory `output`.
 
     Tensors keep their dtype and their bits. `output` appears when it is complete and every pruned matrix has been found to have at
-    most N non-zeros in every M. `mask_file` also gets the masks (`maskllm.export.mask_file`). `max_shard_size` is a number with a
-    unit, such as "5GB". Raises MaskLLMError where `output` exists and is not empty, for checkpoints of other stages, for missing or
+    most N non-zeros in every M. `mask_file` also gets the masks (`maskllm.export.mask_file`). `max_shard_size` is a positive number with
+    a unit, such as "5GB". Raises MaskLLMError where `output` exists and is not empty, for checkpoints of other stages, for missing or
     misshapen tensors, and for a weight outside of its mask. Returns what was written.
     """
     output = Path(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise MaskLLMError(f"--output {output} exists and is not an empty directory; remove it or name another")
+    if not re.fullmatch(r"(?=.*[1-9])[0-9]{1,9}(\.[0-9]{1,9})?\s*[KMGT]B", max_shard_size.strip(), re.IGNORECASE):
+        raise MaskLLMError(
+            f"--max-shard-size {max_shard_size}: wanted a positive size in KB, MB, GB or TB, such as {MAX_SHARD_SIZE}"
+        )
     checkpoint = resolve(load)
     if checkpoint.info.stage not in ("dense", "trimmed"):
         raise MaskLLMError(
@@ -61,15 +66,12 @@ def export(
         raise MaskLLMError(f"{checkpoint.path}: is a dense checkpoint, which has no masks for {mask_file}")
     checkpoint.check_weights()
     tensors = _hf_tensors(checkpoint)
-    try:
-        shards = split_state_dict_into_shards_factory(
-            tensors,
-            get_storage_size=lambda tensor: tensor.nbytes,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=max_shard_size,
-        )
-    except ValueError as error:
-        raise MaskLLMError(f"--max-shard-size {max_shard_size}: {error}") from None
+    shards = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: tensor.nbytes,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
     total = shards.metadata["total_size"]
     pruned = _pruned_names(checkpoint)
     zeros = 0

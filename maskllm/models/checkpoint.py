@@ -162,28 +162,31 @@ def resolve(path: str | Path, *, say: Callable[[str], None] = _to_stderr) -> Che
 def iterations(path: str | Path, *, say: Callable[[str], None] = _to_stderr) -> list[Path]:
     """The iteration directories that a run can go on from, best first: the one `latest_checkpointed_iteration.txt` names, then older ones.
 
-    Where that file is missing, or names one that is not complete, the newest complete one comes first. Directories that are not
-    complete are left out; `say` is called with a line about those newer than the first. An iteration directory gives itself alone.
-    Raises MaskLLMError where there is none.
+    Where that file is missing or cannot be understood, or names one that is not complete, the newest complete one comes first.
+    Directories that are not complete are left out. `say` is called with a line about what is newer than the first, and about a file that
+    is of no use. An iteration directory gives itself alone. Raises MaskLLMError where there is none.
     """
     path = Path(path)
     if not path.is_dir():
         raise MaskLLMError(f"{path}: no such directory; wanted a checkpoint that `maskllm convert` or training wrote")
     if (path / INFO).is_file() or is_complete(path):
         return [path]
-    latest = _named_by_latest(path)
+    latest = _named_by_latest(path, say)
     if latest is not None and latest.name == "release":
         return [latest]
     found = sorted(((number, entry) for entry in path.iterdir() if (number := iteration_number(entry)) is not None), reverse=True)
     complete = [entry for _, entry in found if is_complete(entry)]
     if latest is not None and is_complete(latest):
-        return [entry for entry in complete if iteration_number(entry) <= iteration_number(latest)]
+        for entry in complete[: complete.index(latest)]:
+            say(f"{entry}: newer than {latest.name}, which {LATEST} names; ignored")
+        return complete[complete.index(latest) :]
     if not complete:
-        if latest is not None:
+        if is_complete(path / "release"):
+            complete = [path / "release"]
+        elif latest is not None:
             raise MaskLLMError(f"{latest}: {_what_lacks(latest)}, though {LATEST} beside it names it; there is no other to use")
-        if not is_complete(path / "release"):
+        else:
             raise MaskLLMError(f"{path}: not a checkpoint, it has no complete iteration; `maskllm convert` makes one")
-        complete = [path / "release"]
     for _, entry in found:
         if entry not in complete and iteration_number(entry) > (iteration_number(complete[0]) or 0):
             say(f"{entry}: {_what_lacks(entry)}; ignored")
@@ -227,13 +230,14 @@ def iteration_number(directory: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def _named_by_latest(root: Path) -> Path | None:
-    """The iteration directory that `latest_checkpointed_iteration.txt` names. Raises MaskLLMError where it names nothing."""
+def _named_by_latest(root: Path, say: Callable[[str], None]) -> Path | None:
+    """The iteration directory that `latest_checkpointed_iteration.txt` names, if it names one."""
     if not (root / LATEST).is_file():
         return None
     text = (root / LATEST).read_text(encoding="utf-8", errors="replace").strip()
     if text != "release" and not re.fullmatch(r"\d{1,18}", text):
-        raise MaskLLMError(f"{root / LATEST}: holds {text[:40]!r}; wanted 'release' or an iteration number")
+        say(f"{root / LATEST}: holds {text[:40]!r}; wanted 'release' or an iteration number; ignored")
+        return None
     return root / iteration_name("release" if text == "release" else int(text))
 
 
@@ -258,7 +262,7 @@ def write_checkpoint(
     It appears, replacing an older one, when it is complete. Side files are copied from the Hugging Face directory `hf_files_from`.
     Raises as `release_directory` does.
     """
-    path = release_directory(root)
+    path = release_directory(root, info.stage)
     with atomic_directory(path) as temporary:
         write_tensors(temporary, tensors, description)
         write_side_files(temporary, info, hf_files_from)
@@ -267,17 +271,24 @@ def write_checkpoint(
     return path
 
 
-def release_directory(root: str | Path) -> Path:
-    """`ROOT/release`, which `write_checkpoint` will write or replace.
+def release_directory(root: str | Path, stage: str) -> Path:
+    """`ROOT/release`, which `write_checkpoint` will write, or replace by another of the same stage.
 
-    Raises FileExistsError where ROOT is a file, MaskLLMError where ROOT/release is something else than a checkpoint.
+    Raises FileExistsError where ROOT is a file, MaskLLMError where ROOT holds a training run or where ROOT/release is something else than
+    a checkpoint of this stage.
     """
     root = Path(root)
     if root.exists() and not root.is_dir():
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(root))
+    if root.exists() and any(iteration_number(entry) is not None for entry in root.iterdir()):
+        raise MaskLLMError(f"{root}: holds the checkpoints of a run; name another --output")
     path = root / iteration_name("release")
     if path.exists() and not (path / INFO).is_file():
         raise MaskLLMError(f"{path}: exists and is not a checkpoint of this program; remove it or name another --output")
+    if path.exists() and (found := _read_info(path / INFO).stage) != stage:
+        raise MaskLLMError(
+            f"{path}: is a {found} checkpoint, not to be replaced by a {stage} one; remove it or name another --output"
+        )
     return path
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from maskllm.errors import MaskLLMError
-from maskllm.models.checkpoint import CheckpointInfo, write_checkpoint
+from maskllm.models.checkpoint import CheckpointInfo, release_directory, write_checkpoint
 from maskllm.models.config import ModelConfig
 from maskllm.models.families import base_prefix, is_derived_buffer, parameter_map, read_model_config, tied_copies
 from maskllm.models.hf_source import HFTensors, find_source
@@ -33,8 +33,10 @@ def convert(hf: str | Path, output: str | Path) -> ConvertReport:
     """Convert the Hugging Face checkpoint `hf`, a directory or a hub id, to the Megatron checkpoint directory `output`.
 
     Every tensor keeps its dtype and its bits. The iteration directory is OUTPUT/release. Raises MaskLLMError naming the
-    config key or tensor where the model is not supported, or a tensor is missing, unknown or of the wrong shape.
+    config key or tensor where the model is not supported, or a tensor is missing, unknown or of the wrong shape, and as
+    `release_directory` does, before anything is downloaded.
     """
+    release_directory(output, "dense")
     source = find_source(hf)
     config = read_model_config(source / "config.json")
     tensors = HFTensors(source, base_prefix(config))

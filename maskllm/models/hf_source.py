@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 import shutil
 from collections.abc import Sequence
@@ -17,6 +16,9 @@ from maskllm.models.hf_config import read_json_object
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
+SUBDIRECTORIES = ("*/*.safetensors", "[!a]*/*")
+"""What lies in a repository's directories, but for additional_chat_templates; in these patterns, and those of files, * takes slashes."""
+
 SIDE_FILES = (
     "config.json",
     "generation_config.json",
@@ -26,6 +28,7 @@ SIDE_FILES = (
     "vocab.*",
     "merges.txt",
     "chat_template*",
+    "additional_chat_templates/*.jinja",
     "LICENSE*",
     "NOTICE*",
     "USE_POLICY*",
@@ -53,7 +56,7 @@ def find_source(directory_or_id: str | Path, files: Sequence[str] = ("*.safetens
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(directory_or_id), allow_patterns=list(files), ignore_patterns=["*/*"]))
+        return Path(snapshot_download(str(directory_or_id), allow_patterns=list(files), ignore_patterns=list(SUBDIRECTORIES)))
     except Exception as error:  # the hub's client raises its own, requests' and httpx's errors
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise MaskLLMError(f"{directory_or_id}: no such directory, and the hub does not give it: {reason}") from None
@@ -66,10 +69,11 @@ def copy_side_files(source: Path, target: Path) -> None:
     """
     if not (source / "config.json").is_file():
         raise MaskLLMError(f"{source / 'config.json'}: no such file")
-    target.mkdir(exist_ok=True)
-    for file in sorted(source.iterdir()):
-        if file.is_file() and any(fnmatch.fnmatch(file.name, pattern) for pattern in SIDE_FILES):
-            shutil.copyfile(file, target / file.name)
+    for file in (file for pattern in SIDE_FILES for file in source.glob(pattern)):
+        if file.is_file():
+            place = target / file.relative_to(source)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
 
 
 class HFTensors:

@@ -51,7 +51,7 @@ def open_for_pruning(load: str | Path, output: str | Path, settings: PruneSettin
         )
     if Path(output).resolve() in (checkpoint.path.resolve(), checkpoint.path.resolve().parent):
         raise MaskLLMError(f"--output {output} is the checkpoint that is loaded; name another directory")
-    release_directory(output)
+    release_directory(output, "pruned")
     checkpoint.check_weights()
     for mapping in parameter_map(checkpoint.model_config):
         if mapping.linear is not None and isinstance(settings.sparsity, Pattern):

@@ -32,7 +32,9 @@ def _option(default: Any, help: str, **kwargs: Any) -> Any:
 class TrainArguments:
     """Everything `maskllm.train` can be told."""
 
-    data_path: list[str] = _option((), "indexed-dataset prefixes to train on: P, or W1 P1 W2 P2 ... to blend", nargs="+")
+    data_path: list[str] = _option(
+        (), "indexed-dataset prefixes to train on: P, or W1 P1 W2 P2 ... to blend", nargs="+", action="extend"
+    )
     load: str | None = _option(None, "checkpoint to go on from; a trained one is resumed exactly, another one is started from")
     pretrained_checkpoint: str | None = _option(
         None, "checkpoint to start from when --load holds none yet, so that one command both starts and resumes"

@@ -6,8 +6,11 @@ import argparse
 import contextlib
 import errno
 import importlib
+import io
 import os
 import resource
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,7 @@ from maskllm.errors import MaskLLMError
 from maskllm.files import atomic_directory, atomic_file
 from maskllm.quickstart.pipeline import QuickstartSettings
 from maskllm.quickstart.steps import Steps
-from maskllm.training.arguments import TrainArguments
+from maskllm.training.arguments import TrainArguments, parse_arguments
 
 
 def refused(capsys, *argv: object) -> str:
@@ -54,8 +57,10 @@ def test_usage_errors_end_with_status_2(capsys):
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "quickstart"])
 def test_a_place_for_the_numbers_that_cannot_be_written_is_refused_before_the_work(verb, capsys, tmp_path):
-    pipe, file, missing = tmp_path / "pipe", tmp_path / "file", str(tmp_path / "missing")
+    pipe, link, file, missing = tmp_path / "pipe", tmp_path / "link", tmp_path / "file", str(tmp_path / "missing")
     os.mkfifo(pipe)
+    link.symlink_to(pipe)
+    (tmp_path / "two\nlines").mkdir()
     file.write_text("x")
     parser = argparse.ArgumentParser()
     importlib.import_module(f"maskllm.cli.{verb}").add_arguments(parser)
@@ -65,6 +70,9 @@ def test_a_place_for_the_numbers_that_cannot_be_written_is_refused_before_the_wo
     for place, reason in (
         (tmp_path, "is a directory"),
         (pipe, "is no regular file"),
+        (link, "link: is no regular file"),
+        (tmp_path / "two\nlines", r"two\nlines: is a directory"),
+        ("-", "found '-', wanted a file's path"),
         (file / "f.json", f"{file} is not a directory"),
     ):
         with pytest.raises(SystemExit) as caught:
@@ -113,7 +121,7 @@ def test_stages_in_the_wrong_order_are_refused(capsys, tmp_path, tiny_dense, tin
     assert not (tmp_path / "new").exists()
 
 
-@pytest.mark.parametrize("contents", ['{"a": ' + "9" * 5000 + "}", "[" * 100_000])
+@pytest.mark.parametrize("contents", ['{"a": ' + "9" * 5000 + "}", '{"a": ' + "[" * 100_000])
 def test_json_that_python_refuses_to_read_is_named(capsys, tmp_path, contents):
     (tmp_path / "config.json").write_text(contents)
     assert "config.json: not JSON" in refused(capsys, "convert", "--hf", tmp_path, "--output", tmp_path / "new")
@@ -178,9 +186,99 @@ def test_a_full_disk_names_the_output_and_leaves_nothing(tmp_path, atomic):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_directory_in_an_output_files_place_is_named(tmp_path):
-    with pytest.raises(IsADirectoryError, match="wanted a file to write"), atomic_file(tmp_path):
-        pass
+def test_what_is_no_file_in_an_output_files_place_is_named_and_stays(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for place, found in ((tmp_path, "a directory"), (tmp_path / "pipe", "no regular file")):
+        with pytest.raises(MaskLLMError, match=f"{place}: is {found}, wanted a file to write"), atomic_file(place):
+            pass
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_output_that_is_a_link_goes_where_the_link_points(tmp_path, there):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "file").symlink_to(Path("disk") / "file")  # relative, as people make them
+    (tmp_path / "directory").symlink_to(disk / "directory")
+    if there:
+        (disk / "file").write_text("old")
+        (disk / "directory").mkdir()
+        (disk / "directory" / "old").write_text("old")
+    with atomic_file(tmp_path / "file") as temporary:
+        temporary.write_text("new")
+    with atomic_directory(tmp_path / "directory") as temporary:
+        (temporary / "new").write_text("new")
+    assert (tmp_path / "file").is_symlink() and (tmp_path / "directory").is_symlink()
+    assert {str(path.relative_to(disk)) for path in disk.rglob("*")} == {"file", "directory", "directory/new"}
+    assert (disk / "file").read_text() == "new"
+
+
+@pytest.mark.parametrize("atomic", [atomic_file, atomic_directory])
+def test_directories_made_for_an_output_that_fails_go_again(tmp_path, atomic):
+    with pytest.raises(KeyboardInterrupt), atomic(tmp_path / "some" / "where" / "out"):
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+def test_outputs_in_each_others_place_are_refused_before_the_work(capsys, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    for verb, *places in (
+        ("export", "--output", "out", "--mask-file", "out/config.json"),
+        ("export", "--output", "out", "--mask-file", "link/config.json"),
+        ("export", "--output", "out", "--mask-file", "out"),
+        ("export", "--output", "out/hf", "--mask-file", "out"),
+        ("export", "--output", "out", "--mask-file", "file", "--json", "file"),
+        ("convert", "--output", "out", "--json", "out/release/maskllm.json"),
+    ):
+        words = [word if word.startswith("--") else tmp_path / word for word in places]
+        line = refused(capsys, verb, "--hf" if verb == "convert" else "--load", "no", *words)
+        assert line.endswith(f"{words[-2]} {words[-1]}: one is, or lies in, the other; name places apart from each other")
+    apart = ["--output", tmp_path / "out", "--mask-file", tmp_path / "out.npz", "--json", tmp_path / "out.json"]
+    assert "no: no such directory" in refused(capsys, "export", "--load", "no", *apart)
+
+
+def test_a_checkpoint_of_another_stage_is_not_replaced(capsys, tmp_path, tiny_hf, tiny_dense, tiny_pruned):
+    dense, pruned = (shutil.copytree(path, tmp_path / path.name) for path in (tiny_dense, tiny_pruned))
+    for words, found, stage in (
+        (("trim", "--load", tiny_pruned, "--output", dense), "dense", "trimmed"),
+        (("prune", "--load", tiny_dense, "--method", "magnitude", "--output", dense), "dense", "pruned"),
+        (("convert", "--hf", tiny_hf, "--output", pruned), "pruned", "dense"),
+        (("convert", "--hf", "not/downloaded", "--output", pruned), "pruned", "dense"),
+    ):
+        line = refused(capsys, *words)
+        assert f"{words[-1] / 'release'}: is a {found} checkpoint, not to be replaced by a {stage} one" in line
+    before = (dense / "release" / "maskllm.json").stat().st_ino
+    assert main(["convert", "--hf", str(tiny_hf), "--output", str(dense)]) == 0
+    assert (dense / "release" / "maskllm.json").stat().st_ino != before
+
+
+def test_a_path_that_the_terminal_cannot_spell_does_not_end_in_a_traceback(monkeypatch, tmp_path, tiny_hf):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert main(["convert", "--hf", str(tiny_hf), "--output", str(tmp_path / "ünï")]) == 0
+    sys.stdout.flush()
+    assert rb"\xfcn\xef/release" in written.getvalue()
+
+
+def test_a_line_end_in_a_path_leaves_the_message_one_line(capsys, tmp_path):
+    assert r"two\nlines: no such directory" in refused(
+        capsys, "trim", "--load", tmp_path / "two\nlines", "--output", tmp_path / "new"
+    )
+
+
+@pytest.mark.parametrize(
+    ("verb", "option", "required"),
+    [("preprocess", "--input", ["--output-prefix", "p", "--tokenizer", "t"]), ("quickstart", "--corpus", ["--output", "o"])],
+)
+def test_files_given_one_by_one_are_all_taken(verb, option, required):
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"maskllm.cli.{verb}").add_arguments(parser)
+    found = parser.parse_args([*required, option, "a", option, "b", "c"])
+    assert getattr(found, option.removeprefix("--")) == ["a", "b", "c"]
+
+
+def test_datasets_given_one_by_one_are_all_taken():
+    assert parse_arguments(["--data-path", "1", "a", "--data-path", "2", "b"]).data_path == ["1", "a", "2", "b"]
 
 
 @contextlib.contextmanager

@@ -179,6 +179,24 @@ def test_input_that_cannot_be_used_ends_with_one_line(tokenizers_directory, tmp_
     assert {entry.name for entry in tmp_path.iterdir()} == before
 
 
+def test_a_run_that_fails_leaves_no_directory(tokenizers_directory, tmp_path):
+    write_json_lines(tmp_path / "in.json", ["the model"])
+    with pytest.raises(BadLineError, match="no key 'a/b'"):
+        preprocess([tmp_path / "in.json"], tmp_path / "out", tokenizers_directory / "digits", json_key="a/b")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["in.json"]
+
+
+def test_a_dataset_of_links_goes_where_they_point(tokenizers_directory, tmp_path):
+    (tmp_path / "disk").mkdir()
+    for suffix in ("bin", "idx"):
+        (tmp_path / "disk" / suffix).write_text("old")
+        (tmp_path / f"out_text_document.{suffix}").symlink_to(tmp_path / "disk" / suffix)
+    write_json_lines(tmp_path / "in.json", ["the model"])
+    preprocess([tmp_path / "in.json"], tmp_path / "out", tokenizers_directory / "digits")
+    assert all((tmp_path / f"out_text_document.{suffix}").is_symlink() for suffix in ("bin", "idx"))
+    assert len(IndexedDataset(str(tmp_path / "out_text_document"))) == 1
+
+
 def test_output_that_cannot_be_written_ends_with_one_line(tokenizers_directory, tmp_path, capsys):
     write_json_lines(tmp_path / "in.json", ["the model"])
     arguments = ["--tokenizer", str(tokenizers_directory / "digits"), "--input", str(tmp_path / "in.json")]

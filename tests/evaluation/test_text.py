@@ -28,19 +28,29 @@ def test_wikitext_rows_are_joined_as_the_datasets_library_gives_them(tmp_path):
     assert read.kind == "wikitext rows"
 
 
-@pytest.mark.parametrize("name", ["text.txt", "noend.txt"])
+@pytest.mark.parametrize("name", ["text.txt", "noend.txt", "TEXT.GZ", "braces.json"])
 def test_other_text_is_taken_as_it_is(tmp_path, name):
-    text = "Any text,\n in lines \n\n and more." + ("\n" if name == "text.txt" else "")
-    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    text = ("{{Braces}}" if name == "braces.json" else "Any") + " text,\n in lines \n\n and é."
+    text += "" if name == "noend.txt" else "\n"
+    data = b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name == "TEXT.GZ" else data)
     assert (read_evaluation_text(tmp_path / name).text, read_evaluation_text(tmp_path / name).kind) == (text, "text")
 
 
-@pytest.mark.parametrize("name", ["held.json", "held.jsonl", "held.json.gz"])
+@pytest.mark.parametrize("name", ["held.json", "held.ndjson", "held", "held.json.gz", "C4.JSON.GZ"])
 def test_json_lines_are_joined_by_blank_lines(tmp_path, name):
     data = b"".join(json.dumps({"text": text, "url": ""}).encode() + b"\n" for text in ("one é", "two\nlines", "three"))
-    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    data = b"\xef\xbb\xbf\n \n" + data
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.lower().endswith("gz") else data)
     read = read_evaluation_text(tmp_path / name)
     assert (read.text, read.kind) == ("one é\n\ntwo\nlines\n\nthree", "json lines")
+
+
+@pytest.mark.parametrize("first", [b'{"body": "y"}', b'[{"text": "y"}]', b'{"text": "cut', b'{\n"text": "y"}', b'{"text": 3}'])
+def test_json_of_another_form_is_not_taken_for_text(tmp_path, first):
+    (tmp_path / "held").write_bytes(b"\n" + first + b"\n")
+    with pytest.raises(BadLineError, match=r"held:2: "):
+        read_evaluation_text(tmp_path / "held")
 
 
 def test_what_cannot_be_read_is_named(tmp_path):
@@ -53,5 +63,8 @@ def test_what_cannot_be_read_is_named(tmp_path):
         read_evaluation_text(tmp_path / "blank.txt")
     with pytest.raises(BadLineError, match=r"bad.json:2: no key 'text'"):
         read_evaluation_text(tmp_path / "bad.json")
-    with pytest.raises(MaskLLMError, match="is a directory"):
+    (tmp_path / "cut.gz").write_bytes(gzip.compress(b"text\n" * 9)[:-9])
+    with pytest.raises(MaskLLMError, match=r"cut.gz: the gzip stream is damaged or cut off"):
+        read_evaluation_text(tmp_path / "cut.gz")
+    with pytest.raises(MaskLLMError, match=r"is a directory; wanted a file$"):
         read_evaluation_text(tmp_path)

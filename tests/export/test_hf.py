@@ -165,6 +165,7 @@ def test_what_cannot_be_exported_is_refused(trimmed, tmp_path):
         export(tmp_path / "dense", tmp_path / "sparse", mask_file=tmp_path / "masks.npz")
     with pytest.raises(MaskLLMError, match="hf exists and is not an empty directory"):
         export(trimmed, tmp_path / "hf")
-    with pytest.raises(MaskLLMError, match="--max-shard-size 5 apples"):
-        export(trimmed, tmp_path / "sparse", max_shard_size="5 apples")
+    for size in ("5 apples", "-5GB", "0GB", "0.0 kb", "infGB", "nanGB", "5", "1.2.3GB", "9" * 400 + "GB"):
+        with pytest.raises(MaskLLMError, match=f"--max-shard-size {size}: wanted a positive size"):
+            export(trimmed, tmp_path / "sparse", max_shard_size=size)
     assert not (tmp_path / "sparse").exists()

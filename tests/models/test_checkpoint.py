@@ -106,6 +106,12 @@ def test_a_directory_of_someone_elses_is_not_replaced(dense, tmp_path):
         convert(tmp_path / "hf", tmp_path / "other")
 
 
+def test_a_directory_of_a_run_is_no_place_for_another_checkpoint(dense):
+    shutil.copytree(dense / "release", dense / "iter_0000008")
+    with pytest.raises(MaskLLMError, match="holds the checkpoints of a run; name another --output"):
+        convert(dense.parent / "hf", dense)
+
+
 def edit_info(root, **values) -> None:
     path = root / "release" / INFO
     path.write_text(json.dumps(json.loads(path.read_text()) | values))

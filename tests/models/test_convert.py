@@ -22,6 +22,7 @@ from maskllm.models.build import build_model
 from maskllm.models.checkpoint import resolve
 from maskllm.models.config import set_rotary_frequencies
 from maskllm.models.convert import convert
+from maskllm.models.hf_source import find_source
 from maskllm.models.rope import rotary_frequencies
 from tests.models.layout_worker import upstream_model
 from tests.models.tiny import CONFIGS, write_tiny
@@ -100,10 +101,20 @@ def test_side_files_go_along_and_nothing_else(tmp_path):
     write_tiny("llama2", tmp_path / "hf")
     for name in ("tokenizer.json", "tokenizer.model", "chat_template.jinja", "LICENSE", "pytorch_model.bin", "training_args.bin"):
         (tmp_path / "hf" / name).write_text(name)
+    for name in ("additional_chat_templates/tool_use.jinja", "additional_chat_templates/model.bin", "original/tokenizer.model"):
+        (tmp_path / "hf" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "hf" / name).write_text(name)
     path = Path(convert(tmp_path / "hf", tmp_path / "dense").path)
-    assert {file.name for file in (path / "hf").iterdir()} == {
+    kept = {
         "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja", "LICENSE",
+        "additional_chat_templates/tool_use.jinja",
     }  # fmt: skip
+    export(tmp_path / "dense", tmp_path / "back")
+    for directory, more in ((path / "hf", set()), (tmp_path / "back", {"model.safetensors"})):
+        assert {str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file()} == kept | more
+    assert (
+        tmp_path / "back" / "additional_chat_templates" / "tool_use.jinja"
+    ).read_text() == "additional_chat_templates/tool_use.jinja"
     assert resolve(tmp_path / "dense").info.source == str(tmp_path / "hf")
 
 
@@ -238,6 +249,29 @@ def test_a_hub_id_is_converted_from_its_download(monkeypatch, hf, tmp_path):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo_id, **_: str(hf))
     convert("some/model", tmp_path / "dense")
     assert resolve(tmp_path / "dense").info.source == "some/model"
+
+
+def test_of_a_hub_repository_what_is_needed_is_fetched(monkeypatch, hf, tmp_path):
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    wanted = ["config.json", "model.safetensors", "tokenizer.json", "additional_chat_templates/tool_use.jinja"]
+    others = [
+        "pytorch_model.bin",
+        "original/tokenizer.model",
+        "adapter/adapter_model.safetensors",
+        "tokenizer/tokenizer.json",
+        "a/LICENSE",
+    ]
+    fetched = []
+
+    def snapshot_download(repo_id, **patterns):
+        fetched.extend(filter_repo_objects(wanted + others, **patterns))
+        return str(hf)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    find_source("some/model")
+    assert fetched == wanted
 
 
 def test_the_numbers_are_those_of_transformers_model(tmp_path, capsys):
