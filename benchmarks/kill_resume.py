@@ -16,9 +16,11 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -145,30 +147,29 @@ def measure(cycles: int, steps: int, ranks: int, seed: int, folder: Path) -> dic
         runs += 1
         shutil.rmtree(killed)
 
-    try:
-        with tqdm(total=cycles, desc="kill and resume", unit="cycle", file=sys.stderr) as bar:
-            while len(history) < cycles:
-                since = log.stat().st_size
-                process = start(words, log)
-                wanted = choose.randrange(2 * SAVE_INTERVAL) if choose.random() > 1 / 6 else None
-                moment = choose.uniform(0, 0.2 if wanted is not None else seconds / 2)
-                one_rank = choose.random() < 0.5
-                live(process, log, since, wanted, moment)
-                if process.poll() is None:
-                    kill(process, one_rank=one_rank, choose=choose)
-                    done = steps_logged(log, since)
-                    history.append(
-                        {"steps": done, "seconds": round(moment, 3), "one_rank": one_rank, "last_saved": iteration(killed)}
-                    )
-                    bar.update()
-                elif process.returncode != 0:
-                    raise SystemExit(f"a resumed run failed:\n{log.read_text()[-3000:]}")
-                else:
-                    compare()
-    except KeyboardInterrupt:
+    # A flag, since an exception in the midst of Popen's own waiting can leave its lock behind.
+    interrupted = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+    with tqdm(total=cycles, desc="kill and resume", unit="cycle", file=sys.stderr) as bar:
+        while len(history) < cycles and not interrupted.is_set():
+            since = log.stat().st_size
+            process = start(words, log)
+            wanted = choose.randrange(2 * SAVE_INTERVAL) if choose.random() > 1 / 6 else None
+            moment = choose.uniform(0, 0.2 if wanted is not None else seconds / 2)
+            one_rank = choose.random() < 0.5
+            live(process, log, since, wanted, moment)
+            if process.poll() is None:
+                kill(process, one_rank=one_rank, choose=choose)
+                done = steps_logged(log, since)
+                history.append({"steps": done, "seconds": round(moment, 3), "one_rank": one_rank, "last_saved": iteration(killed)})
+                bar.update()
+            elif process.returncode == 0:
+                compare()
+            elif not interrupted.is_set():
+                raise SystemExit(f"a resumed run failed:\n{log.read_text()[-3000:]}")
+    signal.signal(signal.SIGINT, before)
+    if interrupted.is_set():
         print("interrupted: the report is of the cycles until now", file=sys.stderr)
-        if process.poll() is None:
-            kill(process, one_rank=False, choose=choose)
     run_to_the_end(words, log)
     compare()
     return {
