@@ -1,10 +1,15 @@
 #!/usr/bin/env bash
-# The quickstart's pipeline by hand, one command a step, for any small model and corpus: copy it and change it.
+# The quickstart's pipeline by hand, one command a step, for any small model and corpus: copy it beside itself and change it.
 #
 #   MODEL=path/to/hf TRAIN=c4.json EVAL=wiki.test.raw OUT=outputs/by_hand examples/quickstart.sh
 #
-# Run it again to go on: finished steps are skipped, training resumes.
+# Run it again to go on: finished steps are skipped, training resumes. DRY_RUN=1 prints the commands of all steps instead.
 set -euo pipefail
+# shellcheck source=examples/common/run.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common/run.sh"
+if [[ -n ${DRY_RUN:-} ]]; then
+  : "${MODEL:=/path/to/hf}" "${TRAIN:=/path/to/c4.json}" "${EVAL:=/path/to/wiki.test.raw}"
+fi
 MODEL=${MODEL:?the Hugging Face directory or hub id to sparsify}
 TRAIN=${TRAIN:?JSON lines to learn from, C4 format, plain or .gz}
 EVAL=${EVAL:?held-out text}
@@ -14,25 +19,23 @@ ITERS=${ITERS:-50}
 SEQ=${SEQ:-256}
 DTYPE=${DTYPE:-fp32}
 
-if [ ! -e "$OUT/dense/latest_checkpointed_iteration.txt" ]; then
-  maskllm convert --hf "$MODEL" --output "$OUT/dense"
-fi
-if [ ! -e "$OUT/data_text_document.idx" ]; then # with the tokenizer that the conversion has brought along
-  maskllm preprocess --input "$TRAIN" --output-prefix "$OUT/data" --tokenizer "$OUT/dense/release/hf" --append-eod
-fi
-if [ ! -e "$OUT/prior/latest_checkpointed_iteration.txt" ]; then
-  maskllm prune --load "$OUT/dense" --method sparsegpt --pattern 2:4 --output "$OUT/prior" \
+# Whether a step has its result already; a dry run shows the step anyway.
+is_there() { [[ -z ${DRY_RUN:-} && -e $1 ]]; }
+
+is_there "$OUT/dense/latest_checkpointed_iteration.txt" ||
+  run maskllm convert --hf "$MODEL" --output "$OUT/dense"
+is_there "$OUT/data_text_document.idx" || # with the tokenizer that the conversion has brought along
+  run maskllm preprocess --input "$TRAIN" --output-prefix "$OUT/data" --tokenizer "$OUT/dense/release/hf" --append-eod
+is_there "$OUT/prior/latest_checkpointed_iteration.txt" ||
+  run maskllm prune --load "$OUT/dense" --method sparsegpt --pattern 2:4 --output "$OUT/prior" \
     --calibration-data "$OUT/data_text_document" --calibration-samples 16 --seq-length "$SEQ" --pack --params-dtype "$DTYPE"
-fi
-torchrun --standalone --nproc-per-node "$RANKS" -m maskllm.train \
+run torchrun --standalone --nproc-per-node "$RANKS" -m maskllm.train \
   --pretrained-checkpoint "$OUT/prior" --load "$OUT/learned" --save "$OUT/learned" --save-interval 20 \
   --data-path "$OUT/data_text_document" --split 98,2,0 --seq-length "$SEQ" --global-batch-size "$RANKS" --train-iters "$ITERS" \
   --lr 5e-4 --min-lr 5e-5 --params-dtype "$DTYPE" --pipeline-model-parallel-size "$RANKS" \
   --log-interval 5 --eval-interval "$ITERS" --eval-iters 4
-if [ ! -e "$OUT/trimmed/latest_checkpointed_iteration.txt" ]; then
-  maskllm trim --load "$OUT/learned" --output "$OUT/trimmed"
-fi
-if [ ! -e "$OUT/hf" ]; then
-  maskllm export --load "$OUT/trimmed" --output "$OUT/hf" --mask-file "$OUT/mask.npz"
-fi
-maskllm evaluate --model "$OUT/hf" --data "$EVAL" --seq-length "$SEQ" --max-windows 16 --json "$OUT/perplexity.json"
+is_there "$OUT/trimmed/latest_checkpointed_iteration.txt" ||
+  run maskllm trim --load "$OUT/learned" --output "$OUT/trimmed"
+is_there "$OUT/hf" ||
+  run maskllm export --load "$OUT/trimmed" --output "$OUT/hf" --mask-file "$OUT/mask.npz"
+run maskllm evaluate --model "$OUT/hf" --data "$EVAL" --seq-length "$SEQ" --max-windows 16 --json "$OUT/perplexity.json"

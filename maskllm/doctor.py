@@ -134,6 +134,7 @@ def _gpus(diagnosis: Diagnosis, torch: ModuleType) -> None:
     found = diagnosis.found
     found["cuda"] = torch.version.cuda
     found["driver"] = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+    listed = found["driver"].splitlines() if found["driver"] else []  # a line for each GPU
     visible = torch.cuda.is_available()
     count = torch.cuda.device_count() if visible else 0
     properties = [torch.cuda.get_device_properties(index) for index in range(count)]
@@ -147,13 +148,28 @@ def _gpus(diagnosis: Diagnosis, torch: ModuleType) -> None:
     found["gloo"] = "built into torch" if gloo else None
     sparse = getattr(torch.backends, "cusparselt", None)
     found["cusparselt"] = sparse.version() if sparse is not None and sparse.is_available() else None
-    if torch.version.cuda is None:
-        driver = f"; the machine has an NVIDIA driver, {found['driver'].splitlines()[0]}" if found["driver"] else ""
-        diagnosis.missing.append(f"CUDA: torch {torch.__version__} is built without it, training runs on the CPU{driver}")
+    if listed and not visible and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        diagnosis.problems.append(
+            f"GPU: nvidia-smi lists {len(listed)}, of driver {listed[0]}, and torch {torch.__version__}, {built}, can use none; install "
+            "a torch that the driver serves or a newer driver, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+    elif torch.version.cuda is None:
+        diagnosis.missing.append(f"CUDA: torch {torch.__version__} is built without it, training runs on the CPU")
     elif not visible:
         diagnosis.missing.append("GPU: none is visible, training runs on the CPU (a container wants `docker run --gpus all`)")
     elif found["cusparselt"] is None:
         diagnosis.missing.append("cuSPARSELt: torch has none; it would bring fast products with 2:4 weights")
+    architectures = ";".join(
+        re.sub(r"^\w+_(\d+)(\d[af]?)$", r"\1.\2", name) + "+PTX" * name.startswith("compute_")
+        for name in torch.cuda.get_arch_list()
+    )
+    for gpu in found["gpus"]:
+        if not serves(architectures, gpu["capability"]):
+            diagnosis.problems.append(
+                f"torch {torch.__version__}: built for {architectures}, which the {gpu['name']} of capability {gpu['capability']} cannot "
+                "run; install a torch that is built for it"
+            )
     if not visible and (slow := slow_dtype(torch.bfloat16)):
         diagnosis.missing.append(f"bf16: {slow}")
     if visible and not nccl:

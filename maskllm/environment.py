@@ -101,12 +101,15 @@ def slow_dtype(dtype: torch.dtype) -> str | None:
 
 
 def startup_line(transformer_impl: str) -> str:
-    """What a run says about itself when it starts: whose norms and attention it uses, and the optional parts there and missing."""
+    """What a run says about itself when it starts: the device and the backend, whose norms and attention it uses, and the optional
+    parts there and missing."""
     from maskllm.ops.extension import has_kernels
 
     whose = {"local": "torch's", "transformer_engine": "Transformer Engine's"}[transformer_impl]
     parts = [str(transformer_engine()), str(apex())]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    visible = torch.cuda.is_available()
+    where = f"{torch.cuda.get_device_name()} with NCCL" if visible else "CPU with gloo, no GPU visible"
+    device = "cuda" if visible else "cpu"
     if not has_kernels(device):
         parts.append(f"{device} kernels: not built; they would bring masks several times faster than the PyTorch reference")
-    return f"norms and attention are {whose} (--transformer-impl {transformer_impl}); {'; '.join(parts)}"
+    return f"{where}; norms and attention are {whose} (--transformer-impl {transformer_impl}); {'; '.join(parts)}"

@@ -41,6 +41,14 @@ def test_without_it_the_default_is_local_and_the_start_names_what_is_missing():
     assert "transformer-engine: not installed; it would bring fused norms" in line
 
 
+def test_the_start_names_the_device_and_the_backend(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert startup_line("local").startswith("CPU with gloo, no GPU visible; norms and attention are ")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    assert startup_line("local").startswith("NVIDIA H100 with NCCL; norms and attention are ")
+
+
 def test_the_start_names_kernels_that_are_not_built(monkeypatch):
     monkeypatch.setattr("maskllm.ops.extension.has_kernels", lambda device_type: False)
     assert "kernels: not built; they would bring masks several times faster" in startup_line("local")

@@ -15,7 +15,8 @@
 #
 #   GPUS                  processes a node, one a GPU                                            8
 #   TP, PP                tensor- and pipeline-parallel sizes; the other ranks are data-parallel 8, 1
-#   DISTRIBUTED_OPTIMIZER 1: split the optimizer's states over data-parallel ranks; stays for a run   1 if there are any, else 0
+#   DISTRIBUTED_OPTIMIZER 1: split the optimizer's states over data-parallel ranks; stays for a run   1 if there are any, else 0;
+#                                                                                   0 where TRAIN_ARGS asks for few bits
 #   NNODES                nodes                                                                  1
 #   RDZV_ENDPOINT         several nodes: HOST:PORT of one of them, the same on all
 #   RDZV_ID               several nodes: a name of the job, the same on all                      RECIPE
@@ -47,6 +48,9 @@ source "$RECIPE_DIR/recipe.sh"
 : "${DATA_DIR:=data}" "${OUTPUT:=outputs/$RECIPE}" "${EVAL_DATA:=$DATA_DIR/wikitext-2-raw/wiki.test.raw}"
 : "${SHARDS:=$(seq -s ' ' 0 19)}" "${JOBS:=8}" "${WORKERS:=4}"
 : "${GPUS:=8}" "${TP:=8}" "${PP:=1}" "${NNODES:=1}" "${RDZV_ID:=$RECIPE}" "${MAX_RESTARTS:=3}"
+if [[ ${TRAIN_ARGS:-} =~ --(mask-logits|optimizer-state)-dtype[=\ ]+(bf16|8bit) ]]; then
+  : "${DISTRIBUTED_OPTIMIZER:=0}" # Megatron's keeps fp32
+fi
 : "${DISTRIBUTED_OPTIMIZER:=$((GPUS * NNODES > TP * PP))}"
 : "${TRAIN_ITERS:=2000}" "${GLOBAL_BATCH_SIZE:=256}" "${MICRO_BATCH_SIZE:=1}" "${SEQ_LENGTH:=4096}" "${LR:=5e-5}" "${MIN_LR:=5e-6}"
 : "${SAVE_INTERVAL:=100}" "${KEEP_LAST:=3}" "${LOG_INTERVAL:=1}" "${EVAL_INTERVAL:=500}" "${EVAL_ITERS:=4}" "${SPLIT:=98,2,0}"
@@ -70,30 +74,8 @@ fi
 # What torchrun grants the processes to save after SIGTERM, where its version can be told; else it is 30 seconds.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}
 
-# Show a command; fails in a dry run, so that it is not run.
-show() {
-  local line
-  printf -v line '%q ' "$@"
-  if [[ -n ${DRY_RUN:-} ]]; then
-    printf '%s\n' "${line% }"
-    return 1
-  fi
-  printf '+ %s\n' "${line% }" >&2
-}
-
-# Show a command and, unless DRY_RUN is set, run it.
-run() {
-  if show "$@"; then
-    "$@"
-  fi
-}
-
-# The same as a script's last command, in place of its shell: a signal to the script is one to the command.
-run_last() {
-  if show "$@"; then
-    exec "$@"
-  fi
-}
+# shellcheck source=examples/common/run.sh
+source "$COMMON/run.sh"
 
 # Whether a file is newer than the one it was made from, so that a step has nothing to do; a dry run shows the step anyway.
 up_to_date() {

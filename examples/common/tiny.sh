@@ -9,3 +9,4 @@
 : "${SAVE_INTERVAL:=6}" "${EVAL_INTERVAL:=6}" "${EVAL_ITERS:=1}" "${SPLIT:=9,1,0}"
 : "${CALIBRATION_SAMPLES:=4}" "${CALIBRATION_SEQ_LENGTH:=64}" "${PARAMS_DTYPE:=fp32}" "${EVAL_WINDOWS:=4}"
 export OMP_NUM_THREADS=1
+export CUDA_VISIBLE_DEVICES= # on a machine with GPUs too it is the CPU

@@ -25,8 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", required=True, metavar="NAME_OR_DIR", help=f"a Hugging Face directory or hub id, or one of {', '.join(BUILT_IN)}"
     )
     parser.add_argument("--num-gpus", type=int, metavar="K", help="ranks in all; tensor x pipeline parallel size by default")
-    parser.add_argument("--gpu-memory", type=float, default=80.0, metavar="GB", help="of one GPU, in 10^9 bytes")
-    parser.add_argument("--gpu", choices=sorted(GPUS), default="h100-80gb", help="whose speed the time is for")
+    parser.add_argument("--gpu", choices=sorted(GPUS), default="h100-80gb", help="whose memory and speed it is planned for")
+    parser.add_argument(
+        "--gpu-memory",
+        type=float,
+        metavar="GB",
+        help="10^9 bytes that a rank may take; default: the GPU's, or with --device cpu a rank's share of this machine's",
+    )
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="K", help="which the GPU's own links join")
     parser.add_argument(
         "--network-bandwidth",
@@ -36,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="10^9 bytes/s from one GPU to other nodes, in one direction",
     )
     parser.add_argument(
-        "--device", choices=["cuda", "cpu"], default="cuda", help="cpu: what processes hold beyond the libraries they import"
+        "--device",
+        choices=["cuda", "cpu"],
+        default="cuda",
+        help="cpu: what processes hold beyond the libraries they import; no time",
     )
     parser.add_argument("--json", type=writable_file, metavar="FILE", help="write the numbers, in bytes and seconds")
     add_options(parser, TRAINING_OPTIONS)
@@ -44,6 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Plan and print."""
+    import psutil
+
     from maskllm.files import write_json
     from maskllm.planning.models import named_model
     from maskllm.planning.plan import plan
@@ -56,11 +66,19 @@ def run(args: argparse.Namespace) -> None:
     if args.gpus_per_node < 1:
         raise MaskLLMError(f"--gpus-per-node: found {args.gpus_per_node}, wanted at least 1")
     for name in ("gpu_memory", "network_bandwidth"):
-        if not 0 < getattr(args, name) < math.inf:
-            raise MaskLLMError(f"--{name.replace('_', '-')}: found {getattr(args, name)}, wanted a positive number")
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise MaskLLMError(f"--{name.replace('_', '-')}: found {value}, wanted a positive number")
     model = named_model(args.model)
-    cluster = Cluster(GPUS[args.gpu], args.gpus_per_node, args.network_bandwidth * 1e9)
-    found = plan(model, arguments, num_gpus=args.num_gpus, gpu_bytes=args.gpu_memory * 1e9, cluster=cluster, device=args.device)
+    ranks = args.num_gpus or arguments.tensor_model_parallel_size * arguments.pipeline_model_parallel_size
+    if args.device == "cuda":
+        gpu, memory = args.gpu, GPUS[args.gpu].memory
+        cluster = Cluster(GPUS[gpu], args.gpus_per_node, args.network_bandwidth * 1e9)
+    else:
+        gpu, memory, cluster = None, psutil.virtual_memory().total / ranks, None
+    if args.gpu_memory is not None:
+        memory = args.gpu_memory * 1e9
+    found = plan(model, arguments, num_gpus=ranks, gpu_bytes=memory, cluster=cluster)
     if args.json is not None:
         write_json(args.json, found.report(model))
-    print("\n".join(plan_lines(found, model, args.model, args.gpu)))
+    print("\n".join(plan_lines(found, model, args.model, gpu)))

@@ -7,25 +7,27 @@ from dataclasses import dataclass
 from maskllm.models.config import ModelConfig
 from maskllm.patterns import Pattern
 from maskllm.planning.memory import FLOAT_BYTES, Layout, Shapes
+from maskllm.planning.models import StoredModel
 from maskllm.training.arguments import TrainArguments
 
 
 @dataclass(frozen=True)
 class GPU:
-    """What a GPU's data sheet says: dense bf16 FLOP/s, memory bytes/s, and bytes/s to its neighbours in one direction."""
+    """What a GPU's data sheet says: bytes of memory, dense bf16 FLOP/s, memory bytes/s, and bytes/s to its neighbours in one direction."""
 
+    memory: float
     flops: float
     bandwidth: float
     link: float
 
 
 GPUS = {
-    "a100-40gb": GPU(312e12, 1.555e12, 300e9),
-    "a100-80gb": GPU(312e12, 2.039e12, 300e9),
-    "h100-80gb": GPU(989e12, 3.35e12, 450e9),
-    "h200-141gb": GPU(989e12, 4.8e12, 450e9),
-    "b200-192gb": GPU(2250e12, 8.0e12, 900e9),
-    "l40s-48gb": GPU(362e12, 0.864e12, 32e9),
+    "a100-40gb": GPU(40e9, 312e12, 1.555e12, 300e9),
+    "a100-80gb": GPU(80e9, 312e12, 2.039e12, 300e9),
+    "h100-80gb": GPU(80e9, 989e12, 3.35e12, 450e9),
+    "h200-141gb": GPU(141e9, 989e12, 4.8e12, 450e9),
+    "b200-192gb": GPU(192e9, 2250e12, 8.0e12, 900e9),
+    "l40s-48gb": GPU(48e9, 362e12, 0.864e12, 32e9),
 }
 
 
@@ -59,13 +61,14 @@ class Cost:
     """Bytes that mask sampling and the optimizer move on one rank."""
     link_traffic: float
     """Bytes that all-reduces and transfers move from one rank."""
-    seconds: float
-    """Expected on the GPU."""
+    seconds: float | None
+    """Expected on the GPU; None on a CPU, of which no speed is assumed."""
     tokens: int
 
 
-def step_cost(model: ModelConfig, arguments: TrainArguments, layout: Layout, cluster: Cluster) -> Cost:
-    """What one step does, and how long a GPU takes for it at the efficiencies above, without overlap of transfers and products."""
+def step_cost(model: ModelConfig, arguments: TrainArguments, layout: Layout, cluster: Cluster | None) -> Cost:
+    """What one step does, and how long the GPUs of `cluster` (None: CPUs) take for it at the efficiencies above, without overlap of
+    transfers and products."""
     tokens = arguments.global_batch_size * arguments.seq_length
     layers = model.num_layers
     shapes = Shapes(model, layout.tensor)
@@ -99,24 +102,27 @@ def step_cost(model: ModelConfig, arguments: TrainArguments, layout: Layout, clu
         (t * d * p, micro_batches * 2 * hidden * (p > 1)),
     ]
 
-    gpu = cluster.gpu
-    bubble = (micro_batches + p - 1) / micro_batches
-    seconds = bubble * (
-        flops / layout.ranks / (gpu.flops * FLOPS_EFFICIENCY)
-        + traffic / (gpu.bandwidth * BANDWIDTH_EFFICIENCY)
-        + sum(size / (cluster.link(span) * BANDWIDTH_EFFICIENCY) for span, size in moved)
-    )
+    seconds = None
+    if cluster is not None:
+        gpu = cluster.gpu
+        bubble = (micro_batches + p - 1) / micro_batches
+        seconds = bubble * (
+            flops / layout.ranks / (gpu.flops * FLOPS_EFFICIENCY)
+            + traffic / (gpu.bandwidth * BANDWIDTH_EFFICIENCY)
+            + sum(size / (cluster.link(span) * BANDWIDTH_EFFICIENCY) for span, size in moved)
+        )
     return Cost(flops, traffic, sum(size for _, size in moved), seconds, tokens)
 
 
-def checkpoint_bytes(model: ModelConfig, arguments: TrainArguments) -> float:
-    """A training checkpoint on disk: weights, prior bits, logits, moments (8-bit ones as fp32)."""
+def checkpoint_bytes(model: StoredModel, arguments: TrainArguments) -> float:
+    """A training checkpoint on disk: weights in the type the source has, prior bits, logits, moments (8-bit ones as fp32)."""
     shapes = Shapes(model, 1)
     masked, other = shapes.stage(0, 1)
     pattern = Pattern.parse(arguments.pattern)
     logits = masked / pattern.m * pattern.num_candidates
     moment = FLOAT_BYTES["fp32" if arguments.optimizer_state_dtype == "8bit" else arguments.optimizer_state_dtype]
-    return (masked + other) * 2 + masked / 8 + logits * (FLOAT_BYTES[arguments.mask_logits_dtype] + 2 * moment)
+    frozen = (masked + other) * model.stored_dtype.itemsize
+    return frozen + masked / 8 + logits * (FLOAT_BYTES[arguments.mask_logits_dtype] + 2 * moment)
 
 
 def _recomputed_share(model: ModelConfig, arguments: TrainArguments, stage_layers: int) -> float:

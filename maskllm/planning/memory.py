@@ -13,6 +13,7 @@ from maskllm.layers.loss import MAX_CHUNK_LOGITS
 from maskllm.models.config import ModelConfig
 from maskllm.models.families import parameter_map
 from maskllm.patterns import Pattern
+from maskllm.planning.models import StoredModel
 from maskllm.training.adam import CHUNK
 from maskllm.training.arguments import TrainArguments
 from maskllm.training.moments import QUANTIZATION_BLOCK
@@ -104,13 +105,13 @@ class Shapes:
         return layers * sum(self.masked.values()), other
 
 
-def largest_stage(model: ModelConfig, arguments: TrainArguments, layout: Layout, *, device: str) -> Memory:
+def largest_stage(model: StoredModel, arguments: TrainArguments, layout: Layout, *, device: str) -> Memory:
     """The memory of the pipeline stage that needs most, on "cuda" or on the "cpu"."""
     stages = (stage_memory(model, arguments, layout, stage, device=device) for stage in range(layout.pipeline))
     return max(stages, key=lambda memory: memory.total)
 
 
-def stage_memory(model: ModelConfig, arguments: TrainArguments, layout: Layout, stage: int, *, device: str) -> Memory:
+def stage_memory(model: StoredModel, arguments: TrainArguments, layout: Layout, stage: int, *, device: str) -> Memory:
     """The memory of one rank of a pipeline stage."""
     shapes = Shapes(model, layout.tensor)
     pattern = Pattern.parse(arguments.pattern)
@@ -124,8 +125,8 @@ def stage_memory(model: ModelConfig, arguments: TrainArguments, layout: Layout, 
     kept = activations(model, arguments, layout, stage, device=device)
     sequence = arguments.seq_length * arguments.micro_batch_size
     hidden = sequence * model.hidden_size * element
-    # Weights that are computed with in another type than the checkpoint's, bf16, are kept on the host in that type too.
-    host_copy = FLOAT_BYTES["bf16"] if device == "cpu" and arguments.params_dtype != "bf16" else 0.0
+    # Weights that are computed with in another type than the checkpoint's are kept on the host in that type too.
+    host_copy = model.stored_dtype.itemsize if device == "cpu" and arguments.dtype is not model.stored_dtype else 0
     communication = 0.0
     if layout.pipeline > 1:
         communication += 2 * hidden / _sequence_split(arguments, layout)  # what is being sent and what is being received

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from maskllm.models.checkpoint import resolve
 from maskllm.models.config import ModelConfig
-from maskllm.models.families import FAMILIES, read_model_config
-from maskllm.models.hf_config import HFConfig
-from maskllm.models.hf_source import find_source
+from maskllm.models.families import FAMILIES, parameter_map, read_model_config
+from maskllm.models.hf_config import HFConfig, read_json_object
+from maskllm.models.hf_source import DTYPES, find_source
 
-_LLAMA: dict[str, Any] = {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
+_LLAMA: dict[str, Any] = {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
 _LLAMA_3 = _LLAMA | {
     "hidden_size": 4096,
     "intermediate_size": 14336,
@@ -22,7 +25,13 @@ _LLAMA_3 = _LLAMA | {
     "max_position_embeddings": 8192,
     "rope_theta": 500000.0,
 }
-_GPT: dict[str, Any] = {"model_type": "gpt2", "vocab_size": 256000, "tie_word_embeddings": False, "activation_function": "gelu_new"}
+_GPT: dict[str, Any] = {
+    "model_type": "gpt2",
+    "vocab_size": 256000,
+    "tie_word_embeddings": False,
+    "activation_function": "gelu_new",
+    "torch_dtype": "bfloat16",
+}
 
 BUILT_IN: dict[str, dict[str, Any]] = {
     "llama-2-7b": _LLAMA
@@ -55,6 +64,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
         "vocab_size": 256000,
         "max_position_embeddings": 4096,
         "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
     },
     "gpt3-843m": _GPT | {"n_embd": 1024, "n_layer": 24, "n_head": 16, "n_positions": 2048},
     "gpt3-2b": _GPT | {"n_embd": 2048, "n_layer": 24, "n_head": 16, "n_positions": 2048},
@@ -75,8 +85,15 @@ BUILT_IN: dict[str, dict[str, Any]] = {
 rotary embeddings that are stretched (LLaMA 3.1) are left out: they change neither memory nor time."""
 
 
-def named_model(name: str) -> ModelConfig:
-    """The architecture `name` stands for: one of BUILT_IN, a Hugging Face directory or hub id, or a Megatron checkpoint.
+@dataclass(frozen=True)
+class StoredModel(ModelConfig):
+    """An architecture with the type in which its checkpoint stores the weights, which every checkpoint made from it keeps."""
+
+    stored_dtype: torch.dtype
+
+
+def named_model(name: str) -> StoredModel:
+    """The model `name` stands for: one of BUILT_IN, a Hugging Face directory or hub id, or a Megatron checkpoint.
 
     Raises MaskLLMError where it is none of these or its family is not supported.
     """
@@ -84,10 +101,24 @@ def named_model(name: str) -> ModelConfig:
         return config_of(BUILT_IN[name], name)
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
-        return resolve(path).model_config
-    return read_model_config(find_source(name, files=["config.json"]) / "config.json")
+        checkpoint = resolve(path)
+        linear = next(mapping for mapping in parameter_map(checkpoint.model_config) if mapping.linear is not None)
+        return StoredModel(**vars(checkpoint.model_config), stored_dtype=checkpoint.tensors[linear.megatron].dtype)
+    file = find_source(name, files=["config.json"]) / "config.json"
+    return StoredModel(**vars(read_model_config(file)), stored_dtype=_stored_dtype(HFConfig(read_json_object(file), str(file))))
 
 
-def config_of(values: dict[str, Any], name: str = "config") -> ModelConfig:
-    """The architecture that the values of a `config.json` describe; `name` is what errors call it."""
-    return FAMILIES[values["model_type"]].read_config(HFConfig(values, name))
+def config_of(values: dict[str, Any], name: str = "config") -> StoredModel:
+    """The model that the values of a `config.json` describe; `name` is what errors call it."""
+    hf = HFConfig(values, name)
+    return StoredModel(**vars(FAMILIES[values["model_type"]].read_config(hf)), stored_dtype=_stored_dtype(hf))
+
+
+def _stored_dtype(hf: HFConfig) -> torch.dtype:
+    """What `dtype`, or `torch_dtype` before transformers 4.56, says. Without either the weights are of torch's own default type."""
+    key = "dtype" if hf.has("dtype") else "torch_dtype"
+    found = hf.values.get(key) or "float32"
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+    if found not in known:
+        raise hf.error(f"{key} is {found!r}; wanted one of {', '.join(known)}")
+    return known[found]

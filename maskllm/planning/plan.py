@@ -10,10 +10,10 @@ from typing import Any
 
 from maskllm.errors import MaskLLMError
 from maskllm.models.build import check_recomputation
-from maskllm.models.config import ModelConfig
 from maskllm.patterns import Pattern
 from maskllm.planning.cost import Cluster, Cost, checkpoint_bytes, step_cost
 from maskllm.planning.memory import Layout, Memory, largest_stage
+from maskllm.planning.models import StoredModel
 from maskllm.training.arguments import TrainArguments
 
 CUDA_CONTEXT = 0.6e9
@@ -71,8 +71,8 @@ class Option:
         return " ".join(flags)
 
 
-def option(model: ModelConfig, arguments: TrainArguments, ranks: int, *, cluster: Cluster, device: str = "cuda") -> Option:
-    """What a run on `ranks` ranks takes.
+def option(model: StoredModel, arguments: TrainArguments, ranks: int, *, cluster: Cluster | None) -> Option:
+    """What a run on `ranks` ranks takes, on the GPUs of `cluster` or, where that is None, on CPUs.
 
     Raises MaskLLMError where ranks, batch, pattern or recomputation do not divide, as training would.
     """
@@ -89,56 +89,55 @@ def option(model: ModelConfig, arguments: TrainArguments, ranks: int, *, cluster
     check_recomputation(arguments.recomputation(), model.num_layers // pipeline)
     _check_pattern(model, arguments, tensor)
     arguments.num_microbatches(layout.data)
-    memory = largest_stage(model, arguments, layout, device=device)
+    memory = largest_stage(model, arguments, layout, device="cpu" if cluster is None else "cuda")
     if arguments.seq_length > model.max_position_embeddings:
         raise MaskLLMError(
             f"--seq-length {arguments.seq_length}: the model has a context of {model.max_position_embeddings} tokens"
         )
     groups = (tensor > 1) + (pipeline > 1) + (layout.data > 1)
-    outside = CUDA_CONTEXT + groups * NCCL_COMMUNICATOR if device == "cuda" else 0.0
+    outside = CUDA_CONTEXT + groups * NCCL_COMMUNICATOR if cluster is not None else 0.0
     return Option(arguments, layout, memory, outside, step_cost(model, arguments, layout, cluster))
 
 
 def layouts_that_fit(
-    model: ModelConfig, arguments: TrainArguments, ranks: int, gpu_bytes: float, *, cluster: Cluster, device: str
+    model: StoredModel, arguments: TrainArguments, ranks: int, gpu_bytes: float, *, cluster: Cluster | None
 ) -> list[Option]:
-    """Every layout of `ranks` GPUs that holds the run with the settings given, the fastest first."""
+    """Every layout of `ranks` ranks that holds the run with the settings given, the fastest first; on CPUs the smallest."""
+    # The heads are shared out by tensor parallelism and the layers by pipeline parallelism.
+    sizes = itertools.product(range(1, model.num_attention_heads + 1), range(1, model.num_layers + 1))
     found = [
         one
-        for tensor, pipeline in itertools.product(range(1, ranks + 1), repeat=2)
+        for tensor, pipeline in sizes
         if ranks % (tensor * pipeline) == 0
         for one in _possible(
             model,
             dataclasses.replace(arguments, tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline),
             ranks,
             cluster,
-            device,
         )
         if one.bytes <= gpu_bytes
     ]
-    return sorted(found, key=lambda one: (one.cost.seconds, one.bytes))
+    return sorted(found, key=lambda one: (one.cost.seconds or 0.0, one.bytes))
 
 
 def settings_that_fit(
-    model: ModelConfig, arguments: TrainArguments, ranks: int, gpu_bytes: float, *, cluster: Cluster, device: str
+    model: StoredModel, arguments: TrainArguments, ranks: int, gpu_bytes: float, *, cluster: Cluster | None
 ) -> Option | None:
     """The same layout with the least loss of exactness, and then of time, that fits; None where nothing does."""
     for logits, moments in PRECISIONS:
         changed = dataclasses.replace(arguments, mask_logits_dtype=logits, optimizer_state_dtype=moments)
-        for one in _savings(model, changed, ranks, cluster, device):
+        for one in _savings(model, changed, ranks, cluster):
             if one.bytes <= gpu_bytes:
                 return one
     return None
 
 
-def least_without_loss(
-    model: ModelConfig, arguments: TrainArguments, ranks: int, *, cluster: Cluster, device: str
-) -> Option | None:
+def least_without_loss(model: StoredModel, arguments: TrainArguments, ranks: int, *, cluster: Cluster | None) -> Option | None:
     """The same layout and types of numbers, what is learned unchanged, in the least memory."""
-    return min(_savings(model, arguments, ranks, cluster, device), key=lambda one: one.bytes, default=None)
+    return min(_savings(model, arguments, ranks, cluster), key=lambda one: one.bytes, default=None)
 
 
-def _savings(model: ModelConfig, arguments: TrainArguments, ranks: int, cluster: Cluster, device: str) -> Iterator[Option]:
+def _savings(model: StoredModel, arguments: TrainArguments, ranks: int, cluster: Cluster | None) -> Iterator[Option]:
     """Activations and optimizer states split over the ranks that are there anyway, and then ever more recomputation."""
     tensor = arguments.tensor_model_parallel_size
     data = ranks // (tensor * arguments.pipeline_model_parallel_size)
@@ -156,7 +155,7 @@ def _savings(model: ModelConfig, arguments: TrainArguments, ranks: int, cluster:
             use_distributed_optimizer=exact and (arguments.use_distributed_optimizer or data > 1),
             **reset | saver,
         )
-        yield from _possible(model, changed, ranks, cluster, device)
+        yield from _possible(model, changed, ranks, cluster)
 
 
 @dataclass(frozen=True)
@@ -177,7 +176,7 @@ class Plan:
         """Whether a GPU holds what was asked for."""
         return self.asked.bytes <= self.gpu_bytes
 
-    def report(self, model: ModelConfig) -> dict[str, Any]:
+    def report(self, model: StoredModel) -> dict[str, Any]:
         """The numbers, bytes and seconds, for `--json`."""
         return {
             "asked": _numbers(self.asked, model),
@@ -190,32 +189,30 @@ class Plan:
 
 
 def plan(
-    model: ModelConfig,
+    model: StoredModel,
     arguments: TrainArguments,
     *,
-    num_gpus: int | None = None,
+    num_gpus: int,
     gpu_bytes: float,
-    cluster: Cluster,
-    device: str = "cuda",
+    cluster: Cluster | None,
 ) -> Plan:
-    """Plan a run on `num_gpus` ranks (as many as the layout needs by default), each with `gpu_bytes` bytes.
+    """Plan a run on `num_gpus` GPUs of `cluster`, each with `gpu_bytes` bytes.
 
-    With the device "cpu" it counts what a process holds beyond the libraries it imports. Raises MaskLLMError where
-    the layout cannot be.
+    Without a cluster these are processes on CPUs, and what they hold beyond the libraries they import is counted. Raises MaskLLMError
+    where the layout cannot be.
     """
-    ranks = num_gpus or arguments.tensor_model_parallel_size * arguments.pipeline_model_parallel_size
-    asked = option(model, arguments, ranks, cluster=cluster, device=device)
+    asked = option(model, arguments, num_gpus, cluster=cluster)
     remedy = None
     if asked.bytes > gpu_bytes:
-        remedy = settings_that_fit(model, arguments, ranks, gpu_bytes, cluster=cluster, device=device)
-    leanest = least_without_loss(model, arguments, ranks, cluster=cluster, device=device)
+        remedy = settings_that_fit(model, arguments, num_gpus, gpu_bytes, cluster=cluster)
+    leanest = least_without_loss(model, arguments, num_gpus, cluster=cluster)
     if leanest is not None and leanest.bytes >= asked.bytes:
         leanest = None
-    layouts = layouts_that_fit(model, arguments, ranks, gpu_bytes, cluster=cluster, device=device)
+    layouts = layouts_that_fit(model, arguments, num_gpus, gpu_bytes, cluster=cluster)
     return Plan(asked, gpu_bytes, layouts, remedy, leanest)
 
 
-def _numbers(chosen: Option, model: ModelConfig) -> dict[str, Any]:
+def _numbers(chosen: Option, model: StoredModel) -> dict[str, Any]:
     return {
         "layout": dataclasses.asdict(chosen.layout),
         "settings": chosen.settings(),
@@ -225,14 +222,14 @@ def _numbers(chosen: Option, model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _possible(model: ModelConfig, arguments: TrainArguments, ranks: int, cluster: Cluster, device: str) -> Iterator[Option]:
+def _possible(model: StoredModel, arguments: TrainArguments, ranks: int, cluster: Cluster | None) -> Iterator[Option]:
     try:
-        yield option(model, arguments, ranks, cluster=cluster, device=device)
+        yield option(model, arguments, ranks, cluster=cluster)
     except MaskLLMError:
         return
 
 
-def _check_pattern(model: ModelConfig, arguments: TrainArguments, tensor: int) -> None:
+def _check_pattern(model: StoredModel, arguments: TrainArguments, tensor: int) -> None:
     """Raise MaskLLMError where a shard of a row does not hold whole blocks."""
     pattern = Pattern.parse(arguments.pattern)
     for name, width in (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from maskllm.models.config import ModelConfig
-from maskllm.planning.cost import BANDWIDTH_EFFICIENCY, FLOPS_EFFICIENCY, checkpoint_bytes
+from maskllm.planning.cost import BANDWIDTH_EFFICIENCY, FLOPS_EFFICIENCY, GPUS, checkpoint_bytes
+from maskllm.planning.models import StoredModel
 from maskllm.planning.plan import Option, Plan
 
 COMPONENTS = {
@@ -24,43 +24,65 @@ COMPONENTS = {
 LAYOUTS_SHOWN = 8
 
 
-def plan_lines(plan: Plan, model: ModelConfig, name: str, gpu: str) -> Iterator[str]:
-    """The lines of a plan; GB are 10^9 bytes."""
+def plan_lines(plan: Plan, model: StoredModel, name: str, gpu: str | None) -> Iterator[str]:
+    """The lines of a plan for `gpu`, one of GPUS, or for a CPU (None); GB are 10^9 bytes."""
     asked = plan.asked
     layout = asked.layout
     yield f"{name}: {layout.ranks} ranks, {_layout(asked)}"
     yield ""
     for field, words in COMPONENTS.items():
         yield f"  {_gb(getattr(asked.memory, field))}  {words}"
-    yield f"  {_gb(asked.outside)}  CUDA context and NCCL (assumed)"
-    verdict = "fits" if plan.fits else "DOES NOT FIT"
-    yield f"  {_gb(asked.bytes)}  a rank, the busiest pipeline stage's; {verdict} in {plan.gpu_bytes / 1e9:g} GB"
+    if gpu is not None:
+        yield f"  {_gb(asked.outside)}  CUDA context and NCCL (assumed)"
+    verdict = f"{'fits' if plan.fits else 'DOES NOT FIT'} in {plan.gpu_bytes / 1e9:.4g} GB"
+    if gpu is not None and plan.gpu_bytes != GPUS[gpu].memory:
+        verdict += f", the --gpu-memory that was given ({gpu} has {GPUS[gpu].memory / 1e9:g} GB)"
+    yield f"  {_gb(asked.bytes)}  a rank, the busiest pipeline stage's; {verdict}"
     yield ""
     cost = asked.cost
     yield (
         f"step: {cost.flops / 1e15:.3g} PFLOP in all, {cost.memory_traffic / 1e9:.3g} GB of masks and optimizer through a rank's memory, "
         f"{cost.link_traffic / 1e9:.3g} GB over its links"
     )
-    yield (
-        f"      {cost.seconds:.3g} s on {gpu}, {cost.tokens / cost.seconds:.3g} tokens/s (at {FLOPS_EFFICIENCY:.0%} of its peak FLOP/s and "
-        f"{BANDWIDTH_EFFICIENCY:.0%} of its bandwidths, which is assumed)"
-    )
+    if cost.seconds is not None:
+        yield (
+            f"      {cost.seconds:.3g} s on {gpu}, {cost.tokens / cost.seconds:.3g} tokens/s (at {FLOPS_EFFICIENCY:.0%} of its peak FLOP/s "
+            f"and {BANDWIDTH_EFFICIENCY:.0%} of its bandwidths, which is assumed)"
+        )
     yield f"checkpoint: {checkpoint_bytes(model, asked.arguments) / 1e9:.3g} GB on disk"
     if plan.leanest is not None:
         yield f"the same is learned in {plan.leanest.bytes / 1e9:.1f} GB with: {plan.leanest.settings()}"
     if plan.remedy is not None:
         yield f"this layout fits with ({plan.remedy.bytes / 1e9:.1f} GB): {plan.remedy.settings()}"
+        yield from (f"  {price}" for price in _prices(plan.remedy, asked))
     elif not plan.fits:
-        yield "no setting makes this layout fit; use more GPUs, shorter sequences or smaller micro-batches"
+        yield "no setting makes this layout fit; use more ranks, shorter sequences or smaller micro-batches"
     yield ""
     if plan.layouts:
-        yield f"layouts of {layout.ranks} ranks that fit with the settings given, the fastest first:"
+        order = "smallest" if gpu is None else "fastest"
+        yield f"layouts of {layout.ranks} ranks that fit with the settings given, the {order} first:"
         for one in plan.layouts[:LAYOUTS_SHOWN]:
-            yield f"  {_gb(one.bytes)}  {one.cost.seconds:8.3g} s/step  {_layout(one)}"
+            seconds = "" if one.cost.seconds is None else f"{one.cost.seconds:8.3g} s/step  "
+            yield f"  {_gb(one.bytes)}  {seconds}{_layout(one)}"
         if len(plan.layouts) > LAYOUTS_SHOWN:
             yield f"  and {len(plan.layouts) - LAYOUTS_SHOWN} more"
     else:
         yield f"no layout of {layout.ranks} ranks fits with the settings given"
+
+
+def _prices(option: Option, asked: Option) -> Iterator[str]:
+    """What the option's types of numbers change in what is learned, beside those that were asked for."""
+    arguments = option.arguments
+    if arguments.mask_logits_dtype != asked.arguments.mask_logits_dtype == "fp32":
+        yield (
+            f"bf16 logits change what is learned: the gradients of a step's {arguments.num_microbatches(option.layout.data)} micro-batches "
+            "are added up in bf16, rounded to nearest (docs/memory.md, Fewer bits)"
+        )
+    if arguments.optimizer_state_dtype != asked.arguments.optimizer_state_dtype and arguments.optimizer_state_dtype != "fp32":
+        yield (
+            f"{arguments.optimizer_state_dtype} moments change what is learned: each step rounds Adam's moments to them "
+            "(docs/memory.md, Fewer bits)"
+        )
 
 
 def _layout(option: Option) -> str:

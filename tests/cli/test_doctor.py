@@ -8,16 +8,19 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from maskllm.cli import main
-from maskllm.doctor import serves
+from maskllm.doctor import Diagnosis, _gpus, serves
 from maskllm.ops.extension import kernels
 
 
-def test_what_is_here_is_found(tmp_path, capsys):
+def test_what_is_here_is_found(tmp_path, capsys, monkeypatch):
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the machine may have GPUs that this torch cannot use
     assert main(["doctor", "--json", str(tmp_path / "doctor.json")]) == 0
     text = capsys.readouterr().out
     report = json.loads((tmp_path / "doctor.json").read_text())
@@ -112,3 +115,40 @@ importlib.util.find_spec = lambda name, *rest: (
 )
 def test_which_gpus_code_for_an_architecture_runs_on(architectures, capability, runs):
     assert serves(architectures, capability) is runs
+
+
+@pytest.mark.parametrize("cuda", [None, "12.8"], ids=["a CPU build", "an old driver"])
+def test_gpus_that_torch_cannot_use_are_a_problem_unless_they_are_hidden(cuda, monkeypatch):
+    monkeypatch.setattr("maskllm.doctor._output", lambda command: "470.1\n470.1")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    _gpus(diagnosis := Diagnosis(), torch)
+    (problem,) = diagnosis.problems
+    assert problem.startswith("GPU: nvidia-smi lists 2, of driver 470.1, and torch ")
+    assert ("built without CUDA" if cuda is None else "built for CUDA 12.8") in problem
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        _gpus(diagnosis := Diagnosis(), torch)
+        assert diagnosis.problems == []
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        (["sm_80", "sm_90"], (9, 0), True),
+        (["sm_80", "sm_90"], (7, 5), False),
+        (["sm_80", "sm_90"], (10, 0), False),
+        (["sm_80", "sm_90", "compute_90"], (12, 0), True),
+        (["sm_90a", "sm_100"], (10, 3), True),
+    ],
+)
+def test_a_gpu_that_torch_has_no_code_for_is_a_problem(built, capability, runs, monkeypatch):
+    gpu = SimpleNamespace(name="Fake", total_memory=2**30, major=capability[0], minor=capability[1])
+    monkeypatch.setattr("maskllm.doctor._output", lambda command: "580.1")
+    for name, value in {"is_available": True, "device_count": 1, "get_arch_list": built, "get_device_properties": gpu}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *index, value=value: value)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27))
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    _gpus(diagnosis := Diagnosis(), torch)
+    assert [problem.endswith("install a torch that is built for it") for problem in diagnosis.problems] == [True] * (not runs)

@@ -183,6 +183,62 @@ def test_settings_come_from_the_environment(tmp_path):
     assert parse_arguments(split_torchrun(words)[1][1:]).use_distributed_optimizer
 
 
+@pytest.mark.parametrize("few_bits", ["--optimizer-state-dtype 8bit", "--optimizer-state-dtype=bf16", "--mask-logits-dtype bf16"])
+def test_few_bits_do_without_the_distributed_optimizer(few_bits, tmp_path):
+    (words,) = dry_run("llama2-7b", "5_train", tmp_path, TP=4, TRAIN_ARGS=f"--hard {few_bits}", SHARDS=0)
+    train = parse_arguments(split_torchrun(words)[1][1:])
+    train.check()
+    assert not train.use_distributed_optimizer
+
+
+def test_the_tiny_model_sees_no_gpu():
+    command = ["bash", "-c", 'source "$0" && env', EXAMPLES / "common" / "tiny.sh"]
+    done = subprocess.run(
+        command, env=environment(RECIPE="any", CUDA_VISIBLE_DEVICES=0), capture_output=True, text=True, check=True
+    )
+    assert "CUDA_VISIBLE_DEVICES=" in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("script", "verbs"),
+    [
+        ("quickstart.sh", ["convert", "preprocess", "prune", "trim", "export", "evaluate"]),
+        ("slurm.sbatch", []),
+        *((f"{recipe}/run_all.sh", ["preprocess", "convert", "trim", "export", "evaluate", "evaluate"]) for recipe in RECIPES),
+    ],
+)
+def test_a_dry_run_of_several_steps_prints_them_in_order_and_does_nothing(script, verbs, tmp_path):
+    """Those of one step: test_a_dry_run_prints_commands_that_the_programs_take."""
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    done = bash(EXAMPLES / script, tmp_path, *["llama2-7b"] * (script == "slurm.sbatch"), DRY_RUN=1, SHARDS=0)
+    assert (done.returncode, done.stderr) == (0, "")
+    commands = [shlex.split(line) for line in done.stdout.splitlines()]
+    ours = [words for words in commands if words[0] == "maskllm"]
+    assert [words[1] for words in ours] == verbs
+    for words in ours:
+        parse_verb(words)
+    (words,) = (words for words in commands if "maskllm.train" in words)
+    parse_arguments(split_torchrun(words)[1][1:]).check()
+    assert [path.name for path in tmp_path.iterdir()] == ["examples"], "a dry run wrote something"
+
+
+def test_the_readme_trains_as_the_recipe_does(tmp_path):
+    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    (command,) = re.findall("^torchrun .* -m maskllm.train .*", readme, re.MULTILINE)
+    (words,) = dry_run("llama2-7b", "5_train", tmp_path)
+    ours, recipes = (parse_arguments(split_torchrun(words)[1][1:]) for words in (shlex.split(command), words))
+    for name in (
+        "keep_last",
+        "async_save",
+        "save_interval",
+        "tensor_model_parallel_size",
+        "recompute_modules",
+        "lr",
+        "train_iters",
+    ):
+        assert getattr(ours, name) == getattr(recipes, name), name
+
+
 def test_what_is_not_set_is_asked_for(tmp_path):
     done = bash(EXAMPLES / "nemotron4-15b" / "3_convert.sh", tmp_path)
     assert done.returncode == 2

@@ -24,9 +24,16 @@ from tests.conftest import torchrun
 from tests.planning.saved import kept
 
 SIZES = {"hidden_size": 192, "intermediate_size": 320, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2}
-LLAMA = {"model_type": "llama", "vocab_size": 256, "max_position_embeddings": 512, "tie_word_embeddings": True, **SIZES}
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 256,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": True,
+    "dtype": "bfloat16",
+    **SIZES,
+}
 NEMOTRON = LLAMA | {"model_type": "nemotron", "tie_word_embeddings": False}
-GPT = {"model_type": "gpt2", "vocab_size": 256, "n_embd": 192, "n_layer": 4, "n_head": 6, "n_positions": 512}
+GPT = {"model_type": "gpt2", "vocab_size": 256, "n_embd": 192, "n_layer": 4, "n_head": 6, "n_positions": 512, "dtype": "bfloat16"}
 SELECTIVE = {"recompute_granularity": "selective"}
 FULL = {"recompute_granularity": "full", "recompute_num_layers": 2}
 
@@ -106,6 +113,14 @@ def test_planned_weights_are_the_models(model):
     assert shapes.stage(0, 1) == (weights, everything - weights)
     memory = stage_memory(config, TrainArguments(seq_length=128), Layout(1, 1, 1), 0, device="cpu")
     assert memory.weights == 2 * everything
+    for dtype, copy in (
+        ("float32", 0),
+        ("bfloat16", 2),
+        ("float16", 2),
+    ):  # on the host, of what is not stored as it is computed with
+        stored = config_of(model | {"dtype": dtype})
+        in_fp32 = stage_memory(stored, TrainArguments(seq_length=128, params_dtype="fp32"), Layout(1, 1, 1), 0, device="cpu")
+        assert in_fp32.weights == (4 + copy) * everything
     assert memory.mask_logits == memory.gradients == memory.optimizer_state / 2 == 4 * weights * 6 / 4
 
 
@@ -126,7 +141,7 @@ RUNS = {
         1,
         [
             "--mask-logits-dtype", "bf16", "--optimizer-state-dtype", "8bit", "--recompute-granularity", "full",
-            "--recompute-method", "uniform", "--recompute-num-layers", "1", "--micro-batch-size", "1",
+            "--recompute-method", "uniform", "--recompute-num-layers", "1", "--params-dtype", "fp32", "--micro-batch-size", "1",
             "--global-batch-size", "1", "--seq-length", "128",
         ],
     ),

@@ -5,17 +5,28 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+import shlex
+from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
+from maskllm import train
 from maskllm.cli import main
 from maskllm.errors import MaskLLMError
+from maskllm.models.checkpoint import resolve
+from maskllm.models.convert import convert
 from maskllm.models.families import parameter_map
+from maskllm.patterns import Pattern
 from maskllm.planning.cost import BANDWIDTH_EFFICIENCY, GPUS, Cluster, checkpoint_bytes, step_cost
 from maskllm.planning.memory import Layout
 from maskllm.planning.models import BUILT_IN, named_model
 from maskllm.planning.plan import plan
-from maskllm.training.arguments import TrainArguments
+from maskllm.pruning.checkpoint import prune_by_magnitude
+from maskllm.pruning.solve import PruneSettings
+from maskllm.training.arguments import TrainArguments, parse_arguments
 
 H100 = Cluster(GPUS["h100-80gb"])
 
@@ -137,6 +148,37 @@ def test_a_steps_arithmetic():
     assert checkpoint_bytes(model, arguments) == pytest.approx(2 * 6.738e9 + weights / 8 + 12 * logits, rel=1e-3)
 
 
+@pytest.mark.usefixtures("signal_handlers")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_planned_checkpoint_is_as_large_as_a_real_one(dtype, tmp_path, tiny_hf, tiny_pruned, tiny_dataset):
+    hf, start = tiny_hf, tiny_pruned
+    if dtype == "float32":
+        hf, start = tmp_path / "hf", tmp_path / "pruned"
+        LlamaForCausalLM.from_pretrained(tiny_hf, dtype=torch.float32).save_pretrained(hf)
+        convert(hf, tmp_path / "dense")
+        prune_by_magnitude(tmp_path / "dense", start, PruneSettings("magnitude", Pattern(2, 4)))
+    flags = [
+        "--data-path", tiny_dataset, "--load", str(start), "--save", str(tmp_path / "run"), "--train-iters", "1", "--global-batch-size",
+        "1", "--seq-length", "32", "--params-dtype", "fp32", "--eval-iters", "0",
+    ]  # fmt: skip
+    assert train.main(flags) == 0
+    files = sum(path.stat().st_size for path in (tmp_path / "run" / "iter_0000001").rglob("*") if path.is_file())
+    tensors = sum(tensor.nbytes for tensor in resolve(tmp_path / "run").tensors.values())
+    assert files == pytest.approx(tensors, rel=0.1)  # each tensor has a header and its place in the index
+    for source in (hf, start, tmp_path / "run"):
+        assert checkpoint_bytes(named_model(str(source)), parse_arguments(flags)) == tensors
+
+
+@pytest.mark.parametrize(
+    ("stated", "dtype"),
+    [({"dtype": "float16"}, "float16"), ({"torch_dtype": "bfloat16"}, "bfloat16"), ({}, "float32"), ({"dtype": None}, "float32")],
+)
+def test_the_type_of_the_weights_is_what_the_config_states(stated, dtype, tmp_path):
+    values = {key: value for key, value in BUILT_IN["smollm2-135m"].items() if key != "torch_dtype"}
+    (tmp_path / "config.json").write_text(json.dumps(values | stated))
+    assert named_model(str(tmp_path)).stored_dtype is getattr(torch, dtype)
+
+
 @pytest.mark.parametrize(
     ("layout", "bytes_between_nodes"),
     [
@@ -179,6 +221,52 @@ def test_only_what_goes_between_nodes_goes_at_the_networks_speed(layout, bytes_b
 def test_what_cannot_be_is_named(flags, message, capsys):
     assert main(["plan", "--model", "llama-2-7b", *flags]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_a_gpus_memory_is_its_own_unless_another_is_given(gpu, tmp_path, capsys):
+    command = ("--model", "llama-2-7b", "--num-gpus", "8", "--tensor-model-parallel-size", "8", "--gpu", gpu)
+    memory = float(re.search(r"-(\d+)gb$", gpu)[1])
+    assert planned(tmp_path, *command)["gpu_bytes"] == memory * 1e9
+    assert f"fits in {memory:g} GB\n" in capsys.readouterr().out
+    assert planned(tmp_path, *command, "--gpu-memory", "20")["gpu_bytes"] == 20e9
+    text = capsys.readouterr().out
+    assert f"DOES NOT FIT in 20 GB, the --gpu-memory that was given ({gpu} has {memory:g} GB)\n" in text
+
+
+def test_a_plan_for_the_cpu_says_nothing_of_gpus(tmp_path, capsys):
+    found = planned(tmp_path, "--model", "smollm2-135m", "--num-gpus", "2", "--device", "cpu", "--gpu-memory", "16")
+    text = capsys.readouterr().out
+    assert found["fits"] and "fits in 16 GB\n" in text
+    assert not re.search("h100|GPU|CUDA|NCCL| s on |s/step|fastest", text), text
+    sizes = [one["memory"]["total"] for one in found["layouts_that_fit"]]
+    assert len(sizes) == 2 and sizes == sorted(sizes)
+    assert found["asked"]["step"]["seconds"] is None
+
+
+def test_a_million_gpus_are_planned_in_seconds(tmp_path):
+    command = ("--model", "llama-2-7b", "--num-gpus", "1000000", "--global-batch-size", "1000000")
+    layouts = [one["layout"] for one in planned(tmp_path, *command)["layouts_that_fit"]]
+    assert layouts and all(one["tensor"] * one["pipeline"] * one["data"] == 1000000 for one in layouts)
+
+
+def test_settings_that_change_what_is_learned_say_so(tmp_path, capsys):
+    assert planned(tmp_path, "--model", "llama-2-7b", "--gpu-memory", "141")["settings_that_fit"]
+    text = capsys.readouterr().out
+    assert "bf16 moments change what is learned" in text and "logits change" not in text
+    assert planned(tmp_path, "--model", "llama-2-7b")["settings_that_fit"]
+    text = capsys.readouterr().out
+    assert "the gradients of a step's 256 micro-batches are added up in bf16, rounded to nearest" in text
+    assert "8bit moments change what is learned" in text
+    planned(tmp_path, "--model", "llama-2-7b", "--num-gpus", "8", "--tensor-model-parallel-size", "8", "--gpu-memory", "25")
+    assert "change what is learned" not in capsys.readouterr().out
+
+
+def test_the_readmes_plan_fits(tmp_path):
+    (command,) = re.findall(
+        r"`maskllm plan (.*?)`", (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    assert planned(tmp_path, *shlex.split(command))["fits"]
 
 
 def test_a_directory_is_read(tmp_path):
