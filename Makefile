@@ -2,9 +2,6 @@
 PYTHON ?= python3
 VENV := .venv
 PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
-ifeq ($(PYTHON_VERSION),)
-$(error PYTHON=$(PYTHON) does not run; name an interpreter of Python 3.10 to 3.12)
-endif
 READY := $(VENV)/.ready-$(PYTHON_VERSION)
 KERNEL_SOURCES := $(shell find csrc -type f)
 
@@ -14,6 +11,7 @@ setup: $(READY)
 
 # torch first and pinned: left to the resolver, another package may bring another build of it. The package is built against it.
 $(READY): Makefile pyproject.toml setup.py $(KERNEL_SOURCES)
+	@test -n "$(PYTHON_VERSION)" || { echo "PYTHON=$(PYTHON) does not run; name an interpreter of Python 3.10 to 3.12" >&2; exit 1; }
 	@rm -f $(VENV)/.ready-*
 	test "$$($(VENV)/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = "$(PYTHON_VERSION)" \
 		|| $(PYTHON) -m venv --clear $(VENV)

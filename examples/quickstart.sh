@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The quickstart's pipeline by hand, one command a step, for any small model and corpus: copy it beside itself and change it.
+# The quickstart's pipeline by hand, one command a step, for any small model and corpus: copy it (within examples/, for common/run.sh) and change it.
 #
 #   MODEL=path/to/hf TRAIN=c4.json EVAL=wiki.test.raw OUT=outputs/by_hand examples/quickstart.sh
 #

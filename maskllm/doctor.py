@@ -150,9 +150,11 @@ def _gpus(diagnosis: Diagnosis, torch: ModuleType) -> None:
     found["cusparselt"] = sparse.version() if sparse is not None and sparse.is_available() else None
     if listed and not visible and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        first = f"CUDA_VISIBLE_DEVICES is {chosen}: see whether there are such; else " if chosen is not None else ""
         diagnosis.problems.append(
-            f"GPU: nvidia-smi lists {len(listed)}, of driver {listed[0]}, and torch {torch.__version__}, {built}, can use none; install "
-            "a torch that the driver serves or a newer driver, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+            f"GPU: nvidia-smi lists {len(listed)}, of driver {listed[0]}, and torch {torch.__version__}, {built}, can use none; "
+            f"{first}install a torch that the driver serves or a newer driver, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
     elif torch.version.cuda is None:
         diagnosis.missing.append(f"CUDA: torch {torch.__version__} is built without it, training runs on the CPU")

@@ -31,7 +31,7 @@ def _name(error: OSError, path: Path) -> None:
 def real_file(path: str | os.PathLike) -> Path:
     """Where an output file `path` goes: where it is a link, what the link points to is written and the link stays.
 
-    Raises MaskLLMError where something else than a regular file is there: a rename would do away with a pipe or a device.
+    Raises MaskLLMError where something other than a regular file is there: a rename would do away with a pipe or a device.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -41,7 +41,7 @@ def real_file(path: str | os.PathLike) -> Path:
 
 @contextlib.contextmanager
 def _directory(path: Path) -> Iterator[None]:
-    """A block for which the directory `path` is there; what of it had to be made goes again where the block raises."""
+    """Make the directory `path` for the block; where that raises, remove the directories that were made."""
     made = [directory for directory in (path, *path.parents) if not directory.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -52,10 +52,13 @@ def refuse_empty(options: Mapping[str, Any]) -> None:
 
 
 def refuse_collisions(options: Mapping[str, Any]) -> None:
-    """Raise MaskLLMError where two outputs of a verb are one file, or a file would lie in the directory that --output makes."""
-    given = [name for name in ("output", "mask_file", "json") if options.get(name) is not None]
-    for first, second in itertools.combinations(given, 2):
-        places = [Path(os.path.realpath(options[name])) for name in (first, second)]
-        if places[0].is_relative_to(places[1]) or places[1].is_relative_to(places[0]):
+    """Raise MaskLLMError where two outputs of a verb are one file, or a file would lie in the directory that the verb makes."""
+    places = {
+        name: Path(os.path.realpath(options[name])) for name in ("output", "mask_file", "json") if options.get(name) is not None
+    }
+    if options["verb"] in ("convert", "prune", "trim"):
+        places["output"] /= "release"
+    for (first, place), (second, other) in itertools.combinations(places.items(), 2):
+        if place.is_relative_to(other) or other.is_relative_to(place):
             flags = [f"--{name.replace('_', '-')} {options[name]}" for name in (first, second)]
             raise MaskLLMError(f"{' and '.join(flags)}: one is, or lies in, the other; name places apart from each other")

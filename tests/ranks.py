@@ -1,6 +1,6 @@
 """Jobs under torchrun that run one program after another, so that their processes import PyTorch and Megatron once.
 
-usage: torchrun ... -m tests.ranks FOLDER
+usage: torchrun ... -m tests.ranks FOLDER PID
 
 A rank runs the program in FOLDER/1.json, then that in 2.json and so on, as `python` does, its output in NUMBER.RANK.log, and leaves the
 exit status in NUMBER.RANK.status.
@@ -9,6 +9,7 @@ exit status in NUMBER.RANK.status.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -19,10 +20,10 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-POLL_SECONDS = 0.02
+POLL_SECONDS = 0.05
 
 
 class Pool:
@@ -33,7 +34,9 @@ class Pool:
 
     def __call__(self, ranks: int, module: str, *arguments: object, check: bool = True) -> subprocess.CompletedProcess:
         """Run `python -m MODULE ARGUMENTS` in each of `ranks` ranks; `stderr` of the result is what they print, rank after rank."""
-        done = ask(self.folder(ranks), ranks, ["-m", module, *map(str, arguments)])
+        folder = self.folder(ranks)
+        job, _ = self._jobs[ranks]
+        done = ask(folder, ranks, ["-m", module, *map(str, arguments)], lambda: job.poll() is None)
         if done.returncode < 0:  # it hangs or has died
             self._end(ranks)
         assert not check or done.returncode == 0, done.stderr
@@ -46,11 +49,11 @@ class Pool:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
             with (folder / "torchrun.log").open("w") as log:
                 job = subprocess.Popen(
-                    [*command, "-m", "tests.ranks", folder],
+                    [*command, "-m", "tests.ranks", folder, str(os.getpid())],
                     stdout=log,
                     stderr=log,
                     cwd=Path(__file__).parents[1],
-                    env=os.environ | {"OMP_NUM_THREADS": "1"},
+                    env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
                 )
             self._jobs[ranks] = job, folder
         return self._jobs[ranks][1]
@@ -79,22 +82,26 @@ class Pool:
         shutil.rmtree(folder)
 
 
-def ask(folder: Path, ranks: int, words: Sequence[str], timeout: float = 300) -> subprocess.CompletedProcess:
+def ask(folder: Path, ranks: int, words: Sequence[str], alive: Callable[[], bool] = lambda: True) -> subprocess.CompletedProcess:
     """Have the job of `ranks` processes that serves `folder` run `python WORDS` (-m MODULE or FILE, and arguments) in this directory.
 
-    The status is negative where it does not answer.
+    The status is negative where it does not answer within five minutes, or is not `alive` before.
     """
-    number = len(list(folder.glob("*.json"))) + 1
-    request, part = folder / f"{number}.json", folder / f"{number}.part"
+    number = 1
+    while True:  # others may be asking too
+        try:
+            (folder / f"{number}.taken").touch(exist_ok=False)
+            break
+        except FileExistsError:
+            number += 1
+    part = folder / f"{number}.part"
     part.write_text(json.dumps({"words": list(words), "directory": str(Path.cwd())}))
-    part.rename(request)
+    part.rename(folder / f"{number}.json")
     replies = [folder / f"{number}.{rank}.status" for rank in range(ranks)]
-    deadline = time.monotonic() + timeout
-    while not all(reply.exists() for reply in replies) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 300
+    while not all(reply.exists() for reply in replies) and alive() and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
-    status = max(int(reply.read_text()) if reply.exists() else -1 for reply in replies)
-    if not all(reply.exists() for reply in replies):
-        status = -1
+    status = max(int(reply.read_text()) for reply in replies) if all(reply.exists() for reply in replies) else -1
     logs = [folder / f"{number}.{rank}.log" for rank in range(ranks)]
     output = "".join(log.read_text() for log in [*logs, folder / "torchrun.log"] if log.exists())
     return subprocess.CompletedProcess(words, status, "", output)
@@ -155,21 +162,26 @@ def _run(words: list[str]) -> int:
     return 0
 
 
-def main(folder: Path) -> None:
-    """Serve until terminated."""
+def main(folder: Path, owner: int) -> None:
+    """Serve until terminated, or until the process `owner` has gone."""
+    import psutil  # here: the stand-ins of `Pool.programs` have the standard library alone
+
     rank, number = os.environ["RANK"], 0
     while True:
         number += 1
         request = folder / f"{number}.json"
         while not request.exists():
+            if not psutil.pid_exists(owner):
+                return
             time.sleep(POLL_SECONDS)
         asked = json.loads(request.read_text())
         with _as_new(folder / f"{number}.{rank}.log", asked["directory"]):
             status = _run(asked["words"])
+        gc.collect()  # a model holds itself, and with it its process groups, whose threads would go on polling
         reply = folder / f"{number}.{rank}.part"
         reply.write_text(str(status))
         reply.rename(reply.with_suffix(".status"))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), int(sys.argv[2]))

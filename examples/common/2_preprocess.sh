@@ -15,6 +15,10 @@ for shard in $SHARDS; do
   up_to_date "$(shard_prefix "$shard")_text_document.idx" "$(shard_file "$shard")" || todo+=("$shard")
 done
 if ((${#todo[@]})); then
-  [[ -z ${DRY_RUN:-} ]] || JOBS=1 # in order
+  if [[ -n ${DRY_RUN:-} ]]; then
+    JOBS=1 # in order
+  else
+    mkdir -p "$OUTPUT/tokens" # or the first job to fail would remove what it had made
+  fi
   printf '%s\n' "${todo[@]}" | xargs -n 1 -P "$JOBS" bash "${BASH_SOURCE[0]}" "$1"
 fi

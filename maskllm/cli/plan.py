@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> None:
     from maskllm.training.arguments import option_values
 
     arguments = TrainArguments(**option_values(vars(args)))
+    arguments.check_settings()
     if args.num_gpus is not None and args.num_gpus < 1:
         raise MaskLLMError(f"--num-gpus: found {args.num_gpus}, wanted at least 1")
     if args.gpus_per_node < 1:

@@ -10,8 +10,8 @@ from pathlib import Path
 from maskllm.data.json_lines import check_inputs, document, every_line, read_lines
 from maskllm.errors import MaskLLMError
 
-_JSON = re.compile(rb'\s*\[?\s*\{\s*("|$)')
-"""How a JSON object, or an array of objects, begins."""
+_JSON = re.compile(rb'\s*(\{\s*("|\}|$)|\[\s*("|\{|$))')
+"""How a line of JSON begins that is an object, or an array of objects or strings."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class EvaluationText:
 
 
 def read_evaluation_text(path: str | os.PathLike) -> EvaluationText:
-    """Read a held-out text, plain or gzip. What kind it is its contents tell, not its name.
+    """Read a held-out text, plain or gzip. The kind is told by the contents, not the name.
 
     * JSON lines, where the first line that is not blank begins as a JSON object does: the `text` of every line, joined by blank lines
       ("\\n\\n"). So JSON of another form is refused by line, and no model is ever judged on JSON syntax.

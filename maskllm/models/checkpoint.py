@@ -162,9 +162,9 @@ def resolve(path: str | Path, *, say: Callable[[str], None] = _to_stderr) -> Che
 def iterations(path: str | Path, *, say: Callable[[str], None] = _to_stderr) -> list[Path]:
     """The iteration directories that a run can go on from, best first: the one `latest_checkpointed_iteration.txt` names, then older ones.
 
-    Where that file is missing or cannot be understood, or names one that is not complete, the newest complete one comes first.
+    Where that file is missing or no text, or names one that is not complete, the newest complete one comes first.
     Directories that are not complete are left out. `say` is called with a line about what is newer than the first, and about a file that
-    is of no use. An iteration directory gives itself alone. Raises MaskLLMError where there is none.
+    is no text. An iteration directory gives itself alone. Raises MaskLLMError where there is none, and where that file holds other words.
     """
     path = Path(path)
     if not path.is_dir():
@@ -231,13 +231,18 @@ def iteration_number(directory: Path) -> int | None:
 
 
 def _named_by_latest(root: Path, say: Callable[[str], None]) -> Path | None:
-    """The iteration directory that `latest_checkpointed_iteration.txt` names, if it names one."""
+    """The iteration directory that `latest_checkpointed_iteration.txt` names, if that is there and text.
+
+    Raises MaskLLMError for other words.
+    """
     if not (root / LATEST).is_file():
         return None
     text = (root / LATEST).read_text(encoding="utf-8", errors="replace").strip()
-    if text != "release" and not re.fullmatch(r"\d{1,18}", text):
-        say(f"{root / LATEST}: holds {text[:40]!r}; wanted 'release' or an iteration number; ignored")
+    if not text.isprintable() or not text:  # a disk that lost its contents
+        say(f"{root / LATEST}: is empty or no text; ignored")
         return None
+    if text != "release" and not re.fullmatch(r"\d{1,18}", text):
+        raise MaskLLMError(f"{root / LATEST}: holds {text[:40]!r}; wanted 'release' or an iteration number")
     return root / iteration_name("release" if text == "release" else int(text))
 
 
@@ -274,7 +279,7 @@ def write_checkpoint(
 def release_directory(root: str | Path, stage: str) -> Path:
     """`ROOT/release`, which `write_checkpoint` will write, or replace by another of the same stage.
 
-    Raises FileExistsError where ROOT is a file, MaskLLMError where ROOT holds a training run or where ROOT/release is something else than
+    Raises FileExistsError where ROOT is a file, MaskLLMError where ROOT holds a training run or where ROOT/release is something other than
     a checkpoint of this stage.
     """
     root = Path(root)

@@ -47,7 +47,7 @@ def rotary_frequencies(rope: Rope) -> torch.Tensor:
     return frequencies * kept + frequencies / scaling.factor * (1 - kept)
 
 
-_KEYS = {"type", "rope_type", "rope_theta", "partial_rotary_factor", *(entry.name for entry in fields(Llama3RopeScaling))}
+_KEYS = {"rope_type", "rope_theta", "partial_rotary_factor", *(entry.name for entry in fields(Llama3RopeScaling))}
 
 
 def read_rope(hf: HFConfig, *, head_dim: int, max_position_embeddings: int, partial_rotary_factor: float = 1.0) -> Rope:
@@ -56,19 +56,10 @@ def read_rope(hf: HFConfig, *, head_dim: int, max_position_embeddings: int, part
     `partial_rotary_factor` is the family's default share of a head's `head_dim` channels that turn. Raises MaskLLMError that names
     the key for a value that is missing, malformed or not supported.
     """
-    given = [hf.section(key) for key in ("rope_scaling", "rope_parameters") if hf.has(key)]
-    if len(given) == 2 and given[0].values != given[1].values:
-        raise hf.error("rope_scaling and rope_parameters differ; wanted one of them")
-    section = given[0] if given else HFConfig({}, hf.where)
-    values = dict(section.values)
-    for key in values.keys() - _KEYS:
-        raise section.error(f"{key!r} is not supported, only {', '.join(sorted(_KEYS))}")
-    if "type" in values:
-        values.setdefault("rope_type", values["type"])
-    for key in ("rope_theta", "partial_rotary_factor"):
-        if hf.has(key):
-            values.setdefault(key, hf.values[key])
-    rope = HFConfig(values, section.where)
+    given = [_with_one_spelling(hf.section(key), hf) for key in ("rope_parameters", "rope_scaling") if hf.has(key)]
+    rope = given[0] if given else _with_one_spelling(HFConfig({}, hf.where), hf)
+    if given and rope.values != given[-1].values:
+        raise hf.error(f"rope_parameters {rope.values} and rope_scaling {given[-1].values} differ; wanted one of them")
     share = rope.number("partial_rotary_factor", default=partial_rotary_factor)
     dim = int(head_dim * share)
     if share > 1 or dim < 2 or dim % 2:
@@ -78,12 +69,23 @@ def read_rope(hf: HFConfig, *, head_dim: int, max_position_embeddings: int, part
     return Rope(rope.number("rope_theta", default=10000.0), dim, _read_scaling(rope, max_position_embeddings))
 
 
+def _with_one_spelling(section: HFConfig, hf: HFConfig) -> HFConfig:
+    """The rotary settings `section` of `hf`, with those that older configs have beside it."""
+    values = {("rope_type" if key == "type" else key): value for key, value in section.values.items()}
+    for key in ("rope_theta", "partial_rotary_factor"):
+        if hf.has(key):
+            values.setdefault(key, hf.values[key])
+    return HFConfig(values, section.where)
+
+
 def _read_scaling(rope: HFConfig, max_position_embeddings: int) -> Llama3RopeScaling | None:
     kind = rope.values.get("rope_type", "default")
+    if kind not in ("default", "llama3"):
+        raise rope.error(f"rope_type {kind!r} is not supported, only 'default' and 'llama3'")
+    for key in sorted(rope.values.keys() - _KEYS):
+        raise rope.error(f"{key!r} is not supported, only {', '.join(sorted(_KEYS))}")
     if kind == "default":
         return None
-    if kind != "llama3":
-        raise rope.error(f"rope_type {kind!r} is not supported, only 'default' and 'llama3'")
     scaling = Llama3RopeScaling(
         factor=rope.number("factor"),
         low_freq_factor=rope.number("low_freq_factor"),

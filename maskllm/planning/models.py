@@ -36,6 +36,7 @@ _GPT: dict[str, Any] = {
 BUILT_IN: dict[str, dict[str, Any]] = {
     "llama-2-7b": _LLAMA
     | {
+        "torch_dtype": "float16",
         "hidden_size": 4096,
         "intermediate_size": 11008,
         "num_hidden_layers": 32,
@@ -45,6 +46,7 @@ BUILT_IN: dict[str, dict[str, Any]] = {
     },
     "llama-2-13b": _LLAMA
     | {
+        "torch_dtype": "float16",
         "hidden_size": 5120,
         "intermediate_size": 13824,
         "num_hidden_layers": 40,
@@ -117,8 +119,8 @@ def config_of(values: dict[str, Any], name: str = "config") -> StoredModel:
 def _stored_dtype(hf: HFConfig) -> torch.dtype:
     """What `dtype`, or `torch_dtype` before transformers 4.56, says. Without either the weights are of torch's own default type."""
     key = "dtype" if hf.has("dtype") else "torch_dtype"
-    found = hf.values.get(key) or "float32"
+    found = hf.values[key] if hf.has(key) else "float32"
     known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
-    if found not in known:
+    if not isinstance(found, str) or found not in known:
         raise hf.error(f"{key} is {found!r}; wanted one of {', '.join(known)}")
     return known[found]

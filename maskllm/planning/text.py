@@ -74,10 +74,9 @@ def _prices(option: Option, asked: Option) -> Iterator[str]:
     """What the option's types of numbers change in what is learned, beside those that were asked for."""
     arguments = option.arguments
     if arguments.mask_logits_dtype != asked.arguments.mask_logits_dtype == "fp32":
-        yield (
-            f"bf16 logits change what is learned: the gradients of a step's {arguments.num_microbatches(option.layout.data)} micro-batches "
-            "are added up in bf16, rounded to nearest (docs/memory.md, Fewer bits)"
-        )
+        micro_batches = arguments.num_microbatches(option.layout.data)
+        added = f", and the gradients of a step's {micro_batches} micro-batches are added up in bf16" if micro_batches > 1 else ""
+        yield f"bf16 logits change what is learned: each step rounds them stochastically{added} (docs/memory.md, Fewer bits)"
     if arguments.optimizer_state_dtype != asked.arguments.optimizer_state_dtype and arguments.optimizer_state_dtype != "fp32":
         yield (
             f"{arguments.optimizer_state_dtype} moments change what is learned: each step rounds Adam's moments to them "

@@ -20,8 +20,6 @@ from maskllm.errors import MaskLLMError
 from maskllm.evaluation.report import ModelResult, Report, table, write_report
 from maskllm.models.checkpoint import resolve
 from maskllm.models.config import ModelConfig
-from maskllm.models.families import read_model_config
-from maskllm.models.hf_source import find_source
 from maskllm.quickstart.steps import Steps
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
@@ -99,20 +97,23 @@ def quickstart(
         from maskllm.data.smollm2 import write_smollm2  # needs the package gguf, which only the quickstart installs
 
         steps.run("model", exported / "dense", write_smollm2, exported / "dense")
-    settings.check_fits(read_model_config(find_source(source) / "config.json"))
+    # First, so that a model that cannot be taken is refused at once.
+    steps.run("convert", megatron / "dense", [*maskllm, "convert", "--hf", source, "--output", megatron / "dense"])
+    dense = resolve(megatron / "dense")
+    settings.check_fits(dense.model_config)
     if corpus is None or eval_corpus is None:
         steps.run("corpus", output / "corpus", write_documentation_corpus, output / "corpus")
     train_files = corpus or [str(output / "corpus" / TRAIN_FILE)]
     held_out = eval_corpus or str(output / "corpus" / HELD_OUT_FILE)
     prefix = output / "data" / "train"
     dataset = f"{prefix}_text_document"
-    steps.run("convert", megatron / "dense", [*maskllm, "convert", "--hf", source, "--output", megatron / "dense"])
-    tokenizer = resolve(megatron / "dense").hf_directory
     steps.run(
         "preprocess",
         output / "data",
-        [*maskllm, "preprocess", "--input", *train_files, "--output-prefix", prefix, "--tokenizer", tokenizer, "--append-eod"],
-    )
+        [
+            *maskllm, "preprocess", "--input", *train_files, "--output-prefix", prefix, "--tokenizer", dense.hf_directory, "--append-eod",
+        ],
+    )  # fmt: skip
 
     def export(name: str, checkpoint: Path, *options: object) -> None:
         trimmed = checkpoint.with_name(f"{checkpoint.name}-trimmed")

@@ -173,7 +173,7 @@ class TrainArguments:
         return pattern
 
     def _check_split(self) -> None:
-        """Raise MaskLLMError where `split` is something else than shares; upstream picks the digits out of anything."""
+        """Raise MaskLLMError where `split` is something other than shares; upstream picks the digits out of anything."""
         try:
             shares = [float(share) for share in self.split.split(",")]
         except ValueError:

@@ -162,25 +162,28 @@ class Trainer:
                     window, started = [], time.perf_counter()
                 if self.bad_steps == arguments.max_bad_steps:
                     self._end_at_bad_steps(last_saved or self.start.iteration)
-                if (
-                    self.valid_batches
-                    and not (self.stopping or self.data_gone)  # there may be little time left, and a checkpoint to write
-                    and (self.iteration % arguments.eval_interval == 0 or self.iteration == arguments.train_iters)
-                ):
-                    self.progress(f"the validation after iteration {self.iteration}")
-                    values = self._validate()
-                    if values is not None and writer is not None:
-                        bar.clear()
-                        writer.write("validation", self.iteration, values)
-                    started = time.perf_counter()
-                ending = self.stopping or self.data_gone or self.iteration == arguments.train_iters
+                last = self.iteration == arguments.train_iters
                 if self.saver is not None:
                     self.saver.poll()
-                    if ending or (arguments.save_interval and self.iteration % arguments.save_interval == 0):
+                    if last or self._ends_early or (arguments.save_interval and self.iteration % arguments.save_interval == 0):
                         self._save(self.iteration)
                         last_saved = self.iteration
                         started = time.perf_counter()
-                if ending:
+                if self.valid_batches and not self._ends_early and (last or self.iteration % arguments.eval_interval == 0):
+                    self.progress(f"the validation after iteration {self.iteration}")
+                    self.model.eval()
+                    values = self._validate()
+                    self.model.train()
+                    if writer is not None and values is not None:
+                        bar.clear()
+                        writer.write("validation", self.iteration, values)
+                    if values is None:
+                        self._say(f"a signal has broken off the validation after iteration {self.iteration}")
+                        if self.saver is not None and last_saved != self.iteration:
+                            self._save(self.iteration)
+                            last_saved = self.iteration
+                    started = time.perf_counter()
+                if last or self._ends_early:
                     break
             if self.saver is not None:
                 self.progress("the end of saving")
@@ -195,6 +198,11 @@ class Trainer:
                 if problem := self.data_files.problem():
                     raise MaskLLMError(f"{problem} and run the same command to go on; {where}")
         raise StoppedError(f"stopped by a signal after iteration {self.iteration}; {where}; run the same command to go on")
+
+    @property
+    def _ends_early(self) -> bool:
+        """Whether all ranks are to stop after this step, with a checkpoint and without anything that takes long."""
+        return self.stopping or self.data_gone
 
     def _save(self, iteration: int) -> None:
         start = self.start
@@ -359,7 +367,6 @@ class Trainer:
         sampler.stats = None
         sampler.weight_reg = 0.0
         means = {}
-        self.model.eval()
         for name, mode in (("loss_sampled", MaskMode.SAMPLE), ("loss_winner", MaskMode.WINNER)):
             sampler.mode = mode
             losses = torch.zeros(2, dtype=torch.float64, device=device())
@@ -375,13 +382,11 @@ class Trainer:
                     )
                 (self.stopping,) = self._any_rank(self.stop_signal is not None)
                 if self.stopping:
-                    self.model.train()
                     return None
             if parallel_state.get_tensor_model_parallel_rank() != 0:
                 losses.zero_()
             dist.all_reduce(losses)
             means[name] = float(losses[0] / losses[1])
-        self.model.train()
         return means
 
     def _open_writer(self) -> MetricsWriter | None:

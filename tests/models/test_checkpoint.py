@@ -68,11 +68,10 @@ def test_the_newest_complete_iteration_is_found_without_being_named(dense):
 
 
 @pytest.mark.parametrize(
-    ("latest", "words"),
-    [("../x", "holds '../x'; wanted 'release' or an iteration number; ignored"), ("", "holds ''"), ("3", "iter_0000003: no such")],
+    ("latest", "words"), [(b"", "is empty or no text; ignored"), (b"\0\0\0", "is empty or no"), (b"3", "iter_0000003: no such")]
 )
 def test_a_file_that_names_nothing_does_not_hide_what_is_complete(dense, latest, words):
-    (dense / LATEST).write_text(latest)
+    (dense / LATEST).write_bytes(latest)
     lines = []
     assert resolve(dense, say=lines.append).iteration == "release"
     assert words in lines[0]
@@ -80,7 +79,7 @@ def test_a_file_that_names_nothing_does_not_hide_what_is_complete(dense, latest,
     assert resolve(dense).iteration == 8
     shutil.rmtree(dense / "iter_0000008")
     shutil.rmtree(dense / "release")
-    with pytest.raises(MaskLLMError, match="no complete iteration" if latest != "3" else "there is no other to use"):
+    with pytest.raises(MaskLLMError, match="no complete iteration" if latest != b"3" else "there is no other to use"):
         resolve(dense)
 
 
@@ -140,6 +139,7 @@ def flip_a_bit(path) -> None:
         (lambda root: flip_a_bit(root / "release" / ".metadata"), ".metadata: found checksum"),
         (lambda root: flip_a_bit(root / "release" / "hf" / "config.json"), "config.json: found checksum"),
         (lambda root: flip_a_bit(next((root / "release").glob("*.distcp"))), ".distcp: found checksum"),
+        (lambda root: (root / LATEST).write_text("../x"), "holds '../x'; wanted 'release' or an iteration number"),
         (lambda root: (root / "release" / INFO).write_text("{"), "maskllm.json: found 1 bytes, wanted"),
         (lambda root: edit_info(root, format_version=2), "format_version 2 is newer than this program's 1"),
         (lambda root: edit_info(root, format_version="1"), "format_version is '1'"),

@@ -113,11 +113,8 @@ def test_planned_weights_are_the_models(model):
     assert shapes.stage(0, 1) == (weights, everything - weights)
     memory = stage_memory(config, TrainArguments(seq_length=128), Layout(1, 1, 1), 0, device="cpu")
     assert memory.weights == 2 * everything
-    for dtype, copy in (
-        ("float32", 0),
-        ("bfloat16", 2),
-        ("float16", 2),
-    ):  # on the host, of what is not stored as it is computed with
+    # On the host there is a copy of what is not stored as it is computed with.
+    for dtype, copy in (("float32", 0), ("bfloat16", 2), ("float16", 2)):
         stored = config_of(model | {"dtype": dtype})
         in_fp32 = stage_memory(stored, TrainArguments(seq_length=128, params_dtype="fp32"), Layout(1, 1, 1), 0, device="cpu")
         assert in_fp32.weights == (4 + copy) * everything

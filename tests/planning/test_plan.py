@@ -256,7 +256,7 @@ def test_settings_that_change_what_is_learned_say_so(tmp_path, capsys):
     assert "bf16 moments change what is learned" in text and "logits change" not in text
     assert planned(tmp_path, "--model", "llama-2-7b")["settings_that_fit"]
     text = capsys.readouterr().out
-    assert "the gradients of a step's 256 micro-batches are added up in bf16, rounded to nearest" in text
+    assert "each step rounds them stochastically, and the gradients of a step's 256 micro-batches are added up in bf16" in text
     assert "8bit moments change what is learned" in text
     planned(tmp_path, "--model", "llama-2-7b", "--num-gpus", "8", "--tensor-model-parallel-size", "8", "--gpu-memory", "25")
     assert "change what is learned" not in capsys.readouterr().out

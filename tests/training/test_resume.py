@@ -69,16 +69,21 @@ def test_all_ranks_killed_in_the_first_step_and_during_a_save_and_a_damaged_chec
 
 @pytest.mark.slow
 def test_a_rank_killed_under_max_restarts_comes_back(start, tmp_path, whole, tiny_dataset, tiny_pruned):
+    """Killed in the first step, and again after a save."""
     save = tmp_path / "run"
     values = arguments(save, tiny_dataset, tiny_pruned, async_save=True, keep_last=1)
-    run = start(2, values, "--max-restarts=1")
-    run.wait_for(lambda: steps_done(save) >= 2)
-    killed = run.rank(1)
-    killed.kill()
+    run = start(2, values, "--max-restarts=2")
+    killed = []
+    for moment in ((save / "metrics.jsonl").is_file, lambda: steps_done(save) >= 2):
+        run.wait_for(moment)
+        killed.append(run.rank(1))
+        killed[-1].kill()
+        killed[-1].wait(60)
     assert run.end() == 0, run.console[-4000:]
-    assert run.console.count("lost the connection to another rank") == 1, run.console
-    assert f"rank 1 (process {killed.pid}) has died" in run.console
-    assert "resuming" in run.console
+    assert run.console.count("lost the connection to another rank") == 2, run.console
+    assert all(f"rank 1 (process {process.pid}) has died" in run.console for process in killed)
+    assert run.console.count("starting from") == 2, "the first step was over too soon"
+    assert run.console.count("resuming") == 1
     assert_bit_identical(whole, save)
     loaded = int(run.console.split("resuming ")[1].split("iter_")[1][:7])
     kept = [path.name for path in iterations(save)]
