@@ -17,7 +17,8 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 SUBDIRECTORIES = ("*/*.safetensors", "[!a]*/*")
-"""What lies in a repository's directories, but for additional_chat_templates; in these patterns, and those of files, * takes slashes."""
+"""What is not wanted of a repository's directories: weights, which are of another format there, and all in those whose name does not begin
+with an a, as additional_chat_templates does. The hub's * takes slashes."""
 
 SIDE_FILES = (
     "config.json",

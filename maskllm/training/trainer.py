@@ -163,26 +163,23 @@ class Trainer:
                 if self.bad_steps == arguments.max_bad_steps:
                     self._end_at_bad_steps(last_saved or self.start.iteration)
                 last = self.iteration == arguments.train_iters
+                if self.valid_batches and not self._ends_early and (last or self.iteration % arguments.eval_interval == 0):
+                    self.progress(f"the validation after iteration {self.iteration}")
+                    self.model.eval()
+                    values = self._validate()
+                    self.model.train()
+                    if values is None:
+                        self._say(f"a signal has broken off the validation after iteration {self.iteration}")
+                    elif writer is not None:
+                        bar.clear()
+                        writer.write("validation", self.iteration, values)
+                    started = time.perf_counter()
                 if self.saver is not None:
                     self.saver.poll()
                     if last or self._ends_early or (arguments.save_interval and self.iteration % arguments.save_interval == 0):
                         self._save(self.iteration)
                         last_saved = self.iteration
                         started = time.perf_counter()
-                if self.valid_batches and not self._ends_early and (last or self.iteration % arguments.eval_interval == 0):
-                    self.progress(f"the validation after iteration {self.iteration}")
-                    self.model.eval()
-                    values = self._validate()
-                    self.model.train()
-                    if writer is not None and values is not None:
-                        bar.clear()
-                        writer.write("validation", self.iteration, values)
-                    if values is None:
-                        self._say(f"a signal has broken off the validation after iteration {self.iteration}")
-                        if self.saver is not None and last_saved != self.iteration:
-                            self._save(self.iteration)
-                            last_saved = self.iteration
-                    started = time.perf_counter()
                 if last or self._ends_early:
                     break
             if self.saver is not None:
