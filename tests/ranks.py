@@ -24,6 +24,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 POLL_SECONDS = 0.05
+PROGRAMS = 10
+"""Programs that a job runs: some of the process groups that they set up stay, with threads that wake a hundred times a second."""
 
 
 class Pool:
@@ -43,7 +45,9 @@ class Pool:
         return done
 
     def folder(self, ranks: int) -> Path:
-        """Where the job of so many ranks is asked."""
+        """Where the job of so many ranks is asked, a new one after PROGRAMS programs."""
+        if ranks in self._jobs and len(list(self._jobs[ranks][1].glob("*.taken"))) >= PROGRAMS:
+            self._end(ranks)
         if ranks not in self._jobs:
             folder = Path(tempfile.mkdtemp(prefix="ranks"))
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
