@@ -53,7 +53,7 @@ def held_out(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory, ranks, tiny_model, held_out) -> Path:
-    """Its steps run in processes that have imported everything before; those of the last test are new."""
+    """Its steps run in processes that have imported everything before; those of later runs are new."""
     output = tmp_path_factory.mktemp("quickstart") / "out"
     python = ranks.programs(tmp_path_factory.mktemp("programs"))
     with mock.patch.object(sys, "executable", str(python)):

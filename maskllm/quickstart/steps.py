@@ -50,7 +50,8 @@ class Steps:
         """
         self.names.append(name)
         command = None if callable(work) else [str(part) for part in work]
-        told = command or [f"{work.__module__}.{work.__qualname__}", *map(str, arguments)]
+        # Where the interpreter lies, a command's first word, is no setting.
+        told = command[1:] if command else [f"{work.__module__}.{work.__qualname__}", *map(str, arguments)]
         self._identity = hashlib.sha256(json.dumps([self._identity, told]).encode()).hexdigest()
         record = self.records.get(name, {})
         if record.get("identity") == self._identity and "seconds" in record and output.exists():
