@@ -80,6 +80,7 @@ def report(program: str, error: BaseException, console: TextIO, where: Callable[
     first = first_line(error)
     details = "".join(traceback.format_exception(error))
     if lost_connection(error):
+        time.sleep(0.5)  # a process that dies closes its connections before it counts as dead, and `where` is to name it
         say_failure(
             program, f"rank {rank} lost the connection to another rank{where()} ({first})", console, details=details, is_cause=False
         )
