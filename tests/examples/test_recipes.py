@@ -422,14 +422,13 @@ def warm_programs(ranks, tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("start", ["warm", pytest.param("cold", marks=pytest.mark.long)])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_tiny_model_goes_all_the_way(recipe, request, tmp_path):
-    """The first recipe by itself, on two shards tokenized at a time and with a checkpoint in the middle; the others' programs are warm."""
-    settings = {"MODEL": "tiny"}
-    if recipe == RECIPES[0]:
-        settings["SAVE_INTERVAL"] = 3
-    else:
-        settings |= {"SHARDS": 0} | request.getfixturevalue("warm_programs")
+def test_a_tiny_model_goes_all_the_way(recipe, start, warm_programs, tmp_path):
+    """The first recipe on two shards and with a checkpoint in the middle; a cold start is of the programs themselves."""
+    settings = {"MODEL": "tiny"} | ({"SAVE_INTERVAL": 3} if recipe == RECIPES[0] else {"SHARDS": 0})
+    if start == "warm":
+        settings |= warm_programs
     done = bash(EXAMPLES / recipe / "run_all.sh", tmp_path, **settings)
     assert done.returncode == 0, done.stderr[-6000:]
     output = tmp_path / "outputs" / "tiny" / recipe

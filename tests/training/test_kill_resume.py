@@ -15,7 +15,7 @@ BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "kill_resume.py"
 @pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_as_the_uninterrupted_one(tmp_path):
     report = tmp_path / "report.json"
-    command = [sys.executable, BENCHMARK, "--cycles", "2", "--train-iters", "40", "--ranks", "1", "--json", report]
+    command = [sys.executable, BENCHMARK, "--cycles", "2", "--train-iters", "20", "--ranks", "1", "--json", report]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     found = json.loads(report.read_text())
