@@ -34,7 +34,7 @@ from maskllm.training.arguments import parse_arguments  # noqa: E402
 
 RUNS = {
     "pipeline": (2, ["--pipeline-model-parallel-size", "2"]),
-    "tensor": (3, ["--tensor-model-parallel-size", "3", "--sequence-parallel"]),
+    "tensor": (3, ["--tensor-model-parallel-size", "3"]),
     "few-bits": (
         1,
         [

@@ -25,7 +25,7 @@ from pathlib import Path
 
 POLL_SECONDS = 0.05
 PROGRAMS = 10
-"""Programs that a job runs: some of the process groups that they set up stay, with threads that wake a hundred times a second."""
+"""Programs that a job runs: some of the process groups that they set up stay."""
 
 
 class Pool:
@@ -81,15 +81,17 @@ class Pool:
 
     def _end(self, ranks: int) -> None:
         job, folder = self._jobs.pop(ranks)
-        job.terminate()  # torchrun hands it on to its ranks
+        job.kill()
+        _signal_ranks(folder, signal.SIGKILL)
         job.wait(60)
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def ask(folder: Path, ranks: int, words: Sequence[str], alive: Callable[[], bool] = lambda: True) -> subprocess.CompletedProcess:
     """Have the job of `ranks` processes that serves `folder` run `python WORDS` (-m MODULE or FILE, and arguments) in this directory.
 
-    The status is negative where it does not answer within five minutes, or is not `alive` before.
+    The status is negative where it does not answer within five minutes, or is not `alive` before. In between the ranks are stopped: the
+    process groups that programs leave behind have threads that wake a hundred times a second.
     """
     number = 1
     while True:  # others may be asking too
@@ -104,11 +106,20 @@ def ask(folder: Path, ranks: int, words: Sequence[str], alive: Callable[[], bool
     replies = [folder / f"{number}.{rank}.status" for rank in range(ranks)]
     deadline = time.monotonic() + 300
     while not all(reply.exists() for reply in replies) and alive() and time.monotonic() < deadline:
+        _signal_ranks(folder, signal.SIGCONT)  # again and again: another's answer may stop them
         time.sleep(POLL_SECONDS)
+    _signal_ranks(folder, signal.SIGSTOP)
     status = max(int(reply.read_text()) for reply in replies) if all(reply.exists() for reply in replies) else -1
     logs = [folder / f"{number}.{rank}.log" for rank in range(ranks)]
     output = "".join(log.read_text() for log in [*logs, folder / "torchrun.log"] if log.exists())
     return subprocess.CompletedProcess(words, status, "", output)
+
+
+def _signal_ranks(folder: Path, number: signal.Signals) -> None:
+    """Send a signal to those ranks of the job that have started."""
+    for file in folder.glob("*.pid"):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(int(file.read_text()), number)
 
 
 _TORCHRUN = ["-m", "torch.distributed.run"]
@@ -171,6 +182,9 @@ def main(folder: Path, owner: int) -> None:
     import psutil  # here: the stand-ins of `Pool.programs` have the standard library alone
 
     rank, number = os.environ["RANK"], 0
+    part = folder / f"{rank}.pid.part"
+    part.write_text(str(os.getpid()))
+    part.rename(folder / f"{rank}.pid")
     while True:
         number += 1
         request = folder / f"{number}.json"
