@@ -25,7 +25,7 @@ from pathlib import Path
 
 POLL_SECONDS = 0.05
 PROGRAMS = 10
-"""Programs that a job runs: some of the process groups that they set up stay."""
+"""Programs that a job runs: some of the process groups that they set up stay, and take memory."""
 
 
 class Pool:
