@@ -1,6 +1,6 @@
 """Jobs under torchrun that run one program after another, so that their processes import PyTorch and Megatron once.
 
-usage: torchrun ... -m tests.ranks FOLDER PID
+usage: torchrun ... -m tests.ranks FOLDER
 
 A rank runs the program in FOLDER/1.json, then that in 2.json and so on, as `python` does, its output in NUMBER.RANK.log, and leaves the
 exit status in NUMBER.RANK.status.
@@ -9,6 +9,7 @@ exit status in NUMBER.RANK.status.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import json
 import os
@@ -26,6 +27,15 @@ from pathlib import Path
 POLL_SECONDS = 0.05
 PROGRAMS = 10
 """Programs that a job runs: some of the process groups that they set up stay, and take memory."""
+
+
+PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None)
+
+
+def _end_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends, however that ends and even where this one is stopped (prctl(2))."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Pool:
@@ -53,9 +63,10 @@ class Pool:
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
             with (folder / "torchrun.log").open("w") as log:
                 job = subprocess.Popen(
-                    [*command, "-m", "tests.ranks", folder, str(os.getpid())],
+                    [*command, "-m", "tests.ranks", folder],
                     stdout=log,
                     stderr=log,
+                    preexec_fn=_end_with_parent,
                     cwd=Path(__file__).parents[1],
                     env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
                 )
@@ -177,10 +188,9 @@ def _run(words: list[str]) -> int:
     return 0
 
 
-def main(folder: Path, owner: int) -> None:
-    """Serve until terminated, or until the process `owner` has gone."""
-    import psutil  # here: the stand-ins of `Pool.programs` have the standard library alone
-
+def main(folder: Path) -> None:
+    """Serve until killed."""
+    _end_with_parent()
     rank, number = os.environ["RANK"], 0
     part = folder / f"{rank}.pid.part"
     part.write_text(str(os.getpid()))
@@ -189,8 +199,6 @@ def main(folder: Path, owner: int) -> None:
         number += 1
         request = folder / f"{number}.json"
         while not request.exists():
-            if not psutil.pid_exists(owner):
-                return
             time.sleep(POLL_SECONDS)
         asked = json.loads(request.read_text())
         with _as_new(folder / f"{number}.{rank}.log", asked["directory"]):
@@ -202,4 +210,4 @@ def main(folder: Path, owner: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]))
