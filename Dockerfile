@@ -7,8 +7,10 @@
 # kernels are built against it, and the image's list of versions (PIP_CONSTRAINT) holds for what is installed beside it.
 FROM nvcr.io/nvidia/pytorch:25.12-py3
 
+# PYTHONSAFEPATH: a checkout that is mounted as the working directory must not take the place of the package and its kernels.
 ENV TORCH_CUDA_ARCH_LIST="8.0;8.6;8.9;9.0;10.0" \
     MASKLLM_BUILD_CUDA=1 \
+    PYTHONSAFEPATH=1 \
     PIP_NO_CACHE_DIR=1 \
     PIP_DISABLE_PIP_VERSION_CHECK=1
 

@@ -2,10 +2,10 @@
 
 usage: python benchmarks/kill_resume.py --cycles 200 --json kill_resume.json
 
-Each cycle starts the run under torchrun and kills either one rank or torchrun and all ranks with SIGKILL: a sixth of them at a random
-moment before the first step, the others at a random moment after a random number of steps, up to two saves later. A run that reaches
-its end is compared, bit for bit, with the uninterrupted one, logits and optimizer states, and the cycles go on with a new one; the last
-run is taken to its end. Ctrl-C ends the cycles early. Exits with 1 where a tensor differs.
+Each cycle starts the run under torchrun and kills either one rank or torchrun and all ranks with SIGKILL: a sixth of them after a random
+time of up to half of the whole run's, most often before the first step, the others at a random moment after a random number of steps, up
+to two saves later. A run that reaches its end is compared, bit for bit, with the uninterrupted one, logits and optimizer states, and
+the cycles go on with a new one; the last run is taken to its end. Ctrl-C ends the cycles early. Exits with 1 where a tensor differs.
 """
 
 from __future__ import annotations

@@ -133,8 +133,9 @@ def _gpus(diagnosis: Diagnosis, torch: ModuleType) -> None:
 
     found = diagnosis.found
     found["cuda"] = torch.version.cuda
-    found["driver"] = _output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
-    listed = found["driver"].splitlines() if found["driver"] else []  # a line for each GPU
+    # A line for each GPU.
+    listed = (_output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]) or "").splitlines()
+    found["driver"] = listed[0] if listed else None
     visible = torch.cuda.is_available()
     count = torch.cuda.device_count() if visible else 0
     properties = [torch.cuda.get_device_properties(index) for index in range(count)]

@@ -104,10 +104,22 @@ def publish_directory(temporary: Path, path: Path) -> None:
     _fsync(temporary)
     retired = path.with_name(f".{path.name}.old")
     if path.exists():
+        shutil.rmtree(retired, ignore_errors=True)  # of a replacement that was killed
         os.replace(path, retired)
     os.replace(temporary, path)
     _fsync(path.parent)
     shutil.rmtree(retired, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A block that writes a safetensors file for `path`: the library's own error becomes a MaskLLMError that names it."""
+    from safetensors import SafetensorError  # here: `maskllm doctor` tells when it is missing
+
+    try:
+        yield
+    except SafetensorError as error:  # a full disk, most often
+        raise MaskLLMError(f"{path}: cannot be written: {error}") from None
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -3,6 +3,8 @@
 # shellcheck source=examples/common/settings.sh
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh" "$1"
 
-up_to_date "$OUTPUT/hf-2to4/config.json" "$OUTPUT/trimmed/latest_checkpointed_iteration.txt" ||
+if ! up_to_date "$OUTPUT/hf-2to4/config.json" "$OUTPUT/trimmed/latest_checkpointed_iteration.txt"; then
+  [[ ! -e "$OUTPUT/hf-2to4" ]] || run rm -r "$OUTPUT/hf-2to4" # of an older training
   run_last maskllm export --load "$OUTPUT/trimmed" --output "$OUTPUT/hf-2to4" --mask-file "$OUTPUT/$RECIPE.mask.npz" \
     --json "$OUTPUT/export.json"
+fi

@@ -27,6 +27,7 @@
 #   CALIBRATION_SAMPLES, CALIBRATION_SEQ_LENGTH                                                  of the SparseGPT prior: 128, 2048
 #   PARAMS_DTYPE          bf16 or fp32                                                           bf16
 #   EVAL_SEQ_LENGTH, EVAL_WINDOWS                                                                SEQ_LENGTH, all
+#   PYTHON                runs the helpers                                                       python3
 #   TRAIN_ARGS            more options for maskllm.train, for example "--hard"
 set -euo pipefail
 

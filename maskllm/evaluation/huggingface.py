@@ -20,7 +20,7 @@ from maskllm.evaluation.perplexity import Perplexity, WindowNLL, next_token_nll,
 from maskllm.evaluation.text import read_evaluation_text
 from maskllm.export.mask_file import apply_mask_file
 from maskllm.models.hf_blocks import linears_of, transformer_blocks
-from maskllm.models.hf_source import find_source
+from maskllm.models.hf_source import FILES, find_source
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def evaluate_hf(
 
     Raises MaskLLMError for what cannot be read, for masks that do not fit, and for windows longer than the model's context.
     """
-    directory = find_source(model)
+    directory = find_source(model, (*FILES, "*.py") if trust_remote_code else FILES)
     text = read_evaluation_text(data)
     tokens = load_tokenizer(directory, use_gigatoken=False).encode(text.text)
     device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,13 +11,12 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 from maskllm.errors import MaskLLMError
 from maskllm.export.mask_file import write_mask_file
-from maskllm.files import atomic_directory, write_json
+from maskllm.files import atomic_directory, naming, write_json
 from maskllm.models.checkpoint import Checkpoint, resolve
 from maskllm.models.families import parameter_map
 from maskllm.models.hf_config import read_json_object
@@ -46,13 +46,15 @@ def export(
     """Write the checkpoint `load`, dense or trimmed, as a Hugging Face checkpoint to the directory `output`.
 
     Tensors keep their dtype and their bits. `output` appears when it is complete and every pruned matrix has been found to have at
-    most N non-zeros in every M. `mask_file` also gets the masks (`maskllm.export.mask_file`). `max_shard_size` is a positive number with
-    a unit, such as "5GB". Raises MaskLLMError where `output` exists and is not empty, for checkpoints of other stages, for missing or
-    misshapen tensors, and for a weight outside of its mask. Returns what was written.
+    most N non-zeros in every M. `mask_file`, apart from `output`, gets the masks (`maskllm.export.mask_file`) just before. `max_shard_size`
+    is a positive number with a unit, such as "5GB". Raises MaskLLMError where `output` exists and is not empty, for checkpoints of
+    other stages, for missing or misshapen tensors, and for a weight outside of its mask. Returns what was written.
     """
     output = Path(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise MaskLLMError(f"--output {output} exists and is not an empty directory; remove it or name another")
+    if mask_file is not None and Path(os.path.realpath(mask_file)).is_relative_to(os.path.realpath(output)):
+        raise MaskLLMError(f"--mask-file {mask_file}: lies in --output {output}; name a place apart from it")
     if not re.fullmatch(r"(?=.*[1-9])[0-9]{1,9}(\.[0-9]{1,9})?\s*[KMGT]B", max_shard_size.strip(), re.IGNORECASE):
         raise MaskLLMError(
             f"--max-shard-size {max_shard_size}: wanted a positive size in KB, MB, GB or TB, such as {MAX_SHARD_SIZE}"
@@ -86,14 +88,12 @@ def export(
                 shard[name] = tensors[name].load().contiguous()
                 zeros += int((shard[name] == 0).sum()) if name in pruned else 0
                 progress.update(tensors[name].nbytes)
-            try:
+            with naming(output / file):
                 save_file(shard, temporary / file, metadata={"format": "pt"})
-            except SafetensorError as error:
-                raise MaskLLMError(f"{output / file}: cannot be written: {error}") from None
         if shards.is_sharded:
             write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": shards.tensor_to_filename})
-    if mask_file is not None:  # after `output` took its place, which may be where the mask file goes
-        write_mask_file(mask_file, _hf_masks(checkpoint))
+        if mask_file is not None:  # before `output` appears, so that whoever finds that has both
+            write_mask_file(mask_file, _hf_masks(checkpoint))
     sizes = {name: torch.Size(tensor.shape).numel() for name, tensor in tensors.items()}
     return ExportReport(sum(sizes.values()), sum(sizes[name] for name in pruned), zeros, total)
 
@@ -143,9 +143,10 @@ def _checked_parts(checkpoint: Checkpoint, mapping: Mapping) -> list[torch.Tenso
     pattern = checkpoint.info.block_pattern
     # Blocks run along a matrix's inputs, so it is checked as [out, in], also where it is stored [in, out].
     for name, weight, mask in zip(mapping.hf, weights, mapping.split(_mask(checkpoint, mapping), config), strict=True):
+        kept = weight != 0
         if pattern is not None:
-            check_mask(weight, pattern, name)
-        outside = int(((weight != 0) & ~mask).sum())
+            check_mask(kept, pattern, name)
+        outside = int((kept & ~mask).sum())
         if outside:
             raise MaskLLMError(f"{checkpoint.path}: {name} has {outside} non-zero weights that its mask removes; trim it again")
     return mapping.turn(weights)

@@ -216,7 +216,12 @@ def open_iteration(path: Path) -> Checkpoint:
         raise MaskLLMError(f"{path}: {_what_lacks(path)}; make the checkpoint again")
     manifest = Manifest.read(path)
     manifest.verify(name for name in manifest.files if not _holds_tensors(name))
-    return Checkpoint(path, iteration_number(path) or "release", _read_info(path / INFO), manifest)
+    info = _read_info(path / INFO)
+    # A trained one says itself which it is, whatever its directory is called by now.
+    iteration = info.details.get("iteration") if info.stage == "trained" else iteration_number(path) or "release"
+    if iteration != "release" and not isinstance(iteration, int):
+        raise MaskLLMError(f"{path / INFO}: details.iteration is {iteration!r}; wanted the number of steps done")
+    return Checkpoint(path, iteration, info, manifest)
 
 
 def is_complete(directory: Path) -> bool:

@@ -36,11 +36,14 @@ SIDE_FILES = (
 )
 """Files that a checkpoint needs beside its weights, and the terms under which it may be passed on."""
 
+FILES = ("*.safetensors", INDEX, *SIDE_FILES)
+"""What is taken of a repository on the hub."""
+
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes a weight may have, by their names in safetensors."""
 
 
-def find_source(directory_or_id: str | Path, files: Sequence[str] = ("*.safetensors", INDEX, *SIDE_FILES)) -> Path:
+def find_source(directory_or_id: str | Path, files: Sequence[str] = FILES) -> Path:
     """The directory of a Hugging Face checkpoint: itself, or a hub id's after downloading those of its files that match `files`.
 
     Raises MaskLLMError where there is no such directory and the hub does not have it either.

@@ -45,7 +45,7 @@ def decompress24(values: torch.Tensor, metadata: torch.Tensor) -> torch.Tensor:
 
     Raises MaskLLMError where the shapes or dtypes do not belong together.
     """
-    wanted = [values.shape[0], -(-values.shape[-1] // 4)] if values.dim() == 2 else None
+    wanted = [values.shape[0], -(-values.shape[1] // 4)] if values.dim() == 2 and values.shape[1] % 2 == 0 else None
     if wanted is None or values.dtype not in _DTYPES or metadata.dtype != torch.uint8 or list(metadata.shape) != wanted:
         raise MaskLLMError(
             f"decompress24: values {values.dtype} {list(values.shape)} and metadata {metadata.dtype} {list(metadata.shape)}; wanted "

@@ -57,8 +57,8 @@ def masked_weight(
 
     Returns:
         [out, in] in `weight`'s dtype. In the backward pass the gradient of `mask_logits` is added to `mask_logits.main_grad`
-        (fp32) where there is one, as Megatron's fused kernels do, and `mask_logits.grad_added_to_main_grad` is set; else it goes to
-        `.grad`.
+        (fp32, or the logits' dtype) where there is one, as Megatron's fused kernels do, and `mask_logits.grad_added_to_main_grad` is
+        set; else it goes to `.grad`.
 
     Raises:
         MaskLLMError: shapes, dtypes, strides or the temperature do not fit.

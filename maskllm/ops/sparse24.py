@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -65,8 +66,11 @@ class AlgorithmCache:
 
     def put(self, key: str, choice: list[int]) -> None:
         """Remember an algorithm and write the file, with what other processes have added to it meanwhile."""
-        self._choices = self._read() | self._choices | {key: list(choice)}
-        write_json(self.path, self._choices)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+            self._choices = self._read() | self._choices | {key: list(choice)}
+            write_json(self.path, self._choices)
 
 
 def token_bucket(tokens: int, multiple: int) -> int:

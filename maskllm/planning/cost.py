@@ -99,7 +99,7 @@ def step_cost(model: ModelConfig, arguments: TrainArguments, layout: Layout, clu
     moved = [
         (t, micro_batches * layers / p * reductions * 2 * hidden * (t - 1) / t),
         (t * d, 2 * logits * logit * (d - 1) / d),
-        (t * d * p, micro_batches * 2 * hidden * (p > 1)),
+        (t * d * p, micro_batches * 2 * hidden / (t if arguments.sequence_parallel else 1) * (p > 1)),
     ]
 
     seconds = None
@@ -115,14 +115,16 @@ def step_cost(model: ModelConfig, arguments: TrainArguments, layout: Layout, clu
 
 
 def checkpoint_bytes(model: StoredModel, arguments: TrainArguments) -> float:
-    """A training checkpoint on disk: weights in the type the source has, prior bits, logits, moments (8-bit ones as fp32)."""
+    """A training checkpoint on disk: weights in the type the source has, prior bits, logits, moments (8-bit ones as fp32), and the
+    logits once more with Megatron's distributed optimizer, which keeps its own copy of them."""
     shapes = Shapes(model, 1)
     masked, other = shapes.stage(0, 1)
     pattern = Pattern.parse(arguments.pattern)
     logits = masked / pattern.m * pattern.num_candidates
     moment = FLOAT_BYTES["fp32" if arguments.optimizer_state_dtype == "8bit" else arguments.optimizer_state_dtype]
     frozen = (masked + other) * model.stored_dtype.itemsize
-    return frozen + masked / 8 + logits * (FLOAT_BYTES[arguments.mask_logits_dtype] + 2 * moment)
+    own_copy = FLOAT_BYTES["fp32"] if arguments.use_distributed_optimizer else 0
+    return frozen + masked / 8 + logits * (FLOAT_BYTES[arguments.mask_logits_dtype] + 2 * moment + own_copy)
 
 
 def _recomputed_share(model: ModelConfig, arguments: TrainArguments, stage_layers: int) -> float:

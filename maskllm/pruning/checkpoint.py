@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -131,7 +132,7 @@ def prune_calibrated(
         "settings": settings.as_dict(),
         "calibration": {**calibration.as_dict(), "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()},
     }
-    output = Path(output)
+    output = Path(os.path.realpath(output))  # "." has no name to put one beside
     store = DirectoryStore(output.with_name(f".{output.name}.layers"), run)
     stream = LayerStream(checkpoint, device(), calibration.params_dtype)
     hidden = stream.first_hidden(tokens[rank::ranks])

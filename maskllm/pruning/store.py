@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import distributed as dist
 
 from maskllm.errors import MaskLLMError
-from maskllm.files import atomic_file, write_json
+from maskllm.files import atomic_file, naming, write_json
 from maskllm.models.hf_config import read_json_object
 from maskllm.patterns import pack_mask, unpack_mask
 from maskllm.pruning.solve import PrunedMatrix
@@ -74,11 +74,9 @@ class DirectoryStore:
             if matrix.weight is not None:
                 tensors[f"{name}.weight"] = matrix.weight.cpu().contiguous()
             entries[name] = {"in_features": matrix.mask.shape[1], "report": matrix.report}
-        with atomic_file(self._path(index)) as temporary:
-            try:
-                save_file(tensors, temporary, metadata={"matrices": json.dumps(entries)})
-            except SafetensorError as error:  # a full disk, most often
-                raise MaskLLMError(f"{self._path(index)}: cannot be written ({error})") from None
+        path = self._path(index)
+        with atomic_file(path) as temporary, naming(path):
+            save_file(tensors, temporary, metadata={"matrices": json.dumps(entries)})
 
     def tensor(self, index: int, name: str) -> torch.Tensor:
         """One tensor of a finished layer: MATRIX.mask_bits, or MATRIX.weight where weights were updated."""

@@ -7,23 +7,26 @@ import math
 import os
 import platform
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from maskllm.data.documentation_corpus import HELD_OUT_FILE, TRAIN_FILE, write_documentation_corpus
+from maskllm.data.indexed import open_indexed
 from maskllm.data.json_lines import check_inputs
 from maskllm.errors import MaskLLMError
 from maskllm.evaluation.report import ModelResult, Report, table, write_report
 from maskllm.models.checkpoint import resolve
 from maskllm.models.config import ModelConfig
+from maskllm.pruning.solve import METHODS
 from maskllm.quickstart.steps import Steps
 
-METHODS = ("magnitude", "wanda", "sparsegpt")
-"""The one-shot masks that are compared; the one with the lowest perplexity is the prior."""
+MIN_DOCUMENTS = 25
+"""Of which two in a hundred, rounded, are one: the fewest that leave text for a validation during training."""
 SMOLLM2 = "SmolLM2-135M-Instruct"
 
 
@@ -39,7 +42,7 @@ class QuickstartSettings:
     eval_windows: int = 8
     eval_seq_length: int = 512
     calibration_samples: int = 16
-    processes: int = 2
+    processes: int = field(default_factory=lambda: min(2, torch.cuda.device_count() or 2))
 
     def check(self) -> None:
         """Raise MaskLLMError for values that a step would fail on, before the first step."""
@@ -48,6 +51,8 @@ class QuickstartSettings:
                 raise MaskLLMError(f"{_flag(name)}: found {value}, wanted a positive number")
         if self.min_lr > self.lr:
             raise MaskLLMError(f"--min-lr {self.min_lr}: wanted at most --lr {self.lr}")
+        if torch.cuda.is_available() and self.processes > torch.cuda.device_count():
+            raise MaskLLMError(f"--processes {self.processes}: each wants a GPU of its own, there are {torch.cuda.device_count()}")
         if self.eval_seq_length < 2:
             raise MaskLLMError(f"--eval-seq-length {self.eval_seq_length}: a window needs at least 2 tokens")
 
@@ -152,7 +157,9 @@ def quickstart(
         perplexities[method] = evaluate(method, exported / method)
     prior = min(perplexities, key=perplexities.__getitem__)
 
-    steps.run("train", megatron / "learned", train_command(settings, dataset, megatron / prior, megatron / "learned"))
+    learned = megatron / "learned"
+    has_validation = len(open_indexed(dataset).sequence_lengths) >= MIN_DOCUMENTS
+    steps.run("train", learned, train_command(settings, dataset, megatron / prior, learned, has_validation), goes_on=True)
     export("learned", megatron / "learned", "--mask-file", output / "learned.mask.npz")
     evaluate("learned", exported / "learned")
 
@@ -162,7 +169,7 @@ def quickstart(
     return report
 
 
-def train_command(settings: QuickstartSettings, dataset: str, prior: Path, save: Path) -> list[object]:
+def train_command(settings: QuickstartSettings, dataset: str, prior: Path, save: Path, has_validation: bool) -> list[object]:
     """The command that learns the masks: torchrun with the same entry point as on a cluster."""
     return [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={settings.processes}", "-m", "maskllm.train",
@@ -170,14 +177,12 @@ def train_command(settings: QuickstartSettings, dataset: str, prior: Path, save:
         "--split", "98,2,0", "--seq-length", settings.seq_length, "--global-batch-size", settings.global_batch_size,
         "--train-iters", settings.train_iters, "--lr", settings.lr, "--min-lr", settings.min_lr, "--params-dtype", compute_dtype(),
         "--pipeline-model-parallel-size", settings.processes, "--log-interval", 5, "--eval-interval", settings.train_iters,
-        "--eval-iters", 4, "--tensorboard-dir", save / "tensorboard",
+        "--eval-iters", 4 if has_validation else 0, "--tensorboard-dir", save / "tensorboard",
     ]  # fmt: skip
 
 
 def compute_dtype() -> str:
     """bf16 where the hardware multiplies it, else fp32: the same weights, and faster there."""
-    import torch
-
     from maskllm.environment import slow_dtype
 
     return "bf16" if slow_dtype(torch.bfloat16) is None else "fp32"

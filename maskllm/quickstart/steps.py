@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from maskllm.errors import MaskLLMError
+from maskllm.errors import MaskLLMError, StoppedError
 from maskllm.files import write_json
 from maskllm.models.hf_config import read_json_object
 
@@ -42,11 +43,13 @@ class Steps:
         self._identity = ""
         self.names: list[str] = []
 
-    def run(self, name: str, output: Path, work: Callable[..., Any] | Sequence[object], *arguments: Any) -> None:
+    def run(
+        self, name: str, output: Path, work: Callable[..., Any] | Sequence[object], *arguments: Any, goes_on: bool = False
+    ) -> None:
         """Do a step, unless it has been done: call `work(*arguments)` in a process of its own, or run the command `work`.
 
-        What `output` holds is kept where the step was cut short, for the step to go on from, and removed where it was made with
-        other settings. Raises MaskLLMError where the step fails.
+        What `output` holds is removed first, except where the step was cut short and `goes_on` from it. A step's own files beside
+        `output` stay. Raises MaskLLMError where the step fails, and StoppedError after SIGTERM, which the step's process gets too.
         """
         self.names.append(name)
         command = None if callable(work) else [str(part) for part in work]
@@ -58,8 +61,10 @@ class Steps:
             print(f"[{name}] done before", file=sys.stderr, flush=True)
             return
         print(f"[{name}] {shlex.join(command) if command else work.__doc__.splitlines()[0]}", file=sys.stderr, flush=True)
-        if record.get("identity") != self._identity or "seconds" in record:
+        cut_short = record.get("identity") == self._identity and "seconds" not in record
+        if not (cut_short and goes_on):
             _remove(output)
+        if not cut_short:
             record = {"identity": self._identity, "seconds_before": 0.0}
             self._note(name, record)  # so that even a killed step is known, and gone on from
         started = time.perf_counter()
@@ -122,15 +127,35 @@ def _tree_memory() -> int:
     return total
 
 
+@contextlib.contextmanager
+def _passing_on_signals(terminate: Callable[[], None], wait: Callable[[], Any]) -> Iterator[None]:
+    """A block that waits for a process: a signal to this one reaches that one too, and raises once that has ended, its state saved.
+
+    Raises StoppedError after SIGTERM, and KeyboardInterrupt after SIGINT, which the terminal has sent to both.
+    """
+    received: list[int] = []
+
+    def pass_on(number: int, _: Any) -> None:
+        received.append(number)
+        terminate()
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield
+    except KeyboardInterrupt:
+        wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if received:
+        raise StoppedError("stopped by a signal; run the same command to go on")
+
+
 def _run_command(name: str, command: Sequence[str]) -> None:
     # How long torchrun lets its processes save after a signal; its default is 30 seconds.
     process = subprocess.Popen(command, env={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "240"} | os.environ)
-    try:
+    with _passing_on_signals(process.terminate, process.wait):
         status = process.wait()
-    except KeyboardInterrupt:
-        # The terminal has sent the interrupt to the command too; it may be saving its state.
-        process.wait()
-        raise
     if status:
         raise MaskLLMError(f"step {name} ended with exit status {status}; its own message is above")
 
@@ -138,11 +163,8 @@ def _run_command(name: str, command: Sequence[str]) -> None:
 def _run_function(name: str, work: Callable[..., Any], arguments: Sequence[Any]) -> None:
     process = multiprocessing.get_context("spawn").Process(target=_guarded, args=(f"step {name}", work, *arguments))
     process.start()
-    try:
+    with _passing_on_signals(process.terminate, process.join):
         process.join()
-    except KeyboardInterrupt:
-        process.join()
-        raise
     if process.exitcode:
         raise MaskLLMError(f"step {name} ended with exit status {process.exitcode}; its own message is above")
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from safetensors.torch import save_file
 
-from maskllm.files import atomic_file
+from maskllm.files import atomic_file, naming
 from maskllm.training.data import Batches
 
 
@@ -38,5 +38,5 @@ def save_bad_batch(
         "losses": of_micro_batches,
     }
     metadata = {"iteration": str(iteration), "first_sample": str(first * batches.micro_batch_size)}
-    with atomic_file(path) as temporary:
+    with atomic_file(path) as temporary, naming(path):
         save_file(tensors, temporary, metadata=metadata)

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from maskllm.distributed import from_first_rank, is_first_rank, raised_together
+from maskllm.distributed import device, from_first_rank, is_first_rank, raised_together
 from maskllm.environment import resolve_transformer_impl
 from maskllm.errors import MaskLLMError
 from maskllm.layers.gpt import FrozenVocabularyGPTModel
@@ -160,7 +161,10 @@ def resolve_start(arguments: TrainArguments, pattern: Pattern, *, say: Callable[
                 f"--data-path: these are not the data of the run in {checkpoint.path} (its datasets, in their order, with their "
                 "weights, wherever they lie); resume with the same data, or start a new run with another --save"
             )
-    elif arguments.save is not None and from_first_rank(holds_checkpoint(arguments.save)):
+    goes_on_in = checkpoint.path.resolve().parent if resumed else None
+    if arguments.save is not None and from_first_rank(
+        holds_checkpoint(arguments.save) and Path(arguments.save).resolve() != goes_on_in
+    ):
         raise MaskLLMError(
             f"--save {arguments.save}: holds a run; go on with it by --load {arguments.save}, or name another --save"
         )
@@ -253,7 +257,10 @@ def _load_originals(checkpoint: Checkpoint, model: FrozenVocabularyGPTModel) -> 
             stored = checkpoint.tensors[sharded.key].dtype
             if sharded.data.dtype != stored:
                 wanted[name] = _with_data(sharded, torch.empty_like(sharded.data, dtype=stored, device="cpu"))
-    return checkpoint.load({"model": wanted})["model"] if wanted else {}
+    # Loading is collective, and another pipeline stage may have such tensors where this one has none.
+    wanted_by_any = torch.tensor(float(bool(wanted)), device=device())
+    dist.all_reduce(wanted_by_any, op=dist.ReduceOp.MAX)
+    return checkpoint.load({"model": wanted}).get("model", {}) if wanted_by_any else {}
 
 
 def _with_data(sharded: ShardedTensor | ShardedTensorFactory, data: torch.Tensor) -> ShardedTensor | ShardedTensorFactory:

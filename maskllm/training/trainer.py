@@ -122,6 +122,8 @@ class Trainer:
         """Of the last step's micro-batches, on the last pipeline stage."""
         self.bad_steps = 0
         """Steps in a row that were skipped."""
+        self.has_learned = self.start.resumed
+        """Whether there has been a good step; before, torch's Adam has no state that a checkpoint could hold."""
         self.stop_signal: int | None = None
         self.stopping = False
         """Whether some rank has been asked to stop, as all ranks know."""
@@ -131,10 +133,10 @@ class Trainer:
     def train(self) -> None:
         """Run to the last step, or to the one in which SIGTERM or SIGINT arrives or a file of the dataset disappears.
 
-        Each way out writes a checkpoint.
+        With `--save` each way out leaves a checkpoint of the last good step, if there was one.
 
-        Raises StoppedError after a signal, and MaskLLMError where the data are gone, a checkpoint cannot be written, or as many steps
-        as `--max-bad-steps` in a row were not finite.
+        Raises StoppedError after a signal, and MaskLLMError where the data are gone, a checkpoint cannot be written, no step was finite,
+        or as many as `--max-bad-steps` in a row were not.
         """
         arguments = self.arguments
         writer = self._open_writer()
@@ -147,22 +149,23 @@ class Trainer:
         with tqdm(
             total=arguments.train_iters, initial=self.iteration, desc="train", unit="step", disable=bar_off, file=self.console
         ) as bar:
-            started = time.perf_counter()
+            started, paused = time.perf_counter(), 0.0  # for validations and saves
             while self.iteration < arguments.train_iters:
                 self.progress(f"iteration {self.iteration + 1}")
                 window.append(self._step())
                 self.iteration += 1
                 bar.update()
                 if self.iteration % arguments.log_interval == 0 or self.iteration == arguments.train_iters:
-                    values = self._train_metrics(window, time.perf_counter() - started)
+                    values = self._train_metrics(window, time.perf_counter() - started - paused)
                     if writer is not None:
                         bar.set_postfix({key: f"{values[key]:.3f}" for key in ("loss",) if values[key] is not None})
                         bar.clear()
                         writer.write("train", self.iteration, values)
-                    window, started = [], time.perf_counter()
+                    window, started, paused = [], time.perf_counter(), 0.0
                 if self.bad_steps == arguments.max_bad_steps:
                     self._end_at_bad_steps(last_saved or self.start.iteration)
                 last = self.iteration == arguments.train_iters
+                pause = time.perf_counter()
                 if self.valid_batches and not self._ends_early and (last or self.iteration % arguments.eval_interval == 0):
                     self.progress(f"the validation after iteration {self.iteration}")
                     self.model.eval()
@@ -173,13 +176,13 @@ class Trainer:
                     elif writer is not None:
                         bar.clear()
                         writer.write("validation", self.iteration, values)
-                    started = time.perf_counter()
                 if self.saver is not None:
                     self.saver.poll()
-                    if last or self._ends_early or (arguments.save_interval and self.iteration % arguments.save_interval == 0):
+                    due = last or self._ends_early or (arguments.save_interval and self.iteration % arguments.save_interval == 0)
+                    if due and self.has_learned:
                         self._save(self.iteration)
                         last_saved = self.iteration
-                        started = time.perf_counter()
+                paused += time.perf_counter() - pause
                 if last or self._ends_early:
                     break
             if self.saver is not None:
@@ -187,14 +190,23 @@ class Trainer:
                 self.saver.finish()
         if writer is not None:
             writer.close()
-        where = f"saved at iteration {last_saved}" if last_saved is not None else "nothing saved: no --save"
         if self.iteration == arguments.train_iters:
+            if not self.has_learned:
+                raise MaskLLMError(f"loss or gradient not finite in all {self.iteration} steps; nothing learned, nothing saved")
             return
+        if not self.has_learned:
+            state = "nothing saved: no step was finite"
+        elif self.saver is None:
+            state = "nothing saved: no --save"
+        elif arguments.load is not None and Path(arguments.load).resolve() == Path(arguments.save).resolve():
+            state = f"saved at iteration {last_saved}; run the same command to go on"
+        else:
+            state = f"saved at iteration {last_saved}; run it with --load {arguments.save} to go on"
         if self.data_gone:
             with raised_together():
                 if problem := self.data_files.problem():
-                    raise MaskLLMError(f"{problem} and run the same command to go on; {where}")
-        raise StoppedError(f"stopped by a signal after iteration {self.iteration}; {where}; run the same command to go on")
+                    raise MaskLLMError(f"{problem}; {state}")
+        raise StoppedError(f"stopped by a signal after iteration {self.iteration}; {state}")
 
     @property
     def _ends_early(self) -> bool:
@@ -245,6 +257,7 @@ class Trainer:
             self.bad_steps += 1
         else:
             self.bad_steps = 0
+            self.has_learned = True
             updated, norm, _ = self.optimizer.step()
             if not updated:
                 raise MaskLLMError(f"iteration {self.iteration + 1}: the optimizer found a gradient that is not finite")

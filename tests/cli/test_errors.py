@@ -15,10 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from maskllm.cli import VERBS, main, run_guarded
 from maskllm.errors import MaskLLMError
-from maskllm.files import atomic_directory, atomic_file
+from maskllm.files import atomic_directory, atomic_file, naming
 from maskllm.quickstart.pipeline import QuickstartSettings
 from maskllm.quickstart.steps import Steps
 from maskllm.training.arguments import TrainArguments, parse_arguments
@@ -192,6 +194,21 @@ def test_what_is_no_file_in_an_output_files_place_is_named_and_stays(tmp_path):
         with pytest.raises(MaskLLMError, match=f"{place}: is {found}, wanted a file to write"), atomic_file(place):
             pass
     assert (tmp_path / "pipe").is_fifo()
+
+
+def test_what_a_killed_replacement_left_does_not_stop_the_next(tmp_path):
+    for kept in (tmp_path / "out", tmp_path / ".out.old"):
+        kept.mkdir()
+        (kept / "old").touch()
+    with atomic_directory(tmp_path / "out") as temporary:
+        (temporary / "new").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
+
+
+def test_a_safetensors_file_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(MaskLLMError, match=r"weights: cannot be written: .*No such file"), naming(tmp_path / "weights"):
+        save_file({"a": torch.zeros(1)}, tmp_path / "missing" / "weights")
 
 
 @pytest.mark.parametrize("there", [True, False])

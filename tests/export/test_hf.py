@@ -102,14 +102,27 @@ def test_pruned_matrices_keep_two_of_four_and_the_rest_is_untouched(trimmed, tmp
 
 
 def test_the_mask_file_makes_the_dense_model_the_exported_one(trimmed, tmp_path):
-    export(trimmed, tmp_path / "sparse", mask_file=tmp_path / "sparse" / "masks.npz")
+    export(trimmed, tmp_path / "sparse", mask_file=tmp_path / "masks.npz")
     dense, sparse = tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "sparse")
-    with np.load(tmp_path / "sparse" / "masks.npz", allow_pickle=False) as masks:
+    with np.load(tmp_path / "masks.npz", allow_pickle=False) as masks:
         assert set(masks.files) == {f"{key}.mask" for key in dense if key.split(".")[-2] in PRUNED}
         for key in masks.files:
             name = key.removesuffix(".mask")
             mask = np.unpackbits(masks[key], count=dense[name].numel()).reshape(dense[name].shape)
             assert torch.equal(dense[name] * torch.from_numpy(mask), sparse[name]), name
+
+
+def test_whoever_finds_the_output_has_the_mask_file_too(trimmed, tmp_path, monkeypatch):
+    with pytest.raises(MaskLLMError, match=r"--mask-file .*masks\.npz: lies in --output .*sparse"):
+        export(trimmed, tmp_path / "sparse", mask_file=tmp_path / "sparse" / "masks.npz")
+
+    def killed(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("maskllm.export.hf.write_mask_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        export(trimmed, tmp_path / "sparse", mask_file=tmp_path / "masks.npz")
+    assert not (tmp_path / "sparse").exists()
 
 
 @pytest.mark.parametrize(

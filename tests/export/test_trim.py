@@ -54,7 +54,7 @@ def random_logits(dense, n: int, m: int) -> dict[str, LazyTensor]:
 def test_each_block_keeps_its_largest_logit(n, m, dense, tmp_path):
     logits = random_logits(dense, n, m)
     state = {"optimizer.state.exp_avg.decoder.layers.0.mlp.linear_fc2.mask_logits": lazy(torch.ones(2))}
-    write(dense, tmp_path / "trained", logits | state, CheckpointInfo("trained", "x", f"{n}:{m}", "wanda"))
+    write(dense, tmp_path / "trained", logits | state, CheckpointInfo("trained", "x", f"{n}:{m}", "wanda", {"iteration": 7}))
     trim(tmp_path / "trained", tmp_path / "trimmed")
     trimmed = resolve(tmp_path / "trimmed")
 
@@ -116,7 +116,7 @@ def nan_logits(logits):
 def test_logits_that_cannot_be_used_are_named(spoil, words, dense, tmp_path):
     logits = random_logits(dense, 2, 4)
     spoil(logits)
-    write(dense, tmp_path / "trained", logits, CheckpointInfo("trained", "x", "2:4"))
+    write(dense, tmp_path / "trained", logits, CheckpointInfo("trained", "x", "2:4", details={"iteration": 7}))
     with pytest.raises(MaskLLMError) as error:
         trim(tmp_path / "trained", tmp_path / "trimmed")
     assert words in str(error.value)
@@ -126,7 +126,7 @@ def test_logits_that_cannot_be_used_are_named(spoil, words, dense, tmp_path):
 def test_what_has_no_masks_or_is_trimmed_already_is_refused(dense, tmp_path):
     with pytest.raises(MaskLLMError, match="is a dense checkpoint; give it masks first"):
         trim(tmp_path / "dense", tmp_path / "trimmed")
-    write(dense, tmp_path / "trained", random_logits(dense, 2, 4), CheckpointInfo("trained", "x", "2:4"))
+    write(dense, tmp_path / "trained", random_logits(dense, 2, 4), CheckpointInfo("trained", "x", "2:4", details={"iteration": 7}))
     with pytest.raises(MaskLLMError, match="is the checkpoint that is loaded"):
         trim(tmp_path / "trained" / "release", tmp_path / "trained")
     trim(tmp_path / "trained", tmp_path / "trimmed")
@@ -135,7 +135,7 @@ def test_what_has_no_masks_or_is_trimmed_already_is_refused(dense, tmp_path):
 
 
 def test_the_numbers_are_those_of_the_trimmed_tensors(dense, tmp_path, capsys):
-    write(dense, tmp_path / "trained", random_logits(dense, 1, 4), CheckpointInfo("trained", "x", "1:4"))
+    write(dense, tmp_path / "trained", random_logits(dense, 1, 4), CheckpointInfo("trained", "x", "1:4", details={"iteration": 7}))
     command = ["trim", "--load", str(tmp_path / "trained"), "--output", str(tmp_path / "trimmed")]
     assert main([*command, "--json", str(tmp_path / "trim.json")]) == 0
     report = json.loads((tmp_path / "trim.json").read_text())

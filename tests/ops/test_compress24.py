@@ -78,6 +78,8 @@ def test_what_does_not_fit_is_refused():
         compress24(torch.zeros(2, 8, dtype=torch.int64))
     with pytest.raises(MaskLLMError, match="decompress24"):
         decompress24(torch.zeros(2, 8), torch.zeros(2, 1, dtype=torch.uint8))
+    with pytest.raises(MaskLLMError, match="decompress24"):
+        decompress24(torch.zeros(8, 3), torch.zeros(8, 1, dtype=torch.uint8))
 
 
 def test_operators_pass_opcheck():

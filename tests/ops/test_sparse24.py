@@ -1,5 +1,7 @@
 """What of the 2:4 products needs no GPU: the algorithm cache, and refusals."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -16,6 +18,20 @@ def test_cache_survives_and_merges_what_other_processes_wrote(tmp_path):
     second.put("b", [5, 6, 7, 8])
     third = AlgorithmCache(path)
     assert (third.get("a"), third.get("b")) == ([1, 2, 3, 4], [5, 6, 7, 8])
+
+
+def test_cache_keeps_what_many_write_at_once(tmp_path):
+    path = tmp_path / "cusparselt.json"
+
+    def fill(writer: int) -> None:
+        cache = AlgorithmCache(path)
+        for entry in range(20):
+            cache.put(f"{writer}/{entry}", [writer, entry, 0, 0])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(fill, range(4)))
+    cache = AlgorithmCache(path)
+    assert all(cache.get(f"{writer}/{entry}") == [writer, entry, 0, 0] for writer in range(4) for entry in range(20))
 
 
 @pytest.mark.parametrize("content", ["{", '{"key": [1, 2]}', "[1]", '{"key": ["a", 1, 2, 3]}'])

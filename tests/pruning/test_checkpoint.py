@@ -198,6 +198,14 @@ def test_a_run_interrupted_while_writing_only_writes(tiny_dense, tiny_dataset, t
     assert len(hf_masks(tmp_path / "out")) == 28
 
 
+def test_the_working_directory_is_an_output_like_others(tiny_dense, tiny_dataset, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert prune(tiny_dense, ".", *calibrated(tiny_dataset, "wanda")) == 0
+    assert len(hf_masks(tmp_path / "here")) == 28
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
 def test_layers_of_another_run_are_not_taken_up(tiny_dense, tiny_dataset, tmp_path, monkeypatch):
     def stop(self, index, pruned):
         raise KeyboardInterrupt

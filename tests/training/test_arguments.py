@@ -193,7 +193,7 @@ def trained(tmp_path, tiny_pruned, tiny_dataset) -> Path:
     shutil.copytree(tiny_pruned / "release", path)
     info = json.loads((path / "maskllm.json").read_text())
     settings = {name: getattr(GOOD, name) for name in SETTINGS_THAT_MUST_MATCH} | {"seq_length": 64}
-    details = {"settings": settings, "data": data_identity(dataclasses.replace(GOOD, data_path=[tiny_dataset]))}
+    details = {"iteration": 2, "settings": settings, "data": data_identity(dataclasses.replace(GOOD, data_path=[tiny_dataset]))}
     (path / "maskllm.json").write_text(json.dumps(info | {"stage": "trained", "details": details}))
     write_manifest(path)
     return path
@@ -232,7 +232,7 @@ def test_weights_with_zeros_written_in_are_no_start(tmp_path, tiny_pruned):
 
 def test_a_run_whose_settings_are_lost_is_not_resumed(trained, tiny_dataset):
     info = json.loads((trained / "maskllm.json").read_text())
-    (trained / "maskllm.json").write_text(json.dumps(info | {"details": {}}))
+    (trained / "maskllm.json").write_text(json.dumps(info | {"details": {"iteration": 2}}))
     write_manifest(trained)
     arguments = dataclasses.replace(GOOD, load=str(trained), data_path=[tiny_dataset], seq_length=64)
     with pytest.raises(MaskLLMError, match=r"maskllm\.json lacks the settings of the run; it cannot be resumed"):

@@ -151,7 +151,7 @@ def test_a_dataset_file_that_disappears_is_named_and_nothing_is_lost(start, tmp_
     stopped = steps_done(save)
     assert 2 <= stopped < 2000
     (line,) = [line for line in run.console.splitlines() if line.startswith("maskllm.train: error:")]
-    assert f"{tmp_path / 'data.bin'} has disappeared (No such file or directory); put it back and run the same command" in line
+    assert f"{tmp_path / 'data.bin'} has disappeared (No such file or directory); put it back; saved at iteration" in line
     assert line.endswith(f"saved at iteration {stopped}")
     assert json.loads((save / "metrics.jsonl").read_text().splitlines()[-1])["iteration"] == stopped
 
@@ -275,8 +275,9 @@ def steep_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 def test_a_gradient_that_is_not_finite_ends_the_run_too_though_the_loss_is(start, tmp_path, steep_model, tiny_dataset):
     save = tmp_path / "run"
-    run = start(None, arguments(save, tiny_dataset, steep_model, max_bad_steps=2))
+    run = start(None, arguments(save, tiny_dataset, steep_model, max_bad_steps=2, save_interval=1))
     assert run.end() == 1
+    assert not list(save.glob("iter_*")), "there is no optimizer state to save yet"
     assert "iteration 1: a gradient is not finite on this rank" in run.console + (save / "logs" / "rank_00000.log").read_text()
     assert "iteration 2: loss or gradient not finite in 2 steps in a row" in run.console
     assert "there was no good step to save" in run.console

@@ -11,7 +11,11 @@ import pytest
 import torch
 
 from maskllm.models.checkpoint import LATEST, is_complete, iterations, resolve
+from maskllm.models.convert import convert
 from maskllm.models.manifest import MANIFEST
+from maskllm.patterns import Pattern
+from maskllm.pruning.checkpoint import prune_by_magnitude
+from maskllm.pruning.solve import PruneSettings
 from tests.conftest import torchrun
 from tests.training.conftest import STEPS, arguments, assert_bit_identical, learned_tensors
 
@@ -191,3 +195,39 @@ def test_a_contradicting_setting_is_refused(ranks, tmp_path, whole, tiny_dataset
     assert "has 1234" in done.stderr
     assert resolve(save).iteration == 2
     assert (save / "iter_0000002" / MANIFEST).is_file()
+
+
+@pytest.mark.slow
+def test_another_run_in_the_directory_is_left_alone(ranks, tmp_path, whole, tiny_dataset, tiny_pruned):
+    save = copy_of_step_2(whole, tmp_path / "run")
+    before = sorted(save.rglob("*"))
+    for source in (whole / "iter_0000004", tiny_pruned):
+        values = arguments(save, tiny_dataset, tiny_pruned, load=source, keep_last=1)
+        done = ranks(1, "maskllm.train", *values, check=False)
+        assert done.returncode == 1
+        assert f"--save {save}: holds a run; go on with it by --load {save}, or name another --save" in done.stderr
+    assert [path for path in sorted(save.rglob("*")) if ".lock" not in path.name and "logs" not in path.parts] == before
+
+
+@pytest.mark.slow
+def test_a_stage_whose_tensors_alone_are_of_another_type_and_a_directory_of_another_name(ranks, tmp_path, tiny_dataset):
+    """The embeddings are bf16, the rest and the computation fp32; the run goes on from a link to one of its iterations, elsewhere."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False, bos_token_id=None, eos_token_id=0))
+    model.model.embed_tokens.to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "dense")
+    prune_by_magnitude(tmp_path / "dense", tmp_path / "pruned", PruneSettings("magnitude", Pattern(2, 4)))
+    save, fork = tmp_path / "run", tmp_path / "fork"
+    options = {"steps": 4, "pipeline_model_parallel_size": 2}
+    ranks(2, "maskllm.train", *arguments(save, tiny_dataset, tmp_path / "pruned", **options))
+    (tmp_path / "middle").symlink_to(save / "iter_0000002")
+    done = ranks(2, "maskllm.train", *arguments(fork, tiny_dataset, tmp_path / "pruned", load=tmp_path / "middle", **options))
+    assert "after iteration 2 of 4" in done.stderr
+    assert_bit_identical(save, fork)
+    embeddings = resolve(fork).tensors["embedding.word_embeddings.weight"].load()
+    assert embeddings.dtype == torch.bfloat16
+    assert torch.equal(embeddings, model.model.embed_tokens.weight)
