@@ -335,6 +335,16 @@ def test_quickstart_refuses_settings_before_its_first_step(change, message):
         QuickstartSettings(**change).check()
 
 
+def test_quickstart_has_a_process_for_each_gpu(monkeypatch):
+    assert QuickstartSettings().processes == 2
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    QuickstartSettings().check()
+    assert QuickstartSettings().processes == 1
+    with pytest.raises(MaskLLMError, match="--processes 2: each wants a GPU of its own, there are 1"):
+        QuickstartSettings(processes=2).check()
+
+
 def test_quickstart_refuses_what_the_model_cannot_do_before_pruning(tiny_dense):
     from maskllm.models.checkpoint import resolve
 

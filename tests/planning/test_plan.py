@@ -149,8 +149,8 @@ def test_a_steps_arithmetic():
 
 
 @pytest.mark.usefixtures("signal_handlers")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_a_planned_checkpoint_is_as_large_as_a_real_one(dtype, tmp_path, tiny_hf, tiny_pruned, tiny_dataset):
+@pytest.mark.parametrize(("dtype", "options"), [("bfloat16", []), ("float32", []), ("bfloat16", ["--use-distributed-optimizer"])])
+def test_a_planned_checkpoint_is_as_large_as_a_real_one(dtype, options, tmp_path, tiny_hf, tiny_pruned, tiny_dataset):
     hf, start = tiny_hf, tiny_pruned
     if dtype == "float32":
         hf, start = tmp_path / "hf", tmp_path / "pruned"
@@ -159,7 +159,7 @@ def test_a_planned_checkpoint_is_as_large_as_a_real_one(dtype, tmp_path, tiny_hf
         prune_by_magnitude(tmp_path / "dense", start, PruneSettings("magnitude", Pattern(2, 4)))
     flags = [
         "--data-path", tiny_dataset, "--load", str(start), "--save", str(tmp_path / "run"), "--train-iters", "1", "--global-batch-size",
-        "1", "--seq-length", "32", "--params-dtype", "fp32", "--eval-iters", "0",
+        "1", "--seq-length", "32", "--params-dtype", "fp32", "--eval-iters", "0", *options,
     ]  # fmt: skip
     assert train.main(flags) == 0
     files = sum(path.stat().st_size for path in (tmp_path / "run" / "iter_0000001").rglob("*") if path.is_file())
@@ -180,20 +180,21 @@ def test_the_type_of_the_weights_is_what_the_config_states(stated, dtype, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("layout", "bytes_between_nodes"),
+    ("layout", "sequence_parallel", "bytes_between_nodes"),
     [
         # all-reduces of the hidden states (bf16, 4 a layer, twice their size in a ring), of logits' gradients (fp32), a stage's outputs
-        (Layout(16, 1, 1), 32 * 4 * 2 * (2 * 4096 * 4096) * 15 / 16),
-        (Layout(8, 1, 2), 2 * 4 * 1.5 * 32 * (4 * 4096**2 + 3 * 4096 * 11008) / 8 / 2),
-        (Layout(8, 2, 1), 2 * (2 * 4096 * 4096)),
+        (Layout(16, 1, 1), False, 32 * 4 * 2 * (2 * 4096 * 4096) * 15 / 16),
+        (Layout(8, 1, 2), False, 2 * 4 * 1.5 * 32 * (4 * 4096**2 + 3 * 4096 * 11008) / 8 / 2),
+        (Layout(8, 2, 1), False, 2 * (2 * 4096 * 4096)),
+        (Layout(8, 2, 1), True, 2 * (2 * 4096 * 4096) / 8),
     ],
-    ids=["tensor", "data", "pipeline"],
+    ids=["tensor", "data", "pipeline", "pipeline of split sequences"],
 )
-def test_only_what_goes_between_nodes_goes_at_the_networks_speed(layout, bytes_between_nodes):
+def test_only_what_goes_between_nodes_goes_at_the_networks_speed(layout, sequence_parallel, bytes_between_nodes):
     model = named_model("llama-2-7b")
     arguments = TrainArguments(
         seq_length=4096, global_batch_size=layout.data, tensor_model_parallel_size=layout.tensor,
-        pipeline_model_parallel_size=layout.pipeline,
+        pipeline_model_parallel_size=layout.pipeline, sequence_parallel=sequence_parallel,
     )  # fmt: skip
     gpu = GPUS["h100-80gb"]
     one_node = step_cost(model, arguments, layout, Cluster(gpu, gpus_per_node=16)).seconds

@@ -1,0 +1,66 @@
+"""Steps of a pipeline: what is done again, what goes on, and what a signal does."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from maskllm.errors import MaskLLMError
+from maskllm.quickstart.steps import Steps
+
+
+def command(code: str) -> list[object]:
+    return [sys.executable, "-c", code]
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_what_a_step_that_was_cut_short_left_is_kept_only_for_one_that_goes_on_from_it(goes_on, tmp_path):
+    output = tmp_path / "out"
+    # The first time it leaves a file and fails, the second time it says whether it found that.
+    code = f"from pathlib import Path; p = Path({str(output)!r}); found = p.exists(); p.mkdir(exist_ok=True)\n"
+    code += f"q = Path({str(tmp_path / 'log')!r}); again = q.exists(); q.write_text(str(found)); raise SystemExit(not again)"
+    with pytest.raises(MaskLLMError, match="step one ended with exit status 1"):
+        Steps(tmp_path).run("one", output, command(code), goes_on=goes_on)
+    Steps(tmp_path).run("one", output, command(code), goes_on=goes_on)
+    assert (tmp_path / "log").read_text() == str(goes_on)
+    Steps(tmp_path).run("one", output, command(code), goes_on=goes_on)
+    assert (tmp_path / "log").read_text() == str(goes_on), "a finished step was done again"
+
+
+def test_sigterm_reaches_the_step_and_ends_the_pipeline_after_it(tmp_path):
+    ready, saved = tmp_path / "ready", tmp_path / "saved"
+    step = f"""
+import signal, sys, time
+from pathlib import Path
+def save(*_):
+    time.sleep(0.2)
+    Path({str(saved)!r}).touch()
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+Path({str(ready)!r}).touch()
+time.sleep(60)
+"""
+    pipeline = f"""
+import sys
+from pathlib import Path
+from maskllm.cli import run_guarded
+from maskllm.quickstart.steps import Steps
+sys.exit(run_guarded("pipeline", lambda: Steps(Path({str(tmp_path)!r})).run("one", Path("out"), [sys.executable, "-c", {step!r}])))
+"""
+    running = subprocess.Popen([sys.executable, "-c", pipeline], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 100
+    while not ready.exists():
+        assert running.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    running.send_signal(signal.SIGTERM)
+    _, console = running.communicate(timeout=100)
+    assert saved.exists(), "the pipeline did not wait for its step"
+    assert running.returncode == 75
+    assert console.rstrip().endswith("stopped by a signal; run the same command to go on")
+    assert not Path("out").exists()
