@@ -15,7 +15,7 @@ TRAIN=${TRAIN:?JSON lines to learn from, C4 format, plain or .gz}
 EVAL=${EVAL:?held-out text}
 OUT=${OUT:-outputs/by_hand}
 RANKS=${RANKS:-2}
-ITERS=${ITERS:-50}
+ITERS=${ITERS:-30}
 SEQ=${SEQ:-256}
 DTYPE=${DTYPE:-fp32}
 
@@ -30,9 +30,9 @@ is_there "$OUT/prior/latest_checkpointed_iteration.txt" ||
   run maskllm prune --load "$OUT/dense" --method sparsegpt --pattern 2:4 --output "$OUT/prior" \
     --calibration-data "$OUT/data_text_document" --calibration-samples 16 --seq-length "$SEQ" --pack --params-dtype "$DTYPE"
 run torchrun --standalone --nproc-per-node "$RANKS" -m maskllm.train \
-  --pretrained-checkpoint "$OUT/prior" --load "$OUT/learned" --save "$OUT/learned" --save-interval 20 \
+  --pretrained-checkpoint "$OUT/prior" --load "$OUT/learned" --save "$OUT/learned" --save-interval 15 \
   --data-path "$OUT/data_text_document" --split 98,2,0 --seq-length "$SEQ" --global-batch-size "$RANKS" --train-iters "$ITERS" \
-  --lr 5e-4 --min-lr 5e-5 --params-dtype "$DTYPE" --pipeline-model-parallel-size "$RANKS" \
+  --lr 2e-3 --min-lr 2e-4 --prior-strength 5 --params-dtype "$DTYPE" --pipeline-model-parallel-size "$RANKS" \
   --log-interval 5 --eval-interval "$ITERS" --eval-iters 4
 is_there "$OUT/trimmed/latest_checkpointed_iteration.txt" ||
   run maskllm trim --load "$OUT/learned" --output "$OUT/trimmed"

@@ -65,6 +65,7 @@ def command(output: Path, model: Path, held_out: Path, *, train_iters: int = 8) 
     words = [
         sys.executable, "-m", "maskllm", "quickstart", "--output", output, "--model", model,
         "--eval-corpus", held_out, "--train-iters", train_iters, "--seq-length", 64, "--global-batch-size", 4, "--lr", 0.01,
+        "--prior-strength", 3,
         "--eval-seq-length", 64, "--eval-windows", 4, "--calibration-samples", 4,
     ]  # fmt: skip
     return list(map(str, words))

@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=float, default=defaults.lr, help="learning rate of the logits at the start")
     parser.add_argument("--min-lr", type=float, default=defaults.min_lr, help="learning rate at the end")
     parser.add_argument(
+        "--prior-strength", type=float, default=defaults.prior_strength, help="how far the prior moves the logits at the start"
+    )
+    parser.add_argument(
         "--calibration-samples", type=int, default=defaults.calibration_samples, help="windows for Wanda and SparseGPT"
     )
     parser.add_argument("--eval-windows", type=int, default=defaults.eval_windows, help="windows to evaluate on")

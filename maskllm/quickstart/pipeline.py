@@ -34,11 +34,12 @@ SMOLLM2 = "SmolLM2-135M-Instruct"
 class QuickstartSettings:
     """The settings of a short run. Where they come from, and what they reach: docs/quickstart.md."""
 
-    train_iters: int = 50
+    train_iters: int = 30
     global_batch_size: int = 2
     seq_length: int = 256
-    lr: float = 5e-4
-    min_lr: float = 5e-5
+    lr: float = 2e-3
+    min_lr: float = 2e-4
+    prior_strength: float = 5.0
     eval_windows: int = 8
     eval_seq_length: int = 512
     calibration_samples: int = 16
@@ -173,9 +174,10 @@ def train_command(settings: QuickstartSettings, dataset: str, prior: Path, save:
     """The command that learns the masks: torchrun with the same entry point as on a cluster."""
     return [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={settings.processes}", "-m", "maskllm.train",
-        "--pretrained-checkpoint", prior, "--load", save, "--save", save, "--save-interval", 25, "--data-path", dataset,
+        "--pretrained-checkpoint", prior, "--load", save, "--save", save, "--save-interval", 15, "--data-path", dataset,
         "--split", "98,2,0", "--seq-length", settings.seq_length, "--global-batch-size", settings.global_batch_size,
-        "--train-iters", settings.train_iters, "--lr", settings.lr, "--min-lr", settings.min_lr, "--params-dtype", compute_dtype(),
+        "--train-iters", settings.train_iters, "--lr", settings.lr, "--min-lr", settings.min_lr,
+        "--prior-strength", settings.prior_strength, "--params-dtype", compute_dtype(),
         "--pipeline-model-parallel-size", settings.processes, "--log-interval", 5, "--eval-interval", settings.train_iters,
         "--eval-iters", 4 if has_validation else 0, "--tensorboard-dir", save / "tensorboard",
     ]  # fmt: skip

@@ -105,6 +105,13 @@ def test_the_scripts_are_clean_to_shellcheck():
     assert done.returncode == 0, done.stdout
 
 
+def test_an_export_of_an_older_training_makes_room_for_the_new_one(tmp_path):
+    (tmp_path / "out" / "hf-2to4").mkdir(parents=True)
+    remove, export = dry_run("llama2-7b", "8_export", tmp_path, OUTPUT="out")
+    assert remove == ["rm", "-r", "out/hf-2to4"]
+    assert export[:2] == ["maskllm", "export"]
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_dry_run_prints_commands_that_the_programs_take(recipe, tmp_path):
     learned = f"outputs/{recipe}/learned"

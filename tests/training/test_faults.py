@@ -152,7 +152,7 @@ def test_a_dataset_file_that_disappears_is_named_and_nothing_is_lost(start, tmp_
     assert 2 <= stopped < 2000
     (line,) = [line for line in run.console.splitlines() if line.startswith("maskllm.train: error:")]
     assert f"{tmp_path / 'data.bin'} has disappeared (No such file or directory); put it back; saved at iteration" in line
-    assert line.endswith(f"saved at iteration {stopped}")
+    assert line.endswith(f"saved at iteration {stopped}; run the same command to go on")
     assert json.loads((save / "metrics.jsonl").read_text().splitlines()[-1])["iteration"] == stopped
 
 
@@ -235,7 +235,9 @@ def test_steps_that_are_not_finite_are_skipped_on_every_rank_and_a_row_of_them_e
     assert [line["skipped_steps"] for line in metrics] == [int(step) for step in bad[: last + 1]]
     assert [line["loss"] is None for line in metrics] == bad[: last + 1]
 
-    for step in range(1, last):
+    first = bad.index(False) + 1
+    assert sorted(path.name for path in save.glob("iter_*"))[0] == f"iter_{first:07d}", "there was nothing to save before"
+    for step in range(first, last):
         before, after = (learned_tensors(save / f"iter_{number:07d}") for number in (step, step + 1))
         same = all(torch.equal(before[key], after[key]) for key in before if key in after and "common" not in key)
         assert same == bad[step], f"step {step + 1}"
