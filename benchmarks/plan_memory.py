@@ -80,6 +80,7 @@ def peak(checkpoint: Path, data: str, save: Path, processes: int, options: list[
         env=os.environ | RETURN_WHAT_IS_FREED,
         capture_output=True,
         text=True,
+        timeout=900,
         check=False,
     )
     if done.returncode:

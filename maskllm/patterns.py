@@ -38,7 +38,7 @@ class Pattern:
         """Read "N:M". Raises MaskLLMError for anything else."""
         match = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
         pattern = cls(int(match[1]), int(match[2])) if match else None
-        if str(pattern) != text:  # a checkpoint keeps the text, and 02:4 would be another than 2:4
+        if pattern is None or str(pattern) != text:  # a checkpoint keeps the text, and 02:4 would be another than 2:4
             raise MaskLLMError(f"pattern {text[:40]!r}: wanted N:M, for example 2:4")
         return pattern
 

@@ -34,7 +34,7 @@ WITHOUT_MEGATRON = ("doctor", "evaluate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `maskllm VERB ...`; returns the exit status (0 done, 1 bad input, 2 bad usage, 130 interrupted)."""
+    """Run `maskllm VERB ...`; returns the exit status (0 done, 1 bad input, 2 bad usage, 75 stopped by SIGTERM, 130 interrupted)."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error is: a path that it cannot spell must not end the verb
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -48,6 +48,8 @@ class QuickstartSettings:
     def check(self) -> None:
         """Raise MaskLLMError for values that a step would fail on, before the first step."""
         for name, value in asdict(self).items():
+            if value == 0 and name in ("min_lr", "prior_strength"):
+                continue
             if not 0 < value < math.inf:
                 raise MaskLLMError(f"{_flag(name)}: found {value}, wanted a positive number")
         if self.min_lr > self.lr:

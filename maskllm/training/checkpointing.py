@@ -80,6 +80,12 @@ class Start:
         return int(self.checkpoint.iteration) if self.resumed else 0
 
     @property
+    def lies_in_save(self) -> bool:
+        """Whether the checkpoint is one of those in `--save`, there or by a link."""
+        save, path = self.arguments.save, self.checkpoint.path
+        return save is not None and Path(save).resolve() in (path.parent.resolve(), path.resolve().parent)
+
+    @property
     def model_config(self) -> ModelConfig:
         """The architecture."""
         return self.checkpoint.model_config
@@ -154,21 +160,21 @@ def resolve_start(arguments: TrainArguments, pattern: Pattern, *, say: Callable[
             if before[name] != now:
                 raise MaskLLMError(
                     f"--{name.replace('_', '-')} {now}: the run in {checkpoint.path} has {before[name]}; resume with the same value, or "
-                    "start a new run with another --save"
+                    "start a new run with another --load and --save"
                 )
         if info.details.get("data") != data:
             raise MaskLLMError(
                 f"--data-path: these are not the data of the run in {checkpoint.path} (its datasets, in their order, with their "
-                "weights, wherever they lie); resume with the same data, or start a new run with another --save"
+                "weights, wherever they lie); resume with the same data, or start a new run with another --load and --save"
             )
-    goes_on_in = checkpoint.path.resolve().parent if resumed else None
-    if arguments.save is not None and from_first_rank(
-        holds_checkpoint(arguments.save) and Path(arguments.save).resolve() != goes_on_in
-    ):
+    start = Start(arguments, checkpoint, resumed, data)
+    if arguments.save is not None and from_first_rank(holds_checkpoint(arguments.save) and not (resumed and start.lies_in_save)):
+        if start.lies_in_save:
+            raise MaskLLMError(f"--save {arguments.save}: holds the checkpoint that the run starts from; name another --save")
         raise MaskLLMError(
             f"--save {arguments.save}: holds a run; go on with it by --load {arguments.save}, or name another --save"
         )
-    return Start(arguments, checkpoint, resumed, data)
+    return start
 
 
 def _open_intact(path: str, *, fall_back: bool, say: Callable[[str], None]) -> Checkpoint:

@@ -127,6 +127,8 @@ class Trainer:
         self.stop_signal: int | None = None
         self.stopping = False
         """Whether some rank has been asked to stop, as all ranks know."""
+        self.data_problem: str | None = None
+        """What this rank found amiss with a file of the dataset in the last step."""
         self.data_gone = False
         """Whether some rank misses a file of the dataset, as all ranks know."""
 
@@ -142,7 +144,7 @@ class Trainer:
         writer = self._open_writer()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._request_stop)
-        last_saved = self.iteration if self.start.resumed else None
+        last_saved = self.iteration if self.start.resumed and self.start.lies_in_save else None
         window: list[StepResult] = []
         # A bar on a terminal; a file gets the lines alone.
         bar_off = True if self.console is None else None
@@ -163,7 +165,7 @@ class Trainer:
                         writer.write("train", self.iteration, values)
                     window, started, paused = [], time.perf_counter(), 0.0
                 if self.bad_steps == arguments.max_bad_steps:
-                    self._end_at_bad_steps(last_saved or self.start.iteration)
+                    self._end_at_bad_steps(last_saved or 0)
                 last = self.iteration == arguments.train_iters
                 pause = time.perf_counter()
                 if self.valid_batches and not self._ends_early and (last or self.iteration % arguments.eval_interval == 0):
@@ -186,6 +188,8 @@ class Trainer:
                 if last or self._ends_early:
                     break
             if self.saver is not None:
+                if last_saved is None and self.has_learned:  # resumed from elsewhere, with nothing left to do
+                    self._save(self.iteration)
                 self.progress("the end of saving")
                 self.saver.finish()
         if writer is not None:
@@ -204,8 +208,8 @@ class Trainer:
             state = f"saved at iteration {last_saved}; run it with --load {arguments.save} to go on"
         if self.data_gone:
             with raised_together():
-                if problem := self.data_files.problem():
-                    raise MaskLLMError(f"{problem}; {state}")
+                if self.data_problem is not None:
+                    raise MaskLLMError(f"{self.data_problem}; {state}")
         raise StoppedError(f"stopped by a signal after iteration {self.iteration}; {state}")
 
     @property
@@ -246,11 +250,11 @@ class Trainer:
         )
         sums = torch.cat([losses, sampler.stats])
         problem = self._not_finite(sums)
-        data_problem = self.data_files.problem()
-        for line in filter(None, (problem, data_problem)):
+        self.data_problem = self.data_files.problem()
+        for line in filter(None, (problem, self.data_problem)):
             print(f"iteration {self.iteration + 1}: {line}", file=sys.stderr, flush=True)
         skipped, self.stopping, self.data_gone = self._any_rank(
-            problem is not None, self.stop_signal is not None, data_problem is not None
+            problem is not None, self.stop_signal is not None, self.data_problem is not None
         )
         grad_norm = 0.0
         if skipped:

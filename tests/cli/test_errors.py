@@ -335,7 +335,8 @@ def test_quickstart_refuses_settings_before_its_first_step(change, message):
         QuickstartSettings(**change).check()
 
 
-def test_quickstart_has_a_process_for_each_gpu(monkeypatch):
+def test_quickstart_has_two_processes_or_one_where_there_is_one_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert QuickstartSettings().processes == 2
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

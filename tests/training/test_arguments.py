@@ -180,6 +180,12 @@ def test_sequences_longer_than_the_models_context_are_refused(tiny_pruned, tiny_
     assert not resolve_start(arguments, arguments.check()).resumed
 
 
+def test_a_run_does_not_save_among_what_it_starts_from(tiny_pruned, tiny_dataset):
+    arguments = dataclasses.replace(GOOD, load=str(tiny_pruned), save=str(tiny_pruned), seq_length=64, data_path=[tiny_dataset])
+    with pytest.raises(MaskLLMError, match="holds the checkpoint that the run starts from; name another --save"):
+        resolve_start(arguments, arguments.check())
+
+
 def test_a_checkpoint_with_another_pattern_is_refused(tiny_pruned):
     arguments = dataclasses.replace(GOOD, load=str(tiny_pruned), seq_length=64, pattern="1:4")
     with pytest.raises(MaskLLMError, match="its masks have pattern 2:4; --pattern is 1:4"):

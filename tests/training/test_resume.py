@@ -228,6 +228,9 @@ def test_a_stage_whose_tensors_alone_are_of_another_type_and_a_directory_of_anot
     done = ranks(2, "maskllm.train", *arguments(fork, tiny_dataset, tmp_path / "pruned", load=tmp_path / "middle", **options))
     assert "after iteration 2 of 4" in done.stderr
     assert_bit_identical(save, fork)
+    done = ranks(2, "maskllm.train", *arguments(tmp_path / "copy", tiny_dataset, tmp_path / "pruned", load=fork, **options))
+    assert "after iteration 4 of 4" in done.stderr
+    assert_bit_identical(save, tmp_path / "copy")
     embeddings = resolve(fork).tensors["embedding.word_embeddings.weight"].load()
     assert embeddings.dtype == torch.bfloat16
     assert torch.equal(embeddings, model.model.embed_tokens.weight)
