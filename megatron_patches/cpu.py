@@ -12,7 +12,7 @@ import contextlib
 import importlib
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,7 +205,7 @@ def random_tracker_without_cuda() -> None:
     tracker = upstream_object("megatron.core.tensor_parallel.random:CudaRNGStatesTracker")
 
     @contextlib.contextmanager
-    def fork(self, name: str = "model-parallel-rng"):
+    def fork(_: object, name: str = "model-parallel-rng") -> Iterator[None]:
         yield
 
     tracker.fork = fork
