@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
+import multiprocessing
 import os
 import pickle
 import queue
+import signal
+import sys
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -15,6 +19,17 @@ import torch
 from megatron_patches.cpu import Patch, upstream_object
 
 _MODULE = "megatron.core.dist_checkpointing.strategies.filesystem_async"
+
+
+_PR_SET_PDEATHSIG = 1
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process, a fork, as soon as the one that started it ends, however that ends (Linux: prctl(2))."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != multiprocessing.parent_process().pid:  # it has ended already
+        os._exit(1)
 
 
 class _Results:
@@ -64,6 +79,21 @@ def failed_write_says_why() -> None:
     writer.write_preloaded_data = staticmethod(write_or_raise)
 
 
+def writers_end_with_what_started_them() -> None:
+    """A process that writes files for a save tells the one that started it when it has finished, and waits for ever for that to wake
+    where it has been killed: with it would stay what it has open, such as the lock on the directory of checkpoints."""
+    writer = importlib.import_module(_MODULE).FileSystemWriterAsync
+    write = writer.write_preloaded_data
+
+    @functools.wraps(write)  # upstream counts its parameters
+    def write_and_end(*args: Any, results_queue: Any, **kwargs: Any) -> Any:
+        if results_queue is not None:  # else it is the writer itself
+            end_with_parent()
+        return write(*args, results_queue=results_queue, **kwargs)
+
+    writer.write_preloaded_data = staticmethod(write_and_end)
+
+
 def torch_adams_steps_are_no_tensors_to_load() -> None:
     """`DistributedOptimizer` loads Adam's states by their names. Torch's Adam, unlike Transformer Engine's and Apex's, has a "step" among
     them, which a checkpoint holds once for all parameters: upstream ends with a KeyError. Here the one that is there stays.
@@ -87,6 +117,7 @@ def torch_adams_steps_are_no_tensors_to_load() -> None:
 
 PATCHES = [
     Patch(failed_write_says_why, _MODULE, "assert isinstance(local_results_or_exc, list), type(local_results_or_exc)"),
+    Patch(writers_end_with_what_started_them, _MODULE, "count_queue.task_done()"),
     Patch(results_without_a_process, _MODULE, "ctx.Manager().Queue()"),
     Patch(
         torch_adams_steps_are_no_tensors_to_load,

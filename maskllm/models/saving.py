@@ -39,6 +39,7 @@ from maskllm.models.checkpoint import (
 )
 from maskllm.models.hf_config import read_json_object
 from maskllm.models.manifest import FileRecord, write_manifest
+from megatron_patches.checkpoints import end_with_parent
 
 # From 0.19 on Megatron prefers an optional package's writer to its own, and asks for it by default.
 _OWN_WRITER = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
@@ -94,7 +95,7 @@ class CheckpointSaver:
                 without_extra_state(sharded_state_dict), str(temporary), async_sharded_save=True, **_OWN_WRITER
             )
             if request.async_fn is not None:
-                write = functools.partial(_write_and_record, request.async_fn, temporary, dist.get_rank())
+                write = functools.partial(_write_and_record, request.async_fn, temporary, dist.get_rank(), self.background)
                 request = request._replace(async_fn=write)
             request.add_finalize_fn(lambda: _on_first_rank(publish))
             if self.background:
@@ -162,8 +163,15 @@ def remove_leftovers(root: Path) -> None:
             os.replace(entry, path)
 
 
-def _write_and_record(write: Callable[..., None], directory: Path, rank: int, *args: Any, **kwargs: Any) -> None:
-    """Megatron's `write`, which keeps its failures for later, then the records of its files; the first rank makes those that lack."""
+def _write_and_record(
+    write: Callable[..., None], directory: Path, rank: int, in_own_process: bool, *args: Any, **kwargs: Any
+) -> None:
+    """Megatron's `write`, which keeps its failures for later, then the records of its files; the first rank makes those that lack.
+
+    A process of its own ends with the rank, without which nobody would publish what it writes.
+    """
+    if in_own_process:
+        end_with_parent()
     write(*args, **kwargs)
     buckets = args[1]
     try:

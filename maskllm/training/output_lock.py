@@ -25,8 +25,8 @@ _CANNOT_LOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # Lustre without 
 def output_lock(directory: Path) -> Iterator[None]:
     """Hold `directory`, made if it is not there, for one job: called by its first rank, before anything is written there.
 
-    The lock is the kernel's (flock): it goes with the process that holds it, however that ends, and with the processes that write
-    its checkpoints in the background. Those of a job that has been killed are waited for, for up to three minutes,
+    The lock is the kernel's (flock): it goes with the process that holds it, however that ends, and with those that write
+    its checkpoints in the background, which end with it. Those of a job that has been killed are waited for, for up to three minutes,
     and so is another machine's lock where torchrun has restarted the job. Raises MaskLLMError naming
     the host and the process that holds the directory.
     """

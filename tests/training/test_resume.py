@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -69,6 +71,37 @@ def test_all_ranks_killed_in_the_first_step_and_during_a_save_and_a_damaged_chec
     assert metrics(save, *keys) == metrics(whole, *keys), "the losses are those of other data or other masks"
     assert not [entry for entry in save.iterdir() if entry.name.startswith(".iter")], "what was half-written is still there"
     assert_bit_identical(whole, save)
+
+
+@pytest.mark.slow
+def test_what_writes_in_the_background_ends_with_its_rank(start, tmp_path, tiny_dataset, tiny_pruned):
+    """Else it could wait for ever for a process that is gone, and hold the lock of the directory meanwhile."""
+    run = start(None, arguments(tmp_path / "run", tiny_dataset, tiny_pruned, steps=2000, save_interval=1, async_save=True))
+    rank = psutil.Process(run.process.pid)
+    writers: list[psutil.Process] = []
+
+    def caught_writing() -> bool:
+        writers[:] = rank.children(recursive=True)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for writer in writers:
+                writer.suspend()
+            if any(writer.ppid() != rank.pid for writer in writers):  # one that a writer has started
+                return True
+        for writer in writers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                writer.resume()
+        return False
+
+    run.wait_for(caught_writing)
+    first = [writer for writer in writers if writer.ppid() == rank.pid]
+    rank.kill()
+    _, alive = psutil.wait_procs(first, timeout=30)
+    assert not alive
+    _, alive = psutil.wait_procs(writers, timeout=1)
+    for writer in alive:  # caught before they could ask to be ended
+        writer.resume()
+    _, alive = psutil.wait_procs(alive, timeout=30)
+    assert not alive
 
 
 @pytest.mark.slow
