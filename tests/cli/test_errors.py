@@ -254,6 +254,23 @@ def test_outputs_in_each_others_place_are_refused_before_the_work(capsys, tmp_pa
     assert "no: no such directory" in refused(capsys, "export", "--load", "no", *apart)
 
 
+def test_what_a_verb_reads_or_has_just_made_is_not_written_over(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text").write_text("{}")
+    Path("link").symlink_to("text")
+    for words, other in (
+        (("preprocess", "--input", "other", "text", "--output-prefix", "p", "--tokenizer", "t", "--json", "link"), "--input text"),
+        (
+            ("preprocess", "--input", "text", "--output-prefix", "p", "--tokenizer", "t", "--json", "p_text_document.idx"),
+            "--output-prefix p",
+        ),
+        (("evaluate", "--model", "m", "--data", "text", "--seq-length", "8", "--json", "./text"), "--data text"),
+        (("prune", "--load", "l", "--output", "o", "--calibration-data", "d", "--json", "d.bin"), "--calibration-data d"),
+    ):
+        assert refused(capsys, *words).endswith(f"--json {words[-1]}: is a file of {other}; name another")
+    assert Path("text").read_text() == "{}"
+
+
 def test_a_checkpoint_of_another_stage_is_not_replaced(capsys, tmp_path, tiny_hf, tiny_dense, tiny_pruned):
     dense, pruned = (shutil.copytree(path, tmp_path / path.name) for path in (tiny_dense, tiny_pruned))
     for words, found, stage in (
