@@ -94,6 +94,13 @@ def from_first_rank(value: T) -> T:
     return box[0]
 
 
+def any_rank(*flags: bool) -> list[bool]:
+    """For each flag, whether any rank of the job has it set; called by all of them."""
+    tensor = torch.tensor([float(flag) for flag in flags], device=device())
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return [bool(flag) for flag in tensor.tolist()]
+
+
 def is_first_rank() -> bool:
     """Whether this is the first rank of the job, or the only process."""
     return not dist.is_initialized() or dist.get_rank() == 0

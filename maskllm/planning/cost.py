@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from maskllm.models.config import ModelConfig
 from maskllm.patterns import Pattern
-from maskllm.planning.memory import FLOAT_BYTES, Layout, Shapes
+from maskllm.planning.memory import FLOAT_BYTES, Layout, Shapes, sequence_split
 from maskllm.planning.models import StoredModel
 from maskllm.training.arguments import TrainArguments
 
@@ -99,7 +99,7 @@ def step_cost(model: ModelConfig, arguments: TrainArguments, layout: Layout, clu
     moved = [
         (t, micro_batches * layers / p * reductions * 2 * hidden * (t - 1) / t),
         (t * d, 2 * logits * logit * (d - 1) / d),
-        (t * d * p, micro_batches * 2 * hidden / (t if arguments.sequence_parallel else 1) * (p > 1)),
+        (t * d * p, micro_batches * 2 * hidden / sequence_split(arguments, layout) * (p > 1)),
     ]
 
     seconds = None

@@ -129,8 +129,8 @@ def stage_memory(model: StoredModel, arguments: TrainArguments, layout: Layout, 
     host_copy = model.stored_dtype.itemsize if device == "cpu" and arguments.dtype is not model.stored_dtype else 0
     communication = 0.0
     if layout.pipeline > 1:
-        communication += 2 * hidden / _sequence_split(arguments, layout)  # what is being sent and what is being received
-    if _sequence_split(arguments, layout) > 1:
+        communication += 2 * hidden / sequence_split(arguments, layout)  # what is being sent and what is being received
+    if sequence_split(arguments, layout) > 1:
         communication += hidden  # Megatron's buffer for gathered sequences
     return Memory(
         weights=(masked + other) * (element + host_copy),
@@ -168,7 +168,7 @@ def activations(model: ModelConfig, arguments: TrainArguments, layout: Layout, s
     layer = layer_activations(model, arguments, layout, device=device)
     layers = model.num_layers // layout.pipeline
     tokens = arguments.seq_length * arguments.micro_batch_size
-    boundary = tokens * model.hidden_size * element / _sequence_split(arguments, layout)
+    boundary = tokens * model.hidden_size * element / sequence_split(arguments, layout)
     # Beside the layers' own.
     others = 0.0
     if stage == 0 and arguments.recompute_granularity is None:
@@ -206,7 +206,7 @@ def activations(model: ModelConfig, arguments: TrainArguments, layout: Layout, s
 
 def norm_activations(model: ModelConfig, arguments: TrainArguments, layout: Layout, *, device: str) -> float:
     """What a norm keeps: its input and a factor or two for each token. On a CPU torch composes RMSNorm of fp32 operators."""
-    tokens = arguments.seq_length * arguments.micro_batch_size / _sequence_split(arguments, layout)
+    tokens = arguments.seq_length * arguments.micro_batch_size / sequence_split(arguments, layout)
     rms = model.normalization == "RMSNorm"
     element = 4.0 if rms and device == "cpu" else FLOAT_BYTES[arguments.params_dtype]
     return tokens * (model.hidden_size * element + (4 if rms else 8))
@@ -220,7 +220,7 @@ def layer_activations(model: ModelConfig, arguments: TrainArguments, layout: Lay
     element = FLOAT_BYTES[arguments.params_dtype]
     tokens = arguments.seq_length * arguments.micro_batch_size
     norms = 2 * norm_activations(model, arguments, layout, device=device)
-    normed = 2 * tokens * model.hidden_size * element / _sequence_split(arguments, layout)  # what QKV and fc1 multiply
+    normed = 2 * tokens * model.hidden_size * element / sequence_split(arguments, layout)  # what QKV and fc1 multiply
     query = model.num_attention_heads * model.head_dim / layout.tensor
     key = model.num_query_groups * model.head_dim / layout.tensor
     projected = query + 2 * key  # one tensor, kept for the values in it
@@ -267,5 +267,6 @@ def optimizer_temporary(shapes: Shapes, arguments: TrainArguments, pattern: Patt
     return 4 * largest
 
 
-def _sequence_split(arguments: TrainArguments, layout: Layout) -> int:
+def sequence_split(arguments: TrainArguments, layout: Layout) -> int:
+    """Into how many parts the activations outside of the linears are split along the sequence."""
     return layout.tensor if arguments.sequence_parallel else 1

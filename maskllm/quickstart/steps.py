@@ -127,9 +127,8 @@ def _tree_memory() -> int:
     return total
 
 
-@contextlib.contextmanager
-def _passing_on_signals(terminate: Callable[[], None], wait: Callable[[], Any]) -> Iterator[None]:
-    """A block that waits for a process: a signal to this one reaches that one too, and raises once that has ended, its state saved.
+def _waited(wait: Callable[[], Any], terminate: Callable[[], None]) -> Any:
+    """What `wait`, for a process to end, returns; a signal to this process reaches that one too and raises once it has ended.
 
     Raises StoppedError after SIGTERM, and KeyboardInterrupt after SIGINT, which the terminal has sent to both.
     """
@@ -141,7 +140,7 @@ def _passing_on_signals(terminate: Callable[[], None], wait: Callable[[], Any]) 
 
     before = signal.signal(signal.SIGTERM, pass_on)
     try:
-        yield
+        result = wait()
     except KeyboardInterrupt:
         wait()
         raise
@@ -149,22 +148,20 @@ def _passing_on_signals(terminate: Callable[[], None], wait: Callable[[], Any]) 
         signal.signal(signal.SIGTERM, before)
     if received:
         raise StoppedError("stopped by a signal; run the same command to go on")
+    return result
 
 
 def _run_command(name: str, command: Sequence[str]) -> None:
     # How long torchrun lets its processes save after a signal; its default is 30 seconds.
     process = subprocess.Popen(command, env={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "240"} | os.environ)
-    with _passing_on_signals(process.terminate, process.wait):
-        status = process.wait()
-    if status:
+    if status := _waited(process.wait, process.terminate):
         raise MaskLLMError(f"step {name} ended with exit status {status}; its own message is above")
 
 
 def _run_function(name: str, work: Callable[..., Any], arguments: Sequence[Any]) -> None:
     process = multiprocessing.get_context("spawn").Process(target=_guarded, args=(f"step {name}", work, *arguments))
     process.start()
-    with _passing_on_signals(process.terminate, process.join):
-        process.join()
+    _waited(process.join, process.terminate)
     if process.exitcode:
         raise MaskLLMError(f"step {name} ended with exit status {process.exitcode}; its own message is above")
 

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from maskllm.distributed import device, from_first_rank, is_first_rank, raised_together
+from maskllm.distributed import any_rank, from_first_rank, is_first_rank, raised_together
 from maskllm.environment import resolve_transformer_impl
 from maskllm.errors import MaskLLMError
 from maskllm.layers.gpt import FrozenVocabularyGPTModel
@@ -264,8 +263,7 @@ def _load_originals(checkpoint: Checkpoint, model: FrozenVocabularyGPTModel) -> 
             if sharded.data.dtype != stored:
                 wanted[name] = _with_data(sharded, torch.empty_like(sharded.data, dtype=stored, device="cpu"))
     # Loading is collective, and another pipeline stage may have such tensors where this one has none.
-    wanted_by_any = torch.tensor(float(bool(wanted)), device=device())
-    dist.all_reduce(wanted_by_any, op=dist.ReduceOp.MAX)
+    (wanted_by_any,) = any_rank(bool(wanted))
     return checkpoint.load({"model": wanted}).get("model", {}) if wanted_by_any else {}
 
 

@@ -18,7 +18,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from tqdm import tqdm
 
-from maskllm.distributed import device, raised_together
+from maskllm.distributed import any_rank, device, raised_together
 from maskllm.errors import MaskLLMError, StoppedError
 from maskllm.layers.recompute import set_sample
 from maskllm.layers.spec import masked_linears
@@ -253,7 +253,7 @@ class Trainer:
         self.data_problem = self.data_files.problem()
         for line in filter(None, (problem, self.data_problem)):
             print(f"iteration {self.iteration + 1}: {line}", file=sys.stderr, flush=True)
-        skipped, self.stopping, self.data_gone = self._any_rank(
+        skipped, self.stopping, self.data_gone = any_rank(
             problem is not None, self.stop_signal is not None, self.data_problem is not None
         )
         grad_norm = 0.0
@@ -394,7 +394,7 @@ class Trainer:
                         sample_of=lambda index, first=first: VALIDATION_SAMPLES + first + index,
                         forward_only=True,
                     )
-                (self.stopping,) = self._any_rank(self.stop_signal is not None)
+                (self.stopping,) = any_rank(self.stop_signal is not None)
                 if self.stopping:
                     return None
             if parallel_state.get_tensor_model_parallel_rank() != 0:
@@ -416,12 +416,6 @@ class Trainer:
 
     def _request_stop(self, number: int, _: Any) -> None:
         self.stop_signal = number
-
-    def _any_rank(self, *flags: bool) -> list[bool]:
-        """For each flag, whether any rank has it set."""
-        tensor = torch.tensor([float(flag) for flag in flags], device=device())
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return [bool(flag) for flag in tensor.tolist()]
 
 
 def _mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
