@@ -1,0 +1,71 @@
+"""How the tests run the launch scripts."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RECIPES = ["llama2-7b", "llama2-13b", "llama3-8b", "llama3.1-8b", "nemotron4-15b", "gpt3-843m", "gpt3-2b"]
+STEPS = ["1_download", "2_preprocess", "3_convert", "4_prune", "5_train", "6_resume", "7_trim", "8_export", "9_evaluate"]
+SCRIPTS = sorted([*EXAMPLES.rglob("*.sh"), EXAMPLES / "slurm.sbatch"])
+
+
+def environment(**settings: object) -> dict[str, str]:
+    """This process's, with its own Python's programs first, without settings of somebody's shell, and with `settings`."""
+    here = {name: os.environ[name] for name in ("HOME", "PYTHONPATH", "TMPDIR", "LD_LIBRARY_PATH") if name in os.environ}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return here | {"PATH": path, "PYTHON": sys.executable, **{name: str(value) for name, value in settings.items()}}
+
+
+def bash(script: Path, cwd: Path, *arguments: str, **settings: object) -> subprocess.CompletedProcess:
+    command = ["bash", script, *arguments]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+        env=environment(**settings),
+        start_new_session=True,
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=300)
+        except BaseException:
+            os.killpg(
+                process.pid, signal.SIGTERM
+            )  # which torchrun, unlike SIGKILL, hands on to its ranks, and kills them in the end
+            process.communicate(timeout=60)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+def dry_run(recipe: str, step: str, cwd: Path, **settings: object) -> list[list[str]]:
+    """The commands that a step would run, as words."""
+    done = bash(EXAMPLES / recipe / f"{step}.sh", cwd, DRY_RUN=1, **settings)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def parse_verb(words: list[str]) -> argparse.Namespace:
+    """Read `maskllm VERB ...` as the console command does, without running it."""
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    importlib.import_module(f"maskllm.cli.{words[1]}").add_arguments(parser)
+    return parser.parse_args(words[2:])
+
+
+def split_torchrun(words: list[str]) -> tuple[dict[str, str], list[str]]:
+    """torchrun's options, as torchrun itself reads them, and the command of each process."""
+    from torch.distributed.run import parse_args
+
+    assert words[0] == "torchrun"
+    options = parse_args(words[1:])
+    assert options.module
+    return vars(options), [options.training_script, *options.training_script_args]

@@ -1,0 +1,189 @@
+"""The launch scripts' dry runs: what each would run is valid."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from maskllm.training.arguments import TrainArguments, parse_arguments
+from tests.examples.scripts import EXAMPLES, RECIPES, SCRIPTS, STEPS, bash, dry_run, environment, parse_verb, split_torchrun
+
+
+def test_there_is_a_folder_a_recipe_with_every_step():
+    found = sorted(path.parent.name for path in EXAMPLES.glob("*/recipe.sh"))
+    assert found == sorted(RECIPES)
+    for recipe in RECIPES:
+        names = {path.stem for path in (EXAMPLES / recipe).glob("*.sh")}
+        assert names == {"recipe", "run_all", "5_train_multinode", *STEPS}
+        for path in (EXAMPLES / recipe).glob("[1-9r]*_*.sh"):
+            assert os.access(path, os.X_OK), path
+
+
+def test_the_scripts_are_clean_to_shellcheck():
+    program = Path(sys.executable).with_name("shellcheck")
+    if not program.exists():
+        pytest.skip("shellcheck is not installed")
+    done = subprocess.run([program, "-x", "-P", EXAMPLES.parent, *SCRIPTS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+def test_an_export_of_an_older_training_makes_room_for_the_new_one(tmp_path):
+    (tmp_path / "out" / "hf-2to4").mkdir(parents=True)
+    remove, export = dry_run("llama2-7b", "8_export", tmp_path, OUTPUT="out")
+    assert remove == ["rm", "-r", "out/hf-2to4"]
+    assert export[:2] == ["maskllm", "export"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_dry_run_prints_commands_that_the_programs_take(recipe, tmp_path):
+    learned = f"outputs/{recipe}/learned"
+    (download, *_) = downloads = dry_run(recipe, "1_download", tmp_path)
+    assert all(
+        words[:2] == ["hf", "download"] or words[1].endswith("download.py") or words[1:3] == ["-m", "zipfile"]
+        for words in downloads
+    )
+    assert download[2].startswith("meta-llama/" if recipe.startswith("llama") else f"/path/to/{recipe}")
+    shards = [word for words in downloads for word in words if re.fullmatch(r"en/c4-train\.000\d\d-of-01024\.json\.gz", word)]
+
+    commands = dry_run(recipe, "2_preprocess", tmp_path)
+    assert len(commands) == len(shards) == 20
+    tokens = []
+    for number, words in enumerate(commands):
+        options = parse_verb(words)
+        assert options.input == [f"data/c4/en/c4-train.{number:05d}-of-01024.json.gz"]
+        assert options.append_eod
+        tokens.append(f"{options.output_prefix}_text_document")
+
+    (words,) = dry_run(recipe, "3_convert", tmp_path)
+    convert = parse_verb(words)
+    (words,) = dry_run(recipe, "4_prune", tmp_path)
+    torchrun, words = split_torchrun(words)
+    prune = parse_verb(words)
+    assert torchrun["nproc_per_node"] == "8" and torchrun["standalone"]
+    assert (prune.method, prune.pattern, prune.load) == ("sparsegpt", "2:4", convert.output)
+    assert prune.calibration_data in tokens
+
+    (words,) = dry_run(recipe, "5_train", tmp_path)
+    torchrun, (module, *options) = split_torchrun(words)
+    assert (torchrun["nproc_per_node"], torchrun["standalone"], module) == ("8", True, "maskllm.train")
+    train = parse_arguments(options)
+    train.check()
+    assert train.data_path == [word for prefix in tokens for word in ("1", prefix)]
+    assert (train.load, train.save, train.pretrained_checkpoint) == (learned, learned, prune.output)
+    assert (train.tensor_model_parallel_size, train.pipeline_model_parallel_size, train.sequence_parallel) == (8, 1, True)
+    assert (train.save_interval, train.keep_last, train.async_save, train.auto_fallback) == (100, 3, True, True)
+    defaults = TrainArguments()  # the paper's: tests/training/test_arguments.py
+    for name in (
+        "pattern", "train_iters", "global_batch_size", "lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "weight_decay", "adam_beta1",
+        "adam_beta2", "adam_eps", "clip_grad", "gumbel_temperature_range", "gumbel_scale_range", "prior_strength", "weight_reg", "hard",
+    ):  # fmt: skip
+        assert getattr(train, name) == getattr(defaults, name), name
+    assert train.seq_length == (2048 if recipe.startswith("gpt3") else 4096)
+    assert dry_run(recipe, "6_resume", tmp_path) == [["torchrun", *words[1:]]]
+
+    (words,) = dry_run(recipe, "5_train_multinode", tmp_path)
+    assert split_torchrun(words)[0]["rdzv_endpoint"] == "HOST:PORT", "what is still to be set"
+    (words,) = dry_run(recipe, "5_train_multinode", tmp_path, NNODES=4, RDZV_ENDPOINT="node0:29500")
+    torchrun, (_, *options) = split_torchrun(words)
+    assert (torchrun["nnodes"], torchrun["rdzv_backend"], torchrun["rdzv_endpoint"]) == ("4", "c10d", "node0:29500")
+    assert parse_arguments(options).use_distributed_optimizer
+
+    (words,) = dry_run(recipe, "7_trim", tmp_path)
+    trim = parse_verb(words)
+    assert trim.load == learned
+    (words,) = dry_run(recipe, "8_export", tmp_path)
+    export = parse_verb(words)
+    assert export.load == trim.output and export.mask_file.endswith(".npz")
+    dense, sparse = map(parse_verb, dry_run(recipe, "9_evaluate", tmp_path))
+    assert (dense.model, sparse.model) == (convert.hf, export.output)
+    assert list(tmp_path.iterdir()) == [], "a dry run wrote something"
+
+
+def test_settings_come_from_the_environment(tmp_path):
+    settings = {"OUTPUT": "/somewhere", "GPUS": 4, "TP": 2, "TRAIN_ITERS": 7, "TRAIN_ARGS": "--hard --seed 5", "SHARDS": "3 9"}
+    (words,) = dry_run("llama2-7b", "5_train", tmp_path, **settings)
+    torchrun, (_, *options) = split_torchrun(words)
+    train = parse_arguments(options)
+    assert torchrun["nproc_per_node"] == "4"
+    assert (train.tensor_model_parallel_size, train.use_distributed_optimizer) == (2, True)
+    assert (train.train_iters, train.hard, train.seed, train.save) == (7, True, 5, "/somewhere/learned")
+    assert len(train.data_path) == 4
+    (words,) = dry_run("llama2-7b", "6_resume", tmp_path, DISTRIBUTED_OPTIMIZER=1)
+    assert parse_arguments(split_torchrun(words)[1][1:]).use_distributed_optimizer
+
+
+@pytest.mark.parametrize("few_bits", ["--optimizer-state-dtype 8bit", "--optimizer-state-dtype=bf16", "--mask-logits-dtype bf16"])
+def test_few_bits_do_without_the_distributed_optimizer(few_bits, tmp_path):
+    (words,) = dry_run("llama2-7b", "5_train", tmp_path, TP=4, TRAIN_ARGS=f"--hard {few_bits}", SHARDS=0)
+    train = parse_arguments(split_torchrun(words)[1][1:])
+    train.check()
+    assert not train.use_distributed_optimizer
+
+
+def test_the_tiny_model_sees_no_gpu():
+    command = ["bash", "-c", 'source "$0" && env', EXAMPLES / "common" / "tiny.sh"]
+    done = subprocess.run(
+        command, env=environment(RECIPE="any", CUDA_VISIBLE_DEVICES=0), capture_output=True, text=True, check=True
+    )
+    assert "CUDA_VISIBLE_DEVICES=" in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("script", "verbs"),
+    [
+        ("quickstart.sh", ["convert", "preprocess", "prune", "trim", "export", "evaluate"]),
+        ("slurm.sbatch", []),
+        *((f"{recipe}/run_all.sh", ["preprocess", "convert", "trim", "export", "evaluate", "evaluate"]) for recipe in RECIPES),
+    ],
+)
+def test_a_dry_run_of_several_steps_prints_them_in_order_and_does_nothing(script, verbs, tmp_path):
+    """Those of one step: test_a_dry_run_prints_commands_that_the_programs_take."""
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    done = bash(EXAMPLES / script, tmp_path, *["llama2-7b"] * (script == "slurm.sbatch"), DRY_RUN=1, SHARDS=0)
+    assert (done.returncode, done.stderr) == (0, "")
+    commands = [shlex.split(line) for line in done.stdout.splitlines()]
+    ours = [words for words in commands if words[0] == "maskllm"]
+    assert [words[1] for words in ours] == verbs
+    for words in ours:
+        parse_verb(words)
+    (words,) = (words for words in commands if "maskllm.train" in words)
+    parse_arguments(split_torchrun(words)[1][1:]).check()
+    assert [path.name for path in tmp_path.iterdir()] == ["examples"], "a dry run wrote something"
+
+
+def test_the_readme_trains_as_the_recipe_does(tmp_path):
+    readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    (command,) = re.findall("^torchrun .* -m maskllm.train .*", readme, re.MULTILINE)
+    (words,) = dry_run("llama2-7b", "5_train", tmp_path)
+    ours, recipes = (parse_arguments(split_torchrun(words)[1][1:]) for words in (shlex.split(command), words))
+    for name in (
+        "keep_last",
+        "async_save",
+        "save_interval",
+        "tensor_model_parallel_size",
+        "recompute_modules",
+        "lr",
+        "train_iters",
+    ):
+        assert getattr(ours, name) == getattr(recipes, name), name
+
+
+def test_what_is_not_set_is_asked_for(tmp_path):
+    done = bash(EXAMPLES / "nemotron4-15b" / "3_convert.sh", tmp_path)
+    assert done.returncode == 2
+    assert "set HF_MODEL" in done.stderr
+    done = bash(EXAMPLES / "llama2-7b" / "5_train_multinode.sh", tmp_path)
+    assert done.returncode != 0
+    assert "HOST:PORT of one of the nodes" in done.stderr
+    done = bash(EXAMPLES / "llama2-7b" / "3_convert.sh", tmp_path, MODEL="small")
+    assert done.returncode == 2
+    assert "MODEL=small: wanted tiny" in done.stderr
+    done = bash(EXAMPLES / "llama2-7b" / "6_resume.sh", tmp_path)
+    assert done.returncode == 1
+    assert "there is no run to go on with" in done.stderr
