@@ -49,20 +49,30 @@ source "$RECIPE_DIR/recipe.sh"
 : "${DATA_DIR:=data}" "${OUTPUT:=outputs/$RECIPE}" "${EVAL_DATA:=$DATA_DIR/wikitext-2-raw/wiki.test.raw}"
 : "${SHARDS:=$(seq -s ' ' 0 19)}" "${JOBS:=8}" "${WORKERS:=4}"
 : "${GPUS:=8}" "${TP:=8}" "${PP:=1}" "${NNODES:=1}" "${RDZV_ID:=$RECIPE}" "${MAX_RESTARTS:=3}"
-if [[ ${TRAIN_ARGS:-} =~ --(mask-logits|optimizer-state)-dtype[=\ ]+(bf16|8bit) ]]; then
-  : "${DISTRIBUTED_OPTIMIZER:=0}" # Megatron's keeps fp32
-fi
-: "${DISTRIBUTED_OPTIMIZER:=$((GPUS * NNODES > TP * PP))}"
 : "${TRAIN_ITERS:=2000}" "${GLOBAL_BATCH_SIZE:=256}" "${MICRO_BATCH_SIZE:=1}" "${SEQ_LENGTH:=4096}" "${LR:=5e-5}" "${MIN_LR:=5e-6}"
 : "${SAVE_INTERVAL:=100}" "${KEEP_LAST:=3}" "${LOG_INTERVAL:=1}" "${EVAL_INTERVAL:=500}" "${EVAL_ITERS:=4}" "${SPLIT:=98,2,0}"
 : "${CALIBRATION_SAMPLES:=128}" "${CALIBRATION_SEQ_LENGTH:=2048}" "${PARAMS_DTYPE:=bf16}"
 : "${EVAL_SEQ_LENGTH:=$SEQ_LENGTH}" "${EVAL_WINDOWS:=}" "${TRAIN_ARGS:=}"
+for name in GPUS TP PP NNODES TRAIN_ITERS; do
+  if [[ ! ${!name} =~ ^[1-9][0-9]*$ ]]; then
+    echo "$name=${!name}: wanted a number, 1 or more" >&2
+    exit 2
+  fi
+done
+if [[ $TRAIN_ARGS =~ --(mask-logits|optimizer-state)-dtype[=\ ]+(bf16|8bit) ]]; then
+  : "${DISTRIBUTED_OPTIMIZER:=0}" # Megatron's keeps fp32
+fi
+: "${DISTRIBUTED_OPTIMIZER:=$((GPUS * NNODES > TP * PP))}"
 
 if [[ -n ${DRY_RUN:-} ]]; then
   : "${HF_MODEL:=/path/to/$RECIPE}"
 fi
 if [[ -z ${HF_MODEL:-} ]]; then
   echo "$RECIPE: its weights are not on the hub; set HF_MODEL to a Hugging Face checkpoint of it" >&2
+  exit 2
+fi
+if [[ -z ${DRY_RUN:-}${MODEL:-} && ! -d $HF_MODEL && ! $HF_MODEL =~ ^[A-Za-z0-9_.-]*[A-Za-z0-9_]/[A-Za-z0-9_.-]+$ ]]; then
+  echo "HF_MODEL=$HF_MODEL: no such directory, and not a hub id like meta-llama/Llama-2-7b-hf" >&2
   exit 2
 fi
 # shellcheck disable=SC2034 # the steps use it

@@ -16,9 +16,9 @@ from transformers.utils import logging as hf_logging
 from maskllm.data.tokenizer import load_tokenizer
 from maskllm.environment import computes_natively
 from maskllm.errors import MaskLLMError
-from maskllm.evaluation.perplexity import Perplexity, WindowNLL, next_token_nll, perplexity
+from maskllm.evaluation.perplexity import Perplexity, WindowNLL, cut_windows, next_token_nll, perplexity
 from maskllm.evaluation.text import read_evaluation_text
-from maskllm.export.mask_file import apply_mask_file
+from maskllm.export.mask_file import apply_mask_file, check_mask_file
 from maskllm.models.hf_blocks import linears_of, transformer_blocks
 from maskllm.models.hf_source import FILES, find_source
 
@@ -27,6 +27,8 @@ from maskllm.models.hf_source import FILES, find_source
 class Evaluation(Perplexity):
     """What `evaluate_hf` found."""
 
+    text_tokens: int
+    """Tokens of the whole text, those outside of the evaluated windows included."""
     data_kind: str
     """How the text was read; see `read_evaluation_text`."""
     dtype: str
@@ -50,7 +52,7 @@ def evaluate_hf(
     """Perplexity of a model, a local directory or hub id, on a text file that its own tokenizer reads.
 
     Args:
-        seq_length, max_windows: see `perplexity`.
+        seq_length, max_windows: see `cut_windows`.
         mask_file: masks (`maskllm.export.mask_file`) to apply to the model's weights first.
         dtype: what to compute in; by default the checkpoint's own, but fp32 on a CPU without bf16 (fp16) instructions, which
             is the same model, computed faster and more exactly.
@@ -58,18 +60,22 @@ def evaluate_hf(
 
     Raises MaskLLMError for what cannot be read, for masks that do not fit, and for windows longer than the model's context.
     """
+    if mask_file is not None:
+        check_mask_file(mask_file)
     directory = find_source(model, (*FILES, "*.py") if trust_remote_code else FILES)
     text = read_evaluation_text(data)
     tokens = load_tokenizer(directory, use_gigatoken=False).encode(text.text)
+    windows = cut_windows(tokens, seq_length, max_windows)
     device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     loaded = load_hf_model(directory, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     _check_fits(loaded, int(tokens.max()), seq_length)
     weights = block_weights(loaded)
     if mask_file is not None:
         apply_mask_file(mask_file, weights)
-    result = perplexity(hf_window_nll(loaded), tokens, seq_length, max_windows=max_windows)
+    result = perplexity(hf_window_nll(loaded), windows)
     return Evaluation(
         **dataclasses.asdict(result),
+        text_tokens=len(tokens),
         data_kind=text.kind,
         dtype=str(loaded.dtype).removeprefix("torch."),
         device=str(device),

@@ -13,7 +13,7 @@ from maskllm.data.tokenizer import load_tokenizer
 from maskllm.distributed import device
 from maskllm.errors import MaskLLMError
 from maskllm.evaluation.huggingface import Evaluation
-from maskllm.evaluation.perplexity import WindowNLL, perplexity
+from maskllm.evaluation.perplexity import WindowNLL, cut_windows, perplexity
 from maskllm.evaluation.text import read_evaluation_text
 from maskllm.layers.gpt import FrozenVocabularyGPTModel
 from maskllm.layers.spec import masked_linears
@@ -38,6 +38,7 @@ def evaluate_checkpoint(
     checkpoint = resolve(load)
     text = read_evaluation_text(data)
     tokens = load_tokenizer(checkpoint.hf_directory, use_gigatoken=False).encode(text.text)
+    windows = cut_windows(tokens, seq_length, max_windows)
     config = checkpoint.model_config
     if int(tokens.max()) >= config.vocab_size:
         raise MaskLLMError(
@@ -47,9 +48,10 @@ def evaluate_checkpoint(
         raise MaskLLMError(f"--seq-length {seq_length}: the model's context has {config.max_position_embeddings} positions")
     dtype = params_dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     model = load_masked_model(checkpoint, dtype)
-    result = perplexity(megatron_window_nll(model), tokens, seq_length, max_windows=max_windows)
+    result = perplexity(megatron_window_nll(model), windows)
     return Evaluation(
         **dataclasses.asdict(result),
+        text_tokens=len(tokens),
         data_kind=text.kind,
         dtype=str(dtype).removeprefix("torch."),
         device=device().type,

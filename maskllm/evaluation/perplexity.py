@@ -39,17 +39,13 @@ class Perplexity:
     """Mean negative log-likelihood of a prediction, in nats."""
     windows: int
     seq_length: int
-    text_tokens: int
-    """Tokens of the whole text, those outside of the evaluated windows included."""
     seconds: float
 
 
-def perplexity(
-    window_nll: WindowNLL, tokens: np.ndarray | torch.Tensor, seq_length: int, *, max_windows: int | None = None
-) -> Perplexity:
-    """Evaluate a model on the first `max_windows` (default: all) windows of `seq_length` tokens of `tokens` [text tokens].
+def cut_windows(tokens: np.ndarray | torch.Tensor, seq_length: int, max_windows: int | None = None) -> torch.Tensor:
+    """The first `max_windows` (default: all) windows of `tokens` [text tokens], int64 [windows, seq_length].
 
-    Raises MaskLLMError where the text is shorter than a window or the model's likelihood is not a number.
+    Raises MaskLLMError where there is none.
     """
     if seq_length < 2:
         raise MaskLLMError(f"--seq-length {seq_length}: a window needs at least 2 tokens")
@@ -59,6 +55,12 @@ def perplexity(
     windows = tokens[: len(tokens) // seq_length * seq_length].view(-1, seq_length)[:max_windows]
     if not len(windows):
         raise MaskLLMError(f"the text has {len(tokens)} tokens, less than one window of {seq_length}; use a smaller --seq-length")
+    return windows
+
+
+def perplexity(window_nll: WindowNLL, windows: torch.Tensor) -> Perplexity:
+    """Evaluate a model on windows as `cut_windows` makes them. Raises MaskLLMError where its likelihood is not a number."""
+    seq_length = windows.shape[1]
     started = time.perf_counter()
     total = 0.0
     with tqdm(windows, desc="perplexity", unit="window", disable=None) as progress:
@@ -70,7 +72,7 @@ def perplexity(
                 )
             progress.set_postfix(perplexity=f"{_exp(total / number):.2f}", refresh=False)
     nll = total / len(windows)
-    return Perplexity(_exp(nll), nll, len(windows), seq_length, len(tokens), time.perf_counter() - started)
+    return Perplexity(_exp(nll), nll, len(windows), seq_length, time.perf_counter() - started)
 
 
 def next_token_nll(logits: torch.Tensor, tokens: torch.Tensor) -> float:

@@ -8,10 +8,11 @@ whose blocks of M then run down the columns. The authors of MaskLLM publish thei
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,22 @@ def apply_mask_file(path: str | os.PathLike, weights: Mapping[str, torch.Tensor]
     All is checked before the first weight changes: MaskLLMError where the file cannot be read, and, by name, where a weight has no
     mask, a mask has no weight, or a mask's type or size is not its weight's.
     """
+    with _opened(path) as archive:
+        _check(path, archive, weights)
+        for name, weight in tqdm(weights.items(), desc="apply masks", unit="matrix", disable=None, leave=False):
+            mask = np.unpackbits(archive[name + SUFFIX], count=weight.numel()).view(bool).reshape(weight.shape)
+            weight.masked_fill_(torch.from_numpy(~mask).to(weight.device), 0)
+
+
+def check_mask_file(path: str | os.PathLike) -> None:
+    """Raise MaskLLMError where there is no mask file; takes no time, for before a model is loaded."""
+    with _opened(path):
+        pass
+
+
+@contextlib.contextmanager
+def _opened(path: str | os.PathLike) -> Iterator[np.lib.npyio.NpzFile]:
+    """A block that reads a mask file; what goes wrong in reading it becomes a MaskLLMError that names it."""
     path = Path(path)
     if not path.is_file():
         raise MaskLLMError(f"{path}: no such mask file")
@@ -47,17 +64,14 @@ def apply_mask_file(path: str | os.PathLike, weights: Mapping[str, torch.Tensor]
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise MaskLLMError(f"{path}: a single array, wanted an .npz mask file")
         with archive:
-            _check(path, archive, weights)
-            for name, weight in tqdm(weights.items(), desc="apply masks", unit="matrix", disable=None, leave=False):
-                mask = np.unpackbits(archive[name + SUFFIX], count=weight.numel()).view(bool).reshape(weight.shape)
-                weight.masked_fill_(torch.from_numpy(~mask).to(weight.device), 0)
+            yield archive
     except (ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         # RuntimeError is what zipfile raises where damaged flags ask for a password or a method that it lacks.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise MaskLLMError(f"{path}: not a readable .npz mask file ({reason})") from error
 
 
-def _check(path: Path, archive: np.lib.npyio.NpzFile, weights: Mapping[str, torch.Tensor]) -> None:
+def _check(path: str | os.PathLike, archive: np.lib.npyio.NpzFile, weights: Mapping[str, torch.Tensor]) -> None:
     expected = {name + SUFFIX for name in weights}
     for what, names in (("no mask for", expected - set(archive.files)), ("mask of unknown weight", set(archive.files) - expected)):
         if names:

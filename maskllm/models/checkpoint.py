@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import os
 import re
@@ -285,12 +284,12 @@ def write_checkpoint(
 def release_directory(root: str | Path, stage: str) -> Path:
     """`ROOT/release`, which `write_checkpoint` will write, or replace by another of the same stage.
 
-    Raises FileExistsError where ROOT is a file, MaskLLMError where ROOT holds a training run or where ROOT/release is something other than
-    a checkpoint of this stage.
+    Raises MaskLLMError where ROOT is a file or holds a training run, and where ROOT/release is something other than a checkpoint of this
+    stage.
     """
     root = Path(root)
     if root.exists() and not root.is_dir():
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(root))
+        raise MaskLLMError(f"{root}: is a file, wanted a directory to make; name another --output")
     if root.exists() and any(iteration_number(entry) is not None for entry in root.iterdir()):
         raise MaskLLMError(f"{root}: holds the checkpoints of a run; name another --output")
     path = root / iteration_name("release")

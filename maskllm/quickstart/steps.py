@@ -65,7 +65,7 @@ class Steps:
         if not (cut_short and goes_on):
             _remove(output)
         if not cut_short:
-            record = {"identity": self._identity, "seconds_before": 0.0}
+            record = {"identity": self._identity, "told": told, "seconds_before": 0.0}
             self._note(name, record)  # so that even a killed step is known, and gone on from
         started = time.perf_counter()
         with peak_memory() as peak:

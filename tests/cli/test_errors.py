@@ -93,7 +93,7 @@ def test_what_is_not_a_checkpoint_is_named(capsys, tmp_path, tiny_hf):
     assert "not a checkpoint" in refused(capsys, "export", "--load", tiny_hf, "--output", new)
     assert "is a file; wanted the directory" in refused(capsys, "convert", "--hf", file, "--output", new)
     assert "config.json: no such file" in refused(capsys, "convert", "--hf", tmp_path, "--output", new)
-    assert f"{file}: File exists" in refused(capsys, "convert", "--hf", tiny_hf, "--output", file)
+    assert f"{file}: is a file, wanted a directory to make" in refused(capsys, "convert", "--hf", tiny_hf, "--output", file)
     assert not new.exists()
 
 

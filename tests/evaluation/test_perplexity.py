@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from maskllm.cli import main
 from maskllm.errors import MaskLLMError
 from maskllm.evaluation.huggingface import evaluate_hf, load_hf_model
-from maskllm.evaluation.perplexity import next_token_nll, perplexity
+from maskllm.evaluation.perplexity import cut_windows, next_token_nll, perplexity
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -26,18 +27,15 @@ def test_next_token_nll_against_log_softmax_in_double(dtype, length):
 
 
 def test_a_uniform_model_has_the_vocabularys_size_as_perplexity():
-    result = perplexity(lambda window: next_token_nll(torch.zeros(len(window), 50), window), torch.randint(50, (103,)), 10)
+    windows = cut_windows(torch.randint(50, (103,)), 10)
+    result = perplexity(lambda window: next_token_nll(torch.zeros(len(window), 50), window), windows)
     assert result.perplexity == pytest.approx(50)
-    assert (result.windows, result.text_tokens) == (10, 103)
+    assert (result.windows, result.seq_length) == (10, 10)
 
 
 def test_windows_do_not_overlap_and_the_rest_is_dropped():
-    seen = []
-    perplexity(lambda window: seen.append(window.tolist()) or 0.0, torch.arange(23), 5)
-    assert seen == [list(range(start, start + 5)) for start in range(0, 20, 5)]
-    seen.clear()
-    assert perplexity(lambda window: seen.append(window.tolist()) or 0.0, torch.arange(23), 5, max_windows=2).windows == 2
-    assert len(seen) == 2
+    assert cut_windows(torch.arange(23), 5).tolist() == [list(range(start, start + 5)) for start in range(0, 20, 5)]
+    assert cut_windows(torch.arange(23), 5, 2).tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
 
 
 def test_evaluation_is_transformers_own_loss_by_the_papers_formula(model_directory, text_file):
@@ -132,3 +130,12 @@ def test_a_tokenizer_of_another_model_is_refused(model_directory, text_file, tmp
     model.save_pretrained(tmp_path)
     with pytest.raises(MaskLLMError, match="the model's embedding has 100 rows"):
         evaluate_hf(tmp_path, text_file, seq_length=32)
+
+
+def test_what_to_evaluate_is_checked_before_the_model_is_loaded(model_directory, text_file, tmp_path):
+    broken = shutil.copytree(model_directory, tmp_path / "broken")
+    (broken / "model.safetensors").write_text("")
+    with pytest.raises(MaskLLMError, match=r"nowhere\.npz: no such mask file"):
+        evaluate_hf(broken, text_file, seq_length=8, mask_file=tmp_path / "nowhere.npz")
+    with pytest.raises(MaskLLMError, match="--max-windows 0: wanted at least 1"):
+        evaluate_hf(broken, text_file, seq_length=8, max_windows=0)

@@ -184,6 +184,26 @@ def test_what_is_not_set_is_asked_for(tmp_path):
     done = bash(EXAMPLES / "llama2-7b" / "3_convert.sh", tmp_path, MODEL="small")
     assert done.returncode == 2
     assert "MODEL=small: wanted tiny" in done.stderr
+    done = bash(EXAMPLES / "llama2-7b" / "3_convert.sh", tmp_path, HF_MODEL="/nowhere/llama")
+    assert done.returncode == 2
+    assert "HF_MODEL=/nowhere/llama: no such directory" in done.stderr
+    done = bash(EXAMPLES / "llama2-7b" / "5_train.sh", tmp_path, TP="two")
+    assert done.returncode == 2
+    assert done.stderr == "TP=two: wanted a number, 1 or more\n"
     done = bash(EXAMPLES / "llama2-7b" / "6_resume.sh", tmp_path)
     assert done.returncode == 1
     assert "there is no run to go on with" in done.stderr
+
+
+def test_step_6_leaves_the_choice_of_the_checkpoint_to_the_training_where_the_latest_is_not_told(tmp_path):
+    """As where latest_checkpointed_iteration.txt is damaged."""
+    learned = tmp_path / "out" / "learned"
+    (learned / "iter_0000003").mkdir(parents=True)
+    (learned / "iter_0000003" / "manifest.json").touch()
+    (learned / "latest_checkpointed_iteration.txt").write_text("\0\0")
+    (tmp_path / "torchrun").write_text("#!/bin/bash\necho started\n")
+    (tmp_path / "torchrun").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{environment()['PATH']}"
+    done = bash(EXAMPLES / "llama2-7b" / "6_resume.sh", tmp_path, OUTPUT="out", PATH=path)
+    assert (done.returncode, done.stdout) == (0, "started\n")
+    assert "going on after" not in done.stderr

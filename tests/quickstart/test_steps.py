@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ def test_what_a_step_that_was_cut_short_left_is_kept_only_for_one_that_goes_on_f
         Steps(tmp_path).run("one", output, command(code), goes_on=goes_on)
     Steps(tmp_path).run("one", output, command(code), goes_on=goes_on)
     assert (tmp_path / "log").read_text() == str(goes_on)
+    assert json.loads((tmp_path / "steps.json").read_text())["one"]["told"] == ["-c", code]
     (tmp_path / "log").unlink()
     Steps(tmp_path).run("one", output, command(code), goes_on=goes_on)
     assert not (tmp_path / "log").exists(), "a finished step was done again"
