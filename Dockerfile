@@ -3,9 +3,10 @@
 #   docker build -t maskllm .
 #   docker run --rm -it --gpus all --ipc=host --ulimit memlock=-1 --ulimit stack=67108864 --user "$(id -u):$(id -g)" -e HOME=/workspace -v "$PWD:/workspace" maskllm
 #
-# 25.12 has Ubuntu 24.04, Python 3.12, CUDA 13.1, PyTorch 2.10 and Transformer Engine. Its PyTorch is NVIDIA's own build and is kept: the
-# kernels are built against it, and the image's list of versions (PIP_CONSTRAINT) holds for what is installed beside it.
-FROM nvcr.io/nvidia/pytorch:25.12-py3
+# 26.05 has Ubuntu 24.04, Python 3.12, CUDA 13.2, Transformer Engine and PyTorch 2.12, the first whose torchrun can be told how long a job
+# that is asked to stop may save. Its PyTorch is NVIDIA's own build and is kept: the kernels are built against it, and the image's list of
+# versions (PIP_CONSTRAINT) holds for what is installed beside it.
+FROM nvcr.io/nvidia/pytorch:26.05-py3
 
 # PYTHONSAFEPATH: a checkout that is mounted as the working directory must not take the place of the package and its kernels.
 ENV TORCH_CUDA_ARCH_LIST="8.0;8.6;8.9;9.0;10.0" \

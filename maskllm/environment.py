@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.machinery import PathFinder
 
 import torch
 
@@ -24,42 +24,42 @@ class OptionalPart:
     brings: str
     """What it does for this program, in words."""
     version: str | None
-    """None where it is not installed or does not tell."""
+    """None where it is not installed."""
     problem: str | None
     """Why it cannot be used, None where it can."""
 
     def __str__(self) -> str:
-        if self.problem is not None:
-            return f"{self.name}: {self.problem}; it would bring {self.brings}"
-        return f"{self.name} {self.version or 'of unknown version'}: {self.brings}"
+        return f"{self.name}: {self.problem}; it would bring {self.brings}"
 
 
 @functools.cache
 def transformer_engine() -> OptionalPart:
     """NVIDIA's Transformer Engine. It is imported here, which takes seconds where it is installed."""
-    return _part("transformer-engine", "transformer_engine", "transformer_engine.pytorch", "fused norms, attention and Adam")
+    return _part("transformer-engine", "transformer_engine", ["transformer_engine.pytorch"], "fused norms, attention and Adam")
 
 
 @functools.cache
 def apex() -> OptionalPart:
-    """NVIDIA's Apex, whose fused Adam and multi-tensor kernels Megatron Core takes where there is no Transformer Engine."""
-    return _part("apex", "apex", "apex.optimizers", "fused Adam and gradient norms")
+    """NVIDIA's Apex, which serves where there is no Transformer Engine: its norms with `local`, its Adam to Megatron Core."""
+    modules = ["apex.optimizers", "apex.normalization", "amp_C", "fused_layer_norm_cuda"]  # the last two are its kernels
+    return _part("apex", "apex", modules, "fused norms and Adam")
 
 
-def _part(name: str, package: str, module: str, brings: str) -> OptionalPart:
-    if importlib.util.find_spec(package) is None:
+def _part(name: str, package: str, modules: list[str], brings: str) -> OptionalPart:
+    if PathFinder.find_spec(package) is None:  # `importlib.util.find_spec` does not see what is hidden from Megatron on a CPU
         return OptionalPart(name, brings, None, "not installed")
     try:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
-        version = None
+        version = "of unknown version"
     if not torch.cuda.is_available():
         return OptionalPart(name, brings, version, "needs a CUDA device, and there is none")
     try:
-        importlib.import_module(module)
+        for module in modules:
+            importlib.import_module(module)
     except Exception as error:  # a library of another CUDA or torch fails in its own ways
         reason = first_line(error)
-        return OptionalPart(name, brings, version, f"{version or 'it'} is installed but cannot be imported ({reason})")
+        return OptionalPart(name, brings, version, f"{version} is installed but cannot be imported ({reason})")
     return OptionalPart(name, brings, version, None)
 
 
@@ -100,16 +100,28 @@ def slow_dtype(dtype: torch.dtype) -> str | None:
     return f"this CPU has no instructions for {name} and is many times slower in it; --params-dtype fp32 computes with the same weights"
 
 
-def startup_line(transformer_impl: str) -> str:
-    """What a run says about itself when it starts: the device and the backend, whose norms and attention it uses, and the optional
-    parts there and missing."""
+def uses_apex_norms() -> bool:
+    """Whether the norms of `--transformer-impl local` are Apex's fused ones; else they are torch's."""
+    return apex().problem is None
+
+
+def startup_line(transformer_impl: str, *, few_bits: bool = False) -> str:
+    """What a run says about itself when it starts: the device and the backend, whose norms, attention and Adam it uses, and which
+    optional parts are missing. `few_bits`: whether it keeps logits or moments in fewer bits than fp32."""
     from maskllm.ops.extension import has_kernels
 
-    whose = {"local": "torch's", "transformer_engine": "Transformer Engine's"}[transformer_impl]
-    parts = [str(transformer_engine()), str(apex())]
+    if transformer_impl == "transformer_engine":
+        norms = attention = "Transformer Engine's"
+    else:
+        norms, attention = "Apex's" if uses_apex_norms() else "torch's", "torch's"
+    adams = {"Transformer Engine's": transformer_engine(), "Apex's": apex()}  # in the order of `megatron.core.optimizer`
+    usable = [whose for whose, part in adams.items() if part.problem is None]
+    adam = "MaskLLM's" if few_bits else (*usable, "torch's")[0]
+    missing = [str(part) for part in adams.values() if part.problem is not None]
     visible = torch.cuda.is_available()
     where = f"{torch.cuda.get_device_name()} with NCCL" if visible else "CPU with gloo, no GPU visible"
     device = "cuda" if visible else "cpu"
     if not has_kernels(device):
-        parts.append(f"{device} kernels: not built; they would bring masks several times faster than the PyTorch reference")
-    return f"{where}; norms and attention are {whose} (--transformer-impl {transformer_impl}); {'; '.join(parts)}"
+        missing.append(f"{device} kernels: not built; they would bring masks several times faster than the PyTorch reference")
+    used = f"norms are {norms}, attention is {attention} (--transformer-impl {transformer_impl}), Adam is {adam}"
+    return "; ".join([where, used, *missing])

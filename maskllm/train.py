@@ -69,7 +69,8 @@ def _train(arguments: TrainArguments, rank: int, console: TextIO) -> int:
         os._exit(1)
 
     if rank == 0:
-        print(f"{PROGRAM}: {startup_line(resolve_transformer_impl(arguments.transformer_impl))}", file=console, flush=True)
+        implementation = resolve_transformer_impl(arguments.transformer_impl)
+        print(f"{PROGRAM}: {startup_line(implementation, few_bits=arguments.few_bits)}", file=console, flush=True)
         if slow := slow_dtype(arguments.dtype):
             print(f"{PROGRAM}: {slow}", file=console, flush=True)
     store = job_store("heartbeats") or dist.HashStore()

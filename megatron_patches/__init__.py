@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,20 +16,26 @@ from unittest import mock
 
 import torch
 
+CUDA_ONLY = ("transformer_engine", "apex", "amp_C")
+"""Packages (the last is Apex's kernels) that upstream uses wherever they can be imported, for tensors on a CPU too."""
+
 _applied = False
 
 
 def import_megatron() -> None:
-    """Silence the warnings of Megatron Core and what it imports and, where there is no CUDA device, import it without `torch.compile`.
+    """Silence the warnings of Megatron Core and what it imports and, where there is no CUDA device, import it without what needs one.
 
-    Upstream (`megatron.core.jit.jit_fuser`) decorates its fused functions with `torch.compile` on import, which loads the whole
-    compiler, seconds for each process, for functions that only the CUDA configurations call.
+    That is CUDA_ONLY, which nothing can import in this process afterwards, and `torch.compile`: upstream
+    (`megatron.core.jit.jit_fuser`) decorates its fused functions with it on import, which loads the whole compiler, seconds for each
+    process, for functions that only the CUDA configurations call.
     """
     # A CUDA build of torch complains of a machine without a GPU, once a process, when an extension's builder is imported.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     # It warns once a module that Transformer Engine and Apex are missing, and of deprecations inside itself.
     warnings.filterwarnings("ignore", module=r"megatron\.")
     if not torch.cuda.is_available():
+        for package in CUDA_ONLY:
+            sys.modules.setdefault(package, None)  # whose import is an ImportError from now on
         with mock.patch.object(torch, "compile", _leave_uncompiled):
             importlib.import_module("megatron.core.models.gpt")
 

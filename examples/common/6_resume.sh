@@ -1,6 +1,5 @@
 #!/usr/bin/env bash
-# Step 6: go on after an interruption, from the newest checkpoint. Layout and number of nodes may have changed,
-# but DISTRIBUTED_OPTIMIZER must stay: set it where there were data-parallel ranks before and are none now, or the other way round.
+# Step 6: go on after an interruption, from the newest checkpoint. Layout and number of nodes may have changed.
 # shellcheck source=examples/common/settings.sh
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh" "$1"
 

@@ -15,8 +15,8 @@
 #
 #   GPUS                  processes a node, one a GPU                                            8
 #   TP, PP                tensor- and pipeline-parallel sizes; the other ranks are data-parallel 8, 1
-#   DISTRIBUTED_OPTIMIZER 1: split the optimizer's states over data-parallel ranks; stays for a run   1 if there are any, else 0;
-#                                                                                   0 where TRAIN_ARGS asks for few bits
+#   DISTRIBUTED_OPTIMIZER 1: split the optimizer's states over data-parallel ranks               a run that goes on: what it has;
+#                                                        else 1 if there are any, but 0 where TRAIN_ARGS asks for few bits
 #   NNODES                nodes                                                                  1
 #   RDZV_ENDPOINT         several nodes: HOST:PORT of one of them, the same on all
 #   RDZV_ID               several nodes: a name of the job, the same on all                      RECIPE
@@ -59,7 +59,10 @@ for name in GPUS TP PP NNODES TRAIN_ITERS; do
     exit 2
   fi
 done
-if [[ $TRAIN_ARGS =~ --(mask-logits|optimizer-state)-dtype[=\ ]+(bf16|8bit) ]]; then
+learned=$(compgen -G "$OUTPUT/learned/iter_*/maskllm.json" | head -n 1) || learned=
+if [[ -n $learned ]]; then # the run goes on, with its own kind of optimizer under any layout
+  : "${DISTRIBUTED_OPTIMIZER:=$(grep -c '"use_distributed_optimizer": true' "$learned" || true)}"
+elif [[ $TRAIN_ARGS =~ --(mask-logits|optimizer-state)-dtype[=\ ]+(bf16|8bit) ]]; then
   : "${DISTRIBUTED_OPTIMIZER:=0}" # Megatron's keeps fp32
 fi
 : "${DISTRIBUTED_OPTIMIZER:=$((GPUS * NNODES > TP * PP))}"

@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 
 from maskllm.layers.attention import SDPACoreAttention
 from maskllm.layers.masked_linear import MaskedColumnParallelLinear, MaskedRowParallelLinear
-from maskllm.layers.norm import TorchNorm
+from maskllm.layers.norm import LocalNorm
 
 MaskedLinear = MaskedColumnParallelLinear | MaskedRowParallelLinear
 
@@ -25,7 +25,7 @@ MaskedLinear = MaskedColumnParallelLinear | MaskedRowParallelLinear
 def norm_and_attention(transformer_impl: str) -> tuple[type, type]:
     """The norm and the core attention of one of `maskllm.environment.TRANSFORMER_IMPLS`, as upstream's layer specs name them."""
     if transformer_impl == "local":
-        return TorchNorm, SDPACoreAttention
+        return LocalNorm, SDPACoreAttention
     # Not at the top: the import takes seconds where Transformer Engine is installed.
     from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
 

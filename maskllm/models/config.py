@@ -118,7 +118,8 @@ def transformer_config(model: ModelConfig, *, params_dtype: torch.dtype, **overr
         "perform_initialization": False,
         # One checkpoint key a layer (decoder.layers.3.mlp...) instead of a stack of all layers, so that tensors stream one by one.
         "hetereogenous_dist_checkpoint": True,
-        # The fused kernels come from Apex and Transformer Engine, which are not required here.
+        # Frozen weights have no gradients to accumulate, attention has its own softmax, and the others come from Apex and Transformer
+        # Engine, which are not required here.
         "gradient_accumulation_fusion": False,
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,

@@ -260,7 +260,7 @@ def loss_temporary(model: ModelConfig, arguments: TrainArguments, layout: Layout
 def optimizer_temporary(shapes: Shapes, arguments: TrainArguments, pattern: Pattern) -> float:
     """What the optimizer needs while it steps."""
     largest = max(shapes.masked.values()) / pattern.m * pattern.num_candidates
-    if arguments.mask_logits_dtype != "fp32" or arguments.optimizer_state_dtype != "fp32":
+    if arguments.few_bits:
         # Seven numbers of four bytes an entry: gradient, moments, update, random number, and two steps of rounding.
         return 28 * min(largest, CHUNK)
     # Megatron's clipping without Transformer Engine or Apex scales one gradient at a time into a copy.

@@ -122,13 +122,18 @@ class TrainArguments:
 
     eval_interval: int = _option(1000, "steps between validations")
     eval_iters: int = _option(100, "batches a validation, always the same ones; 0 for none")
-    log_interval: int = _option(100, "steps between lines of the log")
+    log_interval: int = _option(1, "steps between lines of the log, each of the steps since the one before")
     tensorboard_dir: str | None = _option(None, "directory for TensorBoard events")
 
     @property
     def dtype(self) -> torch.dtype:
         """The torch type that `params_dtype` names."""
         return DTYPES[self.params_dtype]
+
+    @property
+    def few_bits(self) -> bool:
+        """Whether logits or moments are kept in fewer bits than fp32, which takes this project's optimizer."""
+        return (self.mask_logits_dtype, self.optimizer_state_dtype) != ("fp32", "fp32")
 
     def check(self) -> Pattern:
         """Raise MaskLLMError for values that cannot work, whatever the number of ranks; returns the pattern."""
@@ -158,7 +163,7 @@ class TrainArguments:
             raise MaskLLMError(f"--min-lr {self.min_lr}: wanted at most --lr {self.lr}")
         if self.lr_warmup_iters >= self.train_iters:
             raise MaskLLMError(f"--lr-warmup-iters {self.lr_warmup_iters}: wanted fewer than --train-iters {self.train_iters}")
-        if self.use_distributed_optimizer and (self.mask_logits_dtype, self.optimizer_state_dtype) != ("fp32", "fp32"):
+        if self.use_distributed_optimizer and self.few_bits:
             name = "mask_logits_dtype" if self.mask_logits_dtype != "fp32" else "optimizer_state_dtype"
             raise MaskLLMError(
                 f"{_flag(name)} {getattr(self, name)}: Megatron's distributed optimizer keeps fp32; leave out --use-distributed-optimizer"

@@ -36,7 +36,7 @@ def build_optimizer(arguments: TrainArguments, model: DistributedDataParallel) -
         params_dtype=torch.float32,
     )
     optimizer = get_megatron_optimizer(config, [model])
-    if arguments.mask_logits_dtype != "fp32" or arguments.optimizer_state_dtype != "fp32":
+    if arguments.few_bits:
         places = {
             layer.mask_logits: Place(philox_key(arguments.seed, f"{layer.name}.rounding"), layer.shard)
             for layer in masked_linears(model)

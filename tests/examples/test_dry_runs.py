@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from maskllm.files import write_json
 from maskllm.training.arguments import TrainArguments, parse_arguments
 from tests.examples.scripts import EXAMPLES, RECIPES, SCRIPTS, STEPS, bash, dry_run, environment, parse_verb, split_torchrun
 
@@ -116,6 +117,16 @@ def test_settings_come_from_the_environment(tmp_path):
     assert len(train.data_path) == 4
     (words,) = dry_run("llama2-7b", "6_resume", tmp_path, DISTRIBUTED_OPTIMIZER=1)
     assert parse_arguments(split_torchrun(words)[1][1:]).use_distributed_optimizer
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_run_that_goes_on_keeps_its_kind_of_optimizer_under_any_layout(before, tmp_path):
+    (tmp_path / "out" / "learned" / "iter_0000100").mkdir(parents=True)
+    info = {"details": {"settings": {"use_distributed_optimizer": before}}}
+    write_json(tmp_path / "out" / "learned" / "iter_0000100" / "maskllm.json", info)
+    for step, layout in (("6_resume", {}), ("5_train", {"TP": 4}), ("5_train_multinode", {})):
+        (words,) = dry_run("llama2-7b", step, tmp_path, OUTPUT="out", SHARDS=0, **layout)
+        assert parse_arguments(split_torchrun(words)[1][1:]).use_distributed_optimizer is before
 
 
 @pytest.mark.parametrize("few_bits", ["--optimizer-state-dtype 8bit", "--optimizer-state-dtype=bf16", "--mask-logits-dtype bf16"])

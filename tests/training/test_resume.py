@@ -175,6 +175,8 @@ def test_another_layout_goes_on_to_the_same_end(processes, layout, ranks, tmp_pa
     save = copy_of_step_2(whole, tmp_path / "run")
     done = ranks(processes, "maskllm.train", *arguments(save, tiny_dataset, tiny_pruned, async_save=True, **layout))
     assert "iter_0000002 after iteration 2 of 6" in done.stderr
+    losses = dict(metrics(whole, "iteration", "loss"))
+    assert dict(metrics(save, "iteration", "loss")) == pytest.approx({step: losses[step] for step in range(3, STEPS + 1)}, rel=1e-5)
     expected, found = learned_tensors(whole), learned_tensors(save)
     before = learned_tensors(save / "iter_0000002")
     assert expected.keys() == found.keys()
