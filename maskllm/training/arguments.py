@@ -49,7 +49,9 @@ class TrainArguments:
     )
     auto_fallback: bool = _option(False, "where a checkpoint is damaged, go on from the newest older one that is not")
     split: str = _option("969,30,1", "shares of the documents for training, validation and test, in any unit")
-    data_cache_path: str | None = _option(None, "where the dataset's index files are cached; beside the dataset by default")
+    data_cache_path: str | None = _option(
+        None, "where the files that deal out the dataset are kept; default: P_index_cache of the first P"
+    )
 
     pattern: str = _option("2:4", "N:M, keep N of every M consecutive weights; M at most 32, and at most 128 candidate masks")
     gumbel_temperature_range: tuple[float, float] = _option((4.0, 0.05), "softmax temperature, first and last", nargs=2)
@@ -236,6 +238,8 @@ class TrainArguments:
                 if not 0 < weight < math.inf:
                     raise MaskLLMError(f"--data-path: found the weight {weight}, wanted positive numbers")
             prefixes = prefixes[1::2]
+            if len(prefixes) == 1:
+                weights = None  # upstream would deal out the same data in another order
         for prefix in prefixes:
             for suffix in (".bin", ".idx"):
                 if not Path(prefix + suffix).is_file():

@@ -49,6 +49,36 @@ def build_optimizer(arguments: TrainArguments, model: DistributedDataParallel) -
     return optimizer
 
 
+def fit_adam_state(state: dict[str, Any], optimizer: MegatronOptimizer) -> None:
+    """Make a loaded optimizer state, in place, what this installation's Adam takes, whichever has saved it.
+
+    Megatron uses Transformer Engine's, Apex's or torch's Adam, the first that is there. torch's counts the steps of each parameter, which
+    Megatron saves once as `common_step`, the others those of each group, and each has options of its own in its groups.
+    """
+    (one,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    if isinstance(one, LogitsOptimizer):
+        return
+    adam = one.optimizer
+    own = {name: value for name, value in adam.param_groups[0].items() if name not in ("params", "step")}
+    parameters = state.get(
+        "state", {}
+    )  # the distributed optimizer's come apart from the rest, and its steps are always the groups'
+    steps_of_groups = not (parameters and isinstance(adam, torch.optim.Adam))
+    for group in state.get("optimizer", state)["param_groups"]:
+        steps = int(parameters.get("common_step", group.get("step")))
+        fitted = {name: group.get(name, value) for name, value in own.items()}
+        if steps_of_groups:
+            fitted["step"] = steps
+        else:
+            parameters["common_step"] = torch.tensor(float(steps))
+        if "params" in group:
+            fitted["params"] = group["params"]
+        group.clear()
+        group.update(fitted)
+    if steps_of_groups:
+        parameters.pop("common_step", None)
+
+
 def build_lr_scheduler(arguments: TrainArguments, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
     """The schedule of the learning rate, counted in sequences as Megatron does."""
     batch = arguments.global_batch_size

@@ -206,6 +206,27 @@ def test_a_distributed_optimizer_goes_on_exactly_and_on_another_number_of_ranks(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("distributed", [False, True])
+def test_another_adam_goes_on_to_the_same_end(distributed, ranks, tmp_path, tiny_dataset, tiny_pruned):
+    """As from a container with Transformer Engine to a machine without it, and back."""
+    options = {"use_distributed_optimizer": True} if distributed else {}
+    whole, save = tmp_path / "whole", tmp_path / "run"
+    ranks(1, "maskllm.train", *arguments(whole, tiny_dataset, tiny_pruned, **options))
+    copy_of_step_2(whole, save)
+    for first, module in ((2, "tests.training.fused_adam_worker"), (4, "maskllm.train")):
+        done = ranks(1, module, *arguments(save, tiny_dataset, tiny_pruned, **options))
+        assert f"after iteration {first} of {STEPS}" in done.stderr
+        if first == 2:
+            shutil.rmtree(save / f"iter_{STEPS:07d}")
+            (save / LATEST).write_text("4\n")
+    expected, found = learned_tensors(whole), learned_tensors(save)
+    assert expected.keys() == found.keys()
+    for key, tensor in expected.items():
+        close = torch.isclose(tensor.double(), found[key].double(), rtol=1e-3, atol=1e-4)
+        assert close.double().mean() > 0.999, key
+
+
+@pytest.mark.slow
 def test_other_data_are_refused_but_the_same_may_lie_elsewhere(ranks, tmp_path, whole, tiny_dataset, tiny_pruned):
     save = copy_of_step_2(whole, tmp_path / "run")
     moved = str(tmp_path / "moved")
