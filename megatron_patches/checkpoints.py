@@ -8,7 +8,6 @@ import importlib
 import multiprocessing
 import os
 import pickle
-import queue
 import signal
 import sys
 from multiprocessing.reduction import ForkingPickler
@@ -33,7 +32,7 @@ def end_with_parent() -> None:
 
 
 class _Results:
-    """What a save's writer, a fork of this process or this process itself, hands back: one value, in memory that both see."""
+    """What a save's writer, a fork of this process, hands back when it ends: one value, in memory that both see."""
 
     def __init__(self) -> None:
         self._file = os.fdopen(os.memfd_create("write results"), "w+b")
@@ -46,7 +45,7 @@ class _Results:
         self._file.seek(0)
         data = self._file.read()
         if not data:
-            raise queue.Empty
+            return RuntimeError("the process that writes it was killed; is there memory enough?")
         return pickle.loads(data)
 
 

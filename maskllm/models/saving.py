@@ -13,11 +13,13 @@ import functools
 import inspect
 import os
 import shutil
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
@@ -51,7 +53,7 @@ class CheckpointSaver:
     Args:
         root: The checkpoint directory.
         background: Whether `save` returns once this rank's tensors are copied (CUDA) or its process has been forked (CPU), and the
-            writing goes on behind it (Megatron's `async_sharded_save`). A save waits for the one before it.
+            writing (Megatron's `async_sharded_save`) goes on behind it. A save waits for the one before it.
         keep_last: How many complete iterations to keep; all without it. "release" and `protected` always stay.
         protected: An iteration directory that stays.
     """
@@ -65,7 +67,7 @@ class CheckpointSaver:
         self.protected = protected
         self._queue = AsyncCallsQueue()
         self._writing: tuple[Path, Path] | None = None
-        """The iteration directory that is being written in the background, and the hidden one beside it."""
+        """The iteration directory that is being written, and the hidden one beside it."""
 
     def save(self, iteration: Iteration, sharded_state_dict: dict[str, Any], info: CheckpointInfo, *, hf_files_from: Path) -> Path:
         """Write an iteration from every rank's sharded state dict; returns its directory.
@@ -95,22 +97,20 @@ class CheckpointSaver:
                 without_extra_state(sharded_state_dict), str(temporary), async_sharded_save=True, **_OWN_WRITER
             )
             if request.async_fn is not None:
-                write = functools.partial(_write_and_record, request.async_fn, temporary, dist.get_rank(), self.background)
+                write = functools.partial(_write_and_record, request.async_fn, temporary, dist.get_rank())
                 request = request._replace(async_fn=write)
             request.add_finalize_fn(lambda: _on_first_rank(publish))
-            if self.background:
-                self._queue.schedule_async_request(request)
-            else:
-                request.execute_sync()
-                self._writing = None
+            self._queue.schedule_async_request(request)
+        if not self.background:
+            self.finish()
         return path
 
     def poll(self) -> None:
-        """Make what has been written in the background appear, if all ranks have. Raises MaskLLMError as `save` does."""
+        """Make what has been written appear, if all ranks have. Raises MaskLLMError as `save` does."""
         self._finalize(blocking=False)
 
     def finish(self) -> None:
-        """Wait for what is being written in the background and make it appear. Raises MaskLLMError as `save` does."""
+        """Wait for what is being written and make it appear. Raises MaskLLMError as `save` does."""
         self._finalize(blocking=True)
 
     def _finalize(self, *, blocking: bool) -> None:
@@ -163,15 +163,13 @@ def remove_leftovers(root: Path) -> None:
             os.replace(entry, path)
 
 
-def _write_and_record(
-    write: Callable[..., None], directory: Path, rank: int, in_own_process: bool, *args: Any, **kwargs: Any
-) -> None:
+def _write_and_record(write: Callable[..., None], directory: Path, rank: int, *args: Any, **kwargs: Any) -> None:
     """Megatron's `write`, which keeps its failures for later, then the records of its files; the first rank makes those that lack.
 
-    A process of its own ends with the rank, without which nobody would publish what it writes.
+    In a process of its own, which ends with the rank, without which nobody would publish what it writes, and with those that it starts.
     """
-    if in_own_process:
-        end_with_parent()
+    end_with_parent()
+    signal.signal(signal.SIGCHLD, _end_with_killed_child)
     write(*args, **kwargs)
     buckets = args[1]
     try:
@@ -179,6 +177,18 @@ def _write_and_record(
         write_json(directory / f".records_{rank:05d}.json", records)
     except OSError:
         return
+
+
+def _end_with_killed_child(*_: Any) -> None:
+    """A handler of SIGCHLD: end this process where a signal (most often for want of memory) has ended one that it has started.
+
+    Up to 0.18 Megatron's writer starts processes, and waits for ever for one that does not come to its end.
+    """
+    for child in psutil.Process().children():
+        with contextlib.suppress(ChildProcessError):
+            ended = os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended is not None and ended.si_code in (os.CLD_KILLED, os.CLD_DUMPED):
+                os._exit(1)
 
 
 def _shared_token() -> str:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import binascii
 import json
+import os
 import re
 import shutil
+import signal
 
 import pytest
 import torch
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 from maskllm.distributed import parallel_processes
 from maskllm.errors import MaskLLMError
@@ -246,6 +250,29 @@ def test_extra_state_is_neither_written_nor_wanted(dense, tmp_path):
     assert set(resolve(tmp_path / "b").tensors) == set(checkpoint.tensors)
     stored = resolve(tmp_path / "b").tensors
     assert not [name for name in stored._reader.metadata.state_dict_metadata if "extra_state" in name]
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_killed_writer_fails_the_save_and_not_the_ones_after_it(dense, background, tmp_path, monkeypatch):
+    """As where memory runs out: the kernel kills one of the processes that write the files, or the one that has started them."""
+
+    def die(*_, results_queue, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with parallel_processes():
+        checkpoint = resolve(dense)
+        saver = CheckpointSaver(tmp_path / "run", background=background)
+        state = {"w": ShardedTensor.from_rank_offsets("w", torch.ones(1000))}
+        with (
+            monkeypatch.context() as patched,
+            pytest.raises(MaskLLMError, match=r"iter_0000003: cannot be written .*the process that writes it was killed"),
+        ):
+            patched.setattr(FileSystemWriterAsync, "write_preloaded_data", staticmethod(die))
+            saver.save(3, state, checkpoint.info, hf_files_from=checkpoint.hf_directory)
+            saver.finish()
+        saver.save(4, state, checkpoint.info, hf_files_from=checkpoint.hf_directory)
+        saver.finish()
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["iter_0000004", LATEST]
 
 
 def test_info_comes_back_as_it_was(dense, tmp_path):
