@@ -20,7 +20,7 @@ from maskllm.files import atomic_directory, naming, write_json
 from maskllm.models.checkpoint import Checkpoint, resolve
 from maskllm.models.families import parameter_map
 from maskllm.models.hf_config import read_json_object
-from maskllm.models.hf_source import INDEX, copy_side_files
+from maskllm.models.hf_source import INDEX, read_side_files, write_side_files
 from maskllm.models.mapping import Mapping
 from maskllm.models.torch_dist import LazyTensor
 from maskllm.ops import check_mask
@@ -154,7 +154,7 @@ def _checked_parts(checkpoint: Checkpoint, mapping: Mapping) -> list[torch.Tenso
 
 def _write_side_files(checkpoint: Checkpoint, directory: Path, dtypes: set[torch.dtype]) -> None:
     """The original's files, with the dtype in config.json set to the tensors' where that is one and differs."""
-    copy_side_files(checkpoint.hf_directory, directory)
+    write_side_files(read_side_files(checkpoint.hf_directory), directory)
     path = directory / "config.json"
     config = read_json_object(path)
     stated = [key for key in ("dtype", "torch_dtype") if key in config]

@@ -32,7 +32,7 @@ from maskllm.files import atomic_directory, write_json, write_text
 from maskllm.models.config import ModelConfig
 from maskllm.models.families import parameter_map, read_model_config
 from maskllm.models.hf_config import read_json_object
-from maskllm.models.hf_source import copy_side_files
+from maskllm.models.hf_source import read_side_files, write_side_files
 from maskllm.models.manifest import MANIFEST, Manifest, write_manifest
 from maskllm.models.torch_dist import LazyTensor, TensorReader, write_tensors
 from maskllm.patterns import Pattern
@@ -275,7 +275,7 @@ def write_checkpoint(
     path = release_directory(root, info.stage)
     with atomic_directory(path) as temporary:
         write_tensors(temporary, tensors, description)
-        write_side_files(temporary, info, hf_files_from)
+        write_what_goes_along(temporary, info, read_side_files(hf_files_from))
         write_manifest(temporary)
     write_text(path.parent / LATEST, "release\n")
     return path
@@ -302,9 +302,9 @@ def release_directory(root: str | Path, stage: str) -> Path:
     return path
 
 
-def write_side_files(directory: Path, info: CheckpointInfo, hf_files_from: Path) -> None:
+def write_what_goes_along(directory: Path, info: CheckpointInfo, hf_files: Mapping[Path, bytes]) -> None:
     """Write what a checkpoint holds beside its tensors, but for the manifest, into `directory`."""
-    copy_side_files(hf_files_from, directory / "hf")
+    write_side_files(hf_files, directory / "hf")
     write_json(directory / INFO, {"format_version": FORMAT_VERSION, **dataclasses.asdict(info)})
 
 

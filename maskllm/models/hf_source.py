@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -66,18 +65,22 @@ def find_source(directory_or_id: str | Path, files: Sequence[str] = FILES) -> Pa
         raise MaskLLMError(f"{directory_or_id}: no such directory, and the hub does not give it: {reason}") from None
 
 
-def copy_side_files(source: Path, target: Path) -> None:
-    """Copy the files of `source` that match SIDE_FILES into the directory `target`, made if it is not there.
+def read_side_files(source: Path) -> dict[Path, bytes]:
+    """The files of the directory `source` that match SIDE_FILES, by their place in it.
 
     Raises MaskLLMError where config.json, without which nothing can be loaded, is missing.
     """
     if not (source / "config.json").is_file():
         raise MaskLLMError(f"{source / 'config.json'}: no such file")
-    for file in (file for pattern in SIDE_FILES for file in source.glob(pattern)):
-        if file.is_file():
-            place = target / file.relative_to(source)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, place)
+    files = (file for pattern in SIDE_FILES for file in source.glob(pattern) if file.is_file())
+    return {file.relative_to(source): file.read_bytes() for file in files}
+
+
+def write_side_files(files: Mapping[Path, bytes], target: Path) -> None:
+    """Write what `read_side_files` has read into the directory `target`, made if it is not there."""
+    for place, contents in files.items():
+        (target / place).parent.mkdir(parents=True, exist_ok=True)
+        (target / place).write_bytes(contents)
 
 
 class HFTensors:

@@ -37,9 +37,10 @@ from maskllm.models.checkpoint import (
     iteration_number,
     one_line,
     without_extra_state,
-    write_side_files,
+    write_what_goes_along,
 )
 from maskllm.models.hf_config import read_json_object
+from maskllm.models.hf_source import read_side_files
 from maskllm.models.manifest import FileRecord, write_manifest
 from megatron_patches.checkpoints import end_with_parent
 
@@ -52,6 +53,7 @@ class CheckpointSaver:
 
     Args:
         root: The checkpoint directory.
+        hf_files_from: The Hugging Face directory whose config, tokenizer and so on go along. They are read here, once: it may be removed.
         background: Whether `save` returns once this rank's tensors are copied (CUDA) or its process has been forked (CPU), and the
             writing (Megatron's `async_sharded_save`) goes on behind it. A save waits for the one before it.
         keep_last: How many complete iterations to keep; all without it. "release" and `protected` always stay.
@@ -59,9 +61,16 @@ class CheckpointSaver:
     """
 
     def __init__(
-        self, root: str | Path, *, background: bool = False, keep_last: int | None = None, protected: Path | None = None
+        self,
+        root: str | Path,
+        hf_files_from: Path,
+        *,
+        background: bool = False,
+        keep_last: int | None = None,
+        protected: Path | None = None,
     ) -> None:
         self.root = Path(root)
+        self._hf_files = read_side_files(hf_files_from) if dist.get_rank() == 0 else {}
         self.background = background
         self.keep_last = keep_last
         self.protected = protected
@@ -69,7 +78,7 @@ class CheckpointSaver:
         self._writing: tuple[Path, Path] | None = None
         """The iteration directory that is being written, and the hidden one beside it."""
 
-    def save(self, iteration: Iteration, sharded_state_dict: dict[str, Any], info: CheckpointInfo, *, hf_files_from: Path) -> Path:
+    def save(self, iteration: Iteration, sharded_state_dict: dict[str, Any], info: CheckpointInfo) -> Path:
         """Write an iteration from every rank's sharded state dict; returns its directory.
 
         The directory takes its name, and becomes the latest, once every rank has written its part: before this returns or, in the
@@ -84,7 +93,7 @@ class CheckpointSaver:
             for part in temporary.glob(".records_*.json"):
                 records |= {name: FileRecord(**record) for name, record in read_json_object(part).items()}
                 part.unlink()
-            write_side_files(temporary, info, hf_files_from)
+            write_what_goes_along(temporary, info, self._hf_files)
             write_manifest(temporary, records)
             publish_directory(temporary, path)
             write_text(self.root / LATEST, f"{iteration}\n")

@@ -115,7 +115,11 @@ class Trainer:
         self.num_blocks = _model_parallel_sum(sum(layer.mask_logits[..., 0].numel() for layer in self.layers))
         self.saver = (
             CheckpointSaver(
-                arguments.save, background=arguments.async_save, keep_last=arguments.keep_last, protected=self.start.checkpoint.path
+                arguments.save,
+                self.start.checkpoint.hf_directory,
+                background=arguments.async_save,
+                keep_last=arguments.keep_last,
+                protected=self.start.checkpoint.path,
             )
             if arguments.save
             else None
@@ -226,7 +230,6 @@ class Trainer:
             iteration,
             sharded_training_state(start, self.model.module, self.optimizer),
             training_info(start, self.arguments, iteration),
-            hf_files_from=start.checkpoint.hf_directory,
         )
 
     def _step(self) -> StepResult:

@@ -63,10 +63,9 @@ def main(spec: str, tp: str, pp: str, *directories: str) -> None:
             if found is not None and parallel_state.get_tensor_model_parallel_rank() == 0:
                 torch.save(found, directory / "logits.pt")
             state = model.sharded_state_dict(metadata={"dp_cp_group": parallel_state.get_data_parallel_group(True)})
-            arguments = {"hf_files_from": checkpoint.hf_directory}
-            CheckpointSaver(directory / "CKPT").save(7, {"model": state}, checkpoint.info, **arguments)
+            CheckpointSaver(directory / "CKPT", checkpoint.hf_directory).save(7, {"model": state}, checkpoint.info)
             try:
-                CheckpointSaver(directory / "tokens.pt").save(7, {"model": state}, checkpoint.info, **arguments)
+                CheckpointSaver(directory / "tokens.pt", checkpoint.hf_directory).save(7, {"model": state}, checkpoint.info)
             except (MaskLLMError, OSError) as error:
                 (directory / f"failure-{dist.get_rank()}").write_text(str(error))
 

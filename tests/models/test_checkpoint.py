@@ -244,7 +244,7 @@ def test_extra_state_is_neither_written_nor_wanted(dense, tmp_path):
         assert torch.equal(model.decoder.layers[1].pre_mlp_layernorm.weight, checkpoint.tensors[key].load())
         metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
         state = {"model": model.sharded_state_dict(metadata=metadata)}
-        CheckpointSaver(tmp_path / "b").save(3, state, checkpoint.info, hf_files_from=checkpoint.hf_directory)
+        CheckpointSaver(tmp_path / "b", checkpoint.hf_directory).save(3, state, checkpoint.info)
         with pytest.raises(MaskLLMError, match=r"differ in output_layer\.weight, and 0 others"):
             load_tensors(model, {name: value for name, value in model.named_parameters() if name != "output_layer.weight"})
     assert set(resolve(tmp_path / "b").tensors) == set(checkpoint.tensors)
@@ -261,18 +261,20 @@ def test_a_killed_writer_fails_the_save_and_not_the_ones_after_it(dense, backgro
 
     with parallel_processes():
         checkpoint = resolve(dense)
-        saver = CheckpointSaver(tmp_path / "run", background=background)
+        saver = CheckpointSaver(tmp_path / "run", checkpoint.hf_directory, background=background)
         state = {"w": ShardedTensor.from_rank_offsets("w", torch.ones(1000))}
         with (
             monkeypatch.context() as patched,
             pytest.raises(MaskLLMError, match=r"iter_0000003: cannot be written .*the process that writes it was killed"),
         ):
             patched.setattr(FileSystemWriterAsync, "write_preloaded_data", staticmethod(die))
-            saver.save(3, state, checkpoint.info, hf_files_from=checkpoint.hf_directory)
+            saver.save(3, state, checkpoint.info)
             saver.finish()
-        saver.save(4, state, checkpoint.info, hf_files_from=checkpoint.hf_directory)
+        shutil.rmtree(dense)  # what goes along has been read
+        saver.save(4, state, checkpoint.info)
         saver.finish()
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["iter_0000004", LATEST]
+    assert (tmp_path / "run" / "iter_0000004" / "hf" / "config.json").is_file()
 
 
 def test_info_comes_back_as_it_was(dense, tmp_path):

@@ -33,7 +33,7 @@ def write_under(dense: str, directory: str, tensor: int, pipeline: int) -> None:
         model = build_model(checkpoint.model_config, params_dtype=torch.bfloat16)
         load_model(checkpoint, model)
         state = {"model": model.sharded_state_dict()}
-        CheckpointSaver(directory).save("release", state, checkpoint.info, hf_files_from=checkpoint.hf_directory)
+        CheckpointSaver(directory, checkpoint.hf_directory).save("release", state, checkpoint.info)
 
 
 def main(dense: str, path: str) -> None:
