@@ -15,7 +15,7 @@ fi
 if ((DISTRIBUTED_OPTIMIZER)); then
   layout+=(--use-distributed-optimizer)
 fi
-read -r -a more <<<"$TRAIN_ARGS"
+read -r -d '' -a more <<<"$TRAIN_ARGS" || true # of all its lines
 
 on_all_nodes -m maskllm.train \
   --pretrained-checkpoint "$OUTPUT/prior" --load "$OUTPUT/learned" --save "$OUTPUT/learned" \

@@ -4,7 +4,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh" "$1"
 
 if [[ -z ${DRY_RUN:-} ]]; then
-  if ! compgen -G "$OUTPUT/learned/iter_*/manifest.json" >/dev/null; then
+  if [[ -z $(first_of "$OUTPUT"/learned/iter_*/manifest.json) ]]; then
     echo "$OUTPUT/learned: no checkpoint there; there is no run to go on with, start one with 5_train.sh" >&2
     exit 1
   fi

@@ -53,13 +53,16 @@ source "$RECIPE_DIR/recipe.sh"
 : "${SAVE_INTERVAL:=100}" "${KEEP_LAST:=3}" "${LOG_INTERVAL:=1}" "${EVAL_INTERVAL:=500}" "${EVAL_ITERS:=4}" "${SPLIT:=98,2,0}"
 : "${CALIBRATION_SAMPLES:=128}" "${CALIBRATION_SEQ_LENGTH:=2048}" "${PARAMS_DTYPE:=bf16}"
 : "${EVAL_SEQ_LENGTH:=$SEQ_LENGTH}" "${EVAL_WINDOWS:=}" "${TRAIN_ARGS:=}"
+# The first of its arguments, unless it is a pattern that nothing matches.
+first_of() { [[ ! -e $1 ]] || printf '%s' "$1"; }
+
 for name in GPUS TP PP NNODES TRAIN_ITERS; do
   if [[ ! ${!name} =~ ^[1-9][0-9]*$ ]]; then
     echo "$name=${!name}: wanted a number, 1 or more" >&2
     exit 2
   fi
 done
-learned=$(compgen -G "$OUTPUT/learned/iter_*/maskllm.json" | head -n 1) || learned=
+learned=$(first_of "$OUTPUT"/learned/iter_*/maskllm.json)
 if [[ -n $learned ]]; then # the run goes on, with its own kind of optimizer under any layout
   : "${DISTRIBUTED_OPTIMIZER:=$(grep -c '"use_distributed_optimizer": true' "$learned" || true)}"
 elif [[ $TRAIN_ARGS =~ --(mask-logits|optimizer-state)-dtype[=\ ]+(bf16|8bit) ]]; then
@@ -83,6 +86,14 @@ HF_DIR=$HF_MODEL
 if [[ -z ${MODEL:-} && ! -d $HF_MODEL ]]; then
   # shellcheck disable=SC2034
   HF_DIR=$DATA_DIR/models/$(basename "$HF_MODEL")
+fi
+
+if [[ -z ${DRY_RUN:-} && -e "$OUTPUT/dense/release/maskllm.json" ]]; then
+  source=$("$PYTHON" -c 'import json, sys; print(json.load(open(sys.argv[1]))["source"])' "$OUTPUT/dense/release/maskllm.json")
+  if [[ $source != "$HF_DIR" ]]; then
+    echo "OUTPUT=$OUTPUT: what is there was made from $source, not from $HF_DIR; name another OUTPUT" >&2
+    exit 2
+  fi
 fi
 
 # What torchrun grants the processes to save after SIGTERM, where its version can be told; else it is 30 seconds.

@@ -72,13 +72,16 @@ def step_cost(model: ModelConfig, arguments: TrainArguments, layout: Layout, clu
     tokens = arguments.global_batch_size * arguments.seq_length
     layers = model.num_layers
     shapes = Shapes(model, layout.tensor)
-    linear = sum(Shapes(model, 1).masked.values())
+    linears = Shapes(model, 1).masked
+    mlp = sum(size for name, size in linears.items() if name.startswith("mlp."))
     # A causal attention multiplies half of the scores.
     attention = 2 * arguments.seq_length * model.num_attention_heads * model.head_dim
-    forward = layers * (2 * linear + attention)
+    forward = 2 * sum(linears.values()) + attention
+    again = _recomputed_layers(arguments, layers // layout.pipeline) * forward
+    again += 2 * mlp * arguments.recomputes("mlp") + attention * arguments.recomputes("core_attn")
     backward = 2 * forward
     output = 4 * model.vocab_size * model.hidden_size  # logits, and the hidden states' gradient; the matrix is frozen
-    flops = tokens * (forward * (1 + _recomputed_share(model, arguments, layers // layout.pipeline)) + backward + output)
+    flops = tokens * (layers * (forward + again + backward) + output)
 
     pattern = Pattern.parse(arguments.pattern)
     masked = layers / layout.pipeline * sum(shapes.masked.values())
@@ -86,32 +89,32 @@ def step_cost(model: ModelConfig, arguments: TrainArguments, layout: Layout, clu
     micro_batches = arguments.num_microbatches(layout.data)
     weight, logit = FLOAT_BYTES[arguments.params_dtype], FLOAT_BYTES[arguments.mask_logits_dtype]
     draw = masked * 2 * weight + logits * logit
-    draws = 1 + _redrawn_share(model, arguments, layers // layout.pipeline)
+    redrawn = _recomputed_layers(arguments, layers // layout.pipeline) + arguments.recomputes("mlp") * mlp / sum(linears.values())
+    draws = 1 + (1.0 if arguments.recomputes("masked_weight") else redrawn)
     sampling = micro_batches * (draws * draw + masked * 2 * weight + logits * 3 * logit)
     moments = 2 * FLOAT_BYTES[arguments.optimizer_state_dtype]
-    optimizer = logits * (3 * logit + 2 * moments + logit)  # and once more through the gradients for their norm
-    traffic = sampling + optimizer
+    stepped = logits / (layout.data if arguments.use_distributed_optimizer else 1)
+    optimizer = stepped * (3 * logit + 2 * moments + logit)  # and once more through the gradients for their norm
 
     hidden = arguments.seq_length * arguments.micro_batch_size * model.hidden_size * weight
     t, d, p = layout.tensor, layout.data, layout.pipeline
-    reductions = 4 + 2 * (arguments.recompute_granularity == "full")
-    # By the number of consecutive ranks that a group lies within: Megatron numbers tensor-parallel ranks first, then data-parallel ones.
-    moved = [
-        (t, micro_batches * layers / p * reductions * 2 * hidden * (t - 1) / t),
-        (t * d, 2 * logits * logit * (d - 1) / d),
-        (t * d * p, micro_batches * 2 * hidden / sequence_split(arguments, layout) * (p > 1)),
-    ]
+    # In all-reduces: two forward and two backward; with the sequence split, the inputs that are gathered again for two weights' gradients
+    # (`LinearWithGradAccumulationAndAsyncCommunication` in megatron.core.tensor_parallel.layers); and those of what is recomputed.
+    reductions = 4 + arguments.sequence_parallel + arguments.recomputes("mlp") + 2 * _recomputed_layers(arguments, layers // p)
+    within_layers = micro_batches * layers / p * reductions * 2 * hidden * (t - 1) / t
+    gradients = 2 * logits * logit * (d - 1) / d
+    between_stages = micro_batches * 2 * hidden / sequence_split(arguments, layout) * (p > 1)
 
     seconds = None
     if cluster is not None:
         gpu = cluster.gpu
         bubble = (micro_batches + p - 1) / micro_batches
-        seconds = bubble * (
-            flops / layout.ranks / (gpu.flops * FLOPS_EFFICIENCY)
-            + traffic / (gpu.bandwidth * BANDWIDTH_EFFICIENCY)
-            + sum(size / (cluster.link(span) * BANDWIDTH_EFFICIENCY) for span, size in moved)
-        )
-    return Cost(flops, traffic, sum(size for _, size in moved), seconds, tokens)
+        products = flops / layout.ranks / (gpu.flops * FLOPS_EFFICIENCY)
+        # By how many consecutive ranks a group lies within: Megatron numbers tensor-parallel ranks first, then data-parallel ones.
+        micro = sampling / gpu.bandwidth + within_layers / cluster.link(t) + between_stages / cluster.link(t * d * p)
+        once = optimizer / gpu.bandwidth + gradients / cluster.link(t * d)
+        seconds = bubble * (products + micro / BANDWIDTH_EFFICIENCY) + once / BANDWIDTH_EFFICIENCY
+    return Cost(flops, sampling + optimizer, within_layers + gradients + between_stages, seconds, tokens)
 
 
 def checkpoint_bytes(model: StoredModel, arguments: TrainArguments) -> float:
@@ -127,18 +130,8 @@ def checkpoint_bytes(model: StoredModel, arguments: TrainArguments) -> float:
     return frozen + masked / 8 + logits * (FLOAT_BYTES[arguments.mask_logits_dtype] + 2 * moment + own_copy)
 
 
-def _recomputed_share(model: ModelConfig, arguments: TrainArguments, stage_layers: int) -> float:
-    """Share of the layers' products in the forward pass that is done twice."""
-    if arguments.recompute_granularity == "full":
-        return 1.0 if arguments.recompute_method == "uniform" else arguments.recompute_num_layers / stage_layers
-    if not arguments.recomputes("mlp"):
+def _recomputed_layers(arguments: TrainArguments, stage_layers: int) -> float:
+    """Share of the layers that full recomputation goes through twice."""
+    if arguments.recompute_granularity != "full":
         return 0.0
-    linears = Shapes(model, 1).masked
-    return sum(size for name, size in linears.items() if name.startswith("mlp.")) / sum(linears.values())
-
-
-def _redrawn_share(model: ModelConfig, arguments: TrainArguments, stage_layers: int) -> float:
-    """Share of the masks that is drawn a second time in the backward pass, beside the gradient's own draw."""
-    if arguments.recomputes("masked_weight"):
-        return 1.0
-    return _recomputed_share(model, arguments, stage_layers)
+    return 1.0 if arguments.recompute_method == "uniform" else arguments.recompute_num_layers / stage_layers

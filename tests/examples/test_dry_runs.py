@@ -107,7 +107,7 @@ def test_a_dry_run_prints_commands_that_the_programs_take(recipe, tmp_path):
 
 
 def test_settings_come_from_the_environment(tmp_path):
-    settings = {"OUTPUT": "/somewhere", "GPUS": 4, "TP": 2, "TRAIN_ITERS": 7, "TRAIN_ARGS": "--hard --seed 5", "SHARDS": "3 9"}
+    settings = {"OUTPUT": "/somewhere", "GPUS": 4, "TP": 2, "TRAIN_ITERS": 7, "TRAIN_ARGS": "--hard\n--seed 5", "SHARDS": "3 9"}
     (words,) = dry_run("llama2-7b", "5_train", tmp_path, **settings)
     torchrun, (_, *options) = split_torchrun(words)
     train = parse_arguments(options)
@@ -121,11 +121,10 @@ def test_settings_come_from_the_environment(tmp_path):
 
 @pytest.mark.parametrize("before", [False, True])
 def test_a_run_that_goes_on_keeps_its_kind_of_optimizer_under_any_layout(before, tmp_path):
-    (tmp_path / "out" / "learned" / "iter_0000100").mkdir(parents=True)
     info = {"details": {"settings": {"use_distributed_optimizer": before}}}
-    write_json(tmp_path / "out" / "learned" / "iter_0000100" / "maskllm.json", info)
+    write_json(tmp_path / "out [1]" / "learned" / "iter_0000100" / "maskllm.json", info)
     for step, layout in (("6_resume", {}), ("5_train", {"TP": 4}), ("5_train_multinode", {})):
-        (words,) = dry_run("llama2-7b", step, tmp_path, OUTPUT="out", SHARDS=0, **layout)
+        (words,) = dry_run("llama2-7b", step, tmp_path, OUTPUT="out [1]", SHARDS=0, **layout)
         assert parse_arguments(split_torchrun(words)[1][1:]).use_distributed_optimizer is before
 
 
@@ -198,6 +197,11 @@ def test_what_is_not_set_is_asked_for(tmp_path):
     done = bash(EXAMPLES / "llama2-7b" / "3_convert.sh", tmp_path, HF_MODEL="/nowhere/llama")
     assert done.returncode == 2
     assert "HF_MODEL=/nowhere/llama: no such directory" in done.stderr
+    write_json(tmp_path / "out" / "dense" / "release" / "maskllm.json", {"source": "another"})
+    (tmp_path / "hf").mkdir()
+    done = bash(EXAMPLES / "llama2-7b" / "2_preprocess.sh", tmp_path, HF_MODEL="hf", OUTPUT="out")
+    assert done.returncode == 2
+    assert "OUTPUT=out: what is there was made from another, not from hf; name another OUTPUT" in done.stderr
     done = bash(EXAMPLES / "llama2-7b" / "5_train.sh", tmp_path, TP="two")
     assert done.returncode == 2
     assert done.stderr == "TP=two: wanted a number, 1 or more\n"
@@ -208,13 +212,13 @@ def test_what_is_not_set_is_asked_for(tmp_path):
 
 def test_step_6_leaves_the_choice_of_the_checkpoint_to_the_training_where_the_latest_is_not_told(tmp_path):
     """As where latest_checkpointed_iteration.txt is damaged."""
-    learned = tmp_path / "out" / "learned"
+    learned = tmp_path / "out [1]" / "learned"
     (learned / "iter_0000003").mkdir(parents=True)
     (learned / "iter_0000003" / "manifest.json").touch()
     (learned / "latest_checkpointed_iteration.txt").write_text("\0\0")
     (tmp_path / "torchrun").write_text("#!/bin/bash\necho started\n")
     (tmp_path / "torchrun").chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{environment()['PATH']}"
-    done = bash(EXAMPLES / "llama2-7b" / "6_resume.sh", tmp_path, OUTPUT="out", PATH=path)
+    done = bash(EXAMPLES / "llama2-7b" / "6_resume.sh", tmp_path, OUTPUT="out [1]", PATH=path)
     assert (done.returncode, done.stdout) == (0, "started\n")
     assert "going on after" not in done.stderr

@@ -15,7 +15,7 @@ import pytest
 from tests.examples.scripts import EXAMPLES, bash, environment, split_torchrun
 
 SRUN = """#!/bin/bash
-printenv RDZV_ENDPOINT NNODES > rendezvous
+printenv RDZV_ENDPOINT NNODES SRUN_CPUS_PER_TASK > rendezvous
 [[ $1 == --kill-on-bad-exit=1 && -e fails ]] && exit 7
 bash -c 'trap "touch saved; exit 1" TERM; touch started; while :; do sleep 0.05; done' &
 echo $! > task
@@ -48,7 +48,7 @@ def cluster(tmp_path) -> dict[str, str]:
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("scancel", SCANCEL)):
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
-    variables = environment(SLURM_JOB_ID=42, SLURM_JOB_NUM_NODES=2, SLURM_JOB_NODELIST="node[7-8]")
+    variables = environment(SLURM_JOB_ID=42, SLURM_CPUS_PER_TASK=64, SLURM_JOB_NUM_NODES=2, SLURM_JOB_NODELIST="node[7-8]")
     return variables | {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{variables['PATH']}"}
 
 
@@ -62,7 +62,7 @@ def test_a_slurm_job_that_is_asked_to_stop_saves_and_is_queued_again(cluster, tm
     job.wait(timeout=60)
     assert (tmp_path / "saved").exists()
     assert (tmp_path / "requests").read_text() == "requeue 42\n"
-    assert (tmp_path / "rendezvous").read_text() == "node7:29500\n2\n"
+    assert (tmp_path / "rendezvous").read_text() == "node7:29500\n2\n64\n"
 
 
 def test_a_slurm_job_that_fails_is_not_queued_again(cluster, tmp_path):

@@ -143,6 +143,9 @@ def test_a_steps_arithmetic():
     again = step_cost(model, full, Layout(1, 1, 1), H100)
     assert again.flops - cost.flops == pytest.approx(512 * (2 * weights + attention / 3), rel=1e-6)
     assert again.seconds > cost.seconds
+    for module, products in (("mlp", 2 * 32 * 3 * 4096 * 11008), ("core_attn", attention / 3), ("masked_weight", 0)):
+        some = dataclasses.replace(arguments, recompute_granularity="selective", recompute_modules=[module])
+        assert step_cost(model, some, Layout(1, 1, 1), H100).flops - cost.flops == pytest.approx(512 * products, rel=1e-6)
     logits = 1.5 * weights
     # Weights and masks; logits and two moments in fp32.
     assert checkpoint_bytes(model, arguments) == pytest.approx(2 * 6.738e9 + weights / 8 + 12 * logits, rel=1e-3)
@@ -180,13 +183,38 @@ def test_the_type_of_the_weights_is_what_the_config_states(stated, dtype, tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("options", "reductions"),
+    [
+        ({}, 4),
+        ({"sequence_parallel": True}, 5),  # the inputs of two linears are gathered again, half a reduction each
+        ({"sequence_parallel": True, "recompute_granularity": "selective", "recompute_modules": ["mlp", "masked_weight"]}, 6),
+        ({"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}, 6),
+        ({"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 16}, 5),
+    ],
+)
+def test_what_a_tensor_parallel_rank_sends(options, reductions):
+    arguments = TrainArguments(seq_length=4096, global_batch_size=2, tensor_model_parallel_size=8, **options)
+    cost = step_cost(named_model("llama-2-7b"), arguments, Layout(8, 1, 1), H100)
+    assert cost.link_traffic == pytest.approx(2 * 32 * reductions * 2 * (2 * 4096 * 4096) * 7 / 8)
+
+
+def test_a_split_optimizer_goes_through_its_share():
+    arguments = TrainArguments(seq_length=4096, global_batch_size=2, tensor_model_parallel_size=4)
+    split = dataclasses.replace(arguments, use_distributed_optimizer=True)
+    one, two = (step_cost(named_model("llama-2-7b"), some, Layout(4, 1, 2), H100) for some in (arguments, split))
+    optimizer = 1.5 * 32 * (4 * 4096**2 + 3 * 4096 * 11008) / 4 * (4 * 4 + 4 * 4)
+    assert one.memory_traffic - two.memory_traffic == pytest.approx(optimizer / 2)
+
+
+@pytest.mark.parametrize(
     ("layout", "sequence_parallel", "bytes_between_nodes"),
     [
-        # all-reduces of the hidden states (bf16, 4 a layer, twice their size in a ring), of logits' gradients (fp32), a stage's outputs
+        # all-reduces of the hidden states (bf16, 4 a layer, twice their size in a ring), of logits' gradients (fp32), a stage's outputs,
+        # which one more stage goes through than there are micro-batches
         (Layout(16, 1, 1), False, 32 * 4 * 2 * (2 * 4096 * 4096) * 15 / 16),
         (Layout(8, 1, 2), False, 2 * 4 * 1.5 * 32 * (4 * 4096**2 + 3 * 4096 * 11008) / 8 / 2),
-        (Layout(8, 2, 1), False, 2 * (2 * 4096 * 4096)),
-        (Layout(8, 2, 1), True, 2 * (2 * 4096 * 4096) / 8),
+        (Layout(8, 2, 1), False, 2 * 2 * (2 * 4096 * 4096)),
+        (Layout(8, 2, 1), True, 2 * 2 * (2 * 4096 * 4096) / 8),
     ],
     ids=["tensor", "data", "pipeline", "pipeline of split sequences"],
 )
@@ -199,8 +227,7 @@ def test_only_what_goes_between_nodes_goes_at_the_networks_speed(layout, sequenc
     gpu = GPUS["h100-80gb"]
     one_node = step_cost(model, arguments, layout, Cluster(gpu, gpus_per_node=16)).seconds
     two_nodes = step_cost(model, arguments, layout, Cluster(gpu, gpus_per_node=8, network=25e9)).seconds
-    bubble = layout.pipeline
-    extra = bubble * bytes_between_nodes * (1 / 25e9 - 1 / gpu.link) / BANDWIDTH_EFFICIENCY
+    extra = bytes_between_nodes * (1 / 25e9 - 1 / gpu.link) / BANDWIDTH_EFFICIENCY
     assert two_nodes - one_node == pytest.approx(extra, rel=1e-6)
 
 
