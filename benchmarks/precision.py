@@ -64,11 +64,11 @@ def make_inputs(hf: str, corpus: list[str], layers: int, folder: Path) -> tuple[
 
 
 def learn(pruned: Path, data: Path, save: Path, iterations: int, sizes: list[object], options: list[str]) -> float:
-    """Train; returns the last validation loss with the winners."""
+    """Train; returns the last validation loss with the winners, of 16 sequences or a batch."""
     command = [
         sys.executable, "-m", "maskllm.train", "--pretrained-checkpoint", pruned, "--data-path", data, "--save", save, "--seed", 1,
         "--train-iters", iterations, *sizes, "--lr", 2e-3, "--min-lr", 2e-4, "--params-dtype",
-        "fp32", "--log-interval", 1, "--eval-interval", iterations, "--eval-iters", 4, "--split", "90,10,0", *options,
+        "fp32", "--log-interval", 1, "--eval-interval", iterations, "--split", "90,10,0", *options,
     ]  # fmt: skip
     log = save.with_suffix(".log")
     with log.open("w") as file:
@@ -108,7 +108,8 @@ def main() -> None:
         folder = Path(name)
         pruned, data = make_inputs(args.hf, args.corpus, args.layers, folder)
         first: torch.Tensor | None = None
-        sizes = ["--global-batch-size", args.global_batch_size, "--seq-length", args.seq_length]
+        batch = args.global_batch_size
+        sizes = ["--global-batch-size", batch, "--seq-length", args.seq_length, "--eval-iters", max(1, 16 // batch)]
         for number in tqdm(args.rows, desc="runs"):
             save, options = folder / f"run{number}", ROWS[number]
             loss = learn(pruned, data, save, args.train_iters, sizes, options)
