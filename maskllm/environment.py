@@ -51,7 +51,7 @@ def _part(name: str, package: str, modules: list[str], brings: str) -> OptionalP
     try:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
-        version = "of unknown version"
+        version = "unknown version"
     if not torch.cuda.is_available():
         return OptionalPart(name, brings, version, "needs a CUDA device, and there is none")
     try:
@@ -108,16 +108,17 @@ def uses_apex_norms() -> bool:
 def startup_line(transformer_impl: str, *, few_bits: bool = False) -> str:
     """What a run says about itself when it starts: the device and the backend, whose norms, attention and Adam it uses, and which
     optional parts are missing. `few_bits`: whether it keeps logits or moments in fewer bits than fp32."""
+    from megatron.core.optimizer import Adam
+
     from maskllm.ops.extension import has_kernels
 
     if transformer_impl == "transformer_engine":
         norms = attention = "Transformer Engine's"
     else:
         norms, attention = "Apex's" if uses_apex_norms() else "torch's", "torch's"
-    adams = {"Transformer Engine's": transformer_engine(), "Apex's": apex()}  # in the order of `megatron.core.optimizer`
-    usable = [whose for whose, part in adams.items() if part.problem is None]
-    adam = "MaskLLM's" if few_bits else (*usable, "torch's")[0]
-    missing = [str(part) for part in adams.values() if part.problem is not None]
+    library = Adam.__module__.partition(".")[0]
+    adam = "MaskLLM's" if few_bits else {"transformer_engine": "Transformer Engine's", "apex": "Apex's"}.get(library, "torch's")
+    missing = [str(part) for part in (transformer_engine(), apex()) if part.problem is not None]
     visible = torch.cuda.is_available()
     where = f"{torch.cuda.get_device_name()} with NCCL" if visible else "CPU with gloo, no GPU visible"
     device = "cuda" if visible else "cpu"

@@ -56,6 +56,7 @@ def apex_is_there(monkeypatch):
     module.FusedRMSNorm = type("FusedRMSNorm", (torch.nn.RMSNorm,), {})
     module.FusedLayerNorm = type("FusedLayerNorm", (torch.nn.LayerNorm,), {})
     monkeypatch.setitem(sys.modules, "apex.normalization", module)
+    monkeypatch.setattr("megatron.core.optimizer.Adam", type("FusedAdam", (), {"__module__": "apex.optimizers.fused_adam"}))
 
 
 @without

@@ -53,6 +53,7 @@ source "$RECIPE_DIR/recipe.sh"
 : "${SAVE_INTERVAL:=100}" "${KEEP_LAST:=3}" "${LOG_INTERVAL:=1}" "${EVAL_INTERVAL:=500}" "${EVAL_ITERS:=4}" "${SPLIT:=98,2,0}"
 : "${CALIBRATION_SAMPLES:=128}" "${CALIBRATION_SEQ_LENGTH:=2048}" "${PARAMS_DTYPE:=bf16}"
 : "${EVAL_SEQ_LENGTH:=$SEQ_LENGTH}" "${EVAL_WINDOWS:=}" "${TRAIN_ARGS:=}"
+
 # The first of its arguments, unless it is a pattern that nothing matches.
 first_of() { [[ ! -e $1 ]] || printf '%s' "$1"; }
 

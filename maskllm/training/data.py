@@ -156,7 +156,8 @@ def _index_directory(arguments: TrainArguments, identity: list[dict[str, Any]], 
 
 def _make_index(directory: Path, build: Callable[[Path], object]) -> None:
     """Have upstream, whose first rank writes while the others wait, make the index files, unless they are there; all appear or none."""
-    if from_first_rank(directory.is_dir()):
+    # Other machines of a network file system remember for a while that they have not found it: they do not look before it is there.
+    if from_first_rank(is_first_rank() and directory.is_dir()):
         return
     temporary = Path(from_first_rank(str(directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.tmp"))))
     try:
