@@ -106,12 +106,6 @@ def is_first_rank() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def wait_for_all_ranks() -> None:
-    """Return once every rank of the job, if there is one, has come here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
 @contextlib.contextmanager
 def raised_together() -> Iterator[None]:
     """A block that all ranks of the job, if there is one, leave with the same MaskLLMError where one or more of them raise one."""

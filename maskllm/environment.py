@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import sys
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.machinery import PathFinder
@@ -46,7 +48,8 @@ def apex() -> OptionalPart:
 
 
 def _part(name: str, package: str, modules: list[str], brings: str) -> OptionalPart:
-    if PathFinder.find_spec(package) is None:  # `importlib.util.find_spec` does not see what is hidden from Megatron on a CPU
+    hidden = sys.modules.get(package, package) is None  # from Megatron on a CPU: see `megatron_patches.import_megatron`
+    if (PathFinder if hidden else importlib.util).find_spec(package) is None:
         return OptionalPart(name, brings, None, "not installed")
     try:
         version = metadata.version(name)

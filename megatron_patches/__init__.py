@@ -31,6 +31,8 @@ def import_megatron() -> None:
     """
     # A CUDA build of torch complains of a machine without a GPU, once a process, when an extension's builder is imported.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    # It warns of index files of a dataset that it is told not to write.
+    logging.getLogger("megatron.core.datasets").setLevel(logging.ERROR)
     # It warns once a module that Transformer Engine and Apex are missing, and of deprecations inside itself.
     warnings.filterwarnings("ignore", module=r"megatron\.")
     if not torch.cuda.is_available():

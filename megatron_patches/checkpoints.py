@@ -44,9 +44,12 @@ class _Results:
     def get_nowait(self) -> Any:
         self._file.seek(0)
         data = self._file.read()
-        if not data:
-            return RuntimeError("the process that writes it was killed; is there memory enough?")
-        return pickle.loads(data)
+        try:
+            return pickle.loads(data)
+        except (EOFError, pickle.UnpicklingError):
+            return RuntimeError(
+                "the process that writes it ended before its end; most often the system has killed it for want of memory"
+            )
 
 
 def results_without_a_process() -> None:

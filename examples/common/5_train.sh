@@ -20,7 +20,7 @@ read -r -d '' -a more <<<"$TRAIN_ARGS" || true # of all its lines
 on_all_nodes -m maskllm.train \
   --pretrained-checkpoint "$OUTPUT/prior" --load "$OUTPUT/learned" --save "$OUTPUT/learned" \
   --save-interval "$SAVE_INTERVAL" --keep-last "$KEEP_LAST" --async-save --auto-fallback \
-  --data-path "${data[@]}" --split "$SPLIT" --data-cache-path "$OUTPUT/index-cache" \
+  --data-path "${data[@]}" --split "$SPLIT" \
   "${layout[@]}" --recompute-granularity selective --recompute-modules mlp masked_weight --params-dtype "$PARAMS_DTYPE" \
   --train-iters "$TRAIN_ITERS" --global-batch-size "$GLOBAL_BATCH_SIZE" --micro-batch-size "$MICRO_BATCH_SIZE" \
   --seq-length "$SEQ_LENGTH" --lr "$LR" --min-lr "$MIN_LR" --lr-decay-style cosine --weight-decay 0.1 \

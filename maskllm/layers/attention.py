@@ -44,7 +44,7 @@ class SDPACoreAttention(MegatronModule):
             [sequence, batch, heads * head size].
         """
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        if query.is_cuda and query.dtype is torch.float32:
+        if query.is_cuda and query.dtype is torch.float32 and query.shape[1] != key.shape[1]:
             # None of torch's fused kernels on CUDA takes both fp32 and grouped queries; what is left holds the scores.
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         context = F.scaled_dot_product_attention(

@@ -269,7 +269,7 @@ def write_checkpoint(
 ) -> Path:
     """Write `ROOT/release` from tensors that are made one at a time, in a single process; returns the iteration directory.
 
-    It appears, replacing an older one, when it is complete. Side files are copied from the Hugging Face directory `hf_files_from`.
+    It appears, replacing an older one, when it is complete. What goes along is that of the Hugging Face directory `hf_files_from`.
     Raises as `release_directory` does.
     """
     path = release_directory(root, info.stage)

@@ -175,7 +175,8 @@ def remove_leftovers(root: Path) -> None:
 def _write_and_record(write: Callable[..., None], directory: Path, rank: int, *args: Any, **kwargs: Any) -> None:
     """Megatron's `write`, which keeps its failures for later, then the records of its files; the first rank makes those that lack.
 
-    In a process of its own, which ends with the rank, without which nobody would publish what it writes, and with those that it starts.
+    In a process of its own, which ends with the rank, without which nobody would publish what it writes, and when one that it has started
+    is killed.
     """
     end_with_parent()
     signal.signal(signal.SIGCHLD, _end_with_killed_child)

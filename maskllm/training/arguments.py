@@ -49,9 +49,6 @@ class TrainArguments:
     )
     auto_fallback: bool = _option(False, "where a checkpoint is damaged, go on from the newest older one that is not")
     split: str = _option("969,30,1", "shares of the documents for training, validation and test, in any unit")
-    data_cache_path: str | None = _option(
-        None, "where the files that deal out the dataset are kept; default: P_index_cache of the first P"
-    )
 
     pattern: str = _option("2:4", "N:M, keep N of every M consecutive weights; M at most 32, and at most 128 candidate masks")
     gumbel_temperature_range: tuple[float, float] = _option((4.0, 0.05), "softmax temperature, first and last", nargs=2)
@@ -99,8 +96,8 @@ class TrainArguments:
     )
     transformer_impl: str | None = _option(
         None,
-        "whose norms and attention: transformer_engine is refused where it cannot be used, local is torch's own; default: "
-        "transformer_engine where it can be used, else local",
+        "whose norms and attention: transformer_engine is refused where it cannot be used, local is torch's attention with Apex's norms "
+        "where Apex is, else torch's; default: transformer_engine where it can be used, else local",
         choices=TRANSFORMER_IMPLS,
     )
     recompute_granularity: str | None = _option(

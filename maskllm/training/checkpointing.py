@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ from maskllm.masking.sampler import MaskSampler
 from maskllm.models.build import build_model, load_model, load_tensors
 from maskllm.models.checkpoint import Checkpoint, CheckpointInfo, holds_checkpoint, iterations, open_iteration
 from maskllm.models.config import ModelConfig
+from maskllm.models.manifest import FileRecord
 from maskllm.patterns import Pattern
 from maskllm.training.arguments import DTYPES, TrainArguments
-from maskllm.training.data import data_identity
 from maskllm.training.optimizer import fit_adam_state
 
 SETTINGS_THAT_MUST_MATCH = (
@@ -274,6 +274,15 @@ def _with_data(sharded: ShardedTensor | ShardedTensorFactory, data: torch.Tensor
     if isinstance(sharded, ShardedTensorFactory):
         return dataclasses.replace(sharded, data=data)
     return dataclasses.replace(sharded, data=data, dtype=data.dtype)
+
+
+def data_identity(arguments: TrainArguments) -> list[dict[str, Any]]:
+    """Of each dataset of the blend its weight and the checksum of its index, which has every document's length: its path may change."""
+    prefixes, weights = arguments.blend()
+    return [
+        {"weight": weight, "idx": asdict(FileRecord.of(Path(f"{prefix}.idx")))}
+        for prefix, weight in zip(prefixes, weights or [1.0], strict=True)
+    ]
 
 
 def _settings(arguments: TrainArguments) -> dict[str, Any]:

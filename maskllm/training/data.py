@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import shutil
-import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +11,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from maskllm.data.indexed import open_indexed
-from maskllm.distributed import from_first_rank, is_first_rank, wait_for_all_ranks
 from maskllm.errors import MaskLLMError
-from maskllm.files import publish_directory
-from maskllm.models.manifest import FileRecord
 from maskllm.training.arguments import TrainArguments
 
 
@@ -96,22 +86,10 @@ class DataFiles:
         return None
 
 
-def data_identity(arguments: TrainArguments) -> list[dict[str, Any]]:
-    """Of each dataset of the blend its weight and the checksum of its index, which has every document's length: its path may change."""
-    prefixes, weights = arguments.blend()
-    return [
-        {"weight": weight, "idx": asdict(FileRecord.of(Path(f"{prefix}.idx")))}
-        for prefix, weight in zip(prefixes, weights or [1.0], strict=True)
-    ]
-
-
-def build_batches(
-    arguments: TrainArguments, identity: list[dict[str, Any]], vocab_size: int, device: torch.device
-) -> tuple[Batches, Batches | None]:
+def build_batches(arguments: TrainArguments, vocab_size: int, device: torch.device) -> tuple[Batches, Batches | None]:
     """The training batches and, with `eval_iters`, the validation batches (None without); called by all ranks.
 
-    `identity` is the `data_identity` of the data. Raises MaskLLMError where the split leaves a part without a single document, and where
-    the index files cannot be written or read.
+    Raises MaskLLMError where the split leaves a part without a single document.
     """
     samples = [arguments.train_iters * arguments.global_batch_size, arguments.eval_iters * arguments.global_batch_size, 0]
     config = GPTDatasetConfig(
@@ -119,6 +97,9 @@ def build_batches(
         sequence_length=arguments.seq_length,
         blend=arguments.blend(),
         split=arguments.split,
+        # Each rank works out for itself what deals the documents out, which takes a second for twenty shards of C4. Upstream's files of it
+        # go by the datasets' names, so that those of other data may be taken for them, and are there before they are whole.
+        path_to_cache="",
         tokenizer=_Tokens(vocab_size),
         reset_position_ids=False,
         reset_attention_mask=False,
@@ -130,61 +111,11 @@ def build_batches(
     for prefix in config.blend[0]:
         for part, name in used.items():
             _check_not_empty(prefix, config.split_matrix[part], name, arguments.split)
-    directory = _index_directory(arguments, identity, samples)
-
-    def build(index: Path) -> list[Any]:
-        config.path_to_cache = str(index)
-        return BlendedMegatronDatasetBuilder(GPTDataset, samples, lambda: True, config).build()
-
-    _make_index(directory, build)
-    with _reading_index(directory):
-        train, valid, _ = build(directory)
+    train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, samples, lambda: True, config).build()
     return (
         Batches(train, arguments.micro_batch_size, vocab_size, device),
         Batches(valid, arguments.micro_batch_size, vocab_size, device) if arguments.eval_iters else None,
     )
-
-
-def _index_directory(arguments: TrainArguments, identity: list[dict[str, Any]], samples: list[int]) -> Path:
-    """Where the index files are that deal out these data with these settings, and no others: upstream's own names for them, which go by
-    the datasets' paths, would have those of other data taken for them."""
-    prefixes, _ = arguments.blend()
-    key = [prefixes, identity, samples, arguments.seed, arguments.seq_length, arguments.split, metadata.version("megatron-core")]
-    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()
-    return Path(arguments.data_cache_path or f"{prefixes[0]}_index_cache") / digest[:32]
-
-
-def _make_index(directory: Path, build: Callable[[Path], object]) -> None:
-    """Have upstream, whose first rank writes while the others wait, make the index files, unless they are there; all appear or none."""
-    # Other machines of a network file system remember for a while that they have not found it: they do not look before it is there.
-    if from_first_rank(is_first_rank() and directory.is_dir()):
-        return
-    temporary = Path(from_first_rank(str(directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.tmp"))))
-    try:
-        build(temporary)
-        wait_for_all_ranks()  # the others have read them
-        if is_first_rank() and not directory.is_dir():
-            publish_directory(temporary, directory)
-    except Exception as error:
-        cause = error.__cause__ if "Failed to write dataset materials" in str(error) else error
-        if not isinstance(cause, OSError):
-            raise
-        raise MaskLLMError(
-            f"--data-cache-path: the index files cannot be written in {directory.parent} ({cause.strerror}); name a directory with room"
-        ) from None
-    finally:
-        if is_first_rank():
-            shutil.rmtree(temporary, ignore_errors=True)
-    wait_for_all_ranks()
-
-
-@contextlib.contextmanager
-def _reading_index(directory: Path) -> Iterator[None]:
-    """A block that reads complete index files: what numpy says of damaged ones becomes a MaskLLMError."""
-    try:
-        yield
-    except (ValueError, EOFError) as error:
-        raise MaskLLMError(f"{directory}: the dataset's index files are damaged ({error}); remove this directory") from None
 
 
 def _check_not_empty(prefix: str, bounds: tuple[float, float] | None, part: str, split: str) -> None:

@@ -60,9 +60,8 @@ def fit_adam_state(state: dict[str, Any], optimizer: MegatronOptimizer) -> None:
         return
     adam = one.optimizer
     own = {name: value for name, value in adam.param_groups[0].items() if name not in ("params", "step")}
-    parameters = state.get(
-        "state", {}
-    )  # the distributed optimizer's come apart from the rest, and its steps are always the groups'
+    # The distributed optimizer's come apart from the rest, and its steps are always the groups'.
+    parameters = state.get("state", {})
     steps_of_groups = not (parameters and isinstance(adam, torch.optim.Adam))
     for group in state.get("optimizer", state)["param_groups"]:
         steps = int(parameters.get("common_step", group.get("step")))

@@ -18,7 +18,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from tqdm import tqdm
 
-from maskllm.distributed import any_rank, device, raised_together, wait_for_all_ranks
+from maskllm.distributed import any_rank, device, raised_together
 from maskllm.errors import MaskLLMError, StoppedError
 from maskllm.layers.recompute import set_sample
 from maskllm.layers.spec import masked_linears
@@ -78,7 +78,7 @@ class Trainer:
         )
         if arguments.save and dist.get_rank() == 0:
             remove_leftovers(Path(arguments.save))
-        wait_for_all_ranks()
+        dist.barrier()
         self.start: Start = resolve_start(arguments, pattern, say=self._say)
         self._say(
             f"resuming {self.start.checkpoint.path} after iteration {self.start.iteration} of {arguments.train_iters}"
@@ -106,9 +106,7 @@ class Trainer:
         if self.start.resumed:
             load_training_state(self.start, self.model.module, self.optimizer)
             self.lr_scheduler.step(self.iteration * arguments.global_batch_size)
-        self.train_batches, self.valid_batches = build_batches(
-            arguments, self.start.data, self.start.model_config.vocab_size, device()
-        )
+        self.train_batches, self.valid_batches = build_batches(arguments, self.start.model_config.vocab_size, device())
         # One rank of each machine looks after the files, for the file system's sake.
         self.data_files = DataFiles(arguments.blend()[0] if os.environ.get("LOCAL_RANK", "0") == "0" else [])
         self.tracker = WinnerTracker(self.layers)

@@ -12,7 +12,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from maskllm.errors import MaskLLMError
 from maskllm.quickstart.pipeline import MIN_DOCUMENTS, QuickstartSettings, train_command
 from maskllm.training.arguments import parse_arguments
-from maskllm.training.data import build_batches, data_identity
+from maskllm.training.data import build_batches
 
 
 def test_a_corpus_too_small_for_a_validation_is_trained_on_without_one(tmp_path):
@@ -26,7 +26,7 @@ def test_a_corpus_too_small_for_a_validation_is_trained_on_without_one(tmp_path)
         def train(has_validation: bool, data: Path = data):
             words = train_command(QuickstartSettings(), str(data), tmp_path / "prior", tmp_path / "learned", has_validation)
             arguments = parse_arguments([str(word) for word in words[words.index("maskllm.train") + 1 :]])
-            return build_batches(arguments, data_identity(arguments), 256, torch.device("cpu"))
+            return build_batches(arguments, 256, torch.device("cpu"))
 
         if documents == MIN_DOCUMENTS:
             _, validation = train(has_validation=True)

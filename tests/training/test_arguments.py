@@ -14,8 +14,8 @@ from maskllm.errors import MaskLLMError
 from maskllm.models.build import check_recomputation
 from maskllm.models.manifest import write_manifest
 from maskllm.training.arguments import TrainArguments, parse_arguments
-from maskllm.training.checkpointing import SETTINGS_THAT_MUST_MATCH, resolve_start
-from maskllm.training.data import build_batches, data_identity
+from maskllm.training.checkpointing import SETTINGS_THAT_MUST_MATCH, data_identity, resolve_start
+from maskllm.training.data import build_batches
 
 GOOD = TrainArguments(data_path=["data"], load="checkpoint")
 
@@ -268,4 +268,4 @@ def test_a_damaged_dataset_is_named(tmp_path, tiny_dataset, damage, message):
     damage(tmp_path / "data")
     arguments = dataclasses.replace(GOOD, data_path=[str(tmp_path / "data")], seq_length=64, eval_iters=0)
     with pytest.raises(MaskLLMError, match=message):
-        build_batches(arguments, data_identity(arguments), 256, "cpu")
+        build_batches(arguments, 256, "cpu")

@@ -211,15 +211,14 @@ def test_steps_that_are_not_finite_are_skipped_on_every_rank_and_a_row_of_them_e
     start, tmp_path, poisoned_model, poisoned_dataset
 ):
     from maskllm.training.arguments import parse_arguments
-    from maskllm.training.data import build_batches, data_identity
+    from maskllm.training.data import build_batches
 
     save = tmp_path / "run"
     values = arguments(
         save, poisoned_dataset, poisoned_model, steps=STEPS_WITH_POISON, global_batch_size=BATCH, save_interval=1, max_bad_steps=ROW
     )
     # Which steps see the token, from the data alone; one data-parallel rank has it where the other has not.
-    train = parse_arguments(values)
-    batches, _ = build_batches(train, data_identity(train), 256, torch.device("cpu"))
+    batches, _ = build_batches(parse_arguments(values), 256, torch.device("cpu"))
     poisoned = [
         [bool((batches[step * BATCH + rank].tokens == POISON).any()) for rank in range(BATCH)] for step in range(STEPS_WITH_POISON)
     ]
