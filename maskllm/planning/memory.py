@@ -226,9 +226,11 @@ def layer_activations(model: ModelConfig, arguments: TrainArguments, layout: Lay
     projected = query + 2 * key  # one tensor, kept for the values in it
     attended = query  # what the output projection multiplies
     rotated = query + key if model.rope is not None else 0.0
-    attention = tokens * ((projected + rotated + attended) * element + 4 * model.num_attention_heads / layout.tensor)
-    if arguments.recomputes("core_attn"):
-        attention -= tokens * 4 * model.num_attention_heads / layout.tensor
+    attention = tokens * (projected + rotated + attended) * element
+    if not arguments.recomputes("core_attn"):
+        attention += tokens * 4 * model.num_attention_heads / layout.tensor
+        if device == "cuda" and arguments.params_dtype == "fp32" and key < query:
+            attention += tokens * 2 * query * element  # keys and values once for each head: see `SDPACoreAttention`
     angles = 4 * arguments.seq_length * model.rope.dim * element if model.rope is not None else 0.0
     inner = 0.0 if arguments.recomputes("mlp") else tokens * mlp_activations(model, layout.tensor) * element
     return norms + normed + attention + angles + inner

@@ -21,7 +21,7 @@ from maskllm.models.convert import convert
 from maskllm.models.families import parameter_map
 from maskllm.patterns import Pattern
 from maskllm.planning.cost import BANDWIDTH_EFFICIENCY, GPUS, Cluster, checkpoint_bytes, step_cost
-from maskllm.planning.memory import Layout
+from maskllm.planning.memory import Layout, layer_activations, norm_activations
 from maskllm.planning.models import BUILT_IN, named_model
 from maskllm.planning.plan import plan
 from maskllm.pruning.checkpoint import prune_by_magnitude
@@ -129,6 +129,18 @@ def test_memory_moves_with_each_setting_as_it_should():
     assert full.activations < 0.1 * base.activations
     assert full.masked_weights == 0
     assert full.temporary > base.temporary
+
+
+def test_grouped_keys_and_values_are_repeated_in_fp32_on_a_gpu():
+    model, tokens = named_model("llama-3-8b"), 4096
+    base = TrainArguments(seq_length=tokens, params_dtype="fp32")
+    for options, repeated in (({}, 2 * 4 * 4096 * tokens), ({"params_dtype": "bf16"}, 0)):
+        arguments = dataclasses.replace(base, **options)
+        cuda, cpu = (layer_activations(model, arguments, Layout(1, 1, 1), device=device) for device in ("cuda", "cpu"))
+        norms = 2 * sum(
+            sign * norm_activations(model, arguments, Layout(1, 1, 1), device=device) for sign, device in ((1, "cuda"), (-1, "cpu"))
+        )
+        assert cuda - cpu - norms == repeated
 
 
 def test_a_steps_arithmetic():
