@@ -25,3 +25,37 @@ run_last() {
     exec "$@"
   fi
 }
+
+# The same for a training under torchrun, which ends with 1 whatever its processes end with: where the script is told to stop and FILE, which
+# a save writes last, is newer than that, the script ends with 75, as they do.
+run_training() { # FILE COMMAND...
+  local saved=$1 training status=0
+  shift
+  show "$@" || return 0
+  asked=$(mktemp)
+  set -m # a process group of its own: a signal to this script's group must not reach torchrun twice, which would cut its patience short
+  "$@" </dev/null &
+  training=$!
+  set +m
+  signal=
+  # shellcheck disable=SC2329 # by the traps
+  stop() {
+    signal=$1
+    touch "$asked"
+    kill -"$1" "$training" 2>/dev/null || true
+  }
+  trap 'stop TERM' TERM
+  trap 'stop INT' INT
+  wait "$training" || status=$?
+  stopped=$signal
+  while [[ -n $signal ]]; do # a trap cut the wait short
+    signal=
+    status=0
+    wait "$training" || status=$?
+  done
+  if [[ -n $stopped && $status != 0 && $saved -nt $asked ]]; then
+    status=75
+  fi
+  rm -f "$asked"
+  exit "$status"
+}

@@ -78,7 +78,7 @@ def test_the_training_of_a_run_of_all_steps_saves_when_it_is_stopped(pruned, tmp
     with all_steps(tmp_path, environment(**pruned, **settings)) as (script, console):
         wait_for(lambda: "train iteration 2 " in console.read_text(), script, console)
         script.send_signal(signal.SIGTERM)
-        assert script.wait(timeout=120) != 0
+        assert script.wait(timeout=120) == 75
     text = console.read_text()
     iteration = (output / "learned" / "latest_checkpointed_iteration.txt").read_text().strip()
     assert 2 <= int(iteration) < 5000
