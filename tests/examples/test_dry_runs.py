@@ -197,7 +197,7 @@ def test_what_is_not_set_is_asked_for(tmp_path):
     done = bash(EXAMPLES / "llama2-7b" / "3_convert.sh", tmp_path, HF_MODEL="/nowhere/llama")
     assert done.returncode == 2
     assert "HF_MODEL=/nowhere/llama: no such directory" in done.stderr
-    write_json(tmp_path / "out" / "dense" / "release" / "maskllm.json", {"source": "another"})
+    write_json(tmp_path / "out" / "dense" / "release" / "maskllm.json", {"stage": "dense", "source": "another", "pattern": None})
     (tmp_path / "hf").mkdir()
     done = bash(EXAMPLES / "llama2-7b" / "2_preprocess.sh", tmp_path, HF_MODEL="hf", OUTPUT="out")
     assert done.returncode == 2
