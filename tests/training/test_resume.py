@@ -98,7 +98,7 @@ def test_what_writes_in_the_background_ends_with_its_rank(start, tmp_path, tiny_
         return False
 
     run.wait_for(caught_writing)
-    first = [writer for writer in writers if writer.ppid() == rank.pid]
+    first = [writer for writer in writers if writer.ppid() == rank.pid and starts_processes]  # who have asked to be ended
     rank.kill()
     _, alive = psutil.wait_procs(first, timeout=30)
     assert not alive
