@@ -33,7 +33,7 @@ run_training() { # FILE COMMAND...
   shift
   show "$@" || return 0
   asked=$(mktemp)
-  set -m # a process group of its own: a signal to this script's group must not reach torchrun twice, which would cut its patience short
+  set -m # a process group of its own: a signal to this script's group reaches torchrun once
   "$@" </dev/null &
   training=$!
   set +m
