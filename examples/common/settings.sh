@@ -121,7 +121,8 @@ on_all_nodes() {
     : "${RDZV_ENDPOINT:?with NNODES over 1, HOST:PORT of one of the nodes, the same on all}"
     nodes=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "$RDZV_ID")
   fi
-  run_training "$OUTPUT/learned/latest_checkpointed_iteration.txt" torchrun "${nodes[@]}" --nproc-per-node "$GPUS" --max-restarts "$MAX_RESTARTS" "$@"
+  run_training "$OUTPUT/learned/latest_checkpointed_iteration.txt" \
+    torchrun "${nodes[@]}" --nproc-per-node "$GPUS" --max-restarts "$MAX_RESTARTS" "$@"
 }
 
 shard_file() { printf '%s/en/c4-train.%05d-of-01024.json.gz' "$DATA_DIR/c4" "$1"; }
