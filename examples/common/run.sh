@@ -26,13 +26,17 @@ run_last() {
   fi
 }
 
+# Which writing of a file is there: each gives it another inode than the one before it has.
+version_of() { # FILE
+  ls -i "$1" 2>/dev/null && cat "$1"
+}
+
 # The same for a training under torchrun, which ends with 1 whatever its processes end with: where the script is told to stop and FILE, which
-# a save writes last, is newer than that, the script ends with 75, as they do.
+# a save writes last, has been written since, the script ends with 75, as they do.
 run_training() { # FILE COMMAND...
   local saved=$1 training status=0
   shift
   show "$@" || return 0
-  asked=$(mktemp)
   set -m # a process group of its own: a signal to this script's group reaches torchrun once
   "$@" </dev/null &
   training=$!
@@ -40,8 +44,8 @@ run_training() { # FILE COMMAND...
   signal=
   # shellcheck disable=SC2329 # by the traps
   stop() {
+    [[ -n ${before+set} ]] || before=$(version_of "$saved") || true
     signal=$1
-    touch "$asked"
     kill -"$1" "$training" 2>/dev/null || true
   }
   trap 'stop TERM' TERM
@@ -53,9 +57,8 @@ run_training() { # FILE COMMAND...
     status=0
     wait "$training" || status=$?
   done
-  if [[ -n $stopped && $status != 0 && $saved -nt $asked ]]; then
+  if [[ -n $stopped && $status != 0 && $(version_of "$saved") != "$before" ]]; then
     status=75
   fi
-  rm -f "$asked"
   exit "$status"
 }

@@ -13,10 +13,10 @@ from maskllm.training.arguments import TrainArguments, add_options
 
 TRAINING_OPTIONS = (
     "pattern", "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel", "use_distributed_optimizer",
-    "micro_batch_size", "global_batch_size", "seq_length", "params_dtype", "mask_logits_dtype", "optimizer_state_dtype",
+    "micro_batch_size", "global_batch_size", "params_dtype", "mask_logits_dtype", "optimizer_state_dtype",
     "recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules",
 )  # fmt: skip
-"""Those that change memory or time."""
+"""Those that change memory or time, beside the length of the sequences."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="cpu: what processes hold beyond the libraries they import; no time",
     )
     parser.add_argument("--json", type=writable_file, metavar="FILE", help="write the numbers, in bytes and seconds")
+    parser.add_argument(
+        "--seq-length",
+        type=int,
+        metavar="S",
+        help=f"tokens a sequence; default: {TrainArguments.seq_length}, or the model's context where that is shorter",
+    )
     add_options(parser, TRAINING_OPTIONS)
 
 
@@ -60,6 +66,9 @@ def run(args: argparse.Namespace) -> None:
     from maskllm.planning.text import plan_lines
     from maskllm.training.arguments import option_values
 
+    model = named_model(args.model)
+    if args.seq_length is None:
+        args.seq_length = min(TrainArguments.seq_length, model.max_position_embeddings)
     arguments = TrainArguments(**option_values(vars(args)))
     arguments.check_settings()
     if args.num_gpus is not None and args.num_gpus < 1:
@@ -70,7 +79,6 @@ def run(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise MaskLLMError(f"--{name.replace('_', '-')}: found {value}, wanted a positive number")
-    model = named_model(args.model)
     ranks = args.num_gpus or arguments.tensor_model_parallel_size * arguments.pipeline_model_parallel_size
     if args.device == "cuda":
         gpu, memory = args.gpu, GPUS[args.gpu].memory

@@ -28,7 +28,11 @@ def plan_lines(plan: Plan, model: StoredModel, name: str, gpu: str | None) -> It
     """The lines of a plan for `gpu`, one of GPUS, or for a CPU (None); GB are 10^9 bytes."""
     asked = plan.asked
     layout = asked.layout
-    yield f"{name}: {layout.ranks} ranks, {_layout(asked)}"
+    sizes = asked.arguments
+    yield (
+        f"{name}: {layout.ranks} ranks, {_layout(asked)}; {sizes.global_batch_size} sequences of {sizes.seq_length} tokens a step, "
+        f"{sizes.micro_batch_size} a micro-batch"
+    )
     yield ""
     for field, words in COMPONENTS.items():
         yield f"  {_gb(getattr(asked.memory, field))}  {words}"

@@ -256,11 +256,19 @@ def test_only_what_goes_between_nodes_goes_at_the_networks_speed(layout, sequenc
         (("--recompute-method", "block"), "--recompute-method: wanted only with"),
         (("--pattern", "2:6"), "hidden size: its"),
         (("--num-gpus", "512",), "--global-batch-size 256: wanted a multiple"),
+        (("--seq-length", "4097"), "--seq-length 4097: the model has a context of 4096 tokens"),
+        (("--seq-length", "0"), "--seq-length: found 0"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_named(flags, message, capsys):
     assert main(["plan", "--model", "llama-2-7b", *flags]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "tokens"), [("gpt3-2b", 2048), ("llama-2-7b", 4096), ("llama-3.1-8b", 4096)])
+def test_sequences_are_no_longer_than_the_models_context(name, tokens, capsys):
+    assert main(["plan", "--model", name]) == 0
+    assert f"; 256 sequences of {tokens} tokens a step, 1 a micro-batch\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("gpu", GPUS)
