@@ -120,7 +120,8 @@ class Watchdog:
     def _run(self) -> None:
         interval = min(5.0, self.limit / 12)
         before: dict[int, Heartbeat] | None = None
-        """The heartbeats after half of the limit without progress."""
+        """The heartbeats after half of the limit without progress, and when they were looked at."""
+        seen = looked = time.monotonic()
         told = False
         """Whether the log has where the ranks stand."""
         while True:
@@ -130,14 +131,17 @@ class Watchdog:
                 return
             try:
                 self._publish()
-                stalled = time.monotonic() - self._last_progress
+                time_before, looked = looked, time.monotonic()
+                if looked - time_before > self.limit / 4:  # this process was stopped itself, and others perhaps with it
+                    before = None
+                stalled = looked - self._last_progress
                 if stalled >= _PATIENCE_SECONDS and (gone := self._gone()):
                     self.give_up(f"rank {self.rank} waits in {self._where}{gone}")
                 if stalled < self.limit / 2:
                     before, told = None, False
                 elif before is None:
-                    before = self._heartbeats()
-                elif stalled >= self.limit:
+                    before, seen = self._heartbeats(), looked
+                elif stalled >= self.limit and looked - seen >= self.limit / 2:
                     now = self._heartbeats()
                     if accusation := self._accuse(before, now):
                         faulthandler.dump_traceback(all_threads=True)

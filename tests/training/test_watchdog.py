@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from dataclasses import asdict
@@ -108,6 +110,32 @@ def test_a_long_step_of_ranks_that_are_alive_is_no_fault():
     with dogs[0], dogs[1]:
         time.sleep(3 * LIMIT)
     assert not lines
+
+
+STOPPED_AND_CONTINUED = f"""
+import sys, torch.distributed as dist
+from maskllm.training.watchdog import Watchdog
+store = dist.HashStore()
+say = lambda line: print(line, flush=True)
+with Watchdog(store, 0, 2, limit={LIMIT}, give_up=say), Watchdog(store, 1, 2, limit={LIMIT}, give_up=say):
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_ranks_that_were_stopped_together_and_go_on_are_not_silent():
+    with subprocess.Popen([sys.executable, "-c", STOPPED_AND_CONTINUED], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as both:
+        try:
+            assert both.stdout.readline() == b"ready\n"
+            for _ in range(8):
+                time.sleep(0.8 * LIMIT)
+                both.send_signal(signal.SIGSTOP)
+                time.sleep(0.6 * LIMIT)
+                both.send_signal(signal.SIGCONT)
+            said, _ = both.communicate()
+        finally:
+            both.kill()
+    assert (said, both.returncode) == (b"", 0)
 
 
 def test_progress_keeps_a_rank_from_looking_at_the_others():
