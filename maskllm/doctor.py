@@ -67,7 +67,7 @@ def examine() -> Diagnosis:
     _packages(diagnosis)
     torch = _import(diagnosis, "torch")
     if torch is not None:
-        _megatron(diagnosis)
+        _training(diagnosis)
         _gpus(diagnosis, torch)
         _kernels(diagnosis, torch)
         _optional_parts(diagnosis)
@@ -78,11 +78,14 @@ def examine() -> Diagnosis:
 def _import(diagnosis: Diagnosis, name: str) -> ModuleType | None:
     try:
         return importlib.import_module(name)
+    except MaskLLMError:  # the kernels do not fit, of which `_kernels` tells
+        return None
     except Exception as error:  # a broken installation raises nearly anything
-        if not isinstance(error, ModuleNotFoundError) or error.name != name:
-            diagnosis.problems.append(f"{name} cannot be imported ({first_line(error)})")
-        elif not any(problem.startswith(f"{name}: ") for problem in diagnosis.problems):
-            diagnosis.problems.append(f"{name}: not installed")
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing and any(problem.startswith(f"{missing}: ") for problem in diagnosis.problems):
+            return None
+        told = f"{name}: not installed" if missing == name else f"{name} cannot be imported ({first_line(error)})"
+        diagnosis.problems.append(told)
         return None
 
 
@@ -118,14 +121,17 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _megatron(diagnosis: Diagnosis) -> None:
-    """Import what a training process imports first."""
+def _training(diagnosis: Diagnosis) -> None:
+    """Import what a training process imports: Megatron first, as it does, and TensorBoard's writer, which every recipe has write."""
     try:
         importlib.import_module("megatron_patches").import_megatron()
         importlib.import_module("megatron.core.models.gpt")
     except Exception as error:
         if not any(problem.startswith("megatron-core: ") for problem in diagnosis.problems):
             diagnosis.problems.append(f"megatron-core cannot be imported ({first_line(error)})")
+        return
+    for name in ("maskllm.training.trainer", "torch.utils.tensorboard"):
+        _import(diagnosis, name)
 
 
 def _gpus(diagnosis: Diagnosis, torch: ModuleType) -> None:

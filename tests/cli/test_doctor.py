@@ -67,7 +67,7 @@ importlib.metadata.version = hidden
 """
 
 
-@pytest.mark.parametrize(("package", "distribution"), [("torch", "torch"), ("megatron", "megatron-core")])
+@pytest.mark.parametrize(("package", "distribution"), [("torch", "torch"), ("megatron", "megatron-core"), ("psutil", "psutil")])
 def test_without_what_training_needs_it_fails_and_says_so(package, distribution, tmp_path):
     done = doctor_after(HIDE.format(package=package, distribution=distribution), tmp_path)
     assert done.returncode == 1
@@ -75,7 +75,28 @@ def test_without_what_training_needs_it_fails_and_says_so(package, distribution,
     assert line.startswith("maskllm doctor: error: training cannot run: ")
     assert f"{distribution}: not installed, wanted {distribution}" in line
     assert "problem" in done.stdout
-    assert json.loads((tmp_path / "doctor.json").read_text())["can_train"] is False
+    report = json.loads((tmp_path / "doctor.json").read_text())
+    assert report["can_train"] is False
+    assert len(report["problems"]) == 1, "told again of what needs it"
+
+
+@pytest.mark.parametrize(
+    ("package", "importer"),
+    [
+        ("safetensors", "maskllm.training.trainer"),
+        ("psutil", "maskllm.training.trainer"),
+        ("tensorboard", "torch.utils.tensorboard"),
+    ],
+)
+def test_a_package_that_is_installed_and_broken_is_a_problem_of_what_imports_it(package, importer, tmp_path):
+    broken = tmp_path / "broken" / package
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('libgone.so.1: cannot open shared object file\\nand more about it')\n")
+    done = doctor_after(f"sys.path.insert(0, {str(broken.parent)!r})", tmp_path)
+    problem = f"{importer} cannot be imported (ImportError: libgone.so.1: cannot open shared object file)"
+    assert done.stderr == f"maskllm doctor: error: training cannot run: {problem}\n"
+    assert done.returncode == 1
+    assert json.loads((tmp_path / "doctor.json").read_text())["problems"] == [problem]
 
 
 def test_a_megatron_core_out_of_range_and_a_broken_extension_are_named(tmp_path):
