@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from maskllm.errors import MaskLLMError
 from maskllm.models.checkpoint import resolve
 from maskllm.models.config import ModelConfig
 from maskllm.models.families import FAMILIES, parameter_map, read_model_config
@@ -106,6 +108,11 @@ def named_model(name: str) -> StoredModel:
         checkpoint = resolve(path)
         linear = next(mapping for mapping in parameter_map(checkpoint.model_config) if mapping.linear is not None)
         return StoredModel(**vars(checkpoint.model_config), stored_dtype=checkpoint.tensors[linear.megatron].dtype)
+    if path.name == name and not path.exists():  # a hub id has a slash
+        closest = "".join(f"; the closest is {known}" for known in difflib.get_close_matches(name.lower(), BUILT_IN, n=1))
+        raise MaskLLMError(
+            f"{name}: no such directory, and neither a hub id like meta-llama/Llama-3.2-1B nor one of {', '.join(BUILT_IN)}{closest}"
+        )
     file = find_source(name, files=["config.json"]) / "config.json"
     return StoredModel(**vars(read_model_config(file)), stored_dtype=_stored_dtype(HFConfig(read_json_object(file), str(file))))
 

@@ -320,5 +320,32 @@ def test_the_readmes_plan_fits(tmp_path):
 def test_a_directory_is_read(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(BUILT_IN["smollm2-135m"]))
     assert named_model(str(tmp_path)) == named_model("smollm2-135m")
-    with pytest.raises(MaskLLMError, match="no-such-model"):
-        named_model("no-such-model")
+
+
+@pytest.mark.parametrize(
+    ("name", "closest"),
+    [
+        ("llama2-7b", "llama-2-7b"),
+        ("llama2-13b", "llama-2-13b"),
+        ("llama3-8b", "llama-3-8b"),
+        ("llama3.1-8b", "llama-3.1-8b"),
+        ("nemotron4-15b", "nemotron-4-15b"),
+        ("Llama-2-7b-hf", "llama-2-7b"),
+        ("no-such-model", None),
+    ],
+)
+def test_a_name_that_is_not_known_is_told_those_that_are_and_the_closest(name, closest, capsys):
+    assert main(["plan", "--model", name]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"maskllm plan: error: {name}: no such directory, ")
+    names, _, found = line.partition(" nor one of ")[2].partition("; the closest is ")
+    assert names.split(", ") == list(BUILT_IN)
+    assert found == (closest or "")
+
+
+def test_a_path_that_is_not_there_and_a_file_are_told_as_such(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("llama2-7b").touch()
+    for name, message in (("llama2-7b", "is a file"), (str(tmp_path / "llama-2"), "no such directory, and not a hub id")):
+        with pytest.raises(MaskLLMError, match=message):
+            named_model(name)
