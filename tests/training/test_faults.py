@@ -92,7 +92,7 @@ def test_a_rank_that_lives_but_waits_for_the_file_system_is_named(start, tmp_pat
     save.mkdir()
     os.mkfifo(save / "metrics.jsonl")  # to open it waits for a reader, as a file server that does not answer does
     run = start(2, arguments(save, tiny_dataset, tiny_pruned, distributed_timeout_minutes=0.15))
-    run.wait_for(lambda: "--distributed-timeout-minutes" in run.console, seconds=100)
+    run.wait_for((save / "logs" / "rank_00000.log").exists)
     stuck = run.rank(0).pid
     assert run.end() == 1
     (line,) = [line for line in run.console.splitlines() if line.startswith("maskllm.train: error:")]
