@@ -14,7 +14,7 @@ class MaskLLMError(Exception):
 
 
 class StoppedError(MaskLLMError):
-    """The run was asked to stop (SIGTERM, SIGINT); the message says how to go on with it."""
+    """The run was asked to stop (SIGTERM, SIGINT, SIGHUP); the message says how to go on with it."""
 
     exit_status = 75  # EX_TEMPFAIL of sysexits.h: "the user is invited to retry"
 

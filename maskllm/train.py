@@ -20,8 +20,8 @@ PROGRAM = "maskllm.train"
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, train; returns the exit status.
 
-    0 done, 1 failed, 2 bad usage, 75 stopped by SIGTERM or SIGINT, saved if there is a `--save` and was a good step, 130 interrupted before
-    the first step.
+    0 done, 1 failed, 2 bad usage, 75 stopped by SIGTERM, SIGINT or SIGHUP, saved if there is a `--save` and was a good step, 130
+    interrupted before the first step.
     """
     import megatron_patches
 

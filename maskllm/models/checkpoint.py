@@ -158,12 +158,14 @@ def resolve(path: str | Path, *, say: Callable[[str], None] = _to_stderr) -> Che
     return open_iteration(iterations(path, say=say)[0])
 
 
-def iterations(path: str | Path, *, say: Callable[[str], None] = _to_stderr) -> list[Path]:
+def iterations(path: str | Path, *, fall_back: bool = False, say: Callable[[str], None] = _to_stderr) -> list[Path]:
     """The iteration directories that a run can go on from, best first: the one `latest_checkpointed_iteration.txt` names, then older ones.
 
-    Where that file is missing or no text, or names one that is not complete, the newest complete one comes first.
+    Where that file is missing or no text, names one that is not complete, or is older than the newest complete one (a save was killed
+    before it wrote the file), the newest complete one comes first.
     Directories that are not complete are left out. `say` is called with a line about what is newer than the first, and about a file that
-    is no text. An iteration directory gives itself alone. Raises MaskLLMError where there is none, and where that file holds other words.
+    is no text. An iteration directory gives itself alone. Raises MaskLLMError where there is none, and where that file holds other words;
+    with `fall_back` those count as no text.
     """
     path = Path(path)
     if not path.is_dir():
@@ -171,12 +173,15 @@ def iterations(path: str | Path, *, say: Callable[[str], None] = _to_stderr) -> 
         raise MaskLLMError(f"{path}: {found}; wanted a checkpoint that `maskllm convert` or training wrote")
     if (path / INFO).is_file() or is_complete(path):
         return [path]
-    latest = _named_by_latest(path, say)
+    latest = _named_by_latest(path, fall_back, say)
     if latest is not None and latest.name == "release":
         return [latest]
     found = sorted(((number, entry) for entry in path.iterdir() if (number := iteration_number(entry)) is not None), reverse=True)
     complete = [entry for _, entry in found if is_complete(entry)]
     if latest is not None and is_complete(latest):
+        if complete[0] != latest and _time_of(complete[0] / MANIFEST) > _time_of(path / LATEST):
+            say(f"{complete[0]}: complete, and newer than {LATEST}, which names {latest.name}; using {complete[0].name}")
+            return complete
         for entry in complete[: complete.index(latest)]:
             say(f"{entry}: newer than {latest.name}, which {LATEST} names; ignored")
         return complete[complete.index(latest) :]
@@ -235,10 +240,15 @@ def iteration_number(directory: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def _named_by_latest(root: Path, say: Callable[[str], None]) -> Path | None:
+def _time_of(file: Path) -> int:
+    """When it was written, in ns since 1970."""
+    return file.stat().st_mtime_ns
+
+
+def _named_by_latest(root: Path, fall_back: bool, say: Callable[[str], None]) -> Path | None:
     """The iteration directory that `latest_checkpointed_iteration.txt` names, if that is there and text.
 
-    Raises MaskLLMError for other words.
+    Raises MaskLLMError for other words, unless with `fall_back`.
     """
     if not (root / LATEST).is_file():
         return None
@@ -247,7 +257,11 @@ def _named_by_latest(root: Path, say: Callable[[str], None]) -> Path | None:
         say(f"{root / LATEST}: is empty or no text; ignored")
         return None
     if text != "release" and not re.fullmatch(r"\d{1,18}", text):
-        raise MaskLLMError(f"{root / LATEST}: holds {text[:40]!r}; wanted 'release' or an iteration number")
+        problem = f"{root / LATEST}: holds {text[:40]!r}; wanted 'release' or an iteration number"
+        if not fall_back:
+            raise MaskLLMError(problem)
+        say(f"{problem}; --auto-fallback: ignored")
+        return None
     return root / iteration_name("release" if text == "release" else int(text))
 
 

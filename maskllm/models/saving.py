@@ -14,6 +14,7 @@ import inspect
 import os
 import shutil
 import signal
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,6 +45,7 @@ from maskllm.models.hf_source import read_side_files
 from maskllm.models.manifest import FileRecord, write_manifest
 from megatron_patches.checkpoints import end_with_parent
 
+_POLL_SECONDS = 0.02
 # From 0.19 on Megatron prefers an optional package's writer to its own, and asks for it by default.
 _OWN_WRITER = {"async_strategy": "mcore"} if "async_strategy" in inspect.signature(dist_checkpointing.save).parameters else {}
 
@@ -58,6 +60,7 @@ class CheckpointSaver:
             writing (Megatron's `async_sharded_save`) goes on behind it. A save waits for the one before it.
         keep_last: How many complete iterations to keep; all without it. "release" and `protected` always stay.
         protected: An iteration directory that stays.
+        progress: Called again and again while a save is waited for and some rank's writer lives.
     """
 
     def __init__(
@@ -68,12 +71,14 @@ class CheckpointSaver:
         background: bool = False,
         keep_last: int | None = None,
         protected: Path | None = None,
+        progress: Callable[[], None] = lambda: None,
     ) -> None:
         self.root = Path(root)
         self._hf_files = read_side_files(hf_files_from) if dist.get_rank() == 0 else {}
         self.background = background
         self.keep_last = keep_last
         self.protected = protected
+        self.progress = progress
         self._queue = AsyncCallsQueue()
         self._writing: tuple[Path, Path] | None = None
         """The iteration directory that is being written, and the hidden one beside it."""
@@ -126,21 +131,32 @@ class CheckpointSaver:
         if self._writing is None:
             return
         with self._checked():
-            self._queue.maybe_finalize_async_calls(blocking=blocking)
+            self._queue.maybe_finalize_async_calls(blocking=False)
+            while blocking and self._queue.get_num_unfinalized_calls():
+                # Not upstream's own wait, which leaves the ranks that are done in a collective for as long as the slowest disk takes.
+                time.sleep(_POLL_SECONDS)
+                self.progress()
+                self._queue.maybe_finalize_async_calls(blocking=False)
         if not self._queue.get_num_unfinalized_calls():
             self._writing = None
+
+    def abandon(self) -> None:
+        """End this rank's writer, if one is at work, and remove what has been written: the run has failed."""
+        for call in self._queue.async_calls:
+            call.async_caller.close(abort=True)
+        if self._writing is not None and dist.get_rank() == 0:
+            shutil.rmtree(self._writing[1], ignore_errors=True)
 
     @contextlib.contextmanager
     def _checked(self) -> Iterator[None]:
         """A part of saving: an exception becomes one MaskLLMError, the same on all ranks, and what was written is removed."""
-        path, temporary = self._writing
+        path, _ = self._writing
         try:
             with one_line(f"{path}: cannot be written"):
                 yield
         except MaskLLMError as error:
             message, cause = str(error), error.__cause__
-            if dist.get_rank() == 0:
-                shutil.rmtree(temporary, ignore_errors=True)
+            self.abandon()
             if isinstance(cause, CheckpointException):  # raised on all ranks together, with the reason on the first alone
                 message = from_first_rank(message)
             raise MaskLLMError(f"{message}; older checkpoints are as they were") from cause

@@ -182,7 +182,7 @@ def _open_intact(path: str, *, fall_back: bool, say: Callable[[str], None]) -> C
     found: list[str] = []
     with raised_together():  # the first rank decides: another machine may not see the newest directory yet
         if is_first_rank():
-            found = [str(candidate) for candidate in iterations(path, say=say)]
+            found = [str(candidate) for candidate in iterations(path, fall_back=fall_back, say=say)]
     candidates = [Path(candidate) for candidate in from_first_rank(found)]
     for candidate, older in zip(candidates, [*candidates[1:], None], strict=True):
         try:

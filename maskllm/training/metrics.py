@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
+from maskllm.errors import MaskLLMError
 from maskllm.files import write_text
 from maskllm.layers.spec import MaskedLinear
 from maskllm.patterns import unpack_mask
@@ -64,16 +67,21 @@ class MetricsWriter:
             self.board = SummaryWriter(tensorboard_dir, purge_step=start_iteration + 1)
 
     def write(self, kind: str, iteration: int, values: dict[str, Any]) -> None:
-        """Report `values` of the step that ends as number `iteration` (the first is 1)."""
+        """Report `values` of the step that ends as number `iteration` (the first is 1).
+
+        Raises MaskLLMError, with the name of the file or the directory, where it cannot be written.
+        """
         line = {"kind": kind, "iteration": iteration, **values}
         if self.file is not None:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
+            with _named(self.file.name):
+                self.file.write(json.dumps(line) + "\n")
+                self.file.flush()
         if self.board is not None:
-            for name, value in values.items():
-                if value is not None:
-                    self.board.add_scalar(f"{kind}/{name}", value, iteration)
-            self.board.flush()
+            with _named(self.board.log_dir):
+                for name, value in values.items():
+                    if value is not None:
+                        self.board.add_scalar(f"{kind}/{name}", value, iteration)
+                self.board.flush()
         text = " | ".join(f"{name.replace('_', ' ')} {_format(value)}" for name, value in values.items() if value is not None)
         print(f"{kind} iteration {iteration} | {text}", file=self.console, flush=True)
 
@@ -83,6 +91,15 @@ class MetricsWriter:
             self.file.close()
         if self.board is not None:
             self.board.close()
+
+
+@contextlib.contextmanager
+def _named(path: str) -> Iterator[None]:
+    """A block that writes to `path`: the system's own complaint about a full disk names no file."""
+    try:
+        yield
+    except OSError as error:
+        raise MaskLLMError(f"{path}: cannot be written ({error.strerror or error})") from error
 
 
 def _lines_before(file: Path, start_iteration: int) -> list[str]:

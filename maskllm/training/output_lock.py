@@ -27,22 +27,23 @@ def output_lock(directory: Path) -> Iterator[None]:
 
     The lock is the kernel's (flock): it goes with the process that holds it, however that ends, and with those that write
     its checkpoints in the background, which end with it. Those of a job that has been killed are waited for, for up to three minutes,
-    and so is another machine's lock where torchrun has restarted the job. Raises MaskLLMError naming
+    and so is another machine's lock where torchrun has restarted the job that holds it. Raises MaskLLMError naming
     the host and the process that holds the directory.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / LOCK).open("a+", encoding="utf-8") as file:
         # A machine that has died keeps its lock on a shared file system until its lease ends.
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+        job = os.environ.get("TORCHELASTIC_RUN_ID")
         deadline = time.monotonic() + _PATIENCE_SECONDS
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                host, pid = _holder(directory / LOCK)
-                going = host == socket.gethostname() and not is_gone(pid)
-                if time.monotonic() > deadline or going or (host != socket.gethostname() and not restarted):
+                host, pid, holder = _holder(directory / LOCK)
+                going = not is_gone(pid) if host == socket.gethostname() else not (restarted and holder == job)
+                if time.monotonic() > deadline or going:
                     raise MaskLLMError(
                         f"--save {directory}: process {pid} on {host} is writing there; wait for it, stop it, or name another --save"
                     ) from None
@@ -56,14 +57,15 @@ def output_lock(directory: Path) -> Iterator[None]:
                 )
                 break
         file.truncate(0)
-        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n")
+        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "job": job}) + "\n")
         file.flush()
         yield
 
 
-def _holder(path: Path) -> tuple[str, int | None]:
+def _holder(path: Path) -> tuple[str, int | None, str | None]:
+    """The host, the process and torchrun's job."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return values["host"], values["pid"]
+        return values["host"], values["pid"], values["job"]
     except (ValueError, KeyError, TypeError):  # it has not written its name yet
-        return "some host", None
+        return "some host", None, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import io
 import os
 import socket
 import sys
@@ -12,6 +13,19 @@ from pathlib import Path
 from typing import TextIO
 
 LOGS = "logs"
+
+
+class _Console(io.TextIOWrapper):
+    """Standard error as it was. A run outlives it: what it prints to a closed terminal, or a pipe that nobody reads, is lost."""
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            super().flush()
 
 
 @contextlib.contextmanager
@@ -32,7 +46,7 @@ def rank_output(save: str | None, rank: int) -> Iterator[TextIO]:
     with path.open("ab", buffering=0) as log:
         for number in before:
             os.dup2(log.fileno(), number)
-    console = os.fdopen(os.dup(before[2]), "w", buffering=1, encoding="utf-8", errors="backslashreplace")
+    console = _Console(os.fdopen(os.dup(before[2]), "wb"), encoding="utf-8", errors="backslashreplace", line_buffering=True)
     started = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
     print(f"--- rank {rank}, process {os.getpid()} on {socket.gethostname()}, {started}", flush=True)
     try:

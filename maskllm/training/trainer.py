@@ -32,6 +32,9 @@ from maskllm.training.data import Batches, DataFiles, build_batches
 from maskllm.training.metrics import MetricsWriter, WinnerTracker, peak_memory_bytes
 from maskllm.training.optimizer import build_lr_scheduler, build_optimizer
 
+SAVE_PATIENCE = 6
+"""How many times `--distributed-timeout-minutes` a checkpoint may take to write."""
+
 
 @dataclass(frozen=True)
 class StepResult:
@@ -79,6 +82,7 @@ class Trainer:
         if arguments.save and dist.get_rank() == 0:
             remove_leftovers(Path(arguments.save))
         dist.barrier()
+        self.progress("verifying the checkpoint")
         self.start: Start = resolve_start(arguments, pattern, say=self._say)
         self._say(
             f"resuming {self.start.checkpoint.path} after iteration {self.start.iteration} of {arguments.train_iters}"
@@ -86,6 +90,7 @@ class Trainer:
             else f"starting from {self.start.checkpoint.path}"
         )
 
+        self.progress("loading the checkpoint")
         model = self.start.build_model(self.sampler)
         self.layers = list(masked_linears(model))
         model.config.finalize_model_grads_func = self._finish_gradients
@@ -104,8 +109,10 @@ class Trainer:
         self.iteration = self.start.iteration
         """Steps done."""
         if self.start.resumed:
+            self.progress("loading the training state")
             load_training_state(self.start, self.model.module, self.optimizer)
             self.lr_scheduler.step(self.iteration * arguments.global_batch_size)
+        self.progress("opening the data")
         self.train_batches, self.valid_batches = build_batches(arguments, self.start.model_config.vocab_size, device())
         # One rank of each machine looks after the files, for the file system's sake.
         self.data_files = DataFiles(arguments.blend()[0] if os.environ.get("LOCAL_RANK", "0") == "0" else [])
@@ -118,10 +125,13 @@ class Trainer:
                 background=arguments.async_save,
                 keep_last=arguments.keep_last,
                 protected=self.start.checkpoint.path,
+                progress=self._save_goes_on,
             )
             if arguments.save
             else None
         )
+        self.save_started = 0.0
+        """When the last checkpoint was begun, by `time.monotonic`."""
         self.losses: list[torch.Tensor] = []
         """Of the last step's micro-batches, on the last pipeline stage."""
         self.bad_steps = 0
@@ -137,17 +147,26 @@ class Trainer:
         """Whether some rank misses a file of the dataset, as all ranks know."""
 
     def train(self) -> None:
-        """Run to the last step, or to the one in which SIGTERM or SIGINT arrives or a file of the dataset disappears.
+        """Run to the last step, or to the one in which SIGTERM, SIGINT or SIGHUP arrives or a file of the dataset disappears.
 
         With `--save` each way out leaves a checkpoint of the last good step, if there was one.
 
-        Raises StoppedError after a signal, and MaskLLMError where the data are gone, a checkpoint cannot be written, no step was finite,
-        or as many as `--max-bad-steps` in a row were not.
+        Raises StoppedError after a signal, and MaskLLMError where the data are gone, a checkpoint or the metrics cannot be written, no step
+        was finite, or as many as `--max-bad-steps` in a row were not.
         """
+        try:
+            self._train()
+        except BaseException:
+            if self.saver is not None:
+                self.saver.abandon()
+            raise
+
+    def _train(self) -> None:
         arguments = self.arguments
         writer = self._open_writer()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._request_stop)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which nohup has asked for
+                signal.signal(number, self._request_stop)
         last_saved = self.iteration if self.start.resumed and self.start.lies_in_save else None
         window: list[StepResult] = []
         # A bar on a terminal; a file gets the lines alone.
@@ -185,9 +204,11 @@ class Trainer:
                 if self.saver is not None:
                     self.saver.poll()
                     due = last or self._ends_early or (arguments.save_interval and self.iteration % arguments.save_interval == 0)
-                    if due and self.has_learned:
-                        self._save(self.iteration)
-                        last_saved = self.iteration
+                    # Steps that are skipped in a row may be wanted again, once their cause is gone; those of a run that is over are not.
+                    done = self.iteration if last else self.iteration - self.bad_steps
+                    if due and self.has_learned and (done > (last_saved or 0) or self._ends_early):
+                        self._save(done)
+                        last_saved = done
                 paused += time.perf_counter() - pause
                 if last or self._ends_early:
                     break
@@ -224,11 +245,17 @@ class Trainer:
     def _save(self, iteration: int) -> None:
         start = self.start
         self.progress(f"saving iteration {iteration}")
+        self.save_started = time.monotonic()
         self.saver.save(
             iteration,
             sharded_training_state(start, self.model.module, self.optimizer),
             training_info(start, self.arguments, iteration),
         )
+
+    def _save_goes_on(self) -> None:
+        """Note the progress of a checkpoint that is waited for: a file system may be much slower than a network, but not for ever."""
+        if time.monotonic() - self.save_started < SAVE_PATIENCE * self.arguments.distributed_timeout_minutes * 60:
+            self.progress()
 
     def _step(self) -> StepResult:
         """One optimizer step; where the loss or a gradient is not finite on any rank, all ranks leave logits and optimizer as they are."""

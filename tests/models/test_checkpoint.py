@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import time
 
 import pytest
 import torch
@@ -69,6 +70,28 @@ def test_the_newest_complete_iteration_is_found_without_being_named(dense):
     assert (
         lines[-1] == f"{dense / 'iter_0000016'}: not complete, it has no {MANIFEST}, though {LATEST} names it; using iter_0000012"
     )
+
+
+def test_a_complete_iteration_counts_where_its_save_was_killed_before_it_was_named(dense):
+    for number in (8, 12, 16):
+        shutil.copytree(dense / "release", dense / f"iter_{number:07d}")
+    (dense / LATEST).write_text("12\n")
+    os.utime(dense / LATEST, ns=(0, (dense / "iter_0000016" / MANIFEST).stat().st_mtime_ns - 1))
+    lines = []
+    assert [path.name for path in iterations(dense, say=lines.append)] == ["iter_0000016", "iter_0000012", "iter_0000008"]
+    assert lines == [f"{dense / 'iter_0000016'}: complete, and newer than {LATEST}, which names iter_0000012; using iter_0000016"]
+    (dense / LATEST).write_text("8\n")  # by hand, after it
+    assert resolve(dense).iteration == 8
+
+
+def test_other_words_are_passed_over_only_where_that_was_asked_for(dense):
+    shutil.copytree(dense / "release", dense / "iter_0000008")
+    (dense / LATEST).write_text("v\n")
+    with pytest.raises(MaskLLMError, match="holds 'v'"):
+        iterations(dense)
+    lines = []
+    assert iterations(dense, fall_back=True, say=lines.append) == [dense / "iter_0000008"]
+    assert lines == [f"{dense / LATEST}: holds 'v'; wanted 'release' or an iteration number; --auto-fallback: ignored"]
 
 
 @pytest.mark.parametrize(
@@ -275,6 +298,41 @@ def test_a_killed_writer_fails_the_save_and_not_the_ones_after_it(dense, backgro
         saver.finish()
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["iter_0000004", LATEST]
     assert (tmp_path / "run" / "iter_0000004" / "hf" / "config.json").is_file()
+
+
+@pytest.fixture
+def slow_writer(monkeypatch):
+    """Each writer takes a second longer."""
+    write = FileSystemWriterAsync.write_preloaded_data
+
+    def slow(*values, **named):
+        time.sleep(1)
+        return write(*values, **named)
+
+    monkeypatch.setattr(FileSystemWriterAsync, "write_preloaded_data", staticmethod(slow))
+
+
+@pytest.mark.usefixtures("slow_writer")
+def test_a_save_that_is_waited_for_tells_that_it_goes_on(dense, tmp_path):
+    calls = []
+    with parallel_processes():
+        saver = CheckpointSaver(tmp_path / "run", resolve(dense).hf_directory, progress=lambda: calls.append(time.monotonic()))
+        saver.save(3, {"w": ShardedTensor.from_rank_offsets("w", torch.ones(1000))}, resolve(dense).info)
+    assert resolve(tmp_path / "run").iteration == 3
+    assert len(calls) > 2
+    assert calls[-1] - calls[0] > 0.5, "it was silent while it waited"
+
+
+@pytest.mark.usefixtures("slow_writer")
+def test_what_a_failed_run_was_writing_goes(dense, tmp_path):
+    with parallel_processes():
+        saver = CheckpointSaver(tmp_path / "run", resolve(dense).hf_directory, background=True)
+        saver.save(3, {"w": ShardedTensor.from_rank_offsets("w", torch.ones(1000))}, resolve(dense).info)
+        assert list((tmp_path / "run").glob(".iter_0000003.*.tmp"))
+        saver.abandon()
+        assert not list((tmp_path / "run").iterdir())
+        time.sleep(1.5)
+        assert not list((tmp_path / "run").iterdir()), "the writer goes on"
 
 
 def test_info_comes_back_as_it_was(dense, tmp_path):

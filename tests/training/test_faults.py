@@ -129,9 +129,14 @@ def test_a_full_disk_during_a_save_leaves_the_checkpoint_before_it(start, whole,
     run = start(None, arguments(save, tiny_dataset, tiny_pruned, async_save=True), **limits)
     assert run.end() == 1
     (line,) = [line for line in run.console.splitlines() if "error" in line]
-    assert line.startswith(f"maskllm.train: error: {save}/iter_0000004")
-    assert any(words in line for words in ("No space left on device", "File too large", "the disk is probably full"))
-    assert line.endswith("older checkpoints are as they were")
+    if line.startswith(
+        f"maskllm.train: error: {save}/metrics.jsonl: cannot be written"
+    ):  # the next step's, before the writer has ended
+        assert "No space left on device" in line
+    else:
+        assert line.startswith(f"maskllm.train: error: {save}/iter_0000004")
+        assert any(words in line for words in ("No space left on device", "File too large", "the disk is probably full"))
+        assert line.endswith("older checkpoints are as they were")
     assert "Traceback" not in run.console
     assert steps_done(save) == 2
     assert not list(save.glob(".iter*")), "what was half-written still fills the disk"
@@ -236,11 +241,9 @@ def test_steps_that_are_not_finite_are_skipped_on_every_rank_and_a_row_of_them_e
     assert [line["loss"] is None for line in metrics] == bad[: last + 1]
 
     first = bad.index(False) + 1
-    assert sorted(path.name for path in save.glob("iter_*"))[0] == f"iter_{first:07d}", "there was nothing to save before"
-    for step in range(first, last):
-        before, after = (learned_tensors(save / f"iter_{number:07d}") for number in (step, step + 1))
-        same = all(torch.equal(before[key], after[key]) for key in before if key in after and "common" not in key)
-        assert same == bad[step], f"step {step + 1}"
+    kept = [f"iter_{step + 1:07d}" for step in range(last) if not bad[step]]
+    assert sorted(path.name for path in save.glob("iter_*")) == kept, "wanted one of each good step"
+    assert kept[0] == f"iter_{first:07d}", "there was nothing to save before"
 
     file = save / f"bad_batch_iter_{last + 1:07d}.safetensors"
     assert run.console.count(f"loss or gradient not finite in {ROW} steps in a row (--max-bad-steps); its batch is in {file}") == 2
@@ -249,7 +252,7 @@ def test_steps_that_are_not_finite_are_skipped_on_every_rank_and_a_row_of_them_e
         expected = torch.cat([batches[last * BATCH + index].tokens for index in range(BATCH)])
         assert torch.equal(saved.get_tensor("tokens"), expected)
         assert torch.equal(saved.get_tensor("losses").isnan(), (expected == POISON).any(1))
-    assert resolve(save).iteration == last
+    assert resolve(save).iteration == last + 1 - ROW
     assert "not finite on this rank" in (save / "logs" / "rank_00001.log").read_text()
 
     seldom = tmp_path / "seldom"
@@ -260,6 +263,28 @@ def test_steps_that_are_not_finite_are_skipped_on_every_rank_and_a_row_of_them_e
     assert run.end() == 1
     assert run.console.rstrip().endswith(f"saved at iteration {last + 1 - ROW}"), "the good steps are lost"
     assert resolve(seldom).iteration == last + 1 - ROW
+
+
+@pytest.mark.slow
+def test_a_skipped_step_changes_nothing_and_counts_at_the_end(start, tmp_path, poisoned_model, poisoned_dataset):
+    from maskllm.training.arguments import parse_arguments
+    from maskllm.training.data import build_batches
+
+    for steps in range(2, STEPS_WITH_POISON):
+        save = tmp_path / str(steps)
+        values = arguments(save, poisoned_dataset, poisoned_model, steps=steps, global_batch_size=BATCH, save_interval=1)
+        batches, _ = build_batches(parse_arguments(values), 256, torch.device("cpu"))
+        bad = [any(bool((batches[step * BATCH + index].tokens == POISON).any()) for index in range(BATCH)) for step in range(steps)]
+        if bad[-1] and not bad[-2]:
+            break
+    else:
+        raise AssertionError("no run ends in a bad step after a good one")
+    run = start(None, values)
+    assert run.end() == 0
+    assert resolve(save).iteration == steps
+    before, after = (learned_tensors(save / f"iter_{number:07d}") for number in (steps - 1, steps))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 @pytest.fixture(scope="module")

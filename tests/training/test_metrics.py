@@ -7,13 +7,14 @@ import io
 import json
 import math
 import signal
+from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from maskllm import train
 from maskllm.distributed import parallel_processes
-from maskllm.errors import StoppedError
+from maskllm.errors import MaskLLMError, StoppedError
 from maskllm.models.checkpoint import resolve
 from maskllm.training.arguments import parse_arguments
 from maskllm.training.metrics import MetricsWriter
@@ -93,6 +94,18 @@ def test_a_signal_during_validation_saves_without_waiting_for_its_end(steps, tmp
     validated = [place for place in places if "validation" in place]
     assert len(validated) == 1 + 2, "one batch of two micro-batches, of 2 x 50"
     assert resolve(tmp_path / "run").iteration == 1
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path):
+    writer = MetricsWriter(tmp_path / "metrics.jsonl", None, 0, io.StringIO())
+    writer.close()
+    with (
+        contextlib.suppress(OSError),  # it cannot be closed either
+        Path("/dev/full").open("w") as writer.file,
+        pytest.raises(MaskLLMError) as caught,
+    ):
+        writer.write("train", 1, {"loss": 1.0})
+    assert str(caught.value) == "/dev/full: cannot be written (No space left on device)"
 
 
 def test_a_resumed_run_leaves_out_the_lines_of_steps_it_does_again_and_a_torn_one(tmp_path):

@@ -6,6 +6,8 @@ import contextlib
 import json
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -174,6 +176,25 @@ def test_sigterm_saves_and_ends_with_its_own_status(start, tmp_path, tiny_datase
     lines = iterations_logged(save)
     assert stopped_again == lines[-1]
     assert lines == list(range(1, len(lines) + 1))
+
+
+@pytest.mark.slow
+def test_a_closed_terminal_stops_the_run_as_sigterm_does_and_a_closed_pipe_does_not(start, tmp_path, tiny_dataset, tiny_pruned):
+    save = tmp_path / "run"
+    values = arguments(save, tiny_dataset, tiny_pruned, steps=2000, save_interval=1000)
+    run = start(None, values)
+    run.wait_for(lambda: "train iteration 2 " in run.console)
+    run.process.send_signal(signal.SIGHUP)
+    assert run.end() == 75
+    assert f"saved at iteration {steps_done(save)}; run the same command" in run.console
+
+    piped = arguments(tmp_path / "piped", tiny_dataset, tiny_pruned)
+    with subprocess.Popen([sys.executable, "-m", "maskllm.train", *piped], stderr=subprocess.PIPE) as process:
+        while b"train iteration 1 " not in process.stderr.readline():
+            pass
+        process.stderr.close()
+        assert process.wait(200) == 0
+    assert steps_done(tmp_path / "piped") == STEPS
 
 
 def copy_of_step_2(whole: Path, save: Path) -> Path:
