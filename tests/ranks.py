@@ -101,7 +101,7 @@ class Pool:
 def ask(folder: Path, ranks: int, words: Sequence[str], alive: Callable[[], bool] = lambda: True) -> subprocess.CompletedProcess:
     """Have the job of `ranks` processes that serves `folder` run `python WORDS` (-m MODULE or FILE, and arguments) in this directory.
 
-    The status is negative where it does not answer within five minutes, or is not `alive` before. In between the ranks are stopped: the
+    The status is negative where it does not answer within fifteen minutes, or is not `alive` before. In between the ranks are stopped: the
     process groups that programs leave behind have threads that wake a hundred times a second.
     """
     number = 1
@@ -115,7 +115,7 @@ def ask(folder: Path, ranks: int, words: Sequence[str], alive: Callable[[], bool
     part.write_text(json.dumps({"words": list(words), "directory": str(Path.cwd())}))
     part.rename(folder / f"{number}.json")
     replies = [folder / f"{number}.{rank}.status" for rank in range(ranks)]
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900
     while not all(reply.exists() for reply in replies) and alive() and time.monotonic() < deadline:
         _signal_ranks(folder, signal.SIGCONT)  # again and again: another's answer may stop them
         time.sleep(POLL_SECONDS)

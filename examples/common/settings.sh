@@ -3,7 +3,7 @@
 #
 # Every setting is an environment variable; what is set already is kept. A recipe's own are in its recipe.sh.
 #
-#   DRY_RUN=1             print the commands instead of running them
+#   DRY_RUN=1             print the commands instead of running them (0: run them)
 #   MODEL=tiny            run on the CPU with gloo: a tiny random model of the recipe's family on text of the standard library (tiny.sh)
 #
 #   HF_MODEL              Hugging Face checkpoint: a hub id or a directory
@@ -36,6 +36,8 @@ RECIPE=$(basename "$(cd "$RECIPE_DIR" && pwd)")
 COMMON=$(dirname "${BASH_SOURCE[0]}")
 PYTHON=${PYTHON:-python3}
 
+# shellcheck source=examples/common/run.sh
+source "$COMMON/run.sh"
 if [[ ${MODEL:-} == tiny ]]; then
   # shellcheck source=examples/common/tiny.sh
   source "$COMMON/tiny.sh"
@@ -78,15 +80,16 @@ if [[ -z ${HF_MODEL:-} ]]; then
   echo "$RECIPE: its weights are not on the hub; set HF_MODEL to a Hugging Face checkpoint of it" >&2
   exit 2
 fi
-if [[ -z ${DRY_RUN:-}${MODEL:-} && ! -d $HF_MODEL && ! $HF_MODEL =~ ^[A-Za-z0-9_.-]*[A-Za-z0-9_]/[A-Za-z0-9_.-]+$ ]]; then
-  echo "HF_MODEL=$HF_MODEL: no such directory, and not a hub id like meta-llama/Llama-2-7b-hf" >&2
-  exit 2
-fi
 # shellcheck disable=SC2034 # the steps use it
 HF_DIR=$HF_MODEL
 if [[ -z ${MODEL:-} && ! -d $HF_MODEL ]]; then
-  # shellcheck disable=SC2034
-  HF_DIR=$DATA_DIR/models/$(basename "$HF_MODEL")
+  if [[ $HF_MODEL =~ ^[A-Za-z0-9_.-]*[A-Za-z0-9_]/[A-Za-z0-9_.-]+$ ]]; then
+    # shellcheck disable=SC2034
+    HF_DIR=$DATA_DIR/models/$(basename "$HF_MODEL")
+  elif [[ -z ${DRY_RUN:-} ]]; then # which may show what another machine has
+    echo "HF_MODEL=$HF_MODEL: no such directory, and not a hub id like meta-llama/Llama-2-7b-hf" >&2
+    exit 2
+  fi
 fi
 
 if [[ -z ${DRY_RUN:-} && -e "$OUTPUT/dense/release/maskllm.json" ]]; then
@@ -100,9 +103,6 @@ fi
 
 # What torchrun grants the processes to save after SIGTERM, where its version can be told; else it is 30 seconds.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-240}
-
-# shellcheck source=examples/common/run.sh
-source "$COMMON/run.sh"
 
 # Whether a file is newer than the one it was made from, so that a step has nothing to do; a dry run shows the step anyway.
 up_to_date() {

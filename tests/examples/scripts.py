@@ -36,7 +36,7 @@ def bash(script: Path, cwd: Path, *arguments: str, **settings: object) -> subpro
         start_new_session=True,
     ) as process:
         try:
-            output, errors = process.communicate(timeout=300)
+            output, errors = process.communicate(timeout=900)
         except BaseException:
             os.killpg(
                 process.pid, signal.SIGTERM

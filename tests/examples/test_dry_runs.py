@@ -49,7 +49,7 @@ def test_a_dry_run_prints_commands_that_the_programs_take(recipe, tmp_path):
         words[:2] == ["hf", "download"] or words[1].endswith("download.py") or words[1:3] == ["-m", "zipfile"]
         for words in downloads
     )
-    assert download[2].startswith("meta-llama/" if recipe.startswith("llama") else f"/path/to/{recipe}")
+    assert download[2].startswith("meta-llama/" if recipe.startswith("llama") else "allenai/c4")
     shards = [word for words in downloads for word in words if re.fullmatch(r"en/c4-train\.000\d\d-of-01024\.json\.gz", word)]
 
     commands = dry_run(recipe, "2_preprocess", tmp_path)
@@ -63,6 +63,7 @@ def test_a_dry_run_prints_commands_that_the_programs_take(recipe, tmp_path):
 
     (words,) = dry_run(recipe, "3_convert", tmp_path)
     convert = parse_verb(words)
+    assert convert.hf == (download[3] if recipe.startswith("llama") else f"/path/to/{recipe}"), "what step 1 leaves or was given"
     (words,) = dry_run(recipe, "4_prune", tmp_path)
     torchrun, words = split_torchrun(words)
     prune = parse_verb(words)
@@ -119,6 +120,14 @@ def test_settings_come_from_the_environment(tmp_path):
     assert parse_arguments(split_torchrun(words)[1][1:]).use_distributed_optimizer
 
 
+@pytest.mark.parametrize("directory", ["/models/llama", "./llama", "../models/llama"])
+def test_a_dry_run_shows_a_directory_of_another_machine_in_its_place(directory, tmp_path):
+    downloads = dry_run("llama2-7b", "1_download", tmp_path, HF_MODEL=directory)
+    assert not any(directory in words for words in downloads)
+    (words,) = dry_run("llama2-7b", "3_convert", tmp_path, HF_MODEL=directory)
+    assert parse_verb(words).hf == directory
+
+
 @pytest.mark.parametrize("before", [False, True])
 def test_a_run_that_goes_on_keeps_its_kind_of_optimizer_under_any_layout(before, tmp_path):
     info = {"details": {"settings": {"use_distributed_optimizer": before}}}
@@ -165,6 +174,39 @@ def test_a_dry_run_of_several_steps_prints_them_in_order_and_does_nothing(script
     (words,) = (words for words in commands if "maskllm.train" in words)
     parse_arguments(split_torchrun(words)[1][1:]).check()
     assert [path.name for path in tmp_path.iterdir()] == ["examples"], "a dry run wrote something"
+
+
+@pytest.mark.parametrize("value", ["0", ""])
+@pytest.mark.parametrize("script", ["quickstart.sh", "slurm.sbatch", "llama2-7b/1_download.sh", "llama2-7b/run_all.sh"])
+def test_a_dry_run_of_0_or_nothing_is_a_run(script, value, tmp_path):
+    """The programs are stand-ins that tell how they are called, and fail."""
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    (tmp_path / "bin").mkdir()
+    for program in ("maskllm", "python", "srun"):
+        (tmp_path / "bin" / program).write_text('#!/bin/bash\necho "$(basename "$0") $*" >> called\nexit 7\n')
+        (tmp_path / "bin" / program).chmod(0o755)
+    (tmp_path / "hf").mkdir()
+    settings = {"MODEL": "hf", "TRAIN": "c4.json", "EVAL": "wiki"} if script == "quickstart.sh" else {}
+    path = f"{tmp_path / 'bin'}{os.pathsep}{environment()['PATH']}"
+    arguments = ["llama2-7b"] * (script == "slurm.sbatch")
+    done = bash(EXAMPLES / script, tmp_path, *arguments, DRY_RUN=value, PATH=path, PYTHON="python", **settings)
+    assert (done.returncode, done.stdout) == (7, "")
+    called = (tmp_path / "called").read_text()
+    first = {"quickstart.sh": "maskllm convert --hf hf", "slurm.sbatch": "srun --kill-on-bad-exit=1 bash"}
+    assert called.startswith(first.get(script, f"python {EXAMPLES}")) and called.count("\n") == 1
+
+
+@pytest.mark.parametrize("settings", [{"DRY_RUN": 0}, {"DRY_RUN": ""}])
+def test_a_run_of_0_checks_and_skips_as_a_run_does(settings, tmp_path):
+    done = bash(EXAMPLES / "gpt3-2b" / "3_convert.sh", tmp_path, **settings)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "set HF_MODEL" in done.stderr
+    done = bash(EXAMPLES / "llama2-7b" / "3_convert.sh", tmp_path, HF_MODEL="/nowhere/llama", **settings)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "HF_MODEL=/nowhere/llama: no such directory" in done.stderr
+    done = bash(EXAMPLES / "llama2-7b" / "5_train_multinode.sh", tmp_path, **settings)
+    assert done.returncode != 0
+    assert "HOST:PORT of one of the nodes" in done.stderr
 
 
 def test_the_readme_trains_as_the_recipe_does(tmp_path):

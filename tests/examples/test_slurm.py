@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -17,14 +19,14 @@ from tests.examples.scripts import EXAMPLES, bash, environment, split_torchrun
 SRUN = """#!/bin/bash
 printenv RDZV_ENDPOINT NNODES SRUN_CPUS_PER_TASK > rendezvous
 [[ $1 == --kill-on-bad-exit=1 && -e fails ]] && exit 7
-bash -c 'trap "touch saved; exit 1" TERM; touch started; while :; do sleep 0.05; done' &
+bash -c 'trap "touch asked" TERM; touch started; until [[ -e asked && -e goes_on ]]; do sleep 0.05; done; touch saved; exit 1' &
 echo $! > task
 trap 'kill -KILL $(cat task)' TERM  # as Slurm's own does
 while kill -0 $(cat task) 2> /dev/null; do sleep 0.05; done
 exit 1
 """
 SCANCEL = """#!/bin/bash
-[[ $1 == --signal=TERM && $2 == 42 ]] && kill -TERM $(cat task)
+[[ $1 == --signal=TERM && $2 == 42 ]] && kill -TERM $(cat task) && echo >> cancels
 """
 SCONTROL = """#!/bin/bash
 if [[ $1 == show ]]; then printf 'node7\\nnode8\\n'; else echo "$@" >> requests; fi
@@ -44,6 +46,7 @@ def test_slurm_starts_the_multinode_script(tmp_path):
 @pytest.fixture
 def cluster(tmp_path) -> dict[str, str]:
     """A directory with stand-ins for Slurm's programs, and the environment of a job."""
+    (tmp_path / "examples").symlink_to(EXAMPLES)
     (tmp_path / "bin").mkdir()
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("scancel", SCANCEL)):
         (tmp_path / "bin" / name).write_text(text)
@@ -52,16 +55,39 @@ def cluster(tmp_path) -> dict[str, str]:
     return variables | {"PATH": f"{tmp_path / 'bin'}{os.pathsep}{variables['PATH']}"}
 
 
-def test_a_slurm_job_that_is_asked_to_stop_saves_and_is_queued_again(cluster, tmp_path):
+NOTICE = re.search("^#SBATCH --signal=B:(.*)@300$", (EXAMPLES / "slurm.sbatch").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("signals", "again"),
+    [
+        (["notice"], True),
+        (["SIGTERM"], False),  # scancel
+        (["notice", "SIGTERM"], False),
+        (["SIGTERM", "notice"], False),
+    ],
+)
+def test_a_slurm_job_saves_when_it_is_stopped_and_is_queued_again_when_its_time_is_over(signals, again, cluster, tmp_path):
     job = subprocess.Popen(["bash", EXAMPLES / "slurm.sbatch", "llama2-7b"], cwd=tmp_path, env=cluster)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "started").exists():
-        assert job.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    job.send_signal(signal.SIGTERM)  # to the script alone, as --signal=B: does
-    job.wait(timeout=60)
-    assert (tmp_path / "saved").exists()
-    assert (tmp_path / "requests").read_text() == "requeue 42\n"
+
+    def wait_for(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert job.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+
+    cancels = tmp_path / "cancels"
+    wait_for((tmp_path / "started").exists)
+    for number, name in enumerate(signals, start=1):
+        job.send_signal(
+            getattr(signal, f"SIG{NOTICE[1]}" if name == "notice" else name)
+        )  # to the script alone, as --signal=B: does
+        wait_for(lambda number=number: cancels.exists() and cancels.read_text() == "\n" * number)
+    (tmp_path / "goes_on").touch()
+    assert job.wait(timeout=60) == 1
+    assert (tmp_path / "saved").exists(), "the script has not waited for the processes"
+    requests = tmp_path / "requests"
+    assert (requests.exists() and requests.read_text()) == ("requeue 42\n" if again else False)
     assert (tmp_path / "rendezvous").read_text() == "node7:29500\n2\n64\n"
 
 
@@ -82,7 +108,6 @@ for task in "${tasks[@]}"; do wait "$task" || exit; done
 @pytest.mark.slow
 def test_a_slurm_job_trains_one_model_on_two_nodes(cluster, pruned, tmp_path):
     """Both are this machine."""
-    (tmp_path / "examples").symlink_to(EXAMPLES)
     (tmp_path / "bin" / "srun").write_text(RUNNING_SRUN)
     (tmp_path / "bin" / "scontrol").write_text("#!/bin/bash\nprintf 'localhost\\nlocalhost\\n'\n")
     with socket.socket() as free:
