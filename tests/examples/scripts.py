@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -22,6 +25,15 @@ def environment(**settings: object) -> dict[str, str]:
     here = {name: os.environ[name] for name in ("HOME", "PYTHONPATH", "TMPDIR", "LD_LIBRARY_PATH") if name in os.environ}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return here | {"PATH": path, "PYTHON": sys.executable, **{name: str(value) for name, value in settings.items()}}
+
+
+@contextlib.contextmanager
+def port_of_ours() -> Iterator[int]:
+    """A free port, held during the block: a server that sets SO_REUSEADDR, as torchrun's does, can listen on it, and nobody is given it."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("", 0))
+        yield holder.getsockname()[1]
 
 
 def bash(script: Path, cwd: Path, *arguments: str, **settings: object) -> subprocess.CompletedProcess:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from tests.examples.scripts import EXAMPLES, RECIPES, bash, environment
+from tests.examples.scripts import EXAMPLES, RECIPES, bash, environment, port_of_ours
 
 
 @pytest.fixture
@@ -45,17 +44,15 @@ def check_end(output: Path, validation: dict[str, Any]) -> None:
 
 def train_on_two_nodes(recipe: str, cwd: Path, **settings: object) -> None:
     """Start step 5 twice, as if on two machines with one process each, and wait for its end."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        endpoint = f"localhost:{free.getsockname()[1]}"
     command = ["bash", EXAMPLES / recipe / "5_train_multinode.sh"]
-    variables = environment(RDZV_ENDPOINT=endpoint, GPUS=1, **settings)
-    nodes = [subprocess.Popen(command, cwd=cwd, env=variables, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    try:
-        messages = [node.communicate(timeout=300)[1] for node in nodes]
-    finally:
-        for node in nodes:
-            node.kill()
+    with port_of_ours() as port:
+        variables = environment(RDZV_ENDPOINT=f"localhost:{port}", GPUS=1, **settings)
+        nodes = [subprocess.Popen(command, cwd=cwd, env=variables, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+        try:
+            messages = [node.communicate(timeout=900)[1] for node in nodes]
+        finally:
+            for node in nodes:
+                node.kill()
     assert [node.returncode for node in nodes] == [0, 0], messages[0][-3000:] + messages[1][-3000:]
 
 

@@ -7,14 +7,13 @@ import os
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable
 
 import pytest
 
-from tests.examples.scripts import EXAMPLES, bash, environment, split_torchrun
+from tests.examples.scripts import EXAMPLES, bash, environment, port_of_ours, split_torchrun
 
 SRUN = """#!/bin/bash
 printenv RDZV_ENDPOINT NNODES SRUN_CPUS_PER_TASK > rendezvous
@@ -110,11 +109,10 @@ def test_a_slurm_job_trains_one_model_on_two_nodes(cluster, pruned, tmp_path):
     """Both are this machine."""
     (tmp_path / "bin" / "srun").write_text(RUNNING_SRUN)
     (tmp_path / "bin" / "scontrol").write_text("#!/bin/bash\nprintf 'localhost\\nlocalhost\\n'\n")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    variables = cluster | environment(RDZV_PORT=port, GPUS=1, **pruned) | {"PATH": cluster["PATH"]}
-    job = subprocess.run(["bash", EXAMPLES / "slurm.sbatch", "llama3.1-8b"], cwd=tmp_path, env=variables, check=False, timeout=300)
+    command = ["bash", EXAMPLES / "slurm.sbatch", "llama3.1-8b"]
+    with port_of_ours() as port:
+        variables = cluster | environment(RDZV_PORT=port, GPUS=1, **pruned) | {"PATH": cluster["PATH"]}
+        job = subprocess.run(command, cwd=tmp_path, env=variables, check=False, timeout=900)
     assert job.returncode == 0, (tmp_path / "node1").read_text()[-3000:] + (tmp_path / "node2").read_text()[-3000:]
     learned = pruned["OUTPUT"] / "learned"
     assert sorted(path.name for path in (learned / "logs").iterdir()) == ["rank_00000.log", "rank_00001.log"]
