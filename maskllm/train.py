@@ -76,11 +76,14 @@ def _train(arguments: TrainArguments, rank: int, console: TextIO) -> int:
     store = job_store("heartbeats") or dist.HashStore()
     limit = arguments.distributed_timeout_minutes * 60
     watchdog = Watchdog(store, rank, dist.get_world_size(), limit=limit, give_up=give_up)
-    try:
-        with watchdog:
-            Trainer(arguments, console=console if rank == 0 else None, progress=watchdog.progress).train()
-    except BaseException as error:
-        return report(PROGRAM, error, console, watchdog.describe)
+    with contextlib.ExitStack() as after_the_report:
+        try:
+            with watchdog:
+                trainer = Trainer(arguments, console=console if rank == 0 else None, progress=watchdog.progress)
+                after_the_report.callback(trainer.close)
+                trainer.train()
+        except BaseException as error:
+            return report(PROGRAM, error, console, watchdog.describe)
     return 0
 
 

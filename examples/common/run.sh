@@ -12,7 +12,7 @@ show() {
     printf '%s\n' "${line% }"
     return 1
   fi
-  printf '+ %s\n' "${line% }" >&2
+  printf '+ %s\n' "${line% }" >&2 || true # its console may have gone
 }
 
 # Show a command and, unless DRY_RUN is set, run it.

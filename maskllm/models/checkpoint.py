@@ -161,8 +161,8 @@ def resolve(path: str | Path, *, say: Callable[[str], None] = _to_stderr) -> Che
 def iterations(path: str | Path, *, fall_back: bool = False, say: Callable[[str], None] = _to_stderr) -> list[Path]:
     """The iteration directories that a run can go on from, best first: the one `latest_checkpointed_iteration.txt` names, then older ones.
 
-    Where that file is missing or no text, names one that is not complete, or is older than the newest complete one (a save was killed
-    before it wrote the file), the newest complete one comes first.
+    Where that file is missing or no text, names one that is not complete, or the one before the newest and is older than that (a
+    save was killed before it wrote the file), the newest complete one comes first.
     Directories that are not complete are left out. `say` is called with a line about what is newer than the first, and about a file that
     is no text. An iteration directory gives itself alone. Raises MaskLLMError where there is none, and where that file holds other words;
     with `fall_back` those count as no text.
@@ -179,7 +179,7 @@ def iterations(path: str | Path, *, fall_back: bool = False, say: Callable[[str]
     found = sorted(((number, entry) for entry in path.iterdir() if (number := iteration_number(entry)) is not None), reverse=True)
     complete = [entry for _, entry in found if is_complete(entry)]
     if latest is not None and is_complete(latest):
-        if complete[0] != latest and _time_of(complete[0] / MANIFEST) > _time_of(path / LATEST):
+        if complete[1:2] == [latest] and _time_of(complete[0] / MANIFEST) > _time_of(path / LATEST):
             say(f"{complete[0]}: complete, and newer than {LATEST}, which names {latest.name}; using {complete[0].name}")
             return complete
         for entry in complete[: complete.index(latest)]:

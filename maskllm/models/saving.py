@@ -11,12 +11,15 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import math
 import os
 import shutil
 import signal
+import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from torch.distributed.checkpoint.api import CheckpointException
 
-from maskllm.distributed import from_first_rank
+from maskllm.distributed import any_rank, from_first_rank
 from maskllm.errors import MaskLLMError, as_line, first_line
 from maskllm.files import publish_directory, write_json, write_text
 from maskllm.models.checkpoint import (
@@ -61,6 +64,7 @@ class CheckpointSaver:
         keep_last: How many complete iterations to keep; all without it. "release" and `protected` always stay.
         protected: An iteration directory that stays.
         progress: Called again and again while a save is waited for and some rank's writer lives.
+        patience: For how many seconds after its beginning a save is waited for.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class CheckpointSaver:
         keep_last: int | None = None,
         protected: Path | None = None,
         progress: Callable[[], None] = lambda: None,
+        patience: float = math.inf,
     ) -> None:
         self.root = Path(root)
         self._hf_files = read_side_files(hf_files_from) if dist.get_rank() == 0 else {}
@@ -79,6 +84,8 @@ class CheckpointSaver:
         self.keep_last = keep_last
         self.protected = protected
         self.progress = progress
+        self.patience = patience
+        self._started = 0.0
         self._queue = AsyncCallsQueue()
         self._writing: tuple[Path, Path] | None = None
         """The iteration directory that is being written, and the hidden one beside it."""
@@ -105,7 +112,7 @@ class CheckpointSaver:
             self._remove_older(iteration)
 
         _on_first_rank(lambda: temporary.mkdir(parents=True))
-        self._writing = (path, temporary)
+        self._writing, self._started = (path, temporary), time.monotonic()
         with self._checked():
             request = dist_checkpointing.save(
                 without_extra_state(sharded_state_dict), str(temporary), async_sharded_save=True, **_OWN_WRITER
@@ -124,7 +131,10 @@ class CheckpointSaver:
         self._finalize(blocking=False)
 
     def finish(self) -> None:
-        """Wait for what is being written and make it appear. Raises MaskLLMError as `save` does."""
+        """Wait for what is being written and make it appear.
+
+        Raises MaskLLMError as `save` does, and with the names of the ranks that still write when `patience` is over.
+        """
         self._finalize(blocking=True)
 
     def _finalize(self, *, blocking: bool) -> None:
@@ -134,16 +144,33 @@ class CheckpointSaver:
             self._queue.maybe_finalize_async_calls(blocking=False)
             while blocking and self._queue.get_num_unfinalized_calls():
                 # Not upstream's own wait, which leaves the ranks that are done in a collective for as long as the slowest disk takes.
+                (late,) = any_rank(time.monotonic() - self._started > self.patience)
+                if late:
+                    raise MaskLLMError(self._late())
                 time.sleep(_POLL_SECONDS)
                 self.progress()
                 self._queue.maybe_finalize_async_calls(blocking=False)
         if not self._queue.get_num_unfinalized_calls():
             self._writing = None
 
+    def _late(self) -> str:
+        """Which ranks' writers have not ended, the same words on all ranks."""
+        mine = f"rank {dist.get_rank()} on {socket.gethostname()}" if any(one.is_alive() for one in self._writers()) else ""
+        found = [mine] * dist.get_world_size()
+        dist.all_gather_object(found, mine)
+        path, _ = self._writing
+        return f"{path}: not written within {self.patience:.0f} s, those who still write are {', '.join(filter(None, found))}"
+
+    def _writers(self) -> list[BaseProcess]:
+        """This rank's processes that write."""
+        processes = [call.async_caller.process for call in self._queue.async_calls]
+        return [process for process in processes if process is not None]
+
     def abandon(self) -> None:
         """End this rank's writer, if one is at work, and remove what has been written: the run has failed."""
-        for call in self._queue.async_calls:
-            call.async_caller.close(abort=True)
+        for writer in self._writers():
+            writer.kill()
+            writer.join(1)
         if self._writing is not None and dist.get_rank() == 0:
             shutil.rmtree(self._writing[1], ignore_errors=True)
 

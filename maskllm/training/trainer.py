@@ -33,7 +33,7 @@ from maskllm.training.metrics import MetricsWriter, WinnerTracker, peak_memory_b
 from maskllm.training.optimizer import build_lr_scheduler, build_optimizer
 
 SAVE_PATIENCE = 6
-"""How many times `--distributed-timeout-minutes` a checkpoint may take to write."""
+"""How many times `--distributed-timeout-minutes` a checkpoint may take to write: a file system may be much slower than a network."""
 
 
 @dataclass(frozen=True)
@@ -125,13 +125,12 @@ class Trainer:
                 background=arguments.async_save,
                 keep_last=arguments.keep_last,
                 protected=self.start.checkpoint.path,
-                progress=self._save_goes_on,
+                progress=self.progress,
+                patience=SAVE_PATIENCE * 60 * arguments.distributed_timeout_minutes,
             )
             if arguments.save
             else None
         )
-        self.save_started = 0.0
-        """When the last checkpoint was begun, by `time.monotonic`."""
         self.losses: list[torch.Tensor] = []
         """Of the last step's micro-batches, on the last pipeline stage."""
         self.bad_steps = 0
@@ -149,19 +148,11 @@ class Trainer:
     def train(self) -> None:
         """Run to the last step, or to the one in which SIGTERM, SIGINT or SIGHUP arrives or a file of the dataset disappears.
 
-        With `--save` each way out leaves a checkpoint of the last good step, if there was one.
+        With `--save` it leaves a checkpoint of the last good step, if there was one, on each of these ways, and where steps are not finite.
 
         Raises StoppedError after a signal, and MaskLLMError where the data are gone, a checkpoint or the metrics cannot be written, no step
         was finite, or as many as `--max-bad-steps` in a row were not.
         """
-        try:
-            self._train()
-        except BaseException:
-            if self.saver is not None:
-                self.saver.abandon()
-            raise
-
-    def _train(self) -> None:
         arguments = self.arguments
         writer = self._open_writer()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -245,17 +236,16 @@ class Trainer:
     def _save(self, iteration: int) -> None:
         start = self.start
         self.progress(f"saving iteration {iteration}")
-        self.save_started = time.monotonic()
         self.saver.save(
             iteration,
             sharded_training_state(start, self.model.module, self.optimizer),
             training_info(start, self.arguments, iteration),
         )
 
-    def _save_goes_on(self) -> None:
-        """Note the progress of a checkpoint that is waited for: a file system may be much slower than a network, but not for ever."""
-        if time.monotonic() - self.save_started < SAVE_PATIENCE * self.arguments.distributed_timeout_minutes * 60:
-            self.progress()
+    def close(self) -> None:
+        """Remove the checkpoint that is half-written, where the training has failed."""
+        if self.saver is not None:
+            self.saver.abandon()
 
     def _step(self) -> StepResult:
         """One optimizer step; where the loss or a gradient is not finite on any rank, all ranks leave logits and optimizer as they are."""

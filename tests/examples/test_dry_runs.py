@@ -252,6 +252,14 @@ def test_what_is_not_set_is_asked_for(tmp_path):
     assert "there is no run to go on with" in done.stderr
 
 
+def test_a_command_runs_though_it_cannot_be_shown(tmp_path):
+    script = f"set -euo pipefail; source {EXAMPLES}/common/run.sh; run touch ran; run_last touch 'ran last'"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment(), stderr=full, check=False)
+    assert done.returncode == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ran", "ran last"]
+
+
 def test_step_6_leaves_the_choice_of_the_checkpoint_to_the_training_where_the_latest_is_not_told(tmp_path):
     """As where latest_checkpointed_iteration.txt is damaged."""
     learned = tmp_path / "out [1]" / "learned"

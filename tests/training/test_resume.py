@@ -190,8 +190,7 @@ def test_a_closed_terminal_stops_the_run_as_sigterm_does_and_a_closed_pipe_does_
 
     piped = arguments(tmp_path / "piped", tiny_dataset, tiny_pruned)
     with subprocess.Popen([sys.executable, "-m", "maskllm.train", *piped], stderr=subprocess.PIPE) as process:
-        while b"train iteration 1 " not in process.stderr.readline():
-            pass
+        assert any(b"train iteration 1 " in line for line in process.stderr)
         process.stderr.close()
         assert process.wait(200) == 0
     assert steps_done(tmp_path / "piped") == STEPS

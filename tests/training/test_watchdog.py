@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from dataclasses import asdict
+from types import SimpleNamespace
 
+import pytest
 import torch.distributed as dist
 
 from maskllm.training.watchdog import Heartbeat, Watchdog
@@ -112,30 +112,34 @@ def test_a_long_step_of_ranks_that_are_alive_is_no_fault():
     assert not lines
 
 
-STOPPED_AND_CONTINUED = f"""
-import sys, torch.distributed as dist
-from maskllm.training.watchdog import Watchdog
-store = dist.HashStore()
-say = lambda line: print(line, flush=True)
-with Watchdog(store, 0, 2, limit={LIMIT}, give_up=say), Watchdog(store, 1, 2, limit={LIMIT}, give_up=say):
-    print("ready", flush=True)
-    sys.stdin.read()
-"""
+@pytest.mark.parametrize(
+    "looks",
+    [
+        # of rank 0: after how many seconds, and whether rank 1 publishes before it
+        [(0.1, True)] * 6 + [(2 * LIMIT, False)] + [(0.1, True)] * 20,
+        [(0.1, True)] * 4 + [(2 * LIMIT, True), (0.1, False)] + [(0.1, True)] * 20,
+    ],
+    ids=["after it has begun to look", "before"],
+)
+def test_ranks_that_were_stopped_together_and_go_on_are_not_silent(looks, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("maskllm.training.watchdog.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    (dog, other), lines, _ = ranks(2, dist.HashStore())
+    left = iter(looks)
 
+    def wait(_: float) -> None:
+        seconds, publishes = next(left, (None, None))
+        if seconds is None:
+            dog._closed = True
+            return
+        clock[0] += seconds
+        if publishes:
+            other._publish()
 
-def test_ranks_that_were_stopped_together_and_go_on_are_not_silent():
-    with subprocess.Popen([sys.executable, "-c", STOPPED_AND_CONTINUED], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as both:
-        try:
-            assert both.stdout.readline() == b"ready\n"
-            for _ in range(8):
-                time.sleep(0.8 * LIMIT)
-                both.send_signal(signal.SIGSTOP)
-                time.sleep(0.6 * LIMIT)
-                both.send_signal(signal.SIGCONT)
-            said, _ = both.communicate()
-        finally:
-            both.kill()
-    assert (said, both.returncode) == (b"", 0)
+    dog._wake = SimpleNamespace(wait=wait, clear=lambda: None)
+    dog._run()
+    assert clock[0] > 3 * LIMIT
+    assert not lines
 
 
 def test_progress_keeps_a_rank_from_looking_at_the_others():
