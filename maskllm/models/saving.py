@@ -159,7 +159,8 @@ class CheckpointSaver:
         found = [mine] * dist.get_world_size()
         dist.all_gather_object(found, mine)
         path, _ = self._writing
-        return f"{path}: not written within {self.patience:.0f} s, those who still write are {', '.join(filter(None, found)) or 'none by now'}"
+        still = ", ".join(filter(None, found)) or "none by now"
+        return f"{path}: not written within {self.patience:.0f} s, those who still write are {still}"
 
     def _writers(self) -> list[BaseProcess]:
         """This rank's processes that write."""
