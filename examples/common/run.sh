@@ -29,6 +29,16 @@ run_last() {
   fi
 }
 
+# Wait for the end of a child, with its exit status in `status`. A trap cuts the wait short: it sets `cut`, and the wait goes on.
+wait_for() { # PROCESS
+  cut=yes
+  while [[ -n $cut ]]; do
+    cut=
+    status=0
+    wait "$1" || status=$?
+  done
+}
+
 # Which writing of a file is there: each gives it another inode than the one before it has.
 version_of() { # FILE
   ls -i "$1" 2>/dev/null && cat "$1"
@@ -51,12 +61,7 @@ run_apart() {
   group=$!
   set +m
   pass_on # what came before there was a group
-  cut=yes
-  while [[ -n $cut ]]; do # a trap cuts the wait short
-    cut=
-    status=0
-    wait "$group" || status=$?
-  done
+  wait_for "$group"
 }
 
 # shellcheck disable=SC2329 # by the traps

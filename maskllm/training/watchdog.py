@@ -120,8 +120,9 @@ class Watchdog:
     def _run(self) -> None:
         interval = min(5.0, self.limit / 12)
         before: dict[int, Heartbeat] | None = None
-        """The heartbeats after half of the limit without progress, and when they were looked at."""
+        """The heartbeats after half of the limit without progress."""
         seen = looked = time.monotonic()
+        """When those heartbeats were seen, and when this rank last looked at all."""
         told = False
         """Whether the log has where the ranks stand."""
         while True:

@@ -129,9 +129,8 @@ def test_a_full_disk_during_a_save_leaves_the_checkpoint_before_it(start, whole,
     run = start(None, arguments(save, tiny_dataset, tiny_pruned, async_save=True), **limits)
     assert run.end() == 1
     (line,) = [line for line in run.console.splitlines() if "error" in line]
-    if line.startswith(
-        f"maskllm.train: error: {save}/metrics.jsonl: cannot be written"
-    ):  # the next step's, before the writer has ended
+    if line.startswith(f"maskllm.train: error: {save}/metrics.jsonl: cannot be written"):
+        # The next step has met the full disk before the writer has told of it.
         assert "No space left on device" in line
     else:
         assert line.startswith(f"maskllm.train: error: {save}/iter_0000004")
