@@ -34,8 +34,8 @@ import megatron_patches
 
 megatron_patches.import_megatron()
 
+from maskllm.checkpoints.reading import LATEST, resolve  # noqa: E402
 from maskllm.files import write_json  # noqa: E402
-from maskllm.models.checkpoint import LATEST, resolve  # noqa: E402
 
 SAVE_INTERVAL = 5
 
@@ -45,9 +45,9 @@ def make_inputs(folder: Path) -> tuple[Path, str]:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from maskllm.models.convert import convert
+    from maskllm.checkpoints.convert import convert
     from maskllm.patterns import Pattern
-    from maskllm.pruning.checkpoint import prune_by_magnitude
+    from maskllm.pruning.megatron import prune_by_magnitude
     from maskllm.pruning.solve import PruneSettings
 
     torch.manual_seed(0)

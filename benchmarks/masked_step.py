@@ -19,13 +19,13 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from tqdm import tqdm
 
+from maskllm.checkpoints.reading import Checkpoint, resolve
 from maskllm.distributed import device, parallel_processes
 from maskllm.files import write_json
-from maskllm.layers.recompute import set_sample
-from maskllm.layers.spec import masked_linears
+from maskllm.masking.draw import set_sample
 from maskllm.masking.sampler import MaskMode, MaskSampler
-from maskllm.models.build import build_model, load_model
-from maskllm.models.checkpoint import Checkpoint, resolve
+from maskllm.megatron.build import build_model, load_model
+from maskllm.megatron.spec import masked_linears
 from maskllm.patterns import Pattern
 
 

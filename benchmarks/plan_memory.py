@@ -26,8 +26,8 @@ import megatron_patches
 
 megatron_patches.import_megatron()
 
+from maskllm.checkpoints.convert import convert  # noqa: E402
 from maskllm.files import write_json  # noqa: E402
-from maskllm.models.convert import convert  # noqa: E402
 from maskllm.planning.memory import Layout, largest_stage  # noqa: E402
 from maskllm.planning.models import named_model  # noqa: E402
 from maskllm.training.arguments import parse_arguments  # noqa: E402

@@ -25,9 +25,9 @@ import megatron_patches
 
 megatron_patches.import_megatron()
 
+from maskllm.checkpoints.reading import resolve  # noqa: E402
 from maskllm.cli import main as maskllm  # noqa: E402
 from maskllm.files import write_json  # noqa: E402
-from maskllm.models.checkpoint import resolve  # noqa: E402
 from maskllm.ops import winner_mask  # noqa: E402
 from maskllm.patterns import Pattern  # noqa: E402
 

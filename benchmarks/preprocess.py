@@ -24,8 +24,8 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from maskllm.data.documentation_corpus import write_documentation_corpus
 from maskllm.data.preprocess import available_cores, preprocess
+from maskllm.quickstart.corpus import write_documentation_corpus
 
 _tokenize = None
 

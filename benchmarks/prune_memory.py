@@ -59,7 +59,7 @@ def write_model(shape: Shape, folder: Path) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from maskllm.models.convert import convert
+    from maskllm.checkpoints.convert import convert
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -86,7 +86,7 @@ def write_model(shape: Shape, folder: Path) -> None:
 def measure(shape: Shape, folder: Path) -> int:
     """Prune the model in `folder`; returns the most bytes that were allocated at once, beyond those before."""
     from maskllm.distributed import device, parallel_processes
-    from maskllm.pruning.checkpoint import Calibration, prune_calibrated
+    from maskllm.pruning.megatron import Calibration, prune_calibrated
     from maskllm.pruning.solve import PruneSettings
 
     settings = PruneSettings("sparsegpt", update_weights=True)

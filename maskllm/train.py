@@ -29,8 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from maskllm.distributed import run_in_group
     from maskllm.failures import report, usage_said_once
     from maskllm.training.arguments import parse_arguments
-    from maskllm.training.output_lock import output_lock
-    from maskllm.training.rank_output import rank_output
+    from maskllm.training.surviving.output_lock import output_lock
+    from maskllm.training.surviving.rank_output import rank_output
 
     rank = int(os.environ.get("RANK", "0"))
     with usage_said_once():
@@ -58,10 +58,10 @@ def _train(arguments: TrainArguments, rank: int, console: TextIO) -> int:
     import torch.distributed as dist
 
     from maskllm.distributed import job_store
-    from maskllm.environment import resolve_transformer_impl, slow_dtype, startup_line
+    from maskllm.environment.optional_parts import resolve_transformer_impl, slow_dtype, startup_line
     from maskllm.failures import report, say_failure
-    from maskllm.training.trainer import Trainer
-    from maskllm.training.watchdog import Watchdog
+    from maskllm.training.loop import Trainer
+    from maskllm.training.surviving.watchdog import Watchdog
 
     def give_up(line: str) -> None:
         say_failure(PROGRAM, line, console)

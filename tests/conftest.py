@@ -95,7 +95,7 @@ def tiny_hf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_dense(tiny_hf: Path) -> Path:
     """`tiny_hf` as a Megatron checkpoint."""
-    from maskllm.models.convert import convert
+    from maskllm.checkpoints.convert import convert
 
     path = tiny_hf.parent / "dense"
     convert(str(tiny_hf), str(path))
@@ -106,7 +106,7 @@ def tiny_dense(tiny_hf: Path) -> Path:
 def tiny_pruned(tiny_dense: Path) -> Path:
     """`tiny_dense` with magnitude masks."""
     from maskllm.patterns import Pattern
-    from maskllm.pruning.checkpoint import prune_by_magnitude
+    from maskllm.pruning.megatron import prune_by_magnitude
     from maskllm.pruning.solve import PruneSettings
 
     path = tiny_dense.parent / "pruned"

@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from maskllm import train
+from maskllm.checkpoints.reading import resolve
 from maskllm.cli import main
 from maskllm.evaluation.huggingface import block_weights
 from maskllm.export.mask_file import apply_mask_file
-from maskllm.models.checkpoint import resolve
-from maskllm.models.families import parameter_map
+from maskllm.families.registry import parameter_map
 from maskllm.patterns import Pattern, unpack_mask
 from maskllm.pruning import PruneSettings, prune_hf
 from maskllm.pruning.calibration import open_documents, sample_windows

@@ -13,9 +13,9 @@ import sys
 from collections.abc import Callable, Sequence
 
 from maskllm import __version__
+from maskllm.cli.options import HelpFormatter, refuse_collisions, refuse_empty
 from maskllm.errors import MaskLLMError
 from maskllm.failures import is_alone, report, usage_said_once
-from maskllm.options import HelpFormatter, refuse_collisions, refuse_empty
 
 VERBS = {
     "doctor": "what is installed here, what is missing, and whether training can run",

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
+from maskllm.checkpoints.convert import convert
 from maskllm.cli.measure import measured
+from maskllm.cli.options import writable_file
 from maskllm.files import write_json
-from maskllm.models.convert import convert
-from maskllm.options import writable_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 
-from maskllm.doctor import as_json, examine
+from maskllm.cli.options import writable_file
+from maskllm.environment.doctor import as_json, examine
 from maskllm.errors import MaskLLMError
 from maskllm.files import write_json
-from maskllm.options import writable_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,11 +9,11 @@ import os
 import torch
 
 from maskllm.cli import run_guarded
+from maskllm.cli.options import writable_file
 from maskllm.errors import MaskLLMError
 from maskllm.evaluation.huggingface import Evaluation, evaluate_hf
 from maskllm.files import write_json
-from maskllm.options import writable_file
-from maskllm.resident import peak_resident_bytes
+from maskllm.processes import peak_resident_bytes
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 

@@ -6,9 +6,9 @@ import argparse
 import dataclasses
 
 from maskllm.cli.measure import measured
-from maskllm.export.hf import MAX_SHARD_SIZE, export
+from maskllm.cli.options import writable_file
+from maskllm.export.huggingface import MAX_SHARD_SIZE, export
 from maskllm.files import write_json
-from maskllm.options import writable_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 
-from maskllm.resident import peak_resident_bytes
+from maskllm.processes import peak_resident_bytes
 
 
 @contextlib.contextmanager

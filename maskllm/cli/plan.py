@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 
+from maskllm.cli.options import writable_file
 from maskllm.errors import MaskLLMError
-from maskllm.options import writable_file
 from maskllm.planning.cost import GPUS, Cluster
 from maskllm.planning.models import BUILT_IN
 from maskllm.training.arguments import TrainArguments, add_options

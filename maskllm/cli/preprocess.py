@@ -6,9 +6,9 @@ import argparse
 import dataclasses
 import sys
 
+from maskllm.cli.options import writable_file
 from maskllm.files import write_json
-from maskllm.options import writable_file
-from maskllm.resident import peak_resident_bytes
+from maskllm.processes import peak_resident_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,12 +13,12 @@ import torch
 
 from maskllm.cli import run_guarded
 from maskllm.cli.measure import measured
-from maskllm.environment import slow_dtype
+from maskllm.cli.options import writable_file
+from maskllm.environment.optional_parts import slow_dtype
 from maskllm.errors import MaskLLMError
 from maskllm.files import write_json
-from maskllm.options import writable_file
 from maskllm.patterns import Pattern
-from maskllm.pruning.checkpoint import Calibration, prune_by_magnitude, prune_calibrated
+from maskllm.pruning.megatron import Calibration, prune_by_magnitude, prune_calibrated
 from maskllm.pruning.solve import METHODS, PruneSettings
 from maskllm.training.arguments import DTYPES
 

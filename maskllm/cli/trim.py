@@ -6,9 +6,9 @@ import argparse
 import dataclasses
 
 from maskllm.cli.measure import measured
+from maskllm.cli.options import writable_file
 from maskllm.export.trim import trim
 from maskllm.files import write_json
-from maskllm.options import writable_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

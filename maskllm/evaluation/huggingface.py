@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from maskllm.data.tokenizer import load_tokenizer
-from maskllm.environment import computes_natively
+from maskllm.environment.optional_parts import computes_natively
 from maskllm.errors import MaskLLMError
 from maskllm.evaluation.perplexity import Perplexity, WindowNLL, cut_windows, next_token_nll, perplexity
 from maskllm.evaluation.text import read_evaluation_text
 from maskllm.export.mask_file import apply_mask_file, check_mask_file
-from maskllm.models.hf_blocks import linears_of, transformer_blocks
-from maskllm.models.hf_source import FILES, find_source
+from maskllm.huggingface.blocks import linears_of, transformer_blocks
+from maskllm.huggingface.directory import FILES, find_source
 
 
 @dataclass(frozen=True)

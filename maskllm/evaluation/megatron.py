@@ -9,17 +9,17 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from maskllm.checkpoints.reading import Checkpoint, resolve
 from maskllm.data.tokenizer import load_tokenizer
 from maskllm.distributed import device
 from maskllm.errors import MaskLLMError
 from maskllm.evaluation.huggingface import Evaluation
 from maskllm.evaluation.perplexity import WindowNLL, cut_windows, perplexity
 from maskllm.evaluation.text import read_evaluation_text
-from maskllm.layers.gpt import FrozenVocabularyGPTModel
-from maskllm.layers.spec import masked_linears
 from maskllm.masking.sampler import MaskMode, MaskSampler
-from maskllm.models.build import build_model, load_model
-from maskllm.models.checkpoint import Checkpoint, resolve
+from maskllm.megatron.build import build_model, load_model
+from maskllm.megatron.gpt import FrozenVocabularyGPTModel
+from maskllm.megatron.spec import masked_linears
 
 
 def evaluate_checkpoint(

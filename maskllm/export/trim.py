@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
+from maskllm.checkpoints.reading import Checkpoint, resolve, write_checkpoint
+from maskllm.checkpoints.torch_dist import LazyTensor
 from maskllm.errors import MaskLLMError
-from maskllm.models.checkpoint import Checkpoint, resolve, write_checkpoint
-from maskllm.models.families import parameter_map
-from maskllm.models.torch_dist import LazyTensor
+from maskllm.families.registry import parameter_map
 from maskllm.ops import winner_mask
 from maskllm.patterns import Pattern, pack_mask, unpack_mask
 

@@ -1,6 +1,6 @@
 """The state all masked layers of a process share: which kind of masks the next forward pass uses, and with what settings.
 
-Which draw it is, the sample index, is not among them: it belongs to a micro-batch (`maskllm.layers.recompute`).
+Which draw it is, the sample index, is not among them: it belongs to a micro-batch (`maskllm.masking.draw`).
 """
 
 from __future__ import annotations

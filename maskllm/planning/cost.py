@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from maskllm.models.config import ModelConfig
+from maskllm.families.model_config import ModelConfig
 from maskllm.patterns import Pattern
 from maskllm.planning.memory import FLOAT_BYTES, Layout, Shapes, sequence_split
 from maskllm.planning.models import StoredModel

@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from maskllm.layers.loss import MAX_CHUNK_LOGITS
-from maskllm.models.config import ModelConfig
-from maskllm.models.families import parameter_map
+from maskllm.families.model_config import ModelConfig
+from maskllm.families.registry import parameter_map
+from maskllm.megatron.loss import MAX_CHUNK_LOGITS
 from maskllm.patterns import Pattern
 from maskllm.planning.models import StoredModel
-from maskllm.training.adam import CHUNK
 from maskllm.training.arguments import TrainArguments
+from maskllm.training.logits_adam import CHUNK
 from maskllm.training.moments import QUANTIZATION_BLOCK
 
 FLOAT_BYTES = {"fp32": 4.0, "bf16": 2.0, "8bit": 1.0 + 4.0 / QUANTIZATION_BLOCK}

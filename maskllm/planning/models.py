@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
+from maskllm.checkpoints.reading import resolve
 from maskllm.errors import MaskLLMError
-from maskllm.models.checkpoint import resolve
-from maskllm.models.config import ModelConfig
-from maskllm.models.families import FAMILIES, parameter_map, read_model_config
-from maskllm.models.hf_config import HFConfig, read_json_object
-from maskllm.models.hf_source import DTYPES, find_source
+from maskllm.families.hf_config import HFConfig, read_json_object
+from maskllm.families.model_config import ModelConfig
+from maskllm.families.registry import FAMILIES, parameter_map, read_model_config
+from maskllm.huggingface.directory import DTYPES, find_source
 
 _LLAMA: dict[str, Any] = {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
 _LLAMA_3 = _LLAMA | {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from maskllm.errors import MaskLLMError
-from maskllm.models.build import check_recomputation
+from maskllm.megatron.build import check_recomputation
 from maskllm.patterns import Pattern
 from maskllm.planning.cost import Cluster, Cost, checkpoint_bytes, step_cost
 from maskllm.planning.memory import Layout, Memory, largest_stage

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from maskllm.errors import MaskLLMError
-from maskllm.models.hf_blocks import linears_of, matrix, transformer_blocks
+from maskllm.huggingface.blocks import linears_of, matrix, transformer_blocks
 from maskllm.patterns import pack_mask
 from maskllm.pruning.layerwise import Layer, prune_layers
 from maskllm.pruning.solve import PrunedMatrix, PruneSettings, check_matrix

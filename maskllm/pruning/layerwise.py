@@ -19,7 +19,7 @@ import torch
 from torch import distributed as dist
 from tqdm import tqdm
 
-from maskllm.models.hf_blocks import matrix
+from maskllm.huggingface.blocks import matrix
 from maskllm.patterns import pack_mask, unpack_mask
 from maskllm.pruning.solve import PrunedMatrix, PruneSettings, prune_matrices
 from maskllm.pruning.statistics import InputStatistics
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 class Layer:
     """A transformer layer: `forward` maps one sample's hidden states to the next layer's, `linears` are the modules to prune.
 
-    A linear is one of those `maskllm.models.hf_blocks.matrix` knows, called with its input as first argument; the keys are the names
+    A linear is one of those `maskllm.huggingface.blocks.matrix` knows, called with its input as first argument; the keys are the names
     reports use.
     """
 

@@ -13,9 +13,9 @@ import torch
 from torch.utils import _pytree
 from transformers import AutoConfig, AutoModel, PreTrainedModel
 
-from maskllm.models.checkpoint import Checkpoint
-from maskllm.models.families import parameter_map
-from maskllm.models.hf_blocks import linears_of, transformer_blocks
+from maskllm.checkpoints.reading import Checkpoint
+from maskllm.families.registry import parameter_map
+from maskllm.huggingface.blocks import linears_of, transformer_blocks
 from maskllm.pruning.huggingface import LayerCall, layer_calls, layer_forward
 from maskllm.pruning.layerwise import Layer
 

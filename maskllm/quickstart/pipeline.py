@@ -15,14 +15,14 @@ from typing import Any
 import psutil
 import torch
 
-from maskllm.data.documentation_corpus import HELD_OUT_FILE, TRAIN_FILE, write_documentation_corpus
+from maskllm.checkpoints.reading import resolve
 from maskllm.data.indexed import open_indexed
 from maskllm.data.json_lines import check_inputs
 from maskllm.errors import MaskLLMError
-from maskllm.evaluation.report import ModelResult, Report, table, write_report
-from maskllm.models.checkpoint import resolve
-from maskllm.models.config import ModelConfig
+from maskllm.families.model_config import ModelConfig
 from maskllm.pruning.solve import METHODS
+from maskllm.quickstart.corpus import HELD_OUT_FILE, TRAIN_FILE, write_documentation_corpus
+from maskllm.quickstart.report import ModelResult, Report, table, write_report
 from maskllm.quickstart.steps import Steps
 
 MIN_DOCUMENTS = 25
@@ -102,7 +102,7 @@ def quickstart(
 
     source = model or str(exported / "dense")
     if model is None:
-        from maskllm.data.smollm2 import write_smollm2  # needs the package gguf, which only the quickstart installs
+        from maskllm.quickstart.smollm2 import write_smollm2  # needs the package gguf, which only the quickstart installs
 
         steps.run("model", exported / "dense", write_smollm2, exported / "dense")
     # First, so that a model that cannot be taken is refused at once.
@@ -187,7 +187,7 @@ def train_command(settings: QuickstartSettings, dataset: str, prior: Path, save:
 
 def compute_dtype() -> str:
     """bf16 where the hardware multiplies it, else fp32: the same weights, and faster there."""
-    from maskllm.environment import slow_dtype
+    from maskllm.environment.optional_parts import slow_dtype
 
     return "bf16" if slow_dtype(torch.bfloat16) is None else "fp32"
 

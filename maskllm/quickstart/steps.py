@@ -21,8 +21,8 @@ from typing import Any
 import psutil
 
 from maskllm.errors import MaskLLMError, StoppedError
+from maskllm.families.hf_config import read_json_object
 from maskllm.files import write_json
-from maskllm.models.hf_config import read_json_object
 
 SAMPLE_SECONDS = 0.5
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from maskllm.environment import TRANSFORMER_IMPLS, resolve_transformer_impl
+from maskllm.cli.options import HelpFormatter, refuse_empty
+from maskllm.environment.optional_parts import TRANSFORMER_IMPLS, resolve_transformer_impl
 from maskllm.errors import MaskLLMError
-from maskllm.options import HelpFormatter, refuse_empty
 from maskllm.patterns import Pattern
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

@@ -12,9 +12,9 @@ import torch
 
 from maskllm.errors import MaskLLMError
 from maskllm.files import write_text
-from maskllm.layers.spec import MaskedLinear
+from maskllm.megatron.spec import MaskedLinear
 from maskllm.patterns import unpack_mask
-from maskllm.resident import peak_resident_bytes
+from maskllm.processes import peak_resident_bytes
 
 
 def peak_memory_bytes() -> int:

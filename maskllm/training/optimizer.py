@@ -14,10 +14,10 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer.optimizer import FP32Optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from maskllm.layers.spec import masked_linears
+from maskllm.megatron.spec import masked_linears
 from maskllm.ops import philox_key
-from maskllm.training.adam import LogitsAdam, Place
 from maskllm.training.arguments import TrainArguments
+from maskllm.training.logits_adam import LogitsAdam, Place
 
 
 def build_optimizer(arguments: TrainArguments, model: DistributedDataParallel) -> MegatronOptimizer:

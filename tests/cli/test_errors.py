@@ -364,7 +364,7 @@ def test_quickstart_has_two_processes_or_one_where_there_is_one_gpu(monkeypatch)
 
 
 def test_quickstart_refuses_what_the_model_cannot_do_before_pruning(tiny_dense):
-    from maskllm.models.checkpoint import resolve
+    from maskllm.checkpoints.reading import resolve
 
     model = resolve(tiny_dense).model_config  # 4 layers, 128 positions
     fits = {"seq_length": 128, "eval_seq_length": 128, "processes": 4}

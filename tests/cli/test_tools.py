@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from maskllm.checkpoints.reading import resolve
 from maskllm.cli import main
-from maskllm.models.checkpoint import resolve
 
 TOOLS = Path(__file__).parents[2] / "tools"
 VERBS = {

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from maskllm.resident import is_gone
+from maskllm.processes import is_gone
 from tests.conftest import heed_interrupts
 from tests.examples.scripts import EXAMPLES, environment
 

@@ -8,15 +8,15 @@ import json
 import pytest
 import torch
 
+from maskllm.checkpoints.convert import convert
+from maskllm.checkpoints.reading import CheckpointInfo, resolve, write_checkpoint
+from maskllm.checkpoints.torch_dist import LazyTensor
 from maskllm.cli import main
 from maskllm.errors import MaskLLMError
 from maskllm.export.trim import trim
-from maskllm.models.checkpoint import CheckpointInfo, resolve, write_checkpoint
-from maskllm.models.convert import convert
-from maskllm.models.families import parameter_map
-from maskllm.models.torch_dist import LazyTensor
+from maskllm.families.registry import parameter_map
 from maskllm.patterns import pack_mask, unpack_mask
-from tests.models.tiny import write_tiny
+from tests.families.tiny import write_tiny
 
 
 def lazy(tensor: torch.Tensor) -> LazyTensor:

@@ -7,7 +7,7 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from maskllm.layers.attention import SDPACoreAttention
+from maskllm.megatron.attention import SDPACoreAttention
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from maskllm.checkpoints.reading import resolve
 from maskllm.distributed import device, parallel_processes
-from maskllm.environment import transformer_engine
-from maskllm.layers.spec import masked_linears
-from maskllm.models.build import build_model, load_model
-from maskllm.models.checkpoint import resolve
+from maskllm.environment.optional_parts import transformer_engine
+from maskllm.megatron.build import build_model, load_model
+from maskllm.megatron.spec import masked_linears
 
 pytestmark = pytest.mark.skipif(
     transformer_engine().problem is not None, reason=f"transformer-engine: {transformer_engine().problem}"

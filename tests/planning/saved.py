@@ -13,11 +13,11 @@ import torch
 import torch.distributed as dist
 
 from maskllm.distributed import parallel_processes
-from maskllm.layers.recompute import set_sample
-from maskllm.layers.spec import masked_linears
+from maskllm.families.model_config import ModelConfig
+from maskllm.masking.draw import set_sample
 from maskllm.masking.sampler import MaskSampler
-from maskllm.models.build import build_model
-from maskllm.models.config import ModelConfig
+from maskllm.megatron.build import build_model
+from maskllm.megatron.spec import masked_linears
 from maskllm.patterns import Pattern
 from maskllm.planning.models import config_of
 from maskllm.training.arguments import TrainArguments

@@ -10,12 +10,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.plan_memory import peak
+from maskllm.checkpoints.convert import convert
 from maskllm.distributed import parallel_processes
-from maskllm.layers import masked_linear
-from maskllm.layers.gpt import FrozenVocabularyGPTModel
-from maskllm.layers.spec import masked_linears
-from maskllm.models.build import build_model
-from maskllm.models.convert import convert
+from maskllm.megatron import linears as masked_linear
+from maskllm.megatron.build import build_model
+from maskllm.megatron.gpt import FrozenVocabularyGPTModel
+from maskllm.megatron.spec import masked_linears
 from maskllm.ops import masked_weight
 from maskllm.planning.memory import Layout, Shapes, activations, stage_memory
 from maskllm.planning.models import config_of

@@ -14,17 +14,17 @@ import torch
 from transformers import LlamaForCausalLM
 
 from maskllm import train
+from maskllm.checkpoints.convert import convert
+from maskllm.checkpoints.reading import resolve
 from maskllm.cli import main
 from maskllm.errors import MaskLLMError
-from maskllm.models.checkpoint import resolve
-from maskllm.models.convert import convert
-from maskllm.models.families import parameter_map
+from maskllm.families.registry import parameter_map
 from maskllm.patterns import Pattern
 from maskllm.planning.cost import BANDWIDTH_EFFICIENCY, GPUS, Cluster, checkpoint_bytes, step_cost
 from maskllm.planning.memory import Layout, layer_activations, norm_activations
 from maskllm.planning.models import BUILT_IN, named_model
 from maskllm.planning.plan import plan
-from maskllm.pruning.checkpoint import prune_by_magnitude
+from maskllm.pruning.megatron import prune_by_magnitude
 from maskllm.pruning.solve import PruneSettings
 from maskllm.training.arguments import TrainArguments, parse_arguments
 

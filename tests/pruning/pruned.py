@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from maskllm.models.checkpoint import resolve
-from maskllm.models.families import parameter_map
+from maskllm.checkpoints.reading import resolve
+from maskllm.families.registry import parameter_map
 from maskllm.patterns import unpack_mask
 
 

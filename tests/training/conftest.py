@@ -14,7 +14,7 @@ import psutil
 import pytest
 import torch
 
-from maskllm.models.checkpoint import resolve
+from maskllm.checkpoints.reading import resolve
 
 STEPS = 6
 

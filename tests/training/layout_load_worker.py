@@ -13,12 +13,12 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from maskllm.checkpoints.reading import Checkpoint, resolve
 from maskllm.distributed import parallel_processes
 from maskllm.evaluation.megatron import load_masked_model
-from maskllm.layers.recompute import set_sample
-from maskllm.layers.spec import MaskedLinear, masked_linears
+from maskllm.masking.draw import set_sample
 from maskllm.masking.sampler import MaskMode
-from maskllm.models.checkpoint import Checkpoint, resolve
+from maskllm.megatron.spec import MaskedLinear, masked_linears
 from maskllm.ops import NoiseKey, ShardMap, masked_weight, philox_key, winner_mask
 from maskllm.patterns import Pattern
 

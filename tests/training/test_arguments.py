@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from maskllm.checkpoints.checksums import write_manifest
 from maskllm.errors import MaskLLMError
-from maskllm.models.build import check_recomputation
-from maskllm.models.manifest import write_manifest
+from maskllm.megatron.build import check_recomputation
 from maskllm.training.arguments import TrainArguments, parse_arguments
-from maskllm.training.checkpointing import SETTINGS_THAT_MUST_MATCH, data_identity, resolve_start
 from maskllm.training.data import build_batches
+from maskllm.training.start import SETTINGS_THAT_MUST_MATCH, data_identity, resolve_start
 
 GOOD = TrainArguments(data_path=["data"], load="checkpoint")
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from maskllm.models.checkpoint import LATEST, resolve
+from maskllm.checkpoints.reading import LATEST, resolve
 from tests.training.conftest import arguments, learned_tensors
 from tests.training.test_resume import steps_done
 
@@ -25,7 +25,7 @@ import sys
 import megatron_patches
 megatron_patches.import_megatron()
 from maskllm import train
-from maskllm.training.trainer import Trainer
+from maskllm.training.loop import Trainer
 step = Trainer._step
 def faulty(self):
     if self.iteration == 2:
@@ -168,9 +168,9 @@ def pruned_after(folder: Path, damage: Callable[[torch.nn.Module], None]) -> Pat
     """A pruned tiny model, damaged before."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from maskllm.models.convert import convert
+    from maskllm.checkpoints.convert import convert
     from maskllm.patterns import Pattern
-    from maskllm.pruning.checkpoint import prune_by_magnitude
+    from maskllm.pruning.megatron import prune_by_magnitude
     from maskllm.pruning.solve import PruneSettings
 
     torch.manual_seed(0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskllm.models.checkpoint import resolve
+from maskllm.checkpoints.reading import resolve
 from maskllm.ops import winner_mask
 from maskllm.patterns import Pattern
 from tests.training.layout_load_worker import LAYOUTS as LOADED_LAYOUTS

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from maskllm.checkpoints.reading import LATEST
 from maskllm.export.trim import trim
-from maskllm.models.checkpoint import LATEST
 from maskllm.ops import winner_mask
 from maskllm.patterns import Pattern
 from tests.training.test_layouts import logits, metrics, train

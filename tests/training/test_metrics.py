@@ -13,12 +13,12 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from maskllm import train
+from maskllm.checkpoints.reading import resolve
 from maskllm.distributed import parallel_processes
 from maskllm.errors import MaskLLMError, StoppedError
-from maskllm.models.checkpoint import resolve
 from maskllm.training.arguments import parse_arguments
+from maskllm.training.loop import Trainer
 from maskllm.training.metrics import MetricsWriter
-from maskllm.training.trainer import Trainer
 
 TRAIN = {
     "loss", "regularizer", "temperature", "scale", "mean_max_probability", "changed_since_last", "changed_since_prior", "grad_norm",

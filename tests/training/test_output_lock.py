@@ -11,7 +11,7 @@ import time
 import pytest
 
 from maskllm.errors import MaskLLMError
-from maskllm.training.output_lock import LOCK, output_lock
+from maskllm.training.surviving.output_lock import LOCK, output_lock
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-from maskllm.models.checkpoint import LATEST, is_complete, iterations, resolve
-from maskllm.models.convert import convert
-from maskllm.models.manifest import MANIFEST
+from maskllm.checkpoints.checksums import MANIFEST
+from maskllm.checkpoints.convert import convert
+from maskllm.checkpoints.reading import LATEST, is_complete, iterations, resolve
 from maskllm.patterns import Pattern
-from maskllm.pruning.checkpoint import prune_by_magnitude
+from maskllm.pruning.megatron import prune_by_magnitude
 from maskllm.pruning.solve import PruneSettings
 from tests.conftest import torchrun
 from tests.training.conftest import STEPS, arguments, assert_bit_identical, learned_tensors

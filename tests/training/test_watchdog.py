@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch.distributed as dist
 
-from maskllm.training.watchdog import Heartbeat, Watchdog
+from maskllm.training.surviving.watchdog import Heartbeat, Watchdog
 
 LIMIT = 1.2
 
@@ -123,7 +123,7 @@ def test_a_long_step_of_ranks_that_are_alive_is_no_fault():
 )
 def test_ranks_that_were_stopped_together_and_go_on_are_not_silent(looks, monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("maskllm.training.watchdog.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr("maskllm.training.surviving.watchdog.time", SimpleNamespace(monotonic=lambda: clock[0]))
     (dog, other), lines, _ = ranks(2, dist.HashStore())
     left = iter(looks)
 
@@ -163,7 +163,7 @@ def test_a_rank_that_is_done_is_not_missed():
 
 
 def test_a_dead_process_of_this_machine_is_named_long_before_the_limit(monkeypatch):
-    monkeypatch.setattr("maskllm.training.watchdog._PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr("maskllm.training.surviving.watchdog._PATIENCE_SECONDS", 0.2)
     store = dist.HashStore()
     dead = subprocess.Popen(["true"])
     dead.wait()

@@ -1,0 +1,85 @@
+"""`maskllm convert`: a Hugging Face checkpoint to a Megatron checkpoint, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from maskllm.checkpoints.reading import CheckpointInfo, release_directory, write_checkpoint
+from maskllm.checkpoints.torch_dist import LazyTensor
+from maskllm.errors import MaskLLMError
+from maskllm.families.mapping import Mapping
+from maskllm.families.model_config import ModelConfig
+from maskllm.families.registry import base_prefix, is_derived_buffer, parameter_map, read_model_config, tied_copies
+from maskllm.huggingface.directory import HFTensors, find_source
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What was written."""
+
+    path: str
+    """The iteration directory."""
+    tensors: int
+    """Megatron's; some hold several of the Hugging Face ones."""
+    parameters: int
+    bytes: int
+    """Of the parameters."""
+
+
+def convert(hf: str | Path, output: str | Path) -> ConvertReport:
+    """Convert the Hugging Face checkpoint `hf`, a directory or a hub id, to the Megatron checkpoint directory `output`.
+
+    Every tensor keeps its dtype and its bits. The iteration directory is OUTPUT/release. Raises MaskLLMError naming the
+    config key or tensor where the model is not supported, or a tensor is missing, unknown or of the wrong shape, and as
+    `release_directory` does, before anything is downloaded.
+    """
+    release_directory(output, "dense")
+    source = find_source(hf)
+    config = read_model_config(source / "config.json")
+    tensors = HFTensors(source, base_prefix(config))
+    mappings = parameter_map(config)
+    _check_names(tensors, mappings, config)
+    lazy = {mapping.megatron: _converted(mapping, tensors, config) for mapping in mappings}
+    info = CheckpointInfo(stage="dense", source=str(hf))
+    path = write_checkpoint(output, lazy, info, hf_files_from=source, description="convert")
+    parameters = sum(torch.Size(tensor.shape).numel() for tensor in lazy.values())
+    return ConvertReport(str(path), len(lazy), parameters, sum(tensor.nbytes for tensor in lazy.values()))
+
+
+def _converted(mapping: Mapping, tensors: HFTensors, config: ModelConfig) -> LazyTensor:
+    for name, wanted in zip(mapping.hf, mapping.hf_shapes(config), strict=True):
+        found = tensors.shape(name)
+        if found != wanted:
+            raise MaskLLMError(
+                f"{tensors.directory}: tensor {name} has shape {list(found)}; the model's config asks for {list(wanted)}"
+            )
+    dtypes = [tensors.dtype(name) for name in mapping.hf]
+    if len(set(dtypes)) > 1:
+        listed = ", ".join(f"{name} {dtype}" for name, dtype in zip(mapping.hf, dtypes, strict=True))
+        raise MaskLLMError(f"{tensors.directory}: tensors that Megatron fuses must have one dtype; found {listed}")
+    return LazyTensor(
+        mapping.megatron_shape(config),
+        dtypes[0],
+        lambda: mapping.to_megatron([tensors.load(name) for name in mapping.hf], config),
+    )
+
+
+def _check_names(tensors: HFTensors, mappings: list[Mapping], config: ModelConfig) -> None:
+    """Every tensor of the checkpoint is converted, or follows from the config, or is a true copy of one it is tied to."""
+    unknown = set(tensors.names) - {name for mapping in mappings for name in mapping.hf}
+    unknown -= {name for name in unknown if is_derived_buffer(name, config)}
+    for copy, original in tied_copies(config).items():
+        if copy in unknown and not torch.equal(tensors.load(copy), tensors.load(original)):
+            raise MaskLLMError(
+                f"{tensors.directory}: {copy} differs from {original}, but the config ties them; set tie_word_embeddings to false "
+                "in config.json if the model was trained with an output layer of its own"
+            )
+        unknown.discard(copy)
+    if unknown:
+        others = f", nor are {len(unknown) - 1} others" if len(unknown) > 1 else ""
+        raise MaskLLMError(
+            f"{tensors.directory}: tensor {min(unknown)} is not part of a {config.model_type} model with this config{others}"
+        )

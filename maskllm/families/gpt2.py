@@ -1,0 +1,103 @@
+"""The GPT-2 family, which is also how transformers holds models of GPT-3's architecture (arXiv 2005.14165, section 2.1, without its sparse
+attention): learned positions, LayerNorm, tanh GELU, biases everywhere.
+
+Its linears are transformers' `Conv1D`, whose weight is stored [in, out]; Megatron's weight, and every mask in a Megatron checkpoint, is
+[out, in], with blocks of M along `in`. Dropout of the config is not applied: the weights are frozen.
+"""
+
+from __future__ import annotations
+
+from maskllm.families.hf_config import HFConfig
+from maskllm.families.mapping import Direct, Mapping, StackedQKV, expand
+from maskllm.families.model_config import ModelConfig
+
+BASE_PREFIX = "transformer."
+
+EMBEDDINGS = [
+    Direct("embedding.word_embeddings.weight", ("transformer.wte.weight",), ("vocab", "hidden")),
+    Direct("embedding.position_embeddings.weight", ("transformer.wpe.weight",), ("positions", "hidden")),
+]
+
+LAYER = [
+    Direct("decoder.layers.*.self_attention.linear_qkv.layer_norm_weight", ("transformer.h.*.ln_1.weight",), ("hidden",)),
+    Direct("decoder.layers.*.self_attention.linear_qkv.layer_norm_bias", ("transformer.h.*.ln_1.bias",), ("hidden",)),
+    StackedQKV(
+        "decoder.layers.*.self_attention.linear_qkv.weight",
+        ("transformer.h.*.attn.c_attn.weight",),
+        ("qkv", "hidden"),
+        transposed=True,
+    ),
+    StackedQKV("decoder.layers.*.self_attention.linear_qkv.bias", ("transformer.h.*.attn.c_attn.bias",), ("qkv",)),
+    Direct(
+        "decoder.layers.*.self_attention.linear_proj.weight",
+        ("transformer.h.*.attn.c_proj.weight",),
+        ("hidden", "heads"),
+        transposed=True,
+    ),
+    Direct("decoder.layers.*.self_attention.linear_proj.bias", ("transformer.h.*.attn.c_proj.bias",), ("hidden",)),
+    Direct("decoder.layers.*.mlp.linear_fc1.layer_norm_weight", ("transformer.h.*.ln_2.weight",), ("hidden",)),
+    Direct("decoder.layers.*.mlp.linear_fc1.layer_norm_bias", ("transformer.h.*.ln_2.bias",), ("hidden",)),
+    Direct("decoder.layers.*.mlp.linear_fc1.weight", ("transformer.h.*.mlp.c_fc.weight",), ("ffn", "hidden"), transposed=True),
+    Direct("decoder.layers.*.mlp.linear_fc1.bias", ("transformer.h.*.mlp.c_fc.bias",), ("ffn",)),
+    Direct("decoder.layers.*.mlp.linear_fc2.weight", ("transformer.h.*.mlp.c_proj.weight",), ("hidden", "ffn"), transposed=True),
+    Direct("decoder.layers.*.mlp.linear_fc2.bias", ("transformer.h.*.mlp.c_proj.bias",), ("hidden",)),
+]
+
+FINAL_NORM = [
+    Direct("decoder.final_layernorm.weight", ("transformer.ln_f.weight",), ("hidden",)),
+    Direct("decoder.final_layernorm.bias", ("transformer.ln_f.bias",), ("hidden",)),
+]
+
+OUTPUT = Direct("output_layer.weight", ("lm_head.weight",), ("vocab", "hidden"))
+"""Only where the output layer is not tied to the embedding."""
+
+TIED_COPIES = {"lm_head.weight": "transformer.wte.weight"}
+"""Tensors that a checkpoint with tied embeddings may hold a second time."""
+
+DERIVED_BUFFERS = r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"
+"""Names of the causal masks that old checkpoints hold; they are not converted."""
+
+TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
+"""transformers' names of the tanh approximation."""
+
+
+def parameter_map(config: ModelConfig) -> list[Mapping]:
+    """Every tensor of the model, in the order of the forward pass."""
+    output = [] if config.tie_word_embeddings else [OUTPUT]
+    return [*EMBEDDINGS, *expand(LAYER, config.num_layers), *FINAL_NORM, *output]
+
+
+def read_config(hf: HFConfig) -> ModelConfig:
+    """The architecture in a `config.json` whose model_type is "gpt2"; absent keys have `transformers.GPT2Config`'s defaults.
+
+    Raises MaskLLMError that names the key for a value that is missing, malformed or not supported.
+    """
+    activation = hf.values.get("activation_function", TANH_GELU[0])
+    if activation not in TANH_GELU:
+        raise hf.error(f"activation_function {activation!r} is not supported, only {' and '.join(map(repr, TANH_GELU))}")
+    hf.require("scale_attn_weights", True, default=True)
+    hf.require("scale_attn_by_inverse_layer_idx", False, default=False)
+    hf.require("add_cross_attention", False, default=False)
+    hidden_size = hf.integer("n_embd")
+    heads = hf.integer("n_head")
+    if hidden_size % heads:
+        raise hf.error(f"n_embd {hidden_size} is not a multiple of n_head {heads}")
+    return ModelConfig(
+        model_type="gpt2",
+        num_layers=hf.integer("n_layer"),
+        hidden_size=hidden_size,
+        ffn_hidden_size=hf.integer("n_inner", default=4 * hidden_size),
+        num_attention_heads=heads,
+        num_query_groups=heads,
+        head_dim=hidden_size // heads,
+        vocab_size=hf.integer("vocab_size"),
+        max_position_embeddings=hf.integer("n_positions", default=1024),
+        normalization="LayerNorm",
+        zero_centered_norm=False,
+        norm_epsilon=hf.number("layer_norm_epsilon", default=1e-5),
+        activation="gelu_tanh",
+        gated_mlp=False,
+        rope=None,
+        tie_word_embeddings=hf.boolean("tie_word_embeddings", default=True),
+        add_bias=True,
+    )

@@ -1,0 +1,137 @@
+"""The LLaMA family (2, 3, 3.1, 3.2) and every model of its architecture that calls itself `llama`, SmolLM2 among them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from maskllm.families.hf_config import HFConfig
+from maskllm.families.mapping import QKV, Direct, GatedMLP, Mapping, expand
+from maskllm.families.model_config import ModelConfig
+from maskllm.families.rope import read_rope
+
+BASE_PREFIX = "model."
+
+EMBEDDING = Direct("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ("vocab", "hidden"))
+
+INPUT_NORM = Direct(
+    "decoder.layers.*.self_attention.linear_qkv.layer_norm_weight", ("model.layers.*.input_layernorm.weight",), ("hidden",)
+)
+
+ATTENTION = [
+    QKV(
+        "decoder.layers.*.self_attention.linear_qkv.weight",
+        (
+            "model.layers.*.self_attn.q_proj.weight",
+            "model.layers.*.self_attn.k_proj.weight",
+            "model.layers.*.self_attn.v_proj.weight",
+        ),
+        ("qkv", "hidden"),
+    ),
+    Direct("decoder.layers.*.self_attention.linear_proj.weight", ("model.layers.*.self_attn.o_proj.weight",), ("hidden", "heads")),
+]
+
+MLP_NORM = Direct(
+    "decoder.layers.*.mlp.linear_fc1.layer_norm_weight", ("model.layers.*.post_attention_layernorm.weight",), ("hidden",)
+)
+
+FC1 = GatedMLP(
+    "decoder.layers.*.mlp.linear_fc1.weight",
+    ("model.layers.*.mlp.gate_proj.weight", "model.layers.*.mlp.up_proj.weight"),
+    ("gate_and_up", "hidden"),
+)
+
+FC2 = Direct("decoder.layers.*.mlp.linear_fc2.weight", ("model.layers.*.mlp.down_proj.weight",), ("hidden", "ffn"))
+
+ATTENTION_BIASES = [
+    QKV(
+        "decoder.layers.*.self_attention.linear_qkv.bias",
+        (
+            "model.layers.*.self_attn.q_proj.bias",
+            "model.layers.*.self_attn.k_proj.bias",
+            "model.layers.*.self_attn.v_proj.bias",
+        ),
+        ("qkv",),
+    ),
+    Direct("decoder.layers.*.self_attention.linear_proj.bias", ("model.layers.*.self_attn.o_proj.bias",), ("hidden",)),
+]
+
+FC1_BIAS = GatedMLP(
+    "decoder.layers.*.mlp.linear_fc1.bias",
+    ("model.layers.*.mlp.gate_proj.bias", "model.layers.*.mlp.up_proj.bias"),
+    ("gate_and_up",),
+)
+
+FC2_BIAS = Direct("decoder.layers.*.mlp.linear_fc2.bias", ("model.layers.*.mlp.down_proj.bias",), ("hidden",))
+
+FINAL_NORM = Direct("decoder.final_layernorm.weight", ("model.norm.weight",), ("hidden",))
+
+OUTPUT = Direct("output_layer.weight", ("lm_head.weight",), ("vocab", "hidden"))
+"""Only where the output layer is not tied to the embedding."""
+
+TIED_COPIES = {"lm_head.weight": "model.embed_tokens.weight"}
+"""Tensors that a checkpoint with tied embeddings may hold a second time."""
+
+DERIVED_BUFFERS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+"""Names of tensors that old checkpoints hold but that the config determines; they are not converted."""
+
+
+def parameter_map(config: ModelConfig) -> list[Mapping]:
+    """Every tensor of the model, in the order of the forward pass."""
+    layer = [INPUT_NORM, *ATTENTION, MLP_NORM, FC1, FC2]
+    if config.add_bias:
+        layer += [*ATTENTION_BIASES, FC1_BIAS, FC2_BIAS]
+    output = [] if config.tie_word_embeddings else [OUTPUT]
+    return [EMBEDDING, *expand(layer, config.num_layers), FINAL_NORM, *output]
+
+
+def read_config(hf: HFConfig) -> ModelConfig:
+    """The architecture in a `config.json` whose model_type is "llama"; absent keys have `transformers.LlamaConfig`'s defaults.
+
+    Raises MaskLLMError that names the key for a value that is missing, malformed or not supported.
+    """
+    hf.require("hidden_act", "silu", default="silu")
+    sizes = read_sizes(hf, max_position_embeddings=2048)
+    rope = read_rope(hf, head_dim=sizes["head_dim"], max_position_embeddings=sizes["max_position_embeddings"])
+    if rope.dim != sizes["head_dim"]:
+        raise hf.error(f"partial_rotary_factor {rope.dim / sizes['head_dim']} is not supported in a llama model, only 1.0")
+    return ModelConfig(
+        model_type="llama",
+        normalization="RMSNorm",
+        zero_centered_norm=False,
+        norm_epsilon=hf.number("rms_norm_eps", default=1e-6),
+        activation="silu",
+        gated_mlp=True,
+        rope=rope,
+        **sizes,
+    )
+
+
+def read_sizes(hf: HFConfig, *, max_position_embeddings: int) -> dict[str, Any]:
+    """The fields of `ModelConfig` that LLaMA and the families that took over its `config.json` spell alike.
+
+    `max_position_embeddings` is the family's default. Raises MaskLLMError as `read_config` does.
+    """
+    attention_bias = hf.boolean("attention_bias", default=False)
+    if attention_bias != hf.boolean("mlp_bias", default=False):
+        raise hf.error(
+            f"attention_bias is {attention_bias} and mlp_bias is {not attention_bias}; only both or neither is supported"
+        )
+    hidden_size = hf.integer("hidden_size")
+    heads = hf.integer("num_attention_heads")
+    groups = hf.integer("num_key_value_heads", default=heads)
+    if heads % groups:
+        raise hf.error(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
+    if not hf.has("head_dim") and hidden_size % heads:
+        raise hf.error(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}, and there is no head_dim")
+    return {
+        "num_layers": hf.integer("num_hidden_layers"),
+        "hidden_size": hidden_size,
+        "ffn_hidden_size": hf.integer("intermediate_size"),
+        "num_attention_heads": heads,
+        "num_query_groups": groups,
+        "head_dim": hf.integer("head_dim", default=hidden_size // heads),
+        "vocab_size": hf.integer("vocab_size"),
+        "max_position_embeddings": hf.integer("max_position_embeddings", default=max_position_embeddings),
+        "tie_word_embeddings": hf.boolean("tie_word_embeddings", default=False),
+        "add_bias": attention_bias,
+    }

@@ -1,0 +1,148 @@
+"""How a Megatron tensor is made of Hugging Face tensors: the kinds of mapping a family's parameter map is written in.
+
+A family (`maskllm/families/llama.py`) lists mappings; `*` in a name stands for the layer's index. Shapes are written in the names of
+`ModelConfig.dimensions`. The layouts are those of a whole tensor, tensor-parallel size 1: Megatron's torch_dist checkpoints hold
+tensors by global coordinates, so that any layout loads them.
+
+`fuse` and `split` only move rows. They therefore move anything that has a weight's rows: the weight, its bias, its mask, its mask's
+bits. `to_megatron` and `to_hf` also turn the tensors of those families that store weights the other way round.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from maskllm.families.model_config import ModelConfig
+
+MASKED_LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+"""The linears of a transformer layer that carry a mask: all of them (MaskLLM, section 4)."""
+
+
+@dataclass(frozen=True)
+class Mapping(ABC):
+    """One Megatron tensor and the Hugging Face tensors whose rows it holds."""
+
+    megatron: str
+    """Its key in the checkpoint."""
+    hf: tuple[str, ...]
+    shape: tuple[str, ...]
+    """The Megatron tensor's shape, in names of dimensions."""
+    transposed: bool = False
+    """Whether the Hugging Face tensors are stored [in, out], as transformers' `Conv1D` stores them; Megatron's are [out, in]."""
+
+    @abstractmethod
+    def rows(self, config: ModelConfig) -> list[int]:
+        """The number of rows, outputs, of each of the Hugging Face tensors."""
+
+    def fuse(self, parts: Sequence[torch.Tensor], config: ModelConfig) -> torch.Tensor:
+        """The Megatron tensor [rows, ...] of tensors that each have the rows of one of `hf`, in that order."""
+        return torch.cat(list(parts))
+
+    def split(self, tensor: torch.Tensor, config: ModelConfig) -> list[torch.Tensor]:
+        """The tensors [rows, ...], in the order of `hf`, of a Megatron tensor [rows, ...]; views where possible."""
+        return list(tensor.split(self.rows(config)))
+
+    def turn(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Matrices [out, in] as the Hugging Face checkpoint stores them, or those it stores as [out, in]; views."""
+        return [part.t() for part in parts] if self.transposed else list(parts)
+
+    def to_megatron(self, parts: Sequence[torch.Tensor], config: ModelConfig) -> torch.Tensor:
+        """The Megatron tensor of the Hugging Face tensors, as they are stored, in the order of `hf`."""
+        return self.fuse(self.turn(parts), config)
+
+    def to_hf(self, tensor: torch.Tensor, config: ModelConfig) -> list[torch.Tensor]:
+        """The Hugging Face tensors, as they are stored, in the order of `hf`, of a Megatron tensor; views where possible."""
+        return self.turn(self.split(tensor, config))
+
+    def megatron_shape(self, config: ModelConfig) -> tuple[int, ...]:
+        """The shape of the Megatron tensor."""
+        dimensions = config.dimensions()
+        return tuple(dimensions[name] for name in self.shape)
+
+    def hf_shapes(self, config: ModelConfig) -> list[tuple[int, ...]]:
+        """The shapes of the Hugging Face tensors, as they are stored."""
+        shapes = [(rows, *self.megatron_shape(config)[1:]) for rows in self.rows(config)]
+        return [shape[::-1] for shape in shapes] if self.transposed else shapes
+
+    def at(self, layer: int) -> Mapping:
+        """This mapping with `*` replaced by a layer's index."""
+        return dataclasses.replace(
+            self, megatron=self.megatron.replace("*", str(layer)), hf=tuple(name.replace("*", str(layer)) for name in self.hf)
+        )
+
+    @property
+    def linear(self) -> str | None:
+        """The name of the masked linear whose weight this is, for example decoder.layers.3.mlp.linear_fc1; None for others."""
+        name = self.megatron.removesuffix(".weight")
+        return name if name != self.megatron and name.endswith(MASKED_LINEARS) else None
+
+
+@dataclass(frozen=True)
+class Direct(Mapping):
+    """The same tensor under another name."""
+
+    def rows(self, config: ModelConfig) -> list[int]:
+        return [self.megatron_shape(config)[0]]
+
+    def fuse(self, parts: Sequence[torch.Tensor], config: ModelConfig) -> torch.Tensor:
+        return parts[0]
+
+
+@dataclass(frozen=True)
+class GatedMLP(Mapping):
+    """fc1 of a gated MLP: all gate rows, then all up rows (`hf` is gate, up)."""
+
+    def rows(self, config: ModelConfig) -> list[int]:
+        return [config.ffn_hidden_size] * 2
+
+
+@dataclass(frozen=True)
+class QKV(Mapping):
+    """The fused query-key-value projection (`hf` is q, k, v).
+
+    Its rows go by query group: the group's query heads, its key head, its value head, as `SelfAttention.get_query_key_value_tensors`
+    of Megatron Core splits them.
+    """
+
+    def rows(self, config: ModelConfig) -> list[int]:
+        return _query_key_value_rows(config)
+
+    def fuse(self, parts: Sequence[torch.Tensor], config: ModelConfig) -> torch.Tensor:
+        groups = [part.unflatten(0, (config.num_query_groups, -1)) for part in parts]
+        return torch.cat(groups, dim=1).flatten(0, 1)
+
+    def split(self, tensor: torch.Tensor, config: ModelConfig) -> list[torch.Tensor]:
+        groups = tensor.unflatten(0, (config.num_query_groups, -1))
+        parts = groups.split([rows // config.num_query_groups for rows in _query_key_value_rows(config)], dim=1)
+        return [part.flatten(0, 1) for part in parts]
+
+
+@dataclass(frozen=True)
+class StackedQKV(QKV):
+    """The same from one Hugging Face tensor that holds all query rows, then all key rows, then all value rows."""
+
+    def rows(self, config: ModelConfig) -> list[int]:
+        return [sum(_query_key_value_rows(config))]
+
+    def fuse(self, parts: Sequence[torch.Tensor], config: ModelConfig) -> torch.Tensor:
+        (stacked,) = parts
+        return super().fuse(stacked.split(_query_key_value_rows(config)), config)
+
+    def split(self, tensor: torch.Tensor, config: ModelConfig) -> list[torch.Tensor]:
+        return [torch.cat(super().split(tensor, config))]
+
+
+def _query_key_value_rows(config: ModelConfig) -> list[int]:
+    keys = config.num_query_groups * config.head_dim
+    return [config.num_attention_heads * config.head_dim, keys, keys]
+
+
+def expand(mappings: Iterable[Mapping], num_layers: int) -> list[Mapping]:
+    """One mapping a layer for each mapping with a `*` in its name."""
+    mappings = list(mappings)
+    return [mapping.at(layer) for layer in range(num_layers) for mapping in mappings]

@@ -1,0 +1,63 @@
+"""Megatron's GPT model with a frozen vocabulary: the model whose masks are learned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+
+from maskllm.megatron.loss import frozen_linear_cross_entropy
+
+
+class FrozenVocabularyGPTModel(GPTModel):
+    """`GPTModel` that, given labels, computes the loss in chunks of tokens instead of from a whole tensor of logits.
+
+    With activation recomputation the embeddings ask for a gradient, though they are frozen: Megatron's checkpointing passes
+    gradients to what is inside it only where an input asks for one.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.pre_process and self.config.recompute_granularity is not None:
+            self.embedding.register_forward_hook(_require_gradient)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Run this pipeline stage.
+
+        Args:
+            input_ids, position_ids: int64 [batch, sequence].
+            attention_mask: None; attention is causal.
+            labels: int64 [batch, sequence], or None for logits.
+
+        Returns:
+            fp32 losses [batch, sequence] with labels, logits [batch, sequence, vocabulary / ranks] without; before the last stage the
+            hidden states [sequence, batch, hidden size].
+        """
+        if labels is None or not self.post_process:
+            return super().forward(input_ids, position_ids, attention_mask)
+        # Upstream's forward ends with the decoder's output when the model has no output layer; that is what is wanted here.
+        self.post_process = False
+        try:
+            hidden = super().forward(input_ids, position_ids, attention_mask)
+        finally:
+            self.post_process = True
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
+        tp_group = self.pg_collection.tp
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, group=tp_group)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden, group=tp_group)
+        losses = frozen_linear_cross_entropy(hidden.flatten(0, 1), weight, labels.t().flatten(), tp_group)
+        return losses.view(labels.shape[1], labels.shape[0]).t()
+
+
+def _require_gradient(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    return output.requires_grad_() if torch.is_grad_enabled() else output

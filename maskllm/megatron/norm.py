@@ -1,0 +1,55 @@
+"""The normalization of a transformer layer without Transformer Engine: Apex's fused kernels or torch's own functions."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from maskllm.environment.optional_parts import uses_apex_norms
+from maskllm.errors import MaskLLMError
+
+
+class ZeroCenteredLayerNorm(torch.nn.LayerNorm):
+    """LayerNorm that multiplies by 1 + weight, the sum taken in the weight's dtype as transformers' `NemotronLayerNorm1P` does."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Normalize the last dimension of `input` [..., hidden size]."""
+        return F.layer_norm(input, self.normalized_shape, self.weight + 1, self.bias, self.eps)
+
+
+NORMS: dict[tuple[str, bool], type[torch.nn.Module]] = {
+    ("RMSNorm", False): torch.nn.RMSNorm,
+    ("LayerNorm", False): torch.nn.LayerNorm,
+    ("LayerNorm", True): ZeroCenteredLayerNorm,
+}
+"""torch's norms by Megatron's `normalization` and `layernorm_zero_centered_gamma`."""
+
+
+def local_norms() -> dict[tuple[str, bool], type[torch.nn.Module]]:
+    """NORMS with Apex's in the place of those that it has, where it can be used; both take the same parameters."""
+    if not uses_apex_norms():
+        return NORMS
+    apex = importlib.import_module("apex.normalization")
+    return NORMS | {("RMSNorm", False): apex.FusedRMSNorm, ("LayerNorm", False): apex.FusedLayerNorm}
+
+
+class LocalNorm:
+    """Builds the norm that `config.normalization` and `config.layernorm_zero_centered_gamma` ask for, one of `local_norms`.
+
+    Upstream's `WrappedTorchNorm` does the same but refuses zero-centered weights and sequence parallelism, which needs no more of a
+    norm than a mark on its parameters: each rank normalizes its own part of the sequence. Raises MaskLLMError where there is none.
+    """
+
+    def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> torch.nn.Module:
+        kind = local_norms().get((config.normalization, config.layernorm_zero_centered_gamma))
+        if kind is None:
+            centered = "zero-centered " if config.layernorm_zero_centered_gamma else ""
+            raise MaskLLMError(f"normalization {centered}{config.normalization} is not supported")
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        norm = kind(hidden_size, eps=eps).to(dtype=config.params_dtype, device=device)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm

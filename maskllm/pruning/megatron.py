@@ -1,0 +1,202 @@
+"""`maskllm prune`: a Megatron checkpoint to the same checkpoint with a one-shot mask beside every masked weight."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from maskllm.checkpoints.checksums import MANIFEST
+from maskllm.checkpoints.reading import (
+    UNSTRUCTURED,
+    Checkpoint,
+    CheckpointInfo,
+    iteration_name,
+    release_directory,
+    resolve,
+    write_checkpoint,
+)
+from maskllm.checkpoints.torch_dist import LazyTensor
+from maskllm.distributed import device
+from maskllm.errors import MaskLLMError
+from maskllm.families.mapping import Mapping
+from maskllm.families.registry import parameter_map
+from maskllm.patterns import Pattern, pack_mask
+from maskllm.pruning.calibration import open_documents, sample_windows
+from maskllm.pruning.layerwise import prune_layers
+from maskllm.pruning.magnitude import magnitude_mask
+from maskllm.pruning.solve import PruneSettings, check_matrix
+from maskllm.pruning.store import DirectoryStore
+from maskllm.pruning.stream import LayerStream
+
+
+def open_for_pruning(load: str | Path, output: str | Path, settings: PruneSettings) -> Checkpoint:
+    """The checkpoint `load`, with its shapes, those of its masks, and `output` checked before any work is done.
+
+    Raises MaskLLMError where it has masks already, a tensor has another shape than its config says, the pattern does not fit, or, as
+    `release_directory` does, where `output` cannot be written.
+    """
+    checkpoint = resolve(load)
+    if checkpoint.info.stage != "dense":
+        raise MaskLLMError(
+            f"{checkpoint.path}: is a {checkpoint.info.stage} checkpoint; wanted a dense one, as `maskllm convert` writes"
+        )
+    if Path(output).resolve() in (checkpoint.path.resolve(), checkpoint.path.resolve().parent):
+        raise MaskLLMError(f"--output {output} is the checkpoint that is loaded; name another directory")
+    release_directory(output, "pruned")
+    checkpoint.check_weights()
+    for mapping in parameter_map(checkpoint.model_config):
+        if mapping.linear is not None and isinstance(settings.sparsity, Pattern):
+            settings.sparsity.check_divides(checkpoint.tensors[mapping.megatron].shape[1], mapping.megatron)
+    return checkpoint
+
+
+def prune_by_magnitude(load: str | Path, output: str | Path, settings: PruneSettings) -> Path:
+    """Write the dense checkpoint `load` to OUTPUT/release with magnitude masks; returns that directory.
+
+    One tensor is in memory at a time and no model is built. Raises MaskLLMError as `open_for_pruning` does, and for a weight that is
+    not finite.
+    """
+    checkpoint = open_for_pruning(load, output, settings)
+
+    def bits(mapping: Mapping) -> torch.Tensor:
+        # A share is counted over each Hugging Face matrix, as in a model in memory, not over Megatron's fused one.
+        config = checkpoint.model_config
+        parts = mapping.split(checkpoint.tensors[mapping.megatron].load(), config)
+        for name, part in zip(mapping.hf, parts, strict=True):
+            check_matrix(part, name, settings.sparsity)
+        return mapping.fuse([pack_mask(magnitude_mask(part, settings.sparsity)) for part in parts], config)
+
+    return write_pruned(checkpoint, output, settings, bits)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which tokens calibrate, as `sample_windows` draws them from `data`, and the dtype the layers compute in."""
+
+    data: str
+    """An indexed dataset's prefix or a JSON-lines file."""
+    samples: int = 128
+    seq_length: int = 2048
+    seed: int = 1234
+    pack: bool = False
+    params_dtype: torch.dtype = torch.bfloat16
+
+    def tokens(self, checkpoint: Checkpoint) -> torch.Tensor:
+        """int64 [samples, seq_length]. Raises MaskLLMError where the data do not fit the checkpoint's model."""
+        context = checkpoint.model_config.max_position_embeddings
+        if self.seq_length > context:
+            raise MaskLLMError(f"--seq-length {self.seq_length}: the model has a context of {context} tokens")
+        documents = open_documents(self.data, checkpoint.hf_directory, append_eod=self.pack)
+        tokens = sample_windows(documents, self.samples, self.seq_length, seed=self.seed, pack=self.pack)
+        vocabulary = checkpoint.model_config.vocab_size
+        if tokens.max() >= vocabulary:
+            raise MaskLLMError(
+                f"{self.data}: found token {int(tokens.max())}, wanted less than the model's vocabulary of {vocabulary}; the dataset "
+                "was made with another tokenizer"
+            )
+        return tokens
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {**dataclasses.asdict(self), "params_dtype": str(self.params_dtype).removeprefix("torch.")}
+
+
+def prune_calibrated(
+    load: str | Path, output: str | Path, settings: PruneSettings, calibration: Calibration
+) -> tuple[Path, dict[str, Any]]:
+    """Write the dense checkpoint `load` to OUTPUT/release with masks chosen on calibration data, on all ranks of the job.
+
+    Inside `maskllm.distributed.parallel_processes`. The ranks share `output`'s file system; each works on `maskllm.distributed.device`.
+    Finished layers are kept beside `output`; the same call after an interruption goes on after the last of them. Returns the written
+    directory and the report, JSON values. Raises MaskLLMError as `open_for_pruning` does, where there are fewer samples than ranks,
+    and for calibration data or weights that cannot be used.
+    """
+    checkpoint = open_for_pruning(load, output, settings)
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    if calibration.samples < ranks:
+        raise MaskLLMError(f"--calibration-samples {calibration.samples}: wanted at least one for each of the {ranks} processes")
+    tokens = calibration.tokens(checkpoint)
+    run = {
+        "load": str(checkpoint.path.resolve()),
+        "manifest": hashlib.sha256((checkpoint.path / MANIFEST).read_bytes()).hexdigest(),
+        "settings": settings.as_dict(),
+        "calibration": {**calibration.as_dict(), "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()},
+    }
+    output = Path(os.path.realpath(output))  # "." has no name to put one beside
+    store = DirectoryStore(output.with_name(f".{output.name}.layers"), run)
+    stream = LayerStream(checkpoint, device(), calibration.params_dtype)
+    hidden = stream.first_hidden(tokens[rank::ranks])
+    layers = prune_layers(
+        stream, checkpoint.model_config.num_layers, hidden, settings, store=store, group=dist.group.WORLD if ranks > 1 else None
+    )
+    report = {"load": str(load), **settings.as_dict(), "calibration": calibration.as_dict(), "layers": layers}
+
+    def stored(kind: str, mapping: Mapping) -> torch.Tensor:
+        layer = int(re.search(r"\.layers\.(\d+)\.", mapping.megatron)[1])
+        parts = [store.tensor(layer, f"{name.removesuffix('.weight')}.{kind}") for name in mapping.hf]
+        tensor = mapping.fuse(parts, checkpoint.model_config)
+        return tensor if kind == "mask_bits" else tensor.to(checkpoint.tensors[mapping.megatron].dtype)
+
+    path = output / iteration_name("release")
+    if rank == 0:
+        errors = [m["relative_error"] for layer in layers for m in layer["matrices"].values() if m["relative_error"] is not None]
+        details = {
+            "update_weights": settings.update_weights,
+            "sequential": settings.sequential,
+            "calibration": run["calibration"],
+            "mean_relative_error": sum(errors) / len(errors) if errors else None,
+        }
+        write_pruned(
+            checkpoint,
+            output,
+            settings,
+            functools.partial(stored, "mask_bits"),
+            weight=functools.partial(stored, "weight") if settings.update_weights else None,
+            details=details,
+        )
+        store.remove()
+    dist.barrier()
+    return path, report
+
+
+def write_pruned(
+    checkpoint: Checkpoint,
+    output: str | Path,
+    settings: PruneSettings,
+    bits: Callable[[Mapping], torch.Tensor],
+    *,
+    weight: Callable[[Mapping], torch.Tensor] | None = None,
+    details: dict[str, Any] | None = None,
+) -> Path:
+    """Write OUTPUT/release: the checkpoint's tensors and, for every masked weight, the mask bits that `bits` makes for its mapping.
+
+    Weights stay as they are, without zeros, unless `weight` makes others. `details` go into the checkpoint's info.
+    """
+    tensors: dict[str, LazyTensor] = {}
+    for mapping in parameter_map(checkpoint.model_config):
+        tensor = checkpoint.tensors[mapping.megatron]
+        if mapping.linear is not None:
+            rows, columns = tensor.shape
+            make = functools.partial(bits, mapping)
+            tensors[f"{mapping.linear}.mask_bits"] = LazyTensor((rows, -(-columns // 8)), torch.uint8, make)
+            if weight is not None:
+                tensor = dataclasses.replace(tensor, load=functools.partial(weight, mapping))
+        tensors[mapping.megatron] = tensor
+    info = CheckpointInfo(
+        stage="pruned",
+        source=checkpoint.info.source,
+        pattern=str(settings.sparsity) if isinstance(settings.sparsity, Pattern) else UNSTRUCTURED,
+        method=settings.method,
+        details={**checkpoint.info.details, **(details or {})},
+    )
+    return write_checkpoint(output, tensors, info, hf_files_from=checkpoint.hf_directory, description="write")

@@ -1,0 +1,194 @@
+"""The page `report.html`: self-contained, without a script, in the reader's light or dark colours."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+from maskllm.quickstart.charts import Series, line_chart
+from maskllm.quickstart.formatting import (
+    RESULT_COLUMNS,
+    UNKNOWN,
+    format_bytes,
+    format_perplexity,
+    format_ratio,
+    format_seconds,
+    format_share,
+    result_cells,
+)
+
+STYLE = """
+:root { color-scheme: light dark; --page: #f7f7f5; --card: #fff; --text: #1a1a19; --muted: #5f5e5a; --rule: #dddcd6;
+  --s0: #2a6fc9; --s1: #c2410c; --s2: #0f7a5a; }
+@media (prefers-color-scheme: dark) { :root { --page: #151514; --card: #1f1f1e; --text: #f0efec; --muted: #a9a8a2; --rule: #3a3a37;
+  --s0: #6aa5f0; --s1: #f0925a; --s2: #4cc79b; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1rem; max-width: 64rem; background: var(--page); color: var(--text);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .75rem; }
+.muted { color: var(--muted); font-size: .875rem; } p.muted { margin: .5rem 0; }
+.grid { display: grid; gap: .75rem; } .tiles { grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); }
+.charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 23rem), 1fr)); }
+figure { display: flex; flex-direction: column; justify-content: space-between; }
+.card, figure { background: var(--card); border: 1px solid var(--rule); border-radius: .5rem; padding: .75rem; margin: 0; }
+.tiles b { display: block; font-size: 1.35rem; line-height: 1.4; font-weight: 600; white-space: nowrap; } .tiles span { display: block; }
+.scroll { overflow-x: auto; padding: 0; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { overflow-wrap: normal; padding: .45rem .75rem; text-align: right; white-space: nowrap; border-top: 1px solid var(--rule); }
+thead td { border-top: 0; } thead th { border-top: 0; color: var(--muted); font-size: .875rem; font-weight: 500; }
+th:first-child { text-align: left; font-weight: 500; position: sticky; left: 0; background: var(--card); }
+.best th, .best td { font-weight: 700; } .bar { display: block; width: 100%; min-width: 8rem; height: .6rem; fill: var(--s0); }
+figcaption { margin-bottom: .5rem; } figcaption .muted { white-space: nowrap; } .wide { width: 45%; }
+@media (max-width: 36rem) { .wide { display: none; } th, td { padding: .4rem .5rem; font-size: .9rem; } th { white-space: normal; } }
+ .legend { display: flex; flex-wrap: wrap; gap: .1rem 1rem; font-size: .875rem; }
+figure svg { display: block; width: 100%; height: auto; } figure text { font-size: 12px; fill: var(--muted); }
+figure text.axis { fill: var(--text); } figure svg.key { display: inline-block; width: 22px; height: 14px; margin-right: .35rem; }
+line.grid { stroke: var(--rule); } polyline { fill: none; stroke-width: 1.5; stroke-linejoin: round; }
+polyline.s0, figure line.s0 { stroke: var(--s0); } polyline.s1, figure line.s1 { stroke: var(--s1); }
+polyline.s2, figure line.s2 { stroke: var(--s2); } figure line[class^=s] { stroke-width: 2; }
+circle.s0 { fill: var(--s0); stroke: var(--s0); } circle.s1 { fill: var(--s1); stroke: var(--s1); }
+circle.s2 { fill: var(--s2); stroke: var(--s2); } circle.ring { fill: none; stroke-width: 2; pointer-events: all; }
+dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .25rem 1rem; margin: 0; }
+dt { color: var(--muted); } dd { margin: 0; }
+.pairs { grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); } .pairs h2 { margin: 0 0 .5rem; }
+"""
+
+
+def html_page(report: dict[str, Any]) -> str:
+    """The page for what `maskllm.quickstart.report.report_dict` returns. Every text in it is escaped."""
+    title = f"{report['pattern']} masks of {report['model']}"
+    evaluation = report["evaluation"]
+    data = f"Perplexity on {evaluation['data']}, {evaluation['windows']} windows of {evaluation['seq_length']} tokens."
+    best = report["best_one_shot"] or UNKNOWN
+    charts = "".join(_charts(report["metrics"]))
+    learning = f'<h2>Mask learning</h2>\n<div class="grid charts">{charts}</div>' if charts else ""
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<main>
+<h1>{escape(title)}</h1>
+<p class="muted">{escape(data)}</p>
+<div class="grid tiles">{"".join(_tiles(report))}</div>
+<h2>Models</h2>
+{_models(report)}
+<p class="muted">Gap closed: the share of the distance in perplexity from the best one-shot mask
+({escape(best)}) to the dense model. Zeros: their share in the linear layers of the blocks. Time and peak memory:
+what making the model took, all processes together.</p>
+{learning}
+<h2>Steps</h2>
+{_steps(report["steps"])}
+<h2>How it was measured</h2>
+<div class="grid pairs">{_pairs("Evaluation", evaluation)}{_pairs("Settings", report["settings"])}
+{_pairs("Machine", report["machine"])}</div>
+</main>
+</body>
+</html>
+"""
+
+
+def _tiles(report: dict[str, Any]) -> list[str]:
+    """The headline numbers: what the learned masks brought, and at what cost."""
+    results = {result["name"]: result for result in report["results"]}
+    tiles = []
+    if "learned" in results:
+        learned = results["learned"]
+        dense, best = results.get("dense"), results.get(report["best_one_shot"])
+        beside = f"dense {format_perplexity(dense['perplexity'])}" if dense else ""
+        tiles.append(("Perplexity, learned mask", format_perplexity(learned["perplexity"]), beside))
+        if best:
+            ratio = format_ratio(learned["times_best_one_shot"])
+            tiles.append(
+                (
+                    "Times the best one-shot mask",
+                    f"{ratio} \N{MULTIPLICATION SIGN}",
+                    f"{best['name']} {format_perplexity(best['perplexity'])}",
+                )
+            )
+            tiles.append(("Gap to dense closed", format_share(learned["gap_closed"]), f"from {best['name']} to dense"))
+        tiles.append(("Zeros, learned mask", format_share(learned["zeros"]), "of the blocks' linear layers"))
+    tiles.append(("Time", format_seconds(report["seconds"]), "all steps together"))
+    tiles.append(("Peak memory", format_bytes(report["peak_memory_bytes"]), "all processes together"))
+    return [
+        f'<div class="card"><span class="muted">{escape(name)}</span><b>{escape(value)}</b><span class="muted">{escape(note)}</span></div>'
+        for name, value, note in tiles
+    ]
+
+
+def _models(report: dict[str, Any]) -> str:
+    body = "".join(
+        f'<tr{" class=best" if row[0] == "learned" else ""}><th scope="row">{escape(row[0])}</th>'
+        + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
+        + "</tr>"
+        for row in map(result_cells, report["results"])
+    )
+    return _table("Models", RESULT_COLUMNS, body)
+
+
+def _steps(steps: list[dict[str, Any]]) -> str:
+    longest = max((step["seconds"] for step in steps), default=0.0) or 1.0
+    body = "".join(
+        f'<tr><th scope="row">{escape(step["name"])}</th><td>{format_seconds(step["seconds"])}</td>'
+        f"<td>{format_bytes(step['peak_memory_bytes'])}</td>"
+        f'<td class="wide"><svg class="bar" viewBox="0 0 100 6" preserveAspectRatio="none" aria-hidden="true">'
+        f'<rect width="{100 * step["seconds"] / longest:.1f}" height="6"/></svg></td></tr>'
+        for step in steps
+    )
+    return _table("Steps", ("step", "time", "peak memory", ""), body)
+
+
+def _table(name: str, header: tuple[str, ...], body: str) -> str:
+    # Reachable by keyboard, since it scrolls sideways on a narrow screen.
+    head = "".join(f'<th scope="col">{escape(cell)}</th>' if cell else "<td class=wide></td>" for cell in header)
+    return (
+        f'<div class="card scroll" role="region" tabindex="0" aria-label="{escape(name)}">'
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def _charts(metrics: list[dict[str, Any]]) -> list[str]:
+    """The curves of the training, those that have points."""
+
+    def series(key: str, label: str, kind: str = "train", marker: str = "small") -> Series:
+        lines = [line for line in metrics if line["kind"] == kind and line.get(key) is not None]
+        return Series(label, [(line["iteration"], line[key]) for line in lines], marker)
+
+    loss = [
+        series("loss", "training, sampled masks"),
+        series("loss_sampled", "validation, sampled masks", "validation", "filled"),
+        series("loss_winner", "validation, arg-max masks", "validation", "ring"),
+    ]
+    shares = (
+        ("mean_max_probability", "Mean maximum probability", "mean over blocks"),
+        ("changed_since_prior", "Blocks that left the prior", "share of blocks"),
+        ("changed_since_last", "Blocks changed since the last log", "share of blocks"),
+    )
+    return [
+        line_chart("Loss", loss, x_label="iteration", y_label="nats per token"),
+        *(line_chart(title, [series(key, title)], x_label="iteration", y_label=y, percent=True) for key, title, y in shares),
+        line_chart("Gumbel temperature", [series("temperature", "temperature")], x_label="iteration", y_label="temperature"),
+        line_chart("Scale of the logits", [series("scale", "scale")], x_label="iteration", y_label="scale"),
+    ]
+
+
+def _pairs(heading: str, values: dict[str, Any]) -> str:
+    pairs = "".join(f"<dt>{escape(_label(key))}</dt><dd>{escape(_text(key, value))}</dd>" for key, value in values.items())
+    return f'<section class="card"><h2>{escape(heading)}</h2><dl>{pairs}</dl></section>'
+
+
+def _label(key: str) -> str:
+    return key.removesuffix("_bytes").replace("_", " ")
+
+
+def _text(key: str, value: Any) -> str:
+    if value is None or value == []:
+        return UNKNOWN
+    if key.endswith("_bytes"):
+        return format_bytes(value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,184 @@
+"""Export: the original back bit for bit, and never a matrix that breaks its pattern."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from maskllm.checkpoints.convert import convert
+from maskllm.checkpoints.reading import CheckpointInfo, resolve, write_checkpoint
+from maskllm.checkpoints.torch_dist import LazyTensor
+from maskllm.cli import main
+from maskllm.errors import MaskLLMError
+from maskllm.export.huggingface import export
+from maskllm.export.trim import trim
+from maskllm.families.registry import parameter_map
+from maskllm.patterns import pack_mask
+from tests.families.tiny import CONFIGS, write_tiny
+
+
+def lazy(tensor: torch.Tensor) -> LazyTensor:
+    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+def tensors_of(path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_there_and_back_gives_every_tensor_back(name, dtype, tmp_path):
+    write_tiny(name, tmp_path / "hf", dtype)
+    convert(tmp_path / "hf", tmp_path / "dense")
+    export(tmp_path / "dense", tmp_path / "back", max_shard_size="10KB")
+    before, after = tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "back")
+    assert len(list((tmp_path / "back").glob("*.safetensors"))) > 2
+    assert set(before) == set(after)
+    assert [key for key in before if not same_bits(before[key], after[key])] == []
+    assert (tmp_path / "back" / "config.json").read_bytes() == (tmp_path / "hf" / "config.json").read_bytes()
+
+    again, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(loading.values()), loading
+    assert again.dtype == dtype
+    tokens = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.equal(again(tokens).logits, AutoModelForCausalLM.from_pretrained(tmp_path / "hf")(tokens).logits)
+
+
+@pytest.fixture
+def trimmed(tmp_path):
+    """A trimmed checkpoint of random 2:4 masks."""
+    write_tiny("llama3", tmp_path / "hf", torch.bfloat16)
+    convert(tmp_path / "hf", tmp_path / "dense")
+    dense = resolve(tmp_path / "dense")
+    generator = torch.Generator().manual_seed(0)
+    bits = {}
+    for mapping in parameter_map(dense.model_config):
+        if mapping.linear is not None:
+            scores = torch.rand(dense.tensors[mapping.megatron].shape, generator=generator)
+            bits[f"{mapping.linear}.mask_bits"] = lazy(pack_mask(scores.unflatten(1, (-1, 4)).argsort(-1).lt(2).flatten(1)))
+    info = CheckpointInfo("pruned", "x", "2:4", "magnitude")
+    write_checkpoint(tmp_path / "pruned", dict(dense.tensors) | bits, info, hf_files_from=dense.hf_directory, description="")
+    trim(tmp_path / "pruned", tmp_path / "trimmed")
+    return tmp_path / "trimmed"
+
+
+PRUNED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def test_pruned_matrices_keep_two_of_four_and_the_rest_is_untouched(trimmed, tmp_path):
+    arguments = ["--load", str(trimmed), "--output", str(tmp_path / "sparse"), "--json", str(tmp_path / "report.json")]
+    assert main(["export", *arguments]) == 0
+    before, after = tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "sparse")
+    pruned = {key for key in before if key.split(".")[-2] in PRUNED}
+    assert len(pruned) == 2 * 7
+    for key in before:
+        if key not in pruned:
+            assert same_bits(before[key], after[key]), key
+            continue
+        kept = after[key] != 0
+        assert kept.unflatten(1, (-1, 4)).sum(-1).eq(2).all(), key
+        assert torch.equal(after[key][kept], before[key][kept]), key
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report.pop("load") == str(trimmed)
+    assert report.pop("seconds") > 0 and report.pop("peak_memory_bytes") > 0
+    assert report == {
+        "parameters": sum(tensor.numel() for tensor in before.values()),
+        "pruned_parameters": sum(before[key].numel() for key in pruned),
+        "zeros": sum(before[key].numel() for key in pruned) // 2,
+        "bytes": sum(tensor.nbytes for tensor in before.values()),
+    }
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    assert (model.model.layers[1].mlp.up_proj.weight == 0).float().mean() == 0.5
+
+
+def test_the_mask_file_makes_the_dense_model_the_exported_one(trimmed, tmp_path):
+    export(trimmed, tmp_path / "sparse", mask_file=tmp_path / "masks.npz")
+    dense, sparse = tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "sparse")
+    with np.load(tmp_path / "masks.npz", allow_pickle=False) as masks:
+        assert set(masks.files) == {f"{key}.mask" for key in dense if key.split(".")[-2] in PRUNED}
+        for key in masks.files:
+            name = key.removesuffix(".mask")
+            mask = np.unpackbits(masks[key], count=dense[name].numel()).reshape(dense[name].shape)
+            assert torch.equal(dense[name] * torch.from_numpy(mask), sparse[name]), name
+
+
+def test_whoever_finds_the_output_has_the_mask_file_too(trimmed, tmp_path, monkeypatch):
+    with pytest.raises(MaskLLMError, match=r"--mask-file .*masks\.npz: lies in --output .*sparse"):
+        export(trimmed, tmp_path / "sparse", mask_file=tmp_path / "sparse" / "masks.npz")
+
+    def killed(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("maskllm.export.huggingface.write_mask_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        export(trimmed, tmp_path / "sparse", mask_file=tmp_path / "masks.npz")
+    assert not (tmp_path / "sparse").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "words"),
+    # The fused tensor's rows 24 to 32 are the first group's values: 2 query heads of 8 rows, a key head, a value head.
+    [(25, 5, "model.layers.1.self_attn.v_proj.weight: row 1, block 1 (columns 4 to 7) has 3 non-zeros"),
+     (16, 0, "model.layers.1.self_attn.k_proj.weight: row 0, block 0")],
+)  # fmt: skip
+def test_a_matrix_that_breaks_the_pattern_is_not_written(row, column, words, trimmed, tmp_path, capsys):
+    checkpoint = resolve(trimmed)
+    key = "decoder.layers.1.self_attention.linear_qkv.weight"
+    weight = checkpoint.tensors[key].load()
+    block = weight[row, column // 4 * 4 : column // 4 * 4 + 4]
+    block[block == 0] = torch.tensor([1.0, 0.0], dtype=weight.dtype)  # a third non-zero
+    write_checkpoint(
+        tmp_path / "bad", dict(checkpoint.tensors) | {key: lazy(weight)}, checkpoint.info,
+        hf_files_from=checkpoint.hf_directory, description="",
+    )  # fmt: skip
+    assert main(["export", "--load", str(tmp_path / "bad"), "--output", str(tmp_path / "sparse")]) == 1
+    message = capsys.readouterr().err
+    assert words in message
+    assert message.count("\n") == 1
+    assert not (tmp_path / "sparse").exists()
+
+
+def test_a_weight_outside_of_its_mask_is_not_written(trimmed, tmp_path):
+    checkpoint = resolve(trimmed)
+    key = "decoder.layers.0.mlp.linear_fc2.weight"
+    moved = checkpoint.tensors[key].load().unflatten(1, (-1, 4)).roll(1, -1).flatten(1)  # still 2:4
+    tensors = dict(checkpoint.tensors) | {key: lazy(moved)}
+    write_checkpoint(tmp_path / "bad", tensors, checkpoint.info, hf_files_from=checkpoint.hf_directory, description="")
+    with pytest.raises(
+        MaskLLMError, match=r"model\.layers\.0\.mlp\.down_proj\.weight has \d+ non-zero weights that its mask removes"
+    ):
+        export(tmp_path / "bad", tmp_path / "sparse")
+
+
+def test_the_config_states_the_dtype_the_tensors_have(tmp_path):
+    write_tiny("llama2", tmp_path / "hf", torch.bfloat16)
+    path = tmp_path / "hf" / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("dtype", None)
+    path.write_text(json.dumps(config | {"torch_dtype": "float16"}))
+    convert(tmp_path / "hf", tmp_path / "dense")
+    export(tmp_path / "dense", tmp_path / "back")
+    assert json.loads((tmp_path / "back" / "config.json").read_text()) == config | {"torch_dtype": "bfloat16"}
+
+
+def test_what_cannot_be_exported_is_refused(trimmed, tmp_path):
+    with pytest.raises(MaskLLMError, match="is a pruned checkpoint; write its masks into the weights first"):
+        export(tmp_path / "pruned", tmp_path / "sparse")
+    with pytest.raises(MaskLLMError, match="is a dense checkpoint, which has no masks"):
+        export(tmp_path / "dense", tmp_path / "sparse", mask_file=tmp_path / "masks.npz")
+    with pytest.raises(MaskLLMError, match="hf exists and is not an empty directory"):
+        export(trimmed, tmp_path / "hf")
+    for size in ("5 apples", "-5GB", "0GB", "0.0 kb", "infGB", "nanGB", "5", "1.2.3GB", "9" * 400 + "GB"):
+        with pytest.raises(MaskLLMError, match=f"--max-shard-size {size}: wanted a positive size"):
+            export(trimmed, tmp_path / "sparse", max_shard_size=size)
+    assert not (tmp_path / "sparse").exists()

@@ -1,0 +1,164 @@
+"""Hugging Face configs: both spellings read alike, and what is not supported is refused by name."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from maskllm.errors import MaskLLMError
+from maskllm.families.model_config import transformer_config
+from maskllm.families.registry import read_model_config
+from maskllm.families.rope import rotary_frequencies
+from tests.families.tiny import BASE, CONFIGS, GPT2, NEMOTRON, SCALED_ROPE, tiny_config
+
+PLAIN = BASE | {"model_type": "llama", "hidden_act": "silu"}
+
+
+@pytest.fixture
+def read(tmp_path):
+    def read(values):
+        path = tmp_path / "config.json"
+        path.write_text(json.dumps(values))
+        return read_model_config(path)
+
+    return read
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_reads_what_transformers_writes(name, tmp_path):
+    hf = tiny_config(name)
+    hf.save_pretrained(tmp_path)
+    config = read_model_config(tmp_path / "config.json")
+    assert config.model_type == hf.model_type
+    assert (config.num_layers, config.hidden_size, config.ffn_hidden_size, config.max_position_embeddings) == (2, 32, 48, 512)
+    assert config.num_query_groups == getattr(hf, "num_key_value_heads", 4)
+    assert config.head_dim == getattr(hf, "head_dim", 8)
+    assert config.tie_word_embeddings == hf.tie_word_embeddings
+    assert config.add_bias == getattr(hf, "mlp_bias", True)
+    if config.rope is not None:
+        assert config.rope.theta == hf.rope_parameters["rope_theta"]
+        assert config.rope.dim == config.head_dim * hf.rope_parameters.get("partial_rotary_factor", 1.0)
+
+
+def test_an_old_nemotron_config_states_its_rotary_settings_beside_the_others(read):
+    old = read(NEMOTRON | {"hidden_act": "relu2", "rope_theta": 500.0, "partial_rotary_factor": 0.75})
+    assert (old.rope.theta, old.rope.dim, old.rope.scaling) == (500.0, 6, None)
+    assert read(NEMOTRON).rope.dim == 4
+
+
+@pytest.mark.parametrize("type_key", ["rope_type", "type"])
+def test_both_spellings_of_rope_mean_the_same(read, type_key):
+    older = dict(SCALED_ROPE)
+    theta, kind = older.pop("rope_theta"), older.pop("rope_type")
+    assert read(PLAIN | {"rope_theta": theta, "rope_scaling": older | {type_key: kind}}) == read(
+        PLAIN | {"rope_parameters": SCALED_ROPE}
+    )
+
+
+def test_absent_keys_have_the_defaults_of_transformers(read):
+    required = {key: BASE[key] for key in BASE if key not in ("max_position_embeddings", "rms_norm_eps")}
+    config, defaults = read(required | {"model_type": "llama", "rope_scaling": None}), LlamaConfig(**required)
+    assert config.norm_epsilon == defaults.rms_norm_eps
+    assert config.max_position_embeddings == defaults.max_position_embeddings
+    assert config.rope.theta == defaults.rope_parameters["rope_theta"]
+    assert config.num_query_groups == defaults.num_key_value_heads
+    assert config.tie_word_embeddings == defaults.tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    ("rope", "head_dim"),
+    [
+        ({"rope_type": "default", "rope_theta": 10000.0}, 128),
+        (SCALED_ROPE, 16),
+        # LLaMA 3.1 and LLaMA 3.2, as published
+        (SCALED_ROPE | {"rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                        "original_max_position_embeddings": 8192}, 128),
+        (SCALED_ROPE | {"rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                        "original_max_position_embeddings": 8192}, 64),
+    ],
+)  # fmt: skip
+def test_rotary_frequencies_are_those_of_transformers(read, rope, head_dim):
+    hf = LlamaConfig(**BASE, head_dim=head_dim, rope_parameters=dict(rope))
+    if rope["rope_type"] == "default":
+        expected = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2) / head_dim)
+    else:
+        expected, attention_factor = ROPE_INIT_FUNCTIONS["llama3"](hf)
+        assert attention_factor == 1.0
+    found = rotary_frequencies(read(PLAIN | {"head_dim": head_dim, "rope_parameters": rope}).rope)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba'"),
+        ({"model_type": ["llama"]}, "model_type"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters: rope_type 'yarn'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32.0}}, "rope_parameters: rope_type 'yarn'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling: rope_type 'dynamic'"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing"),
+        ({"rope_parameters": SCALED_ROPE | {"low_freq_factor": 5.0}}, "must be below high_freq_factor"),
+        (
+            {"rope_parameters": SCALED_ROPE, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            "differ; wanted one of them",
+        ),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters: 'full_attention' is not supported"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+        ({"attention_bias": True}, "attention_bias is True and mlp_bias is False"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"sliding_window": 4096}, "sliding_window"),
+        ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
+        ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
+        ({"hidden_size": 33}, "hidden_size 33 is not a multiple of num_attention_heads"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"hidden_size": "32"}, "hidden_size is '32'"),
+        ({"vocab_size": True}, "vocab_size is True"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
+        ({"rope_scaling": "llama3"}, "rope_scaling is 'llama3'"),
+        (NEMOTRON | {"hidden_act": "silu"}, "hidden_act 'silu' is not supported, only 'relu2'"),
+        (NEMOTRON | {"hidden_act": "relu2", "partial_rotary_factor": 0.4}, "partial_rotary_factor 0.4 turns 3"),
+        (NEMOTRON | {"hidden_act": "relu2", "partial_rotary_factor": 1.5}, "partial_rotary_factor 1.5 turns 12"),
+        (NEMOTRON | {"hidden_act": "relu2", "mlp_bias": True}, "attention_bias is False and mlp_bias is True"),
+        (GPT2 | {"activation_function": "relu"}, "activation_function 'relu' is not supported, only 'gelu_new'"),
+        (GPT2 | {"scale_attn_weights": False}, "scale_attn_weights False"),
+        (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
+        (GPT2 | {"add_cross_attention": True}, "add_cross_attention True"),
+        (GPT2 | {"n_head": 5}, "n_embd 32 is not a multiple of n_head 5"),
+        (GPT2 | {"n_embd": None}, "n_embd is missing"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(read, values, words):
+    with pytest.raises(MaskLLMError) as error:
+        read(PLAIN | values)
+    assert words in str(error.value)
+    assert "config.json" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"), [(b'{"a":\n 1,,}', "line 2"), (b"[1]", "wanted a JSON object"), (b"\xff\xfe{}", "not UTF-8")]
+)
+def test_a_broken_config_is_refused_by_name(tmp_path, text, words):
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(MaskLLMError, match=words):
+        read_model_config(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("values", "size", "words"),
+    [
+        ({}, 5, "vocabulary, 96"),
+        ({"num_key_value_heads": 2}, 4, "key-value heads, 2"),
+        ({"intermediate_size": 50}, 4, "MLP width, 50"),
+    ],
+)
+def test_a_tensor_parallel_size_that_does_not_divide_is_refused(read, values, size, words):
+    with pytest.raises(MaskLLMError, match=f"size {size} does not divide the model's .*{words}"):
+        transformer_config(read(PLAIN | values), params_dtype=torch.float32, tensor_model_parallel_size=size)

@@ -1,0 +1,91 @@
+"""The chunked loss against torch's own, alone and with the vocabulary split over two processes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from maskllm.megatron import loss as loss_module
+from maskllm.megatron.loss import frozen_linear_cross_entropy
+
+TOKENS, HIDDEN, VOCABULARY = 23, 16, 48
+
+
+class OneRank:
+    """A process group of one."""
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 1
+
+
+def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(TOKENS, HIDDEN, generator=generator, dtype=torch.float64)
+    weight = torch.randn(VOCABULARY, HIDDEN, generator=generator, dtype=torch.float64)
+    labels = torch.randint(VOCABULARY, (TOKENS,), generator=generator)
+    scale = torch.rand(TOKENS, generator=generator)
+    return hidden, weight, labels, scale
+
+
+def expected() -> tuple[torch.Tensor, torch.Tensor]:
+    hidden, weight, labels, scale = problem()
+    hidden.requires_grad_()
+    losses = F.cross_entropy(hidden @ weight.t(), labels, reduction="none")
+    (losses * scale).sum().backward()
+    return losses.detach(), hidden.grad
+
+
+@pytest.mark.parametrize("chunk_logits", [VOCABULARY, 5 * VOCABULARY, 1 << 25])
+def test_equals_cross_entropy(monkeypatch, chunk_logits):
+    monkeypatch.setattr(loss_module, "MAX_CHUNK_LOGITS", chunk_logits)
+    hidden, weight, labels, scale = problem()
+    hidden = hidden.float().requires_grad_()
+    losses = frozen_linear_cross_entropy(hidden, weight.float(), labels, OneRank())
+    (losses * scale).sum().backward()
+    expected_losses, expected_gradient = expected()
+    torch.testing.assert_close(losses.double(), expected_losses, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(hidden.grad.double(), expected_gradient, rtol=1e-5, atol=1e-5)
+
+
+def test_large_logits_stay_finite():
+    hidden = torch.tensor([[1e4, -1e4]], requires_grad=True)
+    weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    losses = frozen_linear_cross_entropy(hidden, weight, torch.tensor([1]), OneRank())
+    losses.sum().backward()
+    assert losses.item() == pytest.approx(2e4)
+    assert hidden.grad.isfinite().all()
+
+
+def test_refuses_a_matrix_that_is_trained():
+    weight = torch.zeros(4, 2, requires_grad=True)
+    with pytest.raises(ValueError, match="frozen"):
+        frozen_linear_cross_entropy(torch.zeros(1, 2), weight, torch.zeros(1, dtype=torch.long), OneRank())
+
+
+@pytest.mark.slow
+def test_vocabulary_split_over_two_processes(ranks):
+    ranks(2, "tests.megatron.test_loss")
+
+
+def _rank_main() -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    hidden, weight, labels, scale = problem()
+    hidden = hidden.float().requires_grad_()
+    half = weight.float().chunk(2)[dist.get_rank()]
+    losses = frozen_linear_cross_entropy(hidden, half, labels, dist.group.WORLD)
+    (losses * scale).sum().backward()
+    dist.all_reduce(hidden.grad)
+    dist.destroy_process_group()
+    expected_losses, expected_gradient = expected()
+    torch.testing.assert_close(losses.detach().double(), expected_losses, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(hidden.grad.double(), expected_gradient, rtol=1e-5, atol=1e-5)
+
+
+if __name__ == "__main__":
+    _rank_main()

@@ -1,0 +1,287 @@
+"""`maskllm prune` from checkpoint to checkpoint, against `prune_hf` on the same model in memory."""
+
+import gc
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+from maskllm.checkpoints.reading import resolve
+from maskllm.cli import main
+from maskllm.patterns import Pattern, unpack_mask
+from maskllm.pruning import PruneSettings, prune_hf
+from maskllm.pruning.calibration import open_documents, sample_windows
+from maskllm.pruning.statistics import InputStatistics
+from maskllm.pruning.store import DirectoryStore
+from tests.pruning.pruned import calibrated, hf_masks, hf_weights
+
+
+def prune(load, output, *options):
+    return main(["prune", "--load", str(load), "--output", str(output), *map(str, options)])
+
+
+@pytest.mark.parametrize(
+    "options, share", [(["--pattern", "2:4"], None), (["--pattern", "4:8"], None), (["--sparsity", "0.75"], 0.75)]
+)
+def test_magnitude_needs_no_data_and_keeps_the_weights(tiny_hf, tiny_dense, tmp_path, options, share):
+    model = LlamaForCausalLM.from_pretrained(tiny_hf)
+    report = tmp_path / "report.json"
+    assert prune(tiny_dense, tmp_path / "out", "--method", "magnitude", *options, "--json", report) == 0
+    assert json.loads(report.read_text())["method"] == "magnitude"
+    info = resolve(tmp_path / "out").info
+    assert (info.stage, info.method, info.pattern) == ("pruned", "magnitude", "unstructured" if share else options[1])
+    masks, weights = hf_masks(tmp_path / "out"), hf_weights(tmp_path / "out")
+    assert len(masks) == 4 * 7
+    for name, weight in model.named_parameters():
+        if name in weights:
+            assert torch.equal(weights[name], weight)
+        if name in masks and share:
+            assert masks[name].float().mean() == 1 - share
+            assert weight[masks[name]].abs().min() >= weight[~masks[name]].abs().max()
+        elif name in masks:
+            pattern = Pattern.parse(options[1])
+            blocks, kept = weight.unflatten(1, (-1, pattern.m)).abs(), masks[name].unflatten(1, (-1, pattern.m))
+            assert (kept.sum(-1) == pattern.n).all()
+            smallest_kept = blocks.masked_fill(~kept, torch.inf).amin(-1)
+            assert (smallest_kept >= blocks.masked_fill(kept, 0).amax(-1)).all()
+
+
+def in_memory(hf, dataset, settings):
+    """The pruned model and the masks, Hugging Face name -> bool [out, in], of `prune_hf`."""
+    model = LlamaForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    tokens = sample_windows(open_documents(dataset, hf), 6, 48, seed=3)
+    result = prune_hf(model, tokens, settings)
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    return model, {name: unpack_mask(bits, shapes[name][1]) for name, bits in result.masks.items()}, result.report
+
+
+@pytest.mark.parametrize(
+    "method, options, settings",
+    [
+        ("wanda", [], PruneSettings("wanda", Pattern(2, 4))),
+        ("wanda", ["--pattern", "16:32"], PruneSettings("wanda", Pattern(16, 32))),
+        ("sparsegpt", ["--no-sequential"], PruneSettings("sparsegpt", Pattern(2, 4), sequential=False)),
+        ("sparsegpt", ["--sparsity", "0.5"], PruneSettings("sparsegpt", 0.5)),
+    ],
+)
+def test_is_the_same_as_in_memory(tiny_hf, tiny_dense, tiny_dataset, tmp_path, method, options, settings):
+    assert prune(tiny_dense, tmp_path / "out", *calibrated(tiny_dataset, method, *options, "--json", tmp_path / "report.json")) == 0
+    _, expected, expected_report = in_memory(tiny_hf, tiny_dataset, settings)
+    masks, weights, dense = hf_masks(tmp_path / "out"), hf_weights(tmp_path / "out"), hf_weights(tiny_dense)
+    assert masks.keys() == expected.keys()
+    assert all(torch.equal(masks[name], expected[name]) for name in expected)
+    assert all(torch.equal(weights[name], dense[name]) for name in dense)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["method"] == method and len(report["layers"]) == 4
+    assert report["seconds"] > 0 and report["peak_memory_bytes"] > 0
+    for layer, expected_layer in zip(report["layers"], expected_report["layers"], strict=True):
+        for name, matrix in layer["matrices"].items():
+            assert matrix["relative_error"] == pytest.approx(expected_layer["matrices"][name]["relative_error"], rel=1e-4)
+    assert list(tmp_path.glob(".*")) == []  # nothing of the work is left
+
+
+def test_updated_weights_are_stored_in_the_checkpoints_dtype(tiny_hf, tiny_dense, tiny_dataset, tmp_path):
+    assert prune(tiny_dense, tmp_path / "out", *calibrated(tiny_dataset, "sparsegpt", "--update-weights")) == 0
+    masks, weights, dense = hf_masks(tmp_path / "out"), hf_weights(tmp_path / "out"), hf_weights(tiny_dense)
+    model, _, _ = in_memory(tiny_hf, tiny_dataset, PruneSettings("sparsegpt", Pattern(2, 4), update_weights=True))
+    for name, weight in weights.items():
+        assert weight.dtype == torch.bfloat16
+        if name in masks:
+            assert (weight[~masks[name]] == 0).all()
+            assert (weight[masks[name]] != dense[name][masks[name]]).float().mean() > 0.5
+        else:
+            assert torch.equal(weight, dense[name])
+    # The first layer's inputs are the same; later ones follow the weights as they are stored, rounded to bf16.
+    first = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(weights[first], model.get_parameter(first).bfloat16())
+    assert resolve(tmp_path / "out").info.details["update_weights"] is True
+
+
+def live_bytes():
+    """The bytes of all tensors that are alive, each storage once."""
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type != "meta":
+            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def test_memory_is_one_layers(tiny_dense, tiny_dataset, tmp_path, monkeypatch):
+    """While statistics are taken: a layer's weights, its Gram matrices, its inputs for one sample, and all hidden states."""
+    hidden, ffn, qkv, tokens, samples = 64, 128, 128, 48, 6
+    gc.collect()
+    before, seen = live_bytes(), []
+    add = InputStatistics.add
+
+    def measured(self, inputs):
+        add(self, inputs)
+        if self.samples == samples:
+            seen.append(live_bytes() - before)
+
+    monkeypatch.setattr(InputStatistics, "add", measured)
+    assert prune(tiny_dense, tmp_path / "out", *calibrated(tiny_dataset, "sparsegpt")) == 0
+    weights = 4 * (qkv * hidden + hidden * hidden + 3 * ffn * hidden + 2 * hidden)
+    grams = 8 * (3 * hidden**2 + ffn**2)
+    one_sample = 4 * tokens * (3 * hidden + ffn + 2 * hidden)  # the inputs of the linears, the layer's input and output
+    between_layers = 4 * samples * tokens * hidden + 8 * samples * tokens  # and the tokens themselves
+    rotary = 2 * 4 * tokens * 16
+    assert max(seen) <= weights + grams + one_sample + between_layers + rotary + 4096
+    assert len(seen) == 4 * 4
+    per_layer = [max(seen[i : i + len(seen) // 4]) for i in range(0, len(seen), len(seen) // 4)]
+    assert max(per_layer[1:]) - min(per_layer[1:]) < 4096  # nothing piles up
+
+
+def test_an_interrupted_run_goes_on_after_its_last_layer(tiny_dense, tiny_dataset, tmp_path, monkeypatch):
+    arguments = calibrated(tiny_dataset, "sparsegpt", "--update-weights", "--json", tmp_path / "report.json")
+    assert prune(tiny_dense, tmp_path / "whole", *arguments) == 0
+    save = DirectoryStore.save
+
+    def stop_at_layer_2(self, index, pruned):
+        if index == 2:
+            raise KeyboardInterrupt
+        save(self, index, pruned)
+
+    monkeypatch.setattr(DirectoryStore, "save", stop_at_layer_2)
+    assert prune(tiny_dense, tmp_path / "out", *arguments) == 130
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(DirectoryStore, "save", save)
+    assert prune(tiny_dense, tmp_path / "out", *arguments) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [layer["resumed"] for layer in report["layers"]] == [True, True, False, False]
+    for read in (hf_masks, hf_weights):
+        whole, resumed = read(tmp_path / "whole"), read(tmp_path / "out")
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_after_its_last_layer(tiny_dense, tiny_dataset, tmp_path):
+    report = tmp_path / "report.json"
+    arguments = calibrated(tiny_dataset, "sparsegpt", "--update-weights", "--calibration-samples", "40", "--json", report)
+    assert prune(tiny_dense, tmp_path / "whole", *arguments) == 0
+    layers = tmp_path / ".out.layers"
+    command = [sys.executable, "-m", "maskllm", "prune", "--load", tiny_dense, "--output", tmp_path / "out", *arguments]
+    with (tmp_path / "console").open("w") as console:
+        process = subprocess.Popen([str(word) for word in command], stdout=console, stderr=console)
+        while not list(layers.glob("layer_*")):
+            assert process.poll() is None, (tmp_path / "console").read_text()
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    finished = len(list(layers.glob("layer_*")))
+    assert 1 <= finished < 4
+    assert not (tmp_path / "out").exists()
+    assert prune(tiny_dense, tmp_path / "out", *arguments) == 0
+    assert [layer["resumed"] for layer in json.loads(report.read_text())["layers"]] == [index < finished for index in range(4)]
+    for read in (hf_masks, hf_weights):
+        whole, resumed = read(tmp_path / "whole"), read(tmp_path / "out")
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert not layers.exists()
+
+
+def test_a_run_interrupted_while_writing_only_writes(tiny_dense, tiny_dataset, tmp_path, monkeypatch):
+    def no_room(*args, **kwargs):
+        raise OSError(28, "No space left on device", "out")
+
+    arguments = calibrated(tiny_dataset, "wanda")
+    monkeypatch.setattr("maskllm.pruning.megatron.write_pruned", no_room)
+    assert prune(tiny_dense, tmp_path / "out", *arguments) == 1
+    monkeypatch.undo()
+    monkeypatch.setattr("maskllm.pruning.layerwise.calibrate", None)
+    monkeypatch.setattr("maskllm.pruning.layerwise._advance", None)
+    assert prune(tiny_dense, tmp_path / "out", *arguments) == 0
+    assert len(hf_masks(tmp_path / "out")) == 28
+
+
+def test_the_working_directory_is_an_output_like_others(tiny_dense, tiny_dataset, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert prune(tiny_dense, ".", *calibrated(tiny_dataset, "wanda")) == 0
+    assert len(hf_masks(tmp_path / "here")) == 28
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_layers_of_another_run_are_not_taken_up(tiny_dense, tiny_dataset, tmp_path, monkeypatch):
+    def stop(self, index, pruned):
+        raise KeyboardInterrupt
+
+    save = DirectoryStore.save
+    monkeypatch.setattr(DirectoryStore, "save", lambda self, index, pruned: (stop if index else save)(self, index, pruned))
+    assert prune(tiny_dense, tmp_path / "out", *calibrated(tiny_dataset, "wanda")) == 130
+    monkeypatch.setattr(DirectoryStore, "save", save)
+    report = tmp_path / "report.json"
+    assert prune(tiny_dense, tmp_path / "out", *calibrated(tiny_dataset, "wanda", "--no-sequential", "--json", report)) == 0
+    assert not any(layer["resumed"] for layer in json.loads(report.read_text())["layers"])
+
+
+def test_calibrates_on_json_lines_with_the_models_tokenizer(tiny_hf, tmp_path, capsys):
+    """Without a tokenizer in the checkpoint this says so; with one, its tokens are those that count. Short documents need --pack."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from maskllm.checkpoints.convert import convert
+
+    (tmp_path / "data.json").write_text("".join(json.dumps({"text": f"{i} " * 60}) + "\n" for i in range(9)))
+    options = [
+        "--method",
+        "wanda",
+        "--calibration-data",
+        tmp_path / "data.json",
+        "--calibration-samples",
+        "3",
+        "--seq-length",
+        "32",
+    ]
+    hf = tmp_path / "hf"
+    LlamaForCausalLM.from_pretrained(tiny_hf).save_pretrained(hf)
+    convert(str(hf), str(tmp_path / "without"))
+    assert prune(tmp_path / "without", tmp_path / "out", *options) == 1
+    assert "tokenizer.json" in capsys.readouterr().err
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(hf)
+    convert(str(hf), str(tmp_path / "with"))
+    assert prune(tmp_path / "with", tmp_path / "out", *options) == 0
+    assert len(hf_masks(tmp_path / "out")) == 28
+    options[-1] = "125"  # a token a byte, and documents have 120
+    capsys.readouterr()
+    assert prune(tmp_path / "with", tmp_path / "packed", *options) == 1
+    assert "none of the 9 calibration documents is longer than 125 tokens" in capsys.readouterr().err
+    assert prune(tmp_path / "with", tmp_path / "packed", *options, "--pack") == 0
+    assert resolve(tmp_path / "packed").info.details["calibration"]["pack"] is True
+
+
+def test_refuses_before_any_work(tiny_dense, tiny_dataset, tmp_path, capsys):
+    def refused(*options):
+        assert prune(tiny_dense, tmp_path / "out", *options) == 1
+        assert not (tmp_path / "out").exists()
+        return capsys.readouterr().err
+
+    magnitude = ("--method", "magnitude")
+    assert "decoder.layers.0.self_attention.linear_qkv.weight" in refused(*magnitude, "--pattern", "2:5")
+    assert "between 0 and 1" in refused(*magnitude, "--sparsity", "50")
+    assert "wanted N:M" in refused(*magnitude, "--pattern", "half")
+    assert "name another directory" in refused(*magnitude, "--output", str(tiny_dense))
+    assert "--seed -1: wanted a number of at least 0" in refused(*calibrated(tiny_dataset, "wanda", "--seed", "-1"))
+    assert "needs --calibration-data" in refused("--method", "sparsegpt")
+    assert "takes sparsegpt" in refused(*magnitude, "--update-weights")
+    assert "wanted a positive number" in refused(*calibrated(tiny_dataset, "wanda", "--seq-length", "0"))
+    assert "context of 128 tokens" in refused(*calibrated(tiny_dataset, "wanda", "--seq-length", "129"))
+
+
+def test_refuses_a_checkpoint_with_masks_and_a_foreign_vocabulary(tiny_dense, tiny_pruned, tmp_path, capsys):
+    assert prune(tiny_pruned, tmp_path / "out", "--method", "magnitude") == 1
+    assert "is a pruned checkpoint" in capsys.readouterr().err
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(tmp_path / "data.bin"), dtype=np.int32)
+    builder.add_document(torch.full((100,), 256), [100])
+    builder.finalize(str(tmp_path / "data.idx"))
+    assert prune(tiny_dense, tmp_path / "out", *calibrated(tmp_path / "data", "wanda")) == 1
+    assert "found token 256, wanted less than the model's vocabulary of 256" in capsys.readouterr().err
