@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# The quickstart's pipeline by hand, one command a step, for any small model and corpus: copy it (within examples/, for common/run.sh) and change it.
+# The steps of `maskllm quickstart` as single commands, for any small model and corpus. To change them, copy this file inside examples/ (it
+# reads lib/commands.sh there).
 #
 #   MODEL=path/to/hf TRAIN=c4.json EVAL=wiki.test.raw OUT=outputs/by_hand examples/quickstart.sh
 #
-# Run it again to go on: finished steps are skipped, training resumes. DRY_RUN=1 prints the commands of all steps instead.
+# Run it again after an interruption: finished steps are skipped and the training resumes. DRY_RUN=1 prints the commands of all steps instead.
 set -euo pipefail
-# shellcheck source=examples/common/run.sh
-source "$(dirname "${BASH_SOURCE[0]}")/common/run.sh"
+# shellcheck source=examples/lib/commands.sh
+source "$(dirname "${BASH_SOURCE[0]}")/lib/commands.sh"
 if [[ -n ${DRY_RUN:-} ]]; then
   : "${MODEL:=/path/to/hf}" "${TRAIN:=/path/to/c4.json}" "${EVAL:=/path/to/wiki.test.raw}"
 fi
 MODEL=${MODEL:?the Hugging Face directory or hub id to sparsify}
-TRAIN=${TRAIN:?JSON lines to learn from, C4 format, plain or .gz}
+TRAIN=${TRAIN:?JSON lines to learn from, in the format of C4, plain or .gz}
 EVAL=${EVAL:?held-out text}
 OUT=${OUT:-outputs/by_hand}
 RANKS=${RANKS:-2}
@@ -19,12 +20,12 @@ ITERS=${ITERS:-30}
 SEQ=${SEQ:-256}
 DTYPE=${DTYPE:-fp32}
 
-# Whether a step has its result already; a dry run shows the step anyway.
+# Succeeds if a step already has its result. Always fails in a dry run, which prints every command.
 is_there() { [[ -z ${DRY_RUN:-} && -e $1 ]]; }
 
 is_there "$OUT/dense/latest_checkpointed_iteration.txt" ||
   run maskllm convert --hf "$MODEL" --output "$OUT/dense"
-is_there "$OUT/data_text_document.idx" || # with the tokenizer that the conversion has brought along
+is_there "$OUT/data_text_document.idx" || # with the copy of the tokenizer that the conversion made
   run maskllm preprocess --input "$TRAIN" --output-prefix "$OUT/data" --tokenizer "$OUT/dense/release/hf" --append-eod
 is_there "$OUT/prior/latest_checkpointed_iteration.txt" ||
   run maskllm prune --load "$OUT/dense" --method sparsegpt --pattern 2:4 --output "$OUT/prior" \

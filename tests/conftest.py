@@ -138,5 +138,9 @@ def signal_handlers() -> Iterator[None]:
 
 
 def heed_interrupts() -> None:
-    """For `preexec_fn`: a shell's background job, as these tests may be, inherits that SIGINT is ignored."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    """For `preexec_fn`: give a child the default handlers of SIGINT and SIGHUP.
+
+    A child inherits ignored signals: a shell's background job ignores SIGINT, and a program started by nohup ignores SIGHUP.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)

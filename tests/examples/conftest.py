@@ -1,4 +1,4 @@
-"""What the launch scripts' tests share."""
+"""Fixtures for the tests of the launch scripts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture
 def pruned(tiny_hf, tiny_dense, tiny_pruned, tiny_dataset, tmp_path) -> dict[str, object]:
-    """The settings of a tiny run whose steps before the training are done."""
+    """The settings of a tiny run after the steps before the training."""
     output = tmp_path / "output"
     (output / "tokens").mkdir(parents=True)
     for suffix in (".bin", ".idx"):

@@ -1,4 +1,4 @@
-"""How the tests run the launch scripts."""
+"""Functions with which the tests run the launch scripts."""
 
 from __future__ import annotations
 
@@ -15,21 +15,31 @@ from collections.abc import Iterator
 from pathlib import Path
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+RUN = EXAMPLES / "run.sh"
 RECIPES = ["llama2-7b", "llama2-13b", "llama3-8b", "llama3.1-8b", "nemotron4-15b", "gpt3-843m", "gpt3-2b"]
-STEPS = ["1_download", "2_preprocess", "3_convert", "4_prune", "5_train", "6_resume", "7_trim", "8_export", "9_evaluate"]
-SCRIPTS = sorted([*EXAMPLES.rglob("*.sh"), EXAMPLES / "slurm.sbatch"])
+ALL = ["1_download", "2_preprocess", "3_convert", "4_prune", "5_train", "7_trim", "8_export", "9_evaluate"]
+STEPS = [*ALL, "5_train_multinode", "6_resume"]
 
 
 def environment(**settings: object) -> dict[str, str]:
-    """This process's, with its own Python's programs first, without settings of somebody's shell, and with `settings`."""
+    """The environment of a script: `settings`, the programs of this Python, and none of the settings in the user's shell."""
     here = {name: os.environ[name] for name in ("HOME", "PYTHONPATH", "TMPDIR", "LD_LIBRARY_PATH") if name in os.environ}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return here | {"PATH": path, "PYTHON": sys.executable, **{name: str(value) for name, value in settings.items()}}
 
 
+def stand_ins(folder: Path, **texts: str) -> str:
+    """Write scripts that take the place of programs into `folder`/bin; returns the PATH that finds them first."""
+    (folder / "bin").mkdir(exist_ok=True)
+    for name, text in texts.items():
+        (folder / "bin" / name).write_text(text)
+        (folder / "bin" / name).chmod(0o755)
+    return f"{folder / 'bin'}{os.pathsep}{environment()['PATH']}"
+
+
 @contextlib.contextmanager
-def port_of_ours() -> Iterator[int]:
-    """A free port, held during the block: a server that sets SO_REUSEADDR, as torchrun's does, can listen on it, and nobody is given it."""
+def reserved_port() -> Iterator[int]:
+    """A free port that no other process is given during the block. Servers that set SO_REUSEADDR, as torchrun's does, can listen on it."""
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(("", 0))
@@ -37,6 +47,7 @@ def port_of_ours() -> Iterator[int]:
 
 
 def bash(script: Path, cwd: Path, *arguments: str, **settings: object) -> subprocess.CompletedProcess:
+    """Run a script to its end."""
     command = ["bash", script, *arguments]
     with subprocess.Popen(
         command,
@@ -50,9 +61,7 @@ def bash(script: Path, cwd: Path, *arguments: str, **settings: object) -> subpro
         try:
             output, errors = process.communicate(timeout=900)
         except BaseException:
-            os.killpg(
-                process.pid, signal.SIGTERM
-            )  # which torchrun, unlike SIGKILL, hands on to its ranks, and kills them in the end
+            os.killpg(process.pid, signal.SIGTERM)  # not SIGKILL: torchrun then ends its processes
             process.communicate(timeout=60)
             raise
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
@@ -60,21 +69,20 @@ def bash(script: Path, cwd: Path, *arguments: str, **settings: object) -> subpro
 
 def dry_run(recipe: str, step: str, cwd: Path, **settings: object) -> list[list[str]]:
     """The commands that a step would run, as words."""
-    done = bash(EXAMPLES / recipe / f"{step}.sh", cwd, DRY_RUN=1, **settings)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    done = bash(RUN, cwd, recipe, step, DRY_RUN=1, **settings)
+    assert (done.returncode, done.stderr) == (0, "")
     return [shlex.split(line) for line in done.stdout.splitlines()]
 
 
 def parse_verb(words: list[str]) -> argparse.Namespace:
-    """Read `maskllm VERB ...` as the console command does, without running it."""
+    """Parse `maskllm VERB ...` as the console command does, without running it."""
     parser = argparse.ArgumentParser(exit_on_error=False)
     importlib.import_module(f"maskllm.cli.{words[1]}").add_arguments(parser)
     return parser.parse_args(words[2:])
 
 
 def split_torchrun(words: list[str]) -> tuple[dict[str, str], list[str]]:
-    """torchrun's options, as torchrun itself reads them, and the command of each process."""
+    """torchrun's options, parsed by torchrun itself, and the command of each process."""
     from torch.distributed.run import parse_args
 
     assert words[0] == "torchrun"

@@ -1,8 +1,7 @@
-"""The launch scripts' dry runs: what each would run is valid."""
+"""The launch scripts without a training: usage errors, the commands that dry runs print, and wrong settings."""
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import subprocess
@@ -13,66 +12,96 @@ import pytest
 
 from maskllm.files import write_json
 from maskllm.training.arguments import TrainArguments, parse_arguments
-from tests.examples.scripts import EXAMPLES, RECIPES, SCRIPTS, STEPS, bash, dry_run, environment, parse_verb, split_torchrun
+from tests.examples.scripts import (
+    ALL,
+    EXAMPLES,
+    RECIPES,
+    RUN,
+    STEPS,
+    bash,
+    dry_run,
+    environment,
+    parse_verb,
+    split_torchrun,
+    stand_ins,
+)
 
 
-def test_there_is_a_folder_a_recipe_with_every_step():
-    found = sorted(path.parent.name for path in EXAMPLES.glob("*/recipe.sh"))
-    assert found == sorted(RECIPES)
-    for recipe in RECIPES:
-        names = {path.stem for path in (EXAMPLES / recipe).glob("*.sh")}
-        assert names == {"recipe", "run_all", "5_train_multinode", *STEPS}
-        for path in (EXAMPLES / recipe).glob("[1-9r]*_*.sh"):
-            assert os.access(path, os.X_OK), path
+def test_help_lists_all_recipes_and_steps(tmp_path):
+    """Run as a program from another directory, not by `bash`."""
+    done = subprocess.run([RUN, "--help"], cwd=tmp_path, env=environment(), capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    recipes = re.search("^RECIPE +one of (.*)$", done.stdout, re.MULTILINE)[1].split()
+    steps = re.search("^STEP +one of (.*)$", done.stdout, re.MULTILINE)[1].split()
+    assert sorted(recipes) == sorted(RECIPES)
+    assert sorted(steps) == sorted([*STEPS, "all"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "found 0 arguments, wanted a recipe and a step"),
+        (["llama2-7b"], "found 1 arguments, wanted a recipe and a step"),
+        (["llama2-7b", "5_train", "6_resume"], "found 3 arguments, wanted a recipe and a step"),
+        (["llama4", "5_train"], "llama4: no such recipe"),
+        (["../lib/tiny", "5_train"], "../lib/tiny: no such recipe"),
+        (["llama2-7b", "train"], "train: no such step"),
+        (["llama2-7b", "../quickstart"], "../quickstart: no such step"),
+    ],
+)
+def test_wrong_arguments_print_the_usage(arguments, message, tmp_path):
+    done = bash(RUN, tmp_path, *arguments, DRY_RUN=1)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"{RUN}: {message}\n\nusage: {RUN} RECIPE STEP\n")
+    for name in (*RECIPES, *STEPS):
+        assert name in done.stderr
 
 
 def test_the_scripts_are_clean_to_shellcheck():
     program = Path(sys.executable).with_name("shellcheck")
     if not program.exists():
         pytest.skip("shellcheck is not installed")
-    done = subprocess.run([program, "-x", "-P", EXAMPLES.parent, *SCRIPTS], capture_output=True, text=True, check=False)
+    scripts = sorted([*EXAMPLES.rglob("*.sh"), EXAMPLES / "slurm.sbatch"])
+    done = subprocess.run([program, "-x", "-P", EXAMPLES.parent, *scripts], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
 
-def test_an_export_of_an_older_training_makes_room_for_the_new_one(tmp_path):
-    (tmp_path / "out" / "hf-2to4").mkdir(parents=True)
-    remove, export = dry_run("llama2-7b", "8_export", tmp_path, OUTPUT="out")
-    assert remove == ["rm", "-r", "out/hf-2to4"]
-    assert export[:2] == ["maskllm", "export"]
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_dry_run_prints_commands_that_the_programs_take(recipe, tmp_path):
+def test_a_dry_run_of_all_steps_prints_commands_that_the_programs_accept(recipe, tmp_path):
+    """Each step reads what an earlier one writes, and the training has the paper's settings."""
     learned = f"outputs/{recipe}/learned"
-    (download, *_) = downloads = dry_run(recipe, "1_download", tmp_path)
+    commands = dry_run(recipe, "all", tmp_path)
+    first = next(number for number, words in enumerate(commands) if words[0] == "maskllm")
+    downloads, preprocessing, others = commands[:first], commands[first : first + 20], commands[first + 20 :]
     assert all(
         words[:2] == ["hf", "download"] or words[1].endswith("download.py") or words[1:3] == ["-m", "zipfile"]
         for words in downloads
     )
+    download = downloads[0]
     assert download[2].startswith("meta-llama/" if recipe.startswith("llama") else "allenai/c4")
     shards = [word for words in downloads for word in words if re.fullmatch(r"en/c4-train\.000\d\d-of-01024\.json\.gz", word)]
+    assert len(shards) == 20
 
-    commands = dry_run(recipe, "2_preprocess", tmp_path)
-    assert len(commands) == len(shards) == 20
     tokens = []
-    for number, words in enumerate(commands):
+    for number, words in enumerate(preprocessing):
+        assert words[:2] == ["maskllm", "preprocess"]
         options = parse_verb(words)
         assert options.input == [f"data/c4/en/c4-train.{number:05d}-of-01024.json.gz"]
         assert options.append_eod
         tokens.append(f"{options.output_prefix}_text_document")
 
-    (words,) = dry_run(recipe, "3_convert", tmp_path)
-    convert = parse_verb(words)
-    assert convert.hf == (download[3] if recipe.startswith("llama") else f"/path/to/{recipe}"), "what step 1 leaves or was given"
-    (words,) = dry_run(recipe, "4_prune", tmp_path)
-    torchrun, words = split_torchrun(words)
+    assert [words[1] for words in others if words[0] == "maskllm"] == ["convert", "trim", "export", "evaluate", "evaluate"]
+    convert_words, prune_words, train_words, *last_words = others
+    convert = parse_verb(convert_words)
+    assert convert.hf == (download[3] if recipe.startswith("llama") else f"/path/to/{recipe}"), "what step 1 downloads or uses"
+
+    torchrun, words = split_torchrun(prune_words)
     prune = parse_verb(words)
     assert torchrun["nproc_per_node"] == "8" and torchrun["standalone"]
-    assert (prune.method, prune.pattern, prune.load) == ("sparsegpt", "2:4", convert.output)
+    assert (words[:2], prune.method, prune.pattern, prune.load) == (["maskllm", "prune"], "sparsegpt", "2:4", convert.output)
     assert prune.calibration_data in tokens
 
-    (words,) = dry_run(recipe, "5_train", tmp_path)
-    torchrun, (module, *options) = split_torchrun(words)
+    torchrun, (module, *options) = split_torchrun(train_words)
     assert (torchrun["nproc_per_node"], torchrun["standalone"], module) == ("8", True, "maskllm.train")
     train = parse_arguments(options)
     train.check()
@@ -80,31 +109,47 @@ def test_a_dry_run_prints_commands_that_the_programs_take(recipe, tmp_path):
     assert (train.load, train.save, train.pretrained_checkpoint) == (learned, learned, prune.output)
     assert (train.tensor_model_parallel_size, train.pipeline_model_parallel_size, train.sequence_parallel) == (8, 1, True)
     assert (train.save_interval, train.keep_last, train.async_save, train.auto_fallback) == (100, 3, True, True)
-    defaults = TrainArguments()  # the paper's: tests/training/test_arguments.py
+    defaults = TrainArguments()  # tests/training/test_arguments.py compares them with the paper
     for name in (
         "pattern", "train_iters", "global_batch_size", "lr", "min_lr", "lr_decay_style", "lr_warmup_iters", "weight_decay", "adam_beta1",
         "adam_beta2", "adam_eps", "clip_grad", "gumbel_temperature_range", "gumbel_scale_range", "prior_strength", "weight_reg", "hard",
     ):  # fmt: skip
         assert getattr(train, name) == getattr(defaults, name), name
     assert train.seq_length == (2048 if recipe.startswith("gpt3") else 4096)
-    assert dry_run(recipe, "6_resume", tmp_path) == [["torchrun", *words[1:]]]
 
-    (words,) = dry_run(recipe, "5_train_multinode", tmp_path)
-    assert split_torchrun(words)[0]["rdzv_endpoint"] == "HOST:PORT", "what is still to be set"
-    (words,) = dry_run(recipe, "5_train_multinode", tmp_path, NNODES=4, RDZV_ENDPOINT="node0:29500")
+    trim, export, dense, sparse = map(parse_verb, last_words)
+    assert trim.load == learned
+    assert export.load == trim.output and export.mask_file.endswith(".npz")
+    assert (dense.model, sparse.model) == (convert.hf, export.output)
+    assert list(tmp_path.iterdir()) == [], "a dry run wrote something"
+
+
+def test_all_is_the_single_steps_in_order(tmp_path):
+    steps = [words for step in ALL for words in dry_run("gpt3-2b", step, tmp_path, SHARDS="0 1")]
+    assert dry_run("gpt3-2b", "all", tmp_path, SHARDS="0 1") == steps
+
+
+def test_a_resumed_training_is_the_same_command(tmp_path):
+    assert dry_run("llama2-7b", "6_resume", tmp_path) == dry_run("llama2-7b", "5_train", tmp_path)
+
+
+def test_several_nodes_meet_at_one_endpoint(tmp_path):
+    (words,) = dry_run("llama2-7b", "5_train_multinode", tmp_path)
+    torchrun, _ = split_torchrun(words)
+    assert (torchrun["nnodes"], torchrun["rdzv_endpoint"]) == ("2", "HOST:PORT"), "a placeholder for what is not set"
+    endpoint = {"NNODES": 4, "RDZV_ENDPOINT": "node0:29500"}
+    (words,) = dry_run("llama2-7b", "5_train_multinode", tmp_path, **endpoint)
     torchrun, (_, *options) = split_torchrun(words)
     assert (torchrun["nnodes"], torchrun["rdzv_backend"], torchrun["rdzv_endpoint"]) == ("4", "c10d", "node0:29500")
     assert parse_arguments(options).use_distributed_optimizer
+    assert dry_run("llama2-7b", "5_train", tmp_path, **endpoint) == [words]
 
-    (words,) = dry_run(recipe, "7_trim", tmp_path)
-    trim = parse_verb(words)
-    assert trim.load == learned
-    (words,) = dry_run(recipe, "8_export", tmp_path)
-    export = parse_verb(words)
-    assert export.load == trim.output and export.mask_file.endswith(".npz")
-    dense, sparse = map(parse_verb, dry_run(recipe, "9_evaluate", tmp_path))
-    assert (dense.model, sparse.model) == (convert.hf, export.output)
-    assert list(tmp_path.iterdir()) == [], "a dry run wrote something"
+
+def test_an_export_first_removes_the_export_of_an_older_training(tmp_path):
+    (tmp_path / "out" / "hf-2to4").mkdir(parents=True)
+    remove, export = dry_run("llama2-7b", "8_export", tmp_path, OUTPUT="out")
+    assert remove == ["rm", "-r", "out/hf-2to4"]
+    assert export[:2] == ["maskllm", "export"]
 
 
 def test_settings_come_from_the_environment(tmp_path):
@@ -121,7 +166,7 @@ def test_settings_come_from_the_environment(tmp_path):
 
 
 @pytest.mark.parametrize("directory", ["/models/llama", "./llama", "../models/llama"])
-def test_a_dry_run_shows_a_directory_of_another_machine_in_its_place(directory, tmp_path):
+def test_a_dry_run_accepts_a_model_directory_of_another_machine(directory, tmp_path):
     downloads = dry_run("llama2-7b", "1_download", tmp_path, HF_MODEL=directory)
     assert not any(directory in words for words in downloads)
     (words,) = dry_run("llama2-7b", "3_convert", tmp_path, HF_MODEL=directory)
@@ -129,7 +174,7 @@ def test_a_dry_run_shows_a_directory_of_another_machine_in_its_place(directory, 
 
 
 @pytest.mark.parametrize("before", [False, True])
-def test_a_run_that_goes_on_keeps_its_kind_of_optimizer_under_any_layout(before, tmp_path):
+def test_a_resumed_run_keeps_its_kind_of_optimizer_under_any_layout(before, tmp_path):
     info = {"details": {"settings": {"use_distributed_optimizer": before}}}
     write_json(tmp_path / "out [1]" / "learned" / "iter_0000100" / "maskllm.json", info)
     for step, layout in (("6_resume", {}), ("5_train", {"TP": 4}), ("5_train_multinode", {})):
@@ -137,76 +182,55 @@ def test_a_run_that_goes_on_keeps_its_kind_of_optimizer_under_any_layout(before,
         assert parse_arguments(split_torchrun(words)[1][1:]).use_distributed_optimizer is before
 
 
-@pytest.mark.parametrize("few_bits", ["--optimizer-state-dtype 8bit", "--optimizer-state-dtype=bf16", "--mask-logits-dtype bf16"])
-def test_few_bits_do_without_the_distributed_optimizer(few_bits, tmp_path):
-    (words,) = dry_run("llama2-7b", "5_train", tmp_path, TP=4, TRAIN_ARGS=f"--hard {few_bits}", SHARDS=0)
+@pytest.mark.parametrize("option", ["--optimizer-state-dtype 8bit", "--optimizer-state-dtype=bf16", "--mask-logits-dtype bf16"])
+def test_low_precision_turns_the_distributed_optimizer_off(option, tmp_path):
+    (words,) = dry_run("llama2-7b", "5_train", tmp_path, TP=4, TRAIN_ARGS=f"--hard {option}", SHARDS=0)
     train = parse_arguments(split_torchrun(words)[1][1:])
     train.check()
     assert not train.use_distributed_optimizer
 
 
 def test_the_tiny_model_sees_no_gpu():
-    command = ["bash", "-c", 'source "$0" && env', EXAMPLES / "common" / "tiny.sh"]
+    command = ["bash", "-c", 'source "$0" && env', EXAMPLES / "lib" / "tiny.sh"]
     done = subprocess.run(
         command, env=environment(RECIPE="any", CUDA_VISIBLE_DEVICES=0), capture_output=True, text=True, check=True
     )
     assert "CUDA_VISIBLE_DEVICES=" in done.stdout.splitlines()
 
 
-@pytest.mark.parametrize(
-    ("script", "verbs"),
-    [
-        ("quickstart.sh", ["convert", "preprocess", "prune", "trim", "export", "evaluate"]),
-        ("slurm.sbatch", []),
-        *((f"{recipe}/run_all.sh", ["preprocess", "convert", "trim", "export", "evaluate", "evaluate"]) for recipe in RECIPES),
-    ],
-)
-def test_a_dry_run_of_several_steps_prints_them_in_order_and_does_nothing(script, verbs, tmp_path):
-    """Those of one step: test_a_dry_run_prints_commands_that_the_programs_take."""
-    (tmp_path / "examples").symlink_to(EXAMPLES)
-    done = bash(EXAMPLES / script, tmp_path, *["llama2-7b"] * (script == "slurm.sbatch"), DRY_RUN=1, SHARDS=0)
+def test_a_dry_run_of_the_quickstart_prints_its_steps_and_does_nothing(tmp_path):
+    done = bash(EXAMPLES / "quickstart.sh", tmp_path, DRY_RUN=1)
     assert (done.returncode, done.stderr) == (0, "")
     commands = [shlex.split(line) for line in done.stdout.splitlines()]
-    ours = [words for words in commands if words[0] == "maskllm"]
-    assert [words[1] for words in ours] == verbs
-    for words in ours:
+    verbs = [words for words in commands if words[0] == "maskllm"]
+    assert [words[1] for words in verbs] == ["convert", "preprocess", "prune", "trim", "export", "evaluate"]
+    for words in verbs:
         parse_verb(words)
-    (words,) = (words for words in commands if "maskllm.train" in words)
+    (words,) = (words for words in commands if words[0] != "maskllm")
     parse_arguments(split_torchrun(words)[1][1:]).check()
-    assert [path.name for path in tmp_path.iterdir()] == ["examples"], "a dry run wrote something"
+    assert list(tmp_path.iterdir()) == [], "a dry run wrote something"
 
 
 @pytest.mark.parametrize("value", ["0", ""])
-@pytest.mark.parametrize("script", ["quickstart.sh", "slurm.sbatch", "llama2-7b/1_download.sh", "llama2-7b/run_all.sh"])
-def test_a_dry_run_of_0_or_nothing_is_a_run(script, value, tmp_path):
-    """The programs are stand-ins that tell how they are called, and fail."""
+@pytest.mark.parametrize(
+    ("script", "arguments", "first"),
+    [
+        ("quickstart.sh", [], "maskllm convert --hf hf"),
+        ("slurm.sbatch", ["llama2-7b"], "srun --kill-on-bad-exit=1 bash examples/run.sh llama2-7b 5_train_multinode\n"),
+        ("run.sh", ["llama2-7b", "1_download"], f"python {EXAMPLES}/steps/download.py meta-llama/Llama-2-7b-hf"),
+        ("run.sh", ["llama2-7b", "all"], f"python {EXAMPLES}/steps/download.py meta-llama/Llama-2-7b-hf"),
+    ],
+)
+def test_dry_run_set_to_0_or_nothing_runs_the_commands(script, arguments, first, value, tmp_path):
+    """The programs are stand-ins: they write down how they were called, and fail."""
     (tmp_path / "examples").symlink_to(EXAMPLES)
-    (tmp_path / "bin").mkdir()
-    for program in ("maskllm", "python", "srun"):
-        (tmp_path / "bin" / program).write_text('#!/bin/bash\necho "$(basename "$0") $*" >> called\nexit 7\n')
-        (tmp_path / "bin" / program).chmod(0o755)
-    (tmp_path / "hf").mkdir()
+    program = '#!/bin/bash\necho "$(basename "$0") $*" >> called\nexit 7\n'
     settings = {"MODEL": "hf", "TRAIN": "c4.json", "EVAL": "wiki"} if script == "quickstart.sh" else {}
-    path = f"{tmp_path / 'bin'}{os.pathsep}{environment()['PATH']}"
-    arguments = ["llama2-7b"] * (script == "slurm.sbatch")
-    done = bash(EXAMPLES / script, tmp_path, *arguments, DRY_RUN=value, PATH=path, PYTHON="python", **settings)
+    settings |= {"PATH": stand_ins(tmp_path, maskllm=program, python=program, srun=program), "PYTHON": "python"}
+    done = bash(EXAMPLES / script, tmp_path, *arguments, DRY_RUN=value, **settings)
     assert (done.returncode, done.stdout) == (7, "")
     called = (tmp_path / "called").read_text()
-    first = {"quickstart.sh": "maskllm convert --hf hf", "slurm.sbatch": "srun --kill-on-bad-exit=1 bash"}
-    assert called.startswith(first.get(script, f"python {EXAMPLES}")) and called.count("\n") == 1
-
-
-@pytest.mark.parametrize("settings", [{"DRY_RUN": 0}, {"DRY_RUN": ""}])
-def test_a_run_of_0_checks_and_skips_as_a_run_does(settings, tmp_path):
-    done = bash(EXAMPLES / "gpt3-2b" / "3_convert.sh", tmp_path, **settings)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "set HF_MODEL" in done.stderr
-    done = bash(EXAMPLES / "llama2-7b" / "3_convert.sh", tmp_path, HF_MODEL="/nowhere/llama", **settings)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "HF_MODEL=/nowhere/llama: no such directory" in done.stderr
-    done = bash(EXAMPLES / "llama2-7b" / "5_train_multinode.sh", tmp_path, **settings)
-    assert done.returncode != 0
-    assert "HOST:PORT of one of the nodes" in done.stderr
+    assert called.startswith(first) and called.count("\n") == 1
 
 
 def test_the_readme_trains_as_the_recipe_does(tmp_path):
@@ -226,49 +250,66 @@ def test_the_readme_trains_as_the_recipe_does(tmp_path):
         assert getattr(ours, name) == getattr(recipes, name), name
 
 
-def test_what_is_not_set_is_asked_for(tmp_path):
-    done = bash(EXAMPLES / "nemotron4-15b" / "3_convert.sh", tmp_path)
-    assert done.returncode == 2
-    assert "set HF_MODEL" in done.stderr
-    done = bash(EXAMPLES / "llama2-7b" / "5_train_multinode.sh", tmp_path)
-    assert done.returncode != 0
-    assert "HOST:PORT of one of the nodes" in done.stderr
-    done = bash(EXAMPLES / "llama2-7b" / "3_convert.sh", tmp_path, MODEL="small")
-    assert done.returncode == 2
-    assert "MODEL=small: wanted tiny" in done.stderr
-    done = bash(EXAMPLES / "llama2-7b" / "3_convert.sh", tmp_path, HF_MODEL="/nowhere/llama")
-    assert done.returncode == 2
-    assert "HF_MODEL=/nowhere/llama: no such directory" in done.stderr
+@pytest.mark.parametrize("settings", [{}, {"DRY_RUN": "0"}])
+@pytest.mark.parametrize(
+    ("arguments", "wrong", "status", "message"),
+    [
+        ("nemotron4-15b 3_convert", {}, 2, "nemotron4-15b: the hub has no weights for this recipe; set HF_MODEL to"),
+        ("llama2-7b 3_convert", {"HF_MODEL": "/nowhere/llama"}, 2, "HF_MODEL=/nowhere/llama: no such directory, and not a hub id"),
+        ("llama2-7b 3_convert", {"MODEL": "small"}, 2, "MODEL=small: wanted tiny"),
+        ("llama2-7b 5_train", {"TP": "two"}, 2, "TP=two: wanted a number, 1 or more\n"),
+        ("llama2-7b 5_train_multinode", {}, 1, "RDZV_ENDPOINT is not set: with NNODES=2, wanted HOST:PORT of one of the nodes"),
+        (
+            "llama2-7b 6_resume",
+            {},
+            1,
+            f"outputs/llama2-7b/learned: found no checkpoint to resume from; start a training with: {RUN} llama2-7b 5_train\n",
+        ),
+        (
+            "llama2-7b 2_preprocess",
+            {"HF_MODEL": "hf", "OUTPUT": "out"},
+            2,
+            "OUTPUT=out: its contents were made from another, not from hf; set OUTPUT to another directory\n",
+        ),
+    ],
+)
+def test_wrong_settings_are_named(arguments, wrong, status, message, settings, tmp_path):
     write_json(tmp_path / "out" / "dense" / "release" / "maskllm.json", {"stage": "dense", "source": "another", "pattern": None})
     (tmp_path / "hf").mkdir()
-    done = bash(EXAMPLES / "llama2-7b" / "2_preprocess.sh", tmp_path, HF_MODEL="hf", OUTPUT="out")
-    assert done.returncode == 2
-    assert "OUTPUT=out: what is there was made from another, not from hf; name another OUTPUT" in done.stderr
-    done = bash(EXAMPLES / "llama2-7b" / "5_train.sh", tmp_path, TP="two")
-    assert done.returncode == 2
-    assert done.stderr == "TP=two: wanted a number, 1 or more\n"
-    done = bash(EXAMPLES / "llama2-7b" / "6_resume.sh", tmp_path)
-    assert done.returncode == 1
-    assert "there is no run to go on with" in done.stderr
+    done = bash(RUN, tmp_path, *arguments.split(), **wrong, **settings)
+    assert (done.returncode, done.stdout) == (status, "")
+    assert done.stderr.startswith(message) and done.stderr.count("\n") == 1
 
 
-def test_a_command_runs_though_it_cannot_be_shown(tmp_path):
-    script = f"set -euo pipefail; source {EXAMPLES}/common/run.sh; run touch ran; run_last touch 'ran last'"
+@pytest.mark.parametrize(("shards", "jobs"), [("7", 1), ("0 3 5", 2)])
+def test_preprocessing_tokenizes_each_shard_once_and_fails_if_one_fails(shards, jobs, tmp_path):
+    (tmp_path / "hf").mkdir()
+    program = '#!/bin/bash\necho "$*" >> called\n[[ $* != *c4-train.00005* ]]\n'
+    settings = {"HF_MODEL": "hf", "OUTPUT": "out", "SHARDS": shards, "JOBS": jobs, "PATH": stand_ins(tmp_path, maskllm=program)}
+    done = bash(RUN, tmp_path, "llama2-7b", "2_preprocess", **settings)
+    assert (done.returncode == 0) is ("5" not in shards.split())
+    called = (tmp_path / "called").read_text().splitlines()
+    options = [parse_verb(["maskllm", *line.split()]) for line in called]
+    inputs = sorted(option.input for option in options)
+    assert inputs == [[f"data/c4/en/c4-train.0000{shard}-of-01024.json.gz"] for shard in shards.split()]
+    assert sorted(option.output_prefix for option in options) == [f"out/tokens/c4_0000{shard}" for shard in shards.split()]
+
+
+def test_a_command_runs_even_if_it_cannot_be_printed(tmp_path):
+    script = f"set -euo pipefail; source {EXAMPLES}/lib/commands.sh; run touch ran; run_last touch 'ran last'"
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment(), stderr=full, check=False)
     assert done.returncode == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ran", "ran last"]
 
 
-def test_step_6_leaves_the_choice_of_the_checkpoint_to_the_training_where_the_latest_is_not_told(tmp_path):
-    """As where latest_checkpointed_iteration.txt is damaged."""
+def test_6_resume_starts_the_training_if_the_file_that_names_the_latest_checkpoint_is_damaged(tmp_path):
+    """The training itself then chooses the checkpoint."""
     learned = tmp_path / "out [1]" / "learned"
     (learned / "iter_0000003").mkdir(parents=True)
     (learned / "iter_0000003" / "manifest.json").touch()
     (learned / "latest_checkpointed_iteration.txt").write_text("\0\0")
-    (tmp_path / "torchrun").write_text("#!/bin/bash\necho started\n")
-    (tmp_path / "torchrun").chmod(0o755)
-    path = f"{tmp_path}{os.pathsep}{environment()['PATH']}"
-    done = bash(EXAMPLES / "llama2-7b" / "6_resume.sh", tmp_path, OUTPUT="out [1]", PATH=path)
+    path = stand_ins(tmp_path, torchrun="#!/bin/bash\necho started\n")
+    done = bash(RUN, tmp_path, "llama2-7b", "6_resume", OUTPUT="out [1]", PATH=path)
     assert (done.returncode, done.stdout) == (0, "started\n")
-    assert "going on after" not in done.stderr
+    assert "resuming after" not in done.stderr

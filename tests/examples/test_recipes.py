@@ -1,4 +1,4 @@
-"""The launch scripts with MODEL=tiny: all of them run, for every recipe."""
+"""The recipes with MODEL=tiny: all steps run, and an interrupted training resumes on one node and on two."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,86 +14,141 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from tests.examples.scripts import EXAMPLES, RECIPES, bash, environment, port_of_ours
+from tests.examples.scripts import EXAMPLES, RECIPES, RUN, bash, environment, reserved_port, stand_ins
+from tests.ranks import Pool
+
+pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def warm_programs(ranks, tmp_path_factory) -> dict[str, str]:
-    """The environment in which the programs that the scripts call run in processes that have imported everything before."""
-    python = ranks.programs(tmp_path_factory.mktemp("programs"))
-    return {"PATH": f"{python.parent}{os.pathsep}{environment()['PATH']}", "PYTHON": str(python)}
+@dataclass
+class Run:
+    """A run of a recipe in `cwd`. Its programs run in the processes of `ranks`, which have imported everything before, or in new ones."""
+
+    recipe: str
+    cwd: Path
+    settings: dict[str, object]
+    ranks: Pool | None = None
+
+    @property
+    def output(self) -> Path:
+        return self.cwd / "outputs" / "tiny" / self.recipe
+
+    def step(self, name: str) -> subprocess.CompletedProcess:
+        settings = {"MODEL": "tiny", **self.settings}
+        if self.ranks:
+            (self.cwd / "programs").mkdir(exist_ok=True)
+            python = self.ranks.programs(self.cwd / "programs")
+            settings |= {"PATH": f"{python.parent}{os.pathsep}{environment()['PATH']}", "PYTHON": str(python)}
+        done = bash(RUN, self.cwd, self.recipe, name, **settings)
+        assert done.returncode == 0, done.stderr[-6000:]
+        return done
+
+    def metrics(self, kind: str) -> list[dict[str, Any]]:
+        """What the training wrote at each logged iteration ("train") or at each validation ("validation")."""
+        lines = map(json.loads, (self.output / "learned" / "metrics.jsonl").read_text().splitlines())
+        return [line for line in lines if line["kind"] == kind]
+
+    def interrupt(self) -> None:
+        """Remove the last checkpoint of a training of six iterations, as if it had been killed after the third."""
+        shutil.rmtree(self.output / "learned" / "iter_0000006")
+        (self.output / "learned" / "latest_checkpointed_iteration.txt").write_text("3\n")
+
+    def check_end(self, validation: dict[str, Any]) -> None:
+        """Check that a resumed training ended with the metrics of the uninterrupted one."""
+        assert (self.output / "learned" / "iter_0000006" / "manifest.json").is_file()
+        assert [line["iteration"] for line in self.metrics("train")] == [1, 2, 3, 4, 5, 6]
+        assert self.metrics("validation")[-1] == validation
+
+    def check_results(self) -> None:
+        """Check the reports, and the exported weights against the original ones and the mask file."""
+        reports = {path.stem: json.loads(path.read_text()) for path in self.output.glob("*.json")}
+        assert reports["evaluate-dense"]["zeros"] < 0.01
+        assert reports["evaluate-learned"]["zeros"] == pytest.approx(0.5, abs=1e-3)
+        assert np.isfinite(reports["evaluate-learned"]["perplexity"])
+        assert [line["iteration"] for line in self.metrics("train")] == [1, 2, 3, 4, 5, 6]
+
+        original = load_file(self.output / "hf-original" / "model.safetensors")
+        sparse = load_file(self.output / "hf-2to4" / "model.safetensors")
+        with np.load(self.output / f"{self.recipe}.mask.npz", allow_pickle=False) as masks:
+            pruned = {name.removesuffix(".mask") for name in masks.files}
+        assert pruned and reports["trim"]["pruned_parameters"] == sum(original[name].numel() for name in pruned)
+        for name, weight in original.items():
+            kept = sparse[name] != 0
+            assert (sparse[name] == weight)[kept | (weight == 0)].all(), name
+            share = kept.float().mean().item()
+            assert share == pytest.approx(0.5, abs=0.02) if name in pruned else (sparse[name] == weight).all(), name
 
 
-def metrics(output: Path, kind: str) -> list[dict[str, Any]]:
-    """What a recipe's training has written."""
-    lines = map(json.loads, (output / "learned" / "metrics.jsonl").read_text().splitlines())
-    return [line for line in lines if line["kind"] == kind]
+@pytest.fixture(scope="module")
+def finished(ranks, tmp_path_factory) -> Run:
+    """All steps of llama2-7b on two shards."""
+    run = Run("llama2-7b", tmp_path_factory.mktemp("recipe"), {"SAVE_INTERVAL": 3}, ranks)
+    run.step("all")
+    return run
 
 
-def interrupt(output: Path) -> None:
-    """Leave a training of six steps as if it had been killed after the checkpoint in the middle."""
-    shutil.rmtree(output / "learned" / "iter_0000006")
-    (output / "learned" / "latest_checkpointed_iteration.txt").write_text("3\n")
+def test_all_steps_make_a_2to4_model(finished):
+    finished.check_results()
 
 
-def check_end(output: Path, validation: dict[str, Any]) -> None:
-    """Check that a run that goes on has ended where the one before had."""
-    assert (output / "learned" / "iter_0000006" / "manifest.json").is_file()
-    assert [line["iteration"] for line in metrics(output, "train")] == [1, 2, 3, 4, 5, 6]
-    assert metrics(output, "validation")[-1] == validation
+def test_6_resume_does_nothing_after_the_last_iteration(finished):
+    before = finished.metrics("train")
+    assert finished.step("6_resume").stderr.endswith("nothing is left to do\n")
+    assert finished.metrics("train") == before
 
 
-def train_on_two_nodes(recipe: str, cwd: Path, **settings: object) -> None:
-    """Start step 5 twice, as if on two machines with one process each, and wait for its end."""
-    command = ["bash", EXAMPLES / recipe / "5_train_multinode.sh"]
-    with port_of_ours() as port:
-        variables = environment(RDZV_ENDPOINT=f"localhost:{port}", GPUS=1, **settings)
-        nodes = [subprocess.Popen(command, cwd=cwd, env=variables, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-        try:
-            messages = [node.communicate(timeout=900)[1] for node in nodes]
-        finally:
-            for node in nodes:
-                node.kill()
-    assert [node.returncode for node in nodes] == [0, 0], messages[0][-3000:] + messages[1][-3000:]
+def test_6_resume_resumes_an_interrupted_training(finished):
+    validation = finished.metrics("validation")[-1]
+    finished.interrupt()
+    assert "resuming after iteration 3 of 6" in finished.step("6_resume").stderr
+    finished.check_end(validation)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("start", ["warm", pytest.param("cold", marks=pytest.mark.long)])
+SRUN = """#!/bin/bash
+[[ $1 == --kill-on-bad-exit=1 ]] || exit 2
+for node in 1 2; do "${@:2}" 2> "node$node" & tasks+=($!); done
+for task in "${tasks[@]}"; do wait "$task" || exit; done
+"""
+
+
+def test_a_slurm_job_resumes_the_training_on_two_nodes(finished):
+    """Both nodes are this machine, each with one of the two tensor-parallel ranks, in new processes."""
+    validation = finished.metrics("validation")[-1]
+    finished.interrupt()
+    (finished.cwd / "examples").symlink_to(EXAMPLES)
+    settings = {"MODEL": "tiny", "GPUS": 1, "PATH": stand_ins(finished.cwd, srun=SRUN)} | finished.settings
+    with reserved_port() as port:
+        job = bash(EXAMPLES / "slurm.sbatch", finished.cwd, finished.recipe, RDZV_PORT=port, **settings)
+    consoles = [(finished.cwd / f"node{node}").read_text() for node in (1, 2)]
+    assert job.returncode == 0, consoles[0][-3000:] + consoles[1][-3000:]
+    assert all("+ torchrun --nnodes 2 " in console for console in consoles)
+    finished.check_end(validation)
+
+
+@pytest.mark.parametrize("recipe", ["llama3.1-8b", "nemotron4-15b", "gpt3-2b"])
+def test_all_steps_run_for_other_families(recipe, ranks, tmp_path):
+    run = Run(recipe, tmp_path, {"SHARDS": 0}, ranks)
+    run.step("all")
+    run.check_results()
+
+
+@pytest.mark.parametrize("recipe", ["llama2-13b", "llama3-8b", "gpt3-843m"])
+def test_every_other_recipe_makes_and_converts_its_tiny_model(recipe, ranks, tmp_path):
+    run = Run(recipe, tmp_path, {}, ranks)
+    run.step("1_download")
+    run.step("3_convert")
+    config = json.loads((run.output / "hf-original" / "config.json").read_text())
+    assert config["model_type"] == ("gpt2" if recipe.startswith("gpt3") else "llama")
+    assert json.loads((run.output / "convert.json").read_text())
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_tiny_model_goes_all_the_way(recipe, start, warm_programs, tmp_path):
-    """The first recipe on two shards; a cold start is of the programs themselves.
-
-    Then the training is interrupted in the middle, twice: step 6 and two nodes go on to where it had ended.
-    """
-    tiny = {"MODEL": "tiny", "SAVE_INTERVAL": 3} | ({} if recipe == RECIPES[0] else {"SHARDS": 0})
-    settings = tiny | (warm_programs if start == "warm" else {})
-    done = bash(EXAMPLES / recipe / "run_all.sh", tmp_path, **settings)
-    assert done.returncode == 0, done.stderr[-6000:]
-    output = tmp_path / "outputs" / "tiny" / recipe
-    reports = {path.stem: json.loads(path.read_text()) for path in output.glob("*.json")}
-    assert reports["evaluate-dense"]["zeros"] < 0.01
-    assert reports["evaluate-learned"]["zeros"] == pytest.approx(0.5, abs=1e-3)
-    assert np.isfinite(reports["evaluate-learned"]["perplexity"])
-    assert [line["iteration"] for line in metrics(output, "train")] == [1, 2, 3, 4, 5, 6]
-    validation = metrics(output, "validation")[-1]
-
-    original, sparse = load_file(output / "hf-original" / "model.safetensors"), load_file(output / "hf-2to4" / "model.safetensors")
-    with np.load(output / f"{recipe}.mask.npz", allow_pickle=False) as masks:
-        pruned = {name.removesuffix(".mask") for name in masks.files}
-    assert pruned and reports["trim"]["pruned_parameters"] == sum(original[name].numel() for name in pruned)
-    for name, weight in original.items():
-        kept = sparse[name] != 0
-        assert (sparse[name] == weight)[kept | (weight == 0)].all(), name
-        share = kept.float().mean().item()
-        assert share == pytest.approx(0.5, abs=0.02) if name in pruned else (sparse[name] == weight).all(), name
-
-    resume = EXAMPLES / recipe / "6_resume.sh"
-    assert bash(resume, tmp_path, **settings).stderr.endswith("nothing is left to do\n")
-    interrupt(output)
-    done = bash(resume, tmp_path, **settings)
-    assert done.returncode == 0, done.stderr[-6000:]
-    assert "going on after iteration 3 of 6" in done.stderr
-    check_end(output, validation)
-    interrupt(output)
-    train_on_two_nodes(recipe, tmp_path, **tiny)
-    check_end(output, validation)
+def test_all_steps_run_in_new_processes(recipe, tmp_path):
+    run = Run(recipe, tmp_path, {"SHARDS": 0, "SAVE_INTERVAL": 3})
+    run.step("all")
+    run.check_results()
+    validation = run.metrics("validation")[-1]
+    run.interrupt()
+    run.step("6_resume")
+    run.check_end(validation)

@@ -1,4 +1,4 @@
-"""A training and all steps of a recipe, stopped by a signal."""
+"""Signals to step 5_train and to all steps of a recipe."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 
 from maskllm.processes import is_gone
 from tests.conftest import heed_interrupts
-from tests.examples.scripts import EXAMPLES, environment
+from tests.examples.scripts import RUN, environment, stand_ins
 
 PREPROCESS = """#!/bin/bash
 echo $1 $$ >> tasks
@@ -36,26 +36,20 @@ exit 1
 """
 
 
-def heed_signals() -> None:
-    """For `preexec_fn`: neither SIGINT nor, under nohup, SIGHUP is ignored."""
-    heed_interrupts()
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-
-
 @contextlib.contextmanager
-def running(name: str, cwd: Path, variables: dict[str, str]) -> Iterator[tuple[subprocess.Popen, Path]]:
-    """A script of a recipe in the foreground of a terminal of its own, with the file that has what it says."""
+def running(step: str, cwd: Path, variables: dict[str, str]) -> Iterator[tuple[subprocess.Popen, Path]]:
+    """A step of a recipe in a session of its own, and the file with its console output."""
     console = cwd / "console"
-    command = ["bash", EXAMPLES / "llama2-7b" / name]
+    command = ["bash", RUN, "llama2-7b", step]
     with console.open("w") as file:
-        script = subprocess.Popen(command, cwd=cwd, env=variables, stderr=file, start_new_session=True, preexec_fn=heed_signals)
+        script = subprocess.Popen(command, cwd=cwd, env=variables, stderr=file, start_new_session=True, preexec_fn=heed_interrupts)
     with ended(script):
         yield script, console
 
 
 @contextlib.contextmanager
 def ended(script: subprocess.Popen) -> Iterator[None]:
-    """A block at whose end no process of the script is left."""
+    """Kill the processes of the script that are left at the end of the block."""
     try:
         yield
     finally:
@@ -64,25 +58,21 @@ def ended(script: subprocess.Popen) -> Iterator[None]:
                 process.kill()
 
 
-def programs(folder: Path, **texts: str) -> dict[str, str]:
-    """The environment in which stand-ins for programs are found, in a directory with what comes before the steps."""
-    (folder / "bin").mkdir()
-    for name, text in texts.items():
-        (folder / "bin" / name).write_text(text)
-        (folder / "bin" / name).chmod(0o755)
+def with_programs(folder: Path, **texts: str) -> dict[str, str]:
+    """The environment in `folder` with stand-ins for programs. Makes the inputs of the steps there."""
     for path in ("hf", "data/c4/en/c4-train.00000-of-01024.json.gz", "data/c4/en/c4-train.00001-of-01024.json.gz", "held_out.txt"):
         (folder / path).mkdir(parents=True)
-    variables = environment(HF_MODEL="hf", SHARDS="0 1", EVAL_DATA="held_out.txt", OUTPUT="out")
-    return variables | {"PATH": f"{folder / 'bin'}{os.pathsep}{variables['PATH']}"}
+    settings = {"HF_MODEL": "hf", "SHARDS": "0 1", "EVAL_DATA": "held_out.txt", "OUTPUT": "out"}
+    return environment(PATH=stand_ins(folder, **texts), **settings)
 
 
 @pytest.fixture
 def training(tmp_path) -> dict[str, str]:
-    """The environment of scripts whose training ends when it is allowed to, and is to save on the way out."""
+    """The environment of a script with a stand-in for torchrun: it ends once `goes_on` exists, and saves first if `saves` exists."""
     (tmp_path / "out" / "learned").mkdir(parents=True)
     (tmp_path / "out" / "learned" / "latest_checkpointed_iteration.txt").write_text("1\n")
     (tmp_path / "saves").touch()
-    return programs(tmp_path, maskllm="#!/bin/bash\n", torchrun=TORCHRUN)
+    return with_programs(tmp_path, maskllm="#!/bin/bash\n", torchrun=TORCHRUN)
 
 
 def wait_for(condition: Callable[[], object], script: subprocess.Popen, console: Path | None = None) -> None:
@@ -93,10 +83,10 @@ def wait_for(condition: Callable[[], object], script: subprocess.Popen, console:
 
 
 @pytest.mark.parametrize(("number", "received"), [(signal.SIGTERM, "TERM"), (signal.SIGINT, "INT"), (signal.SIGHUP, "TERM")])
-@pytest.mark.parametrize("name", ["5_train.sh", "run_all.sh"])
-def test_a_training_gets_the_first_signal_alone_and_the_script_waits_for_its_save(name, number, received, training, tmp_path):
-    """torchrun ends at the third, and leaves its processes behind."""
-    with running(name, tmp_path, training) as (script, console):
+@pytest.mark.parametrize("step", ["5_train", "all"])
+def test_only_the_first_signal_reaches_the_training_and_the_script_waits_for_its_save(step, number, received, training, tmp_path):
+    """torchrun quits at the third signal and leaves its processes running."""
+    with running(step, tmp_path, training) as (script, console):
         wait_for((tmp_path / "started").exists, script, console)
         os.killpg(script.pid, number)  # as a terminal does
         signals = tmp_path / "signals"
@@ -112,9 +102,9 @@ def test_a_training_gets_the_first_signal_alone_and_the_script_waits_for_its_sav
     assert console.read_text().count("already stopping") == 1
 
 
-def test_a_training_that_is_stopped_and_does_not_save_has_failed(training, tmp_path):
+def test_a_stopped_training_that_does_not_save_has_failed(training, tmp_path):
     (tmp_path / "saves").unlink()
-    with running("run_all.sh", tmp_path, training) as (script, console):
+    with running("all", tmp_path, training) as (script, console):
         wait_for((tmp_path / "started").exists, script, console)
         script.send_signal(signal.SIGHUP)
         wait_for((tmp_path / "signals").exists, script, console)
@@ -122,26 +112,26 @@ def test_a_training_that_is_stopped_and_does_not_save_has_failed(training, tmp_p
         assert script.wait(timeout=60) == 1
 
 
-@pytest.mark.parametrize("name", ["5_train.sh", "run_all.sh"])
-@pytest.mark.parametrize("of", ["terminal", "pipe"])
-def test_a_console_that_is_gone_does_not_keep_a_training_from_saving(of, name, training, tmp_path):
-    """The script's own line has nowhere to go; a pipe is that of a `tee` which the same Ctrl-C has ended."""
-    ours, its = os.openpty() if of == "terminal" else os.pipe()
+@pytest.mark.parametrize("step", ["5_train", "all"])
+@pytest.mark.parametrize("kind", ["terminal", "pipe"])
+def test_a_training_saves_after_its_console_was_closed(kind, step, training, tmp_path):
+    """The script itself then cannot print. A pipe closes when Ctrl-C also ends the `tee` that reads it."""
+    ours, its = os.openpty() if kind == "terminal" else os.pipe()
 
     def take_terminal() -> None:
-        heed_signals()
-        if of == "terminal":
+        heed_interrupts()
+        if kind == "terminal":
             fcntl.ioctl(its, termios.TIOCSCTTY, 0)
 
-    command = ["bash", EXAMPLES / "llama2-7b" / name]
+    command = ["bash", RUN, "llama2-7b", step]
     script = subprocess.Popen(
         command, cwd=tmp_path, env=training, stdout=its, stderr=its, start_new_session=True, preexec_fn=take_terminal
     )
     os.close(its)
     with ended(script):
         wait_for((tmp_path / "started").exists, script)
-        os.close(ours)  # a terminal's SIGHUP comes from the kernel
-        if of == "pipe":
+        os.close(ours)  # the kernel then sends SIGHUP, if this is a terminal
+        if kind == "pipe":
             script.send_signal(signal.SIGINT)
         signals = tmp_path / "signals"
         wait_for(signals.exists, script)
@@ -149,17 +139,17 @@ def test_a_console_that_is_gone_does_not_keep_a_training_from_saving(of, name, t
         time.sleep(0.2)
         (tmp_path / "goes_on").touch()
         assert script.wait(timeout=60) == 75
-    assert signals.read_text() == ("TERM\n" if of == "terminal" else "INT\n")
+    assert signals.read_text() == ("TERM\n" if kind == "terminal" else "INT\n")
 
 
-def test_a_run_of_all_steps_that_is_stopped_as_a_step_ends_well_has_not_come_to_its_end(tmp_path):
+def test_all_exits_with_75_if_it_is_stopped_while_a_step_succeeds(tmp_path):
     maskllm = """#!/bin/bash
 [[ $1 == convert ]] || exit 0
 trap 'exit 0' TERM
 touch started
 while :; do sleep 0.05; done
 """
-    with running("run_all.sh", tmp_path, programs(tmp_path, maskllm=maskllm)) as (script, console):
+    with running("all", tmp_path, with_programs(tmp_path, maskllm=maskllm)) as (script, console):
         wait_for((tmp_path / "started").exists, script, console)
         script.send_signal(signal.SIGTERM)
         assert script.wait(timeout=60) == 75
@@ -167,9 +157,9 @@ while :; do sleep 0.05; done
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_stopped_run_of_all_steps_leaves_no_process_behind(number, tmp_path):
+def test_stopping_all_ends_every_process(number, tmp_path):
     tasks = tmp_path / "tasks"
-    with running("run_all.sh", tmp_path, programs(tmp_path, maskllm=PREPROCESS)) as (script, console):
+    with running("all", tmp_path, with_programs(tmp_path, maskllm=PREPROCESS)) as (script, console):
         wait_for(lambda: tasks.exists() and tasks.read_text().count("\n") == 2, script, console)
         if number == signal.SIGTERM:
             script.send_signal(number)  # to the script alone, as `kill` does
@@ -185,10 +175,10 @@ def test_a_stopped_run_of_all_steps_leaves_no_process_behind(number, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_training_of_a_run_of_all_steps_saves_when_it_is_stopped(pruned, tmp_path):
+def test_a_real_training_in_all_saves_when_it_is_stopped(pruned, tmp_path):
     output = pruned["OUTPUT"]
     settings = {"TRAIN_ITERS": 5000, "SAVE_INTERVAL": 5000, "EVAL_INTERVAL": 5000}
-    with running("run_all.sh", tmp_path, environment(**pruned, **settings)) as (script, console):
+    with running("all", tmp_path, environment(**pruned, **settings)) as (script, console):
         wait_for(lambda: "train iteration 2 " in console.read_text(), script, console)
         script.send_signal(signal.SIGTERM)
         assert script.wait(timeout=120) == 75

@@ -1,3 +1,0 @@
-#!/usr/bin/env bash
-# LLaMA-2 13B, step 7: keep the winners. Settings: recipe.sh and ../common/settings.sh.
-exec bash "$(dirname "$0")/../common/7_trim.sh" "$(dirname "$0")"

@@ -1,3 +1,0 @@
-#!/usr/bin/env bash
-# LLaMA-3 8B, all steps in order. Settings: recipe.sh and ../common/settings.sh.
-exec bash "$(dirname "$0")/../common/run_all.sh" "$(dirname "$0")"

@@ -1,0 +1,5 @@
+# shellcheck shell=bash
+# LLaMA-3 8B on one node with 8 GPUs, tensor parallel 8. WikiText-2 perplexity published by MaskLLM's authors: 5.75 dense, 8.49 with learned
+# 2:4 masks. To download the weights, accept their license on the hub and log in with `hf auth login`.
+: "${HF_MODEL:=meta-llama/Meta-Llama-3-8B}"
+: "${TINY_FAMILY:=llama3}"

@@ -1,0 +1,28 @@
+# shellcheck shell=bash
+# Step 5: learn the masks with the hyper-parameters of MaskLLM (arXiv 2409.17481). The same command resumes an interrupted run.
+# With several nodes, run it on every node with the same NNODES and RDZV_ENDPOINT.
+
+data=()
+for shard in $SHARDS; do
+  data+=(1 "$(shard_prefix "$shard")_text_document") # equal weights: all C4 shards have the same size
+done
+layout=(--tensor-model-parallel-size "$TP" --pipeline-model-parallel-size "$PP")
+if ((TP > 1)); then
+  layout+=(--sequence-parallel)
+fi
+if ((DISTRIBUTED_OPTIMIZER)); then
+  layout+=(--use-distributed-optimizer)
+fi
+read -r -d '' -a more <<<"$TRAIN_ARGS" || true # read all lines; it fails at the end of the text
+
+train_on_all_nodes -m maskllm.train \
+  --pretrained-checkpoint "$OUTPUT/prior" --load "$OUTPUT/learned" --save "$OUTPUT/learned" \
+  --save-interval "$SAVE_INTERVAL" --keep-last "$KEEP_LAST" --async-save --auto-fallback \
+  --data-path "${data[@]}" --split "$SPLIT" \
+  "${layout[@]}" --recompute-granularity selective --recompute-modules mlp masked_weight --params-dtype "$PARAMS_DTYPE" \
+  --train-iters "$TRAIN_ITERS" --global-batch-size "$GLOBAL_BATCH_SIZE" --micro-batch-size "$MICRO_BATCH_SIZE" \
+  --seq-length "$SEQ_LENGTH" --lr "$LR" --min-lr "$MIN_LR" --lr-decay-style cosine --weight-decay 0.1 \
+  --adam-beta1 0.9 --adam-beta2 0.95 --adam-eps 1e-5 --clip-grad 1.0 \
+  --pattern 2:4 --gumbel-temperature-range 4 0.05 --gumbel-scale-range 1e2 5e2 --prior-strength 3.0 --weight-reg 1e-5 \
+  --log-interval "$LOG_INTERVAL" --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS" \
+  --tensorboard-dir "$OUTPUT/learned/tensorboard" "${more[@]}"
