@@ -34,7 +34,8 @@ import megatron_patches
 
 megatron_patches.import_megatron()
 
-from maskllm.checkpoints.reading import LATEST, resolve  # noqa: E402
+from maskllm.checkpoints.finding import LATEST  # noqa: E402
+from maskllm.checkpoints.reading import resolve  # noqa: E402
 from maskllm.files import write_json  # noqa: E402
 
 SAVE_INTERVAL = 5

@@ -19,13 +19,14 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from tqdm import tqdm
 
-from maskllm.checkpoints.reading import Checkpoint, resolve
-from maskllm.distributed import device, parallel_processes
+from maskllm.checkpoints.reading import Checkpoint, load_model, resolve
+from maskllm.distributed import device
 from maskllm.files import write_json
-from maskllm.masking.draw import set_sample
+from maskllm.masking.draw import Draw, open_draw
 from maskllm.masking.sampler import MaskMode, MaskSampler
-from maskllm.megatron.build import build_model, load_model
-from maskllm.megatron.spec import masked_linears
+from maskllm.megatron.build import build_model
+from maskllm.megatron.linears import attach_logits, masked_linears
+from maskllm.megatron.process_groups import parallel_processes
 from maskllm.patterns import Pattern
 
 
@@ -37,9 +38,11 @@ def make_step(checkpoint: Checkpoint, tokens: torch.Tensor, *, masked: bool) -> 
     sampler = MaskSampler(pattern=Pattern(2, 4), seed=1234)
     sampler.mode, sampler.temperature, sampler.scale = MaskMode.SAMPLE, 4.0, 100.0
     sampler.weight_reg = 1e-5 / len(tokens)
+    if masked:
+        attach_logits(model, sampler)
     for layer in masked_linears(model):
         if masked:
-            layer.attach_logits(sampler, draw=True)
+            layer.masked.reset()
         else:
             layer.weight.requires_grad_(True)
     ddp = DistributedDataParallel(model.config, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
@@ -61,8 +64,8 @@ def make_step(checkpoint: Checkpoint, tokens: torch.Tensor, *, masked: bool) -> 
         optimizer.zero_grad()
         sampler.stats = torch.zeros(2, device=tokens.device)
         for sample, sequence in enumerate(tokens[:, None]):
-            set_sample(sample)
-            losses = ddp(sequence[:, :-1], positions, None, labels=sequence[:, 1:])
+            with open_draw(Draw(sample)):
+                losses = ddp(sequence[:, :-1], positions, None, labels=sequence[:, 1:])
             (losses.mean() / len(tokens)).backward()
         ddp.finish_grad_sync()
         optimizer.step()

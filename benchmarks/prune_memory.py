@@ -85,7 +85,8 @@ def write_model(shape: Shape, folder: Path) -> None:
 
 def measure(shape: Shape, folder: Path) -> int:
     """Prune the model in `folder`; returns the most bytes that were allocated at once, beyond those before."""
-    from maskllm.distributed import device, parallel_processes
+    from maskllm.distributed import device
+    from maskllm.megatron.process_groups import parallel_processes
     from maskllm.pruning.megatron import Calibration, prune_calibrated
     from maskllm.pruning.solve import PruneSettings
 

@@ -1,25 +1,19 @@
-"""Bring up torch.distributed and Megatron's process groups, under torchrun or alone, on CUDA with NCCL or on the CPU with gloo."""
+"""What the ranks of a job do together with torch.distributed alone: meet, share a value, agree on a flag, fail with one error."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
 import os
-import sys
-import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-import megatron_patches
-from maskllm.errors import MaskLLMError, StoppedError
+from maskllm.errors import MaskLLMError
 
 T = TypeVar("T")
 
@@ -29,40 +23,51 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-_attempt: str | None = None
-"""A word that is this attempt's at the job alone, the same on all ranks, once they have met."""
+_restart_id: str | None = None
+"""The ID of this start of the job, the same on all ranks. `meet` sets it: torchrun may start the job several times."""
 
 
 def job_store(scope: str) -> dist.Store | None:
-    """A connection of its own to the key-value store that the job's processes meet in, its keys below `scope`; None for one process.
+    """A new connection to the job's key-value store, with keys below `scope`; None for a job of one process.
 
-    Under torchrun the store outlives the ranks and is there before they have met; the keys are this attempt's alone. Raises RuntimeError
-    where the process that kept it has gone.
+    Under torchrun the store exists before the ranks have met and after they have ended. Keys of earlier starts of the job are not
+    visible. Raises RuntimeError if the process that keeps the store has ended.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "MASTER_ADDR" not in os.environ:
         return None
-    names = ("TORCHELASTIC_RUN_ID", "GROUP_RANK", "TORCHELASTIC_RESTART_COUNT")  # the count is each node's own
-    attempt = _attempt or "/".join(os.environ.get(name, "") for name in names)
-    return dist.PrefixStore(f"maskllm/{attempt}/{scope}", _connect(datetime.timedelta(seconds=10)))
+    names = ("TORCHELASTIC_RUN_ID", "GROUP_RANK", "TORCHELASTIC_RESTART_COUNT")  # each node has its own count
+    restart = _restart_id or "/".join(os.environ.get(name, "") for name in names)
+    return dist.PrefixStore(f"maskllm/{restart}/{scope}", _connect(datetime.timedelta(seconds=10)))
 
 
 def _connect(timeout: datetime.timedelta) -> dist.TCPStore:
     return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
 
 
-def _meet(store: dist.Store, rank: int, ranks: int) -> str:
-    """Agree on a word for this attempt at the job in a store that earlier attempts have used, whatever they left in it.
+def meet(rank: int, ranks: int, timeout: datetime.timedelta) -> dist.Store:
+    """Meet the other ranks under torchrun and return a store that only this start of the job uses, for `init_process_group`.
 
-    torchrun keeps one store over all of a job's restarts, and its agents count restarts each for itself
-    (https://github.com/pytorch/pytorch/issues/135712): `init_process_group` would find the addresses of dead processes in it.
-    Every rank asks under a name of its own making, which only a living first rank can answer.
+    torchrun keeps one store over all restarts of a job, and each node's agent counts restarts for itself
+    (https://github.com/pytorch/pytorch/issues/135712). Without a prefix of its own, `init_process_group` would find the addresses of
+    dead processes in that store. Raises MaskLLMError if a rank does not come within `timeout`.
+    """
+    global _restart_id
+    store = _connect(timeout)
+    _restart_id = _agree_on_restart_id(dist.PrefixStore("maskllm", store), rank, ranks)
+    return dist.PrefixStore(_restart_id, store)
+
+
+def _agree_on_restart_id(store: dist.Store, rank: int, ranks: int) -> str:
+    """Agree on a unique ID for this start of the job, whatever earlier starts left in the store.
+
+    Rank 0 makes the ID. Every other rank asks for it under a key of its own that only a living rank 0 can answer.
     """
     mine = uuid.uuid4().hex
     if rank != 0:
         store.set(f"asking/{rank}", mine)
-        attempt = store.get(f"answer/{mine}").decode()
-        store.set(f"heard/{attempt}/{rank}", "")
-        return attempt
+        restart_id = store.get(f"answer/{mine}").decode()
+        store.set(f"heard/{restart_id}/{rank}", "")
+        return restart_id
     waiting = set(range(1, ranks))
     answered = set()
     deadline = time.monotonic() + store.timeout.total_seconds()
@@ -81,12 +86,12 @@ def _meet(store: dist.Store, rank: int, ranks: int) -> str:
 
 
 def lost_connection(error: BaseException) -> bool:
-    """Whether a collective failed because another process has gone, or has not answered in time."""
+    """Whether a collective failed because another process has ended or did not answer in time."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(w in str(error) for w in ("gloo", "NCCL")))
 
 
 def from_first_rank(value: T) -> T:
-    """The first rank's `value`, on all ranks of the job, if there is one."""
+    """Rank 0's `value` on all ranks of the job; `value` itself without a job."""
     if not dist.is_initialized():
         return value
     box = [value]
@@ -95,20 +100,20 @@ def from_first_rank(value: T) -> T:
 
 
 def any_rank(*flags: bool) -> list[bool]:
-    """For each flag, whether any rank of the job has it set; called by all of them."""
+    """For each flag, whether it is set on any rank of the job. All ranks must call this."""
     tensor = torch.tensor([float(flag) for flag in flags], device=device())
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return [bool(flag) for flag in tensor.tolist()]
 
 
 def is_first_rank() -> bool:
-    """Whether this is the first rank of the job, or the only process."""
+    """Whether this is rank 0 of the job, or the only process."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
 @contextlib.contextmanager
 def raised_together() -> Iterator[None]:
-    """A block that all ranks of the job, if there is one, leave with the same MaskLLMError where one or more of them raise one."""
+    """If any rank raises a MaskLLMError in this block, all ranks of the job leave it with that error."""
     failures: list[str | None] = [None]
     try:
         yield
@@ -119,85 +124,3 @@ def raised_together() -> Iterator[None]:
         dist.all_gather_object(failures, mine)
     for failure in filter(None, failures):
         raise MaskLLMError(failure)
-
-
-@contextlib.contextmanager
-def parallel_processes(
-    *,
-    tensor_model_parallel_size: int = 1,
-    pipeline_model_parallel_size: int = 1,
-    timeout_minutes: float = 10,
-) -> Iterator[None]:
-    """Join the processes that torchrun started (or be the only one) and set up Megatron's groups for as long as the block runs.
-
-    Raises MaskLLMError where the number of processes does not divide by the sizes asked for.
-    """
-    megatron_patches.apply()
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world % (tensor_model_parallel_size * pipeline_model_parallel_size):
-        raise MaskLLMError(
-            f"{world} processes: wanted a multiple of --tensor-model-parallel-size {tensor_model_parallel_size} x "
-            f"--pipeline-model-parallel-size {pipeline_model_parallel_size} (torchrun --nproc-per-node sets it)"
-        )
-    backend = "gloo"
-    if torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        if local_rank >= torch.cuda.device_count():
-            raise MaskLLMError(
-                f"process {local_rank} of this machine has no GPU of its own, there are {torch.cuda.device_count()}; "
-                "start at most as many processes (torchrun --nproc-per-node)"
-            )
-        torch.cuda.set_device(local_rank)
-        backend = "nccl"
-    timeout = datetime.timedelta(minutes=timeout_minutes)
-    with contextlib.ExitStack() as stack:
-        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            global _attempt
-            store, rank = _connect(timeout), int(os.environ["RANK"])
-            _attempt = _meet(dist.PrefixStore("maskllm", store), rank, world)
-            store = dist.PrefixStore(_attempt, store)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
-        elif "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            folder = stack.enter_context(tempfile.TemporaryDirectory())
-            store = dist.FileStore(str(Path(folder) / "store"), 1)
-            dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-        try:
-            parallel_state.initialize_model_parallel(
-                tensor_model_parallel_size=tensor_model_parallel_size,
-                pipeline_model_parallel_size=pipeline_model_parallel_size,
-                distributed_timeout_minutes=timeout_minutes,
-            )
-            if torch.cuda.is_available():
-                # Megatron's sequence parallelism wants these random states to exist; nothing here draws from them (no dropout).
-                model_parallel_cuda_manual_seed(1)
-            yield
-        finally:
-            parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()
-
-
-def run_in_group(
-    call: Callable[[], int],
-    *,
-    tensor_model_parallel_size: int = 1,
-    pipeline_model_parallel_size: int = 1,
-    timeout_minutes: float = 10,
-) -> int:
-    """Run `call` in `parallel_processes`; returns its exit status.
-
-    `call` reports its own failure (`maskllm.failures`): once the group goes down the other ranks fail too, for want of this one.
-    """
-    with parallel_processes(
-        tensor_model_parallel_size=tensor_model_parallel_size,
-        pipeline_model_parallel_size=pipeline_model_parallel_size,
-        timeout_minutes=timeout_minutes,
-    ):
-        status = call()
-        if status not in (0, StoppedError.exit_status) and torch.cuda.is_available() and dist.get_world_size() > 1:
-            # NCCL's groups go down together, and the others may be waiting for this rank somewhere else.
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-        return status

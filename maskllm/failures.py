@@ -1,6 +1,6 @@
-"""A job that fails says why once: the rank that fails first takes the word in the job's store, the others write to their own logs.
+"""A job that fails says why once: the first rank that fails prints to the console, the others only to their logs.
 
-What is imported where it is used takes seconds, and a process that is alone needs none of it.
+Some imports are inside functions because they take seconds, and a single process needs none of them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from maskllm.errors import as_line, first_line
+from maskllm.errors import MaskLLMError, as_line, first_line
+
+
+def run_guarded(program: str, call: Callable[[], int | None]) -> int:
+    """Call `call` and report a user's mistake as one line on standard error instead of a traceback, once in the job.
+
+    Returns the exit status: what `call` returns (0 for None), or that of the error. A verb that runs in a process group calls this
+    inside of the group.
+    """
+    try:
+        return call() or 0
+    except (MaskLLMError, OSError, KeyboardInterrupt) as error:
+        return report(program, error, sys.stderr)
+    except Exception as error:
+        if is_alone():
+            raise
+        return report(program, error, sys.stderr)
 
 
 def is_alone() -> bool:
@@ -25,7 +41,7 @@ def is_alone() -> bool:
 
 
 def is_first_failure() -> bool:
-    """Take the word for this attempt at the job; False where another rank has had it. A rank that cannot ask has it."""
+    """Whether no other rank has asked this before in this start of the job. A rank that cannot ask counts as the first."""
     if is_alone():
         return True
     from maskllm.distributed import job_store
@@ -33,21 +49,20 @@ def is_first_failure() -> bool:
     try:
         store = job_store("failures")
         return store is None or store.add("ranks", 1) == 1
-    except RuntimeError:  # the store has gone with the process that kept it
+    except RuntimeError:  # the process that kept the store has ended
         return True
 
 
 def say_failure(program: str, line: str, console: TextIO, *, details: str = "", is_cause: bool = True) -> None:
-    """Print `line`, after the program's name, on the console if this is the job's first failure; a rank's log gets it in any case.
+    """Print `line`, after the program's name, to this rank's log and, if this is the job's first failure, to the console.
 
-    `details` go before it into the log, or on the console where there is no log.
-
-    With `is_cause` torchrun's summary shows the line too (in the file that TORCHELASTIC_ERROR_FILE names).
+    `details` are printed before it in the log, or on the console if there is no log. With `is_cause`, torchrun's summary shows the
+    line too (through the file that TORCHELASTIC_ERROR_FILE names).
     """
     line_and_program = f"{program}: error: {line}\n"
     has_log = console is not sys.stderr
     if has_log:
-        with contextlib.suppress(OSError):  # the log lies on the disk that may be full
+        with contextlib.suppress(OSError):  # the disk that holds the log may be full
             print(details + line_and_program, end="", file=sys.stderr, flush=True)
     if not is_first_failure():
         return
@@ -60,12 +75,11 @@ def say_failure(program: str, line: str, console: TextIO, *, details: str = "", 
 
 
 def report(program: str, error: BaseException, console: TextIO, where: Callable[[], str] = lambda: "") -> int:
-    """Say once in the job why it fails; returns this process's exit status.
+    """Print once in the job why it fails; returns this process's exit status.
 
-    To be called before the process group goes down, which the other ranks see as a failure of their own.
-
-    An error that is neither the user's nor the machine's keeps its traceback: in the rank's log, or on the console where there are none.
-    `where` tells what this rank was doing, and what has become of the others.
+    Call it before the process group goes down: the other ranks see that as a failure of their own. An error that is neither the
+    user's nor the machine's keeps its traceback, in the rank's log or, without logs, on the console. `where` tells what this rank was
+    doing and which other ranks have ended.
     """
     if isinstance(error, KeyboardInterrupt):
         say_failure(program, "interrupted; run the same command again to go on", console)
@@ -80,7 +94,7 @@ def report(program: str, error: BaseException, console: TextIO, where: Callable[
     first = first_line(error)
     details = "".join(traceback.format_exception(error))
     if lost_connection(error):
-        time.sleep(0.5)  # a process that dies closes its connections before it counts as dead, and `where` is to name it
+        time.sleep(0.5)  # a dying process closes its connections before it counts as dead, and `where` is to name it
         say_failure(
             program, f"rank {rank} lost the connection to another rank{where()} ({first})", console, details=details, is_cause=False
         )
@@ -92,7 +106,7 @@ def report(program: str, error: BaseException, console: TextIO, where: Callable[
 
 @contextlib.contextmanager
 def usage_said_once() -> Iterator[None]:
-    """A block that parses the command line: the parser's complaint, or its help, is printed once in the job."""
+    """A block that parses the command line: the parser's error, or its help, is printed once in the job."""
     complaint, help_text = io.StringIO(), io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(help_text):

@@ -131,3 +131,20 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Write `value` as indented JSON to `path`, complete or not at all."""
     write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises MaskLLMError naming file and line where it holds anything else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise MaskLLMError(f"{path}: no such file") from None
+    except UnicodeDecodeError:
+        raise MaskLLMError(f"{path}: not UTF-8 text") from None
+    except json.JSONDecodeError as error:
+        raise MaskLLMError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, or thousands of nested brackets
+        raise MaskLLMError(f"{path}: not JSON that can be read: {error}") from None
+    if not isinstance(values, dict):
+        raise MaskLLMError(f"{path}: wanted a JSON object, found {type(values).__name__}")
+    return values

@@ -1,16 +1,22 @@
-"""What the system tells of processes: how much memory this one has held, whether another has ended."""
+"""What the operating system knows about processes: memory held, whether one has ended, and how a child ends with its parent."""
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
+import os
 import resource
+import signal
 import sys
 from pathlib import Path
 
+_PR_SET_PDEATHSIG = 1  # prctl(2)
+
 
 def peak_resident_bytes() -> int:
-    """The most memory that this process has been resident with."""
+    """The most memory that this process has had resident, in bytes."""
     try:
-        # getrusage's maximum begins with that of the process that started this one.
+        # getrusage's maximum starts with that of the parent process, so Linux's own figure is better.
         status = Path("/proc/self/status").read_text()
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -18,7 +24,7 @@ def peak_resident_bytes() -> int:
 
 
 def is_gone(pid: int | None) -> bool:
-    """Whether a process of this machine has ended, be it that nobody has asked for its exit status yet."""
+    """Whether a process of this machine has ended. A zombie counts as ended; None does not."""
     if pid is None:
         return False
     try:
@@ -26,3 +32,11 @@ def is_gone(pid: int | None) -> bool:
     except FileNotFoundError:
         return True
     return state in "ZX"
+
+
+def end_with_parent() -> None:
+    """Make the kernel kill this process, a fork, as soon as its parent ends for any reason (Linux: prctl(2))."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != multiprocessing.parent_process().pid:  # the parent ended before prctl took effect
+        os._exit(1)

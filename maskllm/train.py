@@ -26,9 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     import megatron_patches
 
     megatron_patches.import_megatron()
-    from maskllm.distributed import run_in_group
+    from maskllm.cli.train_options import parse_arguments
     from maskllm.failures import report, usage_said_once
-    from maskllm.training.arguments import parse_arguments
+    from maskllm.megatron.process_groups import run_in_group
     from maskllm.training.surviving.output_lock import output_lock
     from maskllm.training.surviving.rank_output import rank_output
 

@@ -1,7 +1,7 @@
 """Every change this project makes to Megatron Core's behaviour, for versions 0.16 to 0.19.
 
 Each entry point that may run Megatron calls `import_megatron()` before anything imports Megatron Core, and `apply()` before it uses it.
-With a CUDA device only `megatron_patches.checkpoints` is applied.
+With a CUDA device `megatron_patches.cpu` is left out.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def apply() -> None:
     global _applied
     if _applied:
         return
-    from megatron_patches import checkpoints, cpu
+    from megatron_patches import checkpoints, cpu, recomputation
 
-    for patch in [*checkpoints.PATCHES, *(() if torch.cuda.is_available() else cpu.PATCHES)]:
+    for patch in [*checkpoints.PATCHES, *recomputation.PATCHES, *(() if torch.cuda.is_available() else cpu.PATCHES)]:
         patch.function()
     _applied = True
 

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib
-import multiprocessing
 import os
 import pickle
-import signal
-import sys
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import torch
 
-from megatron_patches.cpu import Patch, upstream_object
+from maskllm.processes import end_with_parent
+from megatron_patches.patch import Patch, upstream_object
 
 _MODULE = "megatron.core.dist_checkpointing.strategies.filesystem_async"
-
-
-_PR_SET_PDEATHSIG = 1
-
-
-def end_with_parent() -> None:
-    """Have the kernel kill this process, a fork, as soon as the one that started it ends, however that ends (Linux: prctl(2))."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != multiprocessing.parent_process().pid:  # it has ended already
-        os._exit(1)
 
 
 class _Results:

@@ -13,22 +13,11 @@ import importlib
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-
-@dataclass(frozen=True)
-class Patch:
-    """One patch: what it does, where, and the upstream text that makes it necessary."""
-
-    function: Callable[[], None]
-    upstream: str
-    """Dotted module, or module:Symbol."""
-    needed_for: str
-    """Text in the upstream source without which this patch has no purpose."""
-
+from megatron_patches.patch import Patch, upstream_object
 
 PATCHES: list[Patch] = []
 
@@ -39,15 +28,6 @@ def _patch(upstream: str, needed_for: str) -> Callable[[Callable[[], None]], Cal
         return function
 
     return register
-
-
-def upstream_object(upstream: str) -> Any:
-    """The module or, for "module:Class.attribute", the object that a patch's `upstream` names."""
-    module, _, symbol = upstream.partition(":")
-    found = importlib.import_module(module)
-    for part in filter(None, symbol.split(".")):
-        found = inspect.getattr_static(found, part)
-    return found
 
 
 class _CpuCuda:

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
-from maskllm.distributed import _meet, raised_together
+from maskllm.distributed import _agree_on_restart_id, raised_together
 from maskllm.errors import MaskLLMError
 
 
@@ -18,7 +18,7 @@ def test_ranks_agree_on_a_new_word_whatever_the_store_holds():
     words = []
     for _ in range(3):
         with ThreadPoolExecutor(4) as pool:
-            attempts = [pool.submit(_meet, store, rank, 4) for rank in (2, 3, 1, 0)]
+            attempts = [pool.submit(_agree_on_restart_id, store, rank, 4) for rank in (2, 3, 1, 0)]
             (word,) = {attempt.result(timeout=30) for attempt in attempts}
         words.append(word)
     assert len(set(words)) == 3
@@ -29,7 +29,7 @@ def test_a_rank_that_does_not_come_is_named():
     store.set_timeout(datetime.timedelta(seconds=0.5))
     store.set("asking/2", "of an earlier attempt")
     with ThreadPoolExecutor(2) as pool:
-        first, second = (pool.submit(_meet, store, rank, 3) for rank in (0, 1))
+        first, second = (pool.submit(_agree_on_restart_id, store, rank, 3) for rank in (0, 1))
         with pytest.raises(MaskLLMError, match=r"ranks \[2\] did not come within"):
             first.result(timeout=30)
         second.result(timeout=30)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_patches import checkpoints, cpu
+from megatron_patches import checkpoints, cpu, recomputation
 
 
 def upstream_source(upstream: str) -> str:
@@ -19,7 +19,9 @@ def upstream_source(upstream: str) -> str:
     return text if isinstance(node, ast.Module) else ast.get_source_segment(text, node)
 
 
-@pytest.mark.parametrize("patch", cpu.PATCHES + checkpoints.PATCHES, ids=lambda patch: patch.function.__name__)
+@pytest.mark.parametrize(
+    "patch", cpu.PATCHES + checkpoints.PATCHES + recomputation.PATCHES, ids=lambda patch: patch.function.__name__
+)
 def test_upstream_still_needs_the_patch(patch):
     assert patch.needed_for in upstream_source(patch.upstream), (
         f"{patch.upstream} no longer holds {patch.needed_for!r}: remove {patch.function.__module__}.{patch.function.__name__}"

@@ -18,8 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from maskllm.errors import MaskLLMError
-from maskllm.families.hf_config import read_json_object
-from maskllm.files import write_json
+from maskllm.files import read_json_object, write_json
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1

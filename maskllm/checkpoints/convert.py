@@ -7,13 +7,15 @@ from pathlib import Path
 
 import torch
 
-from maskllm.checkpoints.reading import CheckpointInfo, release_directory, write_checkpoint
+from maskllm.checkpoints.info import CheckpointInfo
 from maskllm.checkpoints.torch_dist import LazyTensor
+from maskllm.checkpoints.writing import release_directory, write_checkpoint
 from maskllm.errors import MaskLLMError
 from maskllm.families.mapping import Mapping
 from maskllm.families.model_config import ModelConfig
 from maskllm.families.registry import base_prefix, is_derived_buffer, parameter_map, read_model_config, tied_copies
-from maskllm.huggingface.directory import HFTensors, find_source
+from maskllm.huggingface.directory import find_source
+from maskllm.huggingface.tensors import HFTensors
 
 
 @dataclass(frozen=True)

@@ -30,23 +30,15 @@ from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQu
 from torch.distributed.checkpoint.api import CheckpointException
 
 from maskllm.checkpoints.checksums import FileRecord, write_manifest
-from maskllm.checkpoints.reading import (
-    LATEST,
-    CheckpointInfo,
-    Iteration,
-    is_complete,
-    iteration_name,
-    iteration_number,
-    one_line,
-    without_extra_state,
-    write_what_goes_along,
-)
+from maskllm.checkpoints.finding import LATEST, Iteration, is_complete, iteration_name, iteration_number
+from maskllm.checkpoints.info import CheckpointInfo
+from maskllm.checkpoints.reading import one_line, without_extra_state
+from maskllm.checkpoints.writing import write_metadata
 from maskllm.distributed import any_rank, from_first_rank
 from maskllm.errors import MaskLLMError, as_line, first_line
-from maskllm.families.hf_config import read_json_object
-from maskllm.files import publish_directory, write_json, write_text
+from maskllm.files import publish_directory, read_json_object, write_json, write_text
 from maskllm.huggingface.directory import read_side_files
-from megatron_patches.checkpoints import end_with_parent
+from maskllm.processes import end_with_parent
 
 _POLL_SECONDS = 0.02
 # From 0.19 on Megatron prefers an optional package's writer to its own, and asks for it by default.
@@ -105,7 +97,7 @@ class CheckpointSaver:
             for part in temporary.glob(".records_*.json"):
                 records |= {name: FileRecord(**record) for name, record in read_json_object(part).items()}
                 part.unlink()
-            write_what_goes_along(temporary, info, self._hf_files)
+            write_metadata(temporary, info, self._hf_files)
             write_manifest(temporary, records)
             publish_directory(temporary, path)
             write_text(self.root / LATEST, f"{iteration}\n")

@@ -134,13 +134,18 @@ def write_tensors(directory: Path, tensors: Mapping[str, LazyTensor], descriptio
             with _one_process():
                 dcp.save(placeholders, storage_writer=writer, planner=_LazyPlanner(tensors, progress), no_dist=True)
         except RuntimeError as error:
-            if "inline_container" not in str(error):  # torch.save's own complaint about a short write
+            if not is_short_write(error):
                 raise
             raise MaskLLMError(
-                f"{directory}: cannot be written, the disk is probably full ({str(error).splitlines()[0]})"
+                f"{directory}: cannot be written, the disk is probably full ({first_line(error, with_type=False)})"
             ) from None
     torch.save({}, directory / "common.pt")
     save_config(CheckpointingConfig(sharded_backend="torch_dist", sharded_backend_version=1), str(directory))
+
+
+def is_short_write(error: BaseException) -> bool:
+    """Whether this is torch.save's error for a file that could not be written to its end."""
+    return "inline_container" in str(error)
 
 
 @contextmanager

@@ -10,12 +10,11 @@ import argparse
 import importlib
 import io
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from maskllm import __version__
 from maskllm.cli.options import HelpFormatter, refuse_collisions, refuse_empty
-from maskllm.errors import MaskLLMError
-from maskllm.failures import is_alone, report, usage_said_once
+from maskllm.failures import run_guarded, usage_said_once
 
 VERBS = {
     "doctor": "what is installed here, what is missing, and whether training can run",
@@ -58,18 +57,3 @@ def _run(verb: str | None, argv: list[str]) -> int | None:
     refuse_empty(vars(args))
     refuse_collisions(vars(args))
     return importlib.import_module(f"maskllm.cli.{args.verb}").run(args)
-
-
-def run_guarded(program: str, call: Callable[[], int | None]) -> int:
-    """Call `call`; turn a user's mistake into one line on standard error, one in the job, and an exit status instead of a traceback.
-
-    Returns the exit status: what `call` returns, 0 for None. What a verb does in a process group it guards in there.
-    """
-    try:
-        return call() or 0
-    except (MaskLLMError, OSError, KeyboardInterrupt) as error:
-        return report(program, error, sys.stderr)
-    except Exception as error:
-        if is_alone():
-            raise
-        return report(program, error, sys.stderr)

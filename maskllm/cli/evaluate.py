@@ -8,14 +8,13 @@ import os
 
 import torch
 
-from maskllm.cli import run_guarded
 from maskllm.cli.options import writable_file
+from maskllm.dtypes import BY_FLAG
 from maskllm.errors import MaskLLMError
 from maskllm.evaluation.huggingface import Evaluation, evaluate_hf
+from maskllm.failures import run_guarded
 from maskllm.files import write_json
 from maskllm.processes import peak_resident_bytes
-
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-windows", type=int, metavar="N", help="evaluate the first N windows only")
     parser.add_argument(
         "--params-dtype",
-        choices=sorted(DTYPES),
+        choices=sorted(BY_FLAG),
         help="what to compute in; default for --model: the checkpoint's type, or fp32 on CPUs without instructions for it; for --load: "
         "bf16 on GPUs, fp32 on CPUs",
     )
@@ -53,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int | None:
     """Evaluate and print the perplexity."""
-    dtype = getattr(torch, DTYPES[args.params_dtype]) if args.params_dtype else None
+    dtype = BY_FLAG[args.params_dtype] if args.params_dtype else None
     windows = {"seq_length": args.seq_length, "max_windows": args.max_windows}
     if args.model is not None:
         result = evaluate_hf(
@@ -74,8 +73,8 @@ def run(args: argparse.Namespace) -> int | None:
     import megatron_patches
 
     megatron_patches.import_megatron()
-    from maskllm.distributed import run_in_group
     from maskllm.evaluation.megatron import evaluate_checkpoint
+    from maskllm.megatron.process_groups import run_in_group
 
     def evaluate() -> None:
         result = evaluate_checkpoint(args.load, args.data, **windows, params_dtype=dtype)

@@ -1,4 +1,4 @@
-"""What the command lines share."""
+"""What the command lines share: how help looks, and which values are refused before any work starts."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from maskllm.errors import MaskLLMError, as_line
+from maskllm.data.dataset_files import dataset_files, document_prefix
+from maskllm.errors import MaskLLMError, as_line, flag
 from maskllm.files import real_file
-
-DATASET = (".bin", ".idx")
-"""What an indexed dataset's files add to its prefix."""
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that say something, as they would be typed: not those of switches, and not the absence of one."""
+    """Shows each default as one would type it. It shows none for switches and for options that are off by default."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False:
@@ -28,7 +26,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def writable_file(text: str) -> str:
-    """An argparse type: the path of a file to write, refused before the work where it could not be written after it."""
+    """An argparse type: the path of a file to write. It is refused now if it could not be written after the work."""
     if text == "":
         return text  # `refuse_empty` names the option
     if text == "-":
@@ -45,18 +43,20 @@ def writable_file(text: str) -> str:
 
 
 def refuse_empty(options: Mapping[str, Any]) -> None:
-    """Raise MaskLLMError for an option (name with underscores -> value) whose value, or one of them, is the empty string.
+    """Raise MaskLLMError if an option (field name -> value) is, or contains, the empty string.
 
-    It is what a shell's unset variable leaves, and as a path it would mean the working directory.
+    An unset shell variable leaves an empty string, and as a path that would mean the working directory.
     """
     for name, value in options.items():
         if value == "" or (isinstance(value, list) and "" in value):
-            raise MaskLLMError(f"--{name.replace('_', '-')}: found an empty value; give it one, or leave the option out")
+            raise MaskLLMError(f"{flag(name)}: found an empty value; give it one, or leave the option out")
 
 
 def refuse_collisions(options: Mapping[str, Any]) -> None:
-    """Raise MaskLLMError where two outputs of a verb are one file, a file would lie in the directory that the verb makes, or one that it
-    reads would be written over."""
+    """Raise MaskLLMError if two outputs of a verb collide or an output would overwrite an input.
+
+    Outputs collide if they are the same file, or if one lies in the directory that another one replaces.
+    """
     places = {
         name: Path(os.path.realpath(options[name])) for name in ("output", "mask_file", "json") if options.get(name) is not None
     }
@@ -64,18 +64,16 @@ def refuse_collisions(options: Mapping[str, Any]) -> None:
     for name in ("input", "data", "mask", "corpus", "eval_corpus", "calibration_data", "tokenizer"):
         values = options.get(name) or []
         for value in [values] if isinstance(values, str) else values:
-            taken |= {
-                Path(os.path.realpath(f"{value}{suffix}")): f"--{name.replace('_', '-')} {value}" for suffix in ("", *DATASET)
-            }
+            taken |= {Path(os.path.realpath(file)): f"{flag(name)} {value}" for file in (value, *dataset_files(value))}
     if options.get("output_prefix"):
-        prefix = f"{options['output_prefix']}_{options['json_key']}_document"
-        taken |= {Path(os.path.realpath(f"{prefix}{suffix}")): f"--output-prefix {options['output_prefix']}" for suffix in DATASET}
+        files = dataset_files(document_prefix(options["output_prefix"], options["json_key"]))
+        taken |= {Path(os.path.realpath(file)): f"--output-prefix {options['output_prefix']}" for file in files}
     for name in ("mask_file", "json"):
         if (other := taken.get(places.get(name))) is not None:
-            raise MaskLLMError(f"--{name.replace('_', '-')} {options[name]}: is a file of {other}; name another")
+            raise MaskLLMError(f"{flag(name)} {options[name]}: is a file of {other}; name another")
     if options["verb"] in ("convert", "prune", "trim"):
         places["output"] /= "release"
     for (first, place), (second, other) in itertools.combinations(places.items(), 2):
         if place.is_relative_to(other) or other.is_relative_to(place):
-            flags = [f"--{name.replace('_', '-')} {options[name]}" for name in (first, second)]
+            flags = [f"{flag(name)} {options[name]}" for name in (first, second)]
             raise MaskLLMError(f"{' and '.join(flags)}: one is, or lies in, the other; name places apart from each other")

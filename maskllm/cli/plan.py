@@ -6,10 +6,11 @@ import argparse
 import math
 
 from maskllm.cli.options import writable_file
-from maskllm.errors import MaskLLMError
+from maskllm.cli.train_options import add_options, option_values
+from maskllm.errors import MaskLLMError, flag
 from maskllm.planning.cost import GPUS, Cluster
 from maskllm.planning.models import BUILT_IN
-from maskllm.training.arguments import TrainArguments, add_options
+from maskllm.training.arguments import TrainArguments
 
 TRAINING_OPTIONS = (
     "pattern", "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel", "use_distributed_optimizer",
@@ -64,7 +65,6 @@ def run(args: argparse.Namespace) -> None:
     from maskllm.planning.models import named_model
     from maskllm.planning.plan import plan
     from maskllm.planning.text import plan_lines
-    from maskllm.training.arguments import option_values
 
     model = named_model(args.model)
     if args.seq_length is None:
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     for name in ("gpu_memory", "network_bandwidth"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
-            raise MaskLLMError(f"--{name.replace('_', '-')}: found {value}, wanted a positive number")
+            raise MaskLLMError(f"{flag(name)}: found {value}, wanted a positive number")
     ranks = args.num_gpus or arguments.tensor_model_parallel_size * arguments.pipeline_model_parallel_size
     if args.device == "cuda":
         gpu, memory = args.gpu, GPUS[args.gpu].memory

@@ -11,16 +11,16 @@ from typing import Any
 
 import torch
 
-from maskllm.cli import run_guarded
 from maskllm.cli.measure import measured
 from maskllm.cli.options import writable_file
+from maskllm.dtypes import BY_FLAG, COMPUTE
 from maskllm.environment.optional_parts import slow_dtype
-from maskllm.errors import MaskLLMError
+from maskllm.errors import MaskLLMError, flag
+from maskllm.failures import run_guarded
 from maskllm.files import write_json
 from maskllm.patterns import Pattern
 from maskllm.pruning.megatron import Calibration, prune_by_magnitude, prune_calibrated
 from maskllm.pruning.solve import METHODS, PruneSettings
-from maskllm.training.arguments import DTYPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq-length", type=int, default=Calibration.seq_length, metavar="S", help="tokens a window")
     parser.add_argument("--seed", type=int, default=Calibration.seed, metavar="X", help="of the choice of windows")
     parser.add_argument("--pack", action="store_true", help="join documents into one stream before cutting windows")
-    parser.add_argument("--params-dtype", choices=sorted(DTYPES), default="bf16", help="type the layers compute in")
+    parser.add_argument("--params-dtype", choices=COMPUTE, default="bf16", help="type the layers compute in")
     parser.add_argument(
         "--json",
         type=writable_file,
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prune and say where to."""
-    from maskllm.distributed import run_in_group
+    from maskllm.megatron.process_groups import run_in_group
 
     logging.basicConfig(format="%(message)s")
     logging.getLogger("maskllm").setLevel(logging.INFO)
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     settings = PruneSettings(args.method, sparsity, args.update_weights, sequential=not args.no_sequential)
     for name in ("calibration_samples", "seq_length"):
         if getattr(args, name) < 1:
-            raise MaskLLMError(f"--{name.replace('_', '-')} {getattr(args, name)}: wanted a positive number")
+            raise MaskLLMError(f"{flag(name)} {getattr(args, name)}: wanted a positive number")
     if args.seed < 0:
         raise MaskLLMError(f"--seed {args.seed}: wanted a number of at least 0")
     if args.calibration_data is None:
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         work = functools.partial(_without_data, args, settings)
     else:
         calibration = Calibration(
-            args.calibration_data, args.calibration_samples, args.seq_length, args.seed, args.pack, DTYPES[args.params_dtype]
+            args.calibration_data, args.calibration_samples, args.seq_length, args.seed, args.pack, BY_FLAG[args.params_dtype]
         )
         work = functools.partial(_with_data, args, settings, calibration)
     return run_in_group(lambda: run_guarded("maskllm prune", work), timeout_minutes=60)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset
 
+from maskllm.data.dataset_files import dataset_files
 from maskllm.errors import MaskLLMError
 
 _MAGIC = b"MMIDIDX\0\0"
@@ -20,9 +21,10 @@ def open_indexed(prefix: str | Path) -> IndexedDataset:
     The index is checked here because upstream's reader asserts and, where it fails, complains once more when it is deleted.
     """
     again = "make the dataset again with `maskllm preprocess`"
-    idx, bin_size = Path(f"{prefix}.idx"), Path(f"{prefix}.bin").stat().st_size
+    tokens, idx = dataset_files(prefix)
+    bin_size = tokens.stat().st_size
     if bin_size == 0:
-        raise MaskLLMError(f"{prefix}.bin is empty; {again}")
+        raise MaskLLMError(f"{tokens} is empty; {again}")
     with idx.open("rb") as file:
         header = file.read(_HEADER.size)
     magic, version, code, sequences, documents = _HEADER.unpack(header.ljust(_HEADER.size, b"\0"))
@@ -36,5 +38,5 @@ def open_indexed(prefix: str | Path) -> IndexedDataset:
     index = dataset.index
     needed = int(index.sequence_pointers[-1]) + int(index.sequence_lengths[-1]) * index.dtype_size
     if needed > bin_size:
-        raise MaskLLMError(f"{prefix}.bin has {bin_size} bytes, its .idx asks for {needed}; {again}")
+        raise MaskLLMError(f"{tokens} has {bin_size} bytes, its .idx asks for {needed}; {again}")
     return dataset

@@ -20,9 +20,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder, get_bin_path, get_idx_path
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from tqdm import tqdm
 
+from maskllm.data.dataset_files import dataset_files, document_prefix
 from maskllm.data.json_lines import BadLineError, Line, check_inputs, document, read_lines
 from maskllm.data.tokenizer import InexactError, TokenBatch, Tokenizer, load_tokenizer, one_core_a_call
 from maskllm.errors import MaskLLMError
@@ -100,11 +101,11 @@ def preprocess(
             f"{tokenizer}: the tokenizer names no end-of-sequence token to append; give its directory with tokenizer_config.json"
         )
     try:
-        return _preprocess(inputs, f"{os.fspath(output_prefix)}_{json_key}_document", loaded, *options)
+        return _preprocess(inputs, document_prefix(output_prefix, json_key), loaded, *options)
     except InexactError:
         loaded = load_tokenizer(tokenizer, use_gigatoken=False)
         tqdm.write(f"gigatoken is not exact for {tokenizer} on this input; starting over with {loaded.library}")
-        return _preprocess(inputs, f"{os.fspath(output_prefix)}_{json_key}_document", loaded, *options)
+        return _preprocess(inputs, document_prefix(output_prefix, json_key), loaded, *options)
 
 
 def _preprocess(
@@ -113,7 +114,7 @@ def _preprocess(
     started = time.perf_counter()
     summary = PreprocessSummary(prefix, tokenizer.library, tokenizer.vocab_size)
     summary.input_bytes = sum(path.stat().st_size for path in inputs)
-    bin_path, idx_path = Path(get_bin_path(prefix)), Path(get_idx_path(prefix))
+    bin_path, idx_path = dataset_files(prefix)
     # The index is what makes a dataset: it is published last, and a former one goes before the former data does.
     with atomic_file(idx_path) as new_idx, atomic_file(bin_path) as new_bin:
         builder = IndexedDatasetBuilder(str(new_bin), dtype=DType.optimal_dtype(tokenizer.vocab_size))

@@ -27,7 +27,7 @@ import numpy as np
 import sentencepiece
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from maskllm.errors import MaskLLMError
+from maskllm.errors import MaskLLMError, first_line
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class HuggingFaceTokenizer(Tokenizer):
             else:
                 tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
         except Exception as error:  # transformers and tokenizers raise all sorts, plain Exception among them
-            raise MaskLLMError(f"{path}: not a readable Hugging Face tokenizer: {_first_line(error)}") from error
+            raise MaskLLMError(f"{path}: not a readable Hugging Face tokenizer: {first_line(error, with_type=False)}") from error
         if not tokenizer.is_fast:
             raise MaskLLMError(f"{path}: {type(tokenizer).__name__} has no tokenizer.json; convert it to a fast tokenizer")
         self.backend = tokenizer.backend_tokenizer
@@ -120,7 +120,7 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
-            raise MaskLLMError(f"{path}: not a readable SentencePiece model: {_first_line(error)}") from error
+            raise MaskLLMError(f"{path}: not a readable SentencePiece model: {first_line(error, with_type=False)}") from error
         if self.processor.bos_id() < 0:
             raise MaskLLMError(f"{path}: the SentencePiece model has no BOS token, which every text begins with")
         self.bos = self.processor.bos_id()
@@ -171,7 +171,7 @@ class GigatokenTokenizer(Tokenizer):
                 self._left_to_reference = []
             self._tokenizer = self._fresh()
         except (ValueError, RuntimeError, KeyError, TypeError) as error:  # what gigatoken raises for what it does not support
-            raise InexactError(_first_line(error)) from error
+            raise InexactError(first_line(error, with_type=False)) from error
         self._compare(probe_texts(reference.special_tokens))
 
     def encode_batch(self, texts: list[str]) -> TokenBatch:
@@ -261,10 +261,6 @@ def _added_around(tokenizer: HuggingFaceTokenizer) -> tuple[list[int], list[int]
         if whole[start : start + len(alone)] == alone:
             return whole[:start], whole[start + len(alone) :]
     raise InexactError("the post-processor changes the text's own tokens")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from importlib.machinery import PathFinder
 
 import torch
 
+from maskllm.dtypes import dtype_name
 from maskllm.errors import MaskLLMError, first_line
 
 TRANSFORMER_IMPLS = ("local", "transformer_engine")
@@ -99,8 +100,7 @@ def slow_dtype(dtype: torch.dtype) -> str | None:
     """What is to be said of a run that computes in `dtype` where that is slow, None where it is not."""
     if torch.cuda.is_available() or computes_natively(dtype):
         return None
-    name = str(dtype).removeprefix("torch.")
-    return f"this CPU has no instructions for {name} and is many times slower in it; --params-dtype fp32 computes with the same weights"
+    return f"this CPU has no instructions for {dtype_name(dtype)} and is many times slower in it; --params-dtype fp32 computes with the same weights"
 
 
 def uses_apex_norms() -> bool:
@@ -108,9 +108,9 @@ def uses_apex_norms() -> bool:
     return apex().problem is None
 
 
-def startup_line(transformer_impl: str, *, few_bits: bool = False) -> str:
+def startup_line(transformer_impl: str, *, low_precision: bool = False) -> str:
     """What a run says about itself when it starts: the device and the backend, whose norms, attention and Adam it uses, and which
-    optional parts are missing. `few_bits`: whether it keeps logits or moments in fewer bits than fp32."""
+    optional parts are missing. `low_precision`: whether it keeps logits or moments in fewer bits than fp32."""
     from megatron.core.optimizer import Adam
 
     from maskllm.ops.extension import has_kernels
@@ -120,7 +120,9 @@ def startup_line(transformer_impl: str, *, few_bits: bool = False) -> str:
     else:
         norms, attention = "Apex's" if uses_apex_norms() else "torch's", "torch's"
     library = Adam.__module__.partition(".")[0]
-    adam = "MaskLLM's" if few_bits else {"transformer_engine": "Transformer Engine's", "apex": "Apex's"}.get(library, "torch's")
+    adam = (
+        "MaskLLM's" if low_precision else {"transformer_engine": "Transformer Engine's", "apex": "Apex's"}.get(library, "torch's")
+    )
     missing = [str(part) for part in (transformer_engine(), apex()) if part.problem is not None]
     visible = torch.cuda.is_available()
     where = f"{torch.cuda.get_device_name()} with NCCL" if visible else "CPU with gloo, no GPU visible"

@@ -8,17 +8,20 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from maskllm.data.tokenizer import load_tokenizer
+from maskllm.dtypes import dtype_name
 from maskllm.environment.optional_parts import computes_natively
-from maskllm.errors import MaskLLMError
+from maskllm.errors import MaskLLMError, first_line
 from maskllm.evaluation.perplexity import Perplexity, WindowNLL, cut_windows, next_token_nll, perplexity
 from maskllm.evaluation.text import read_evaluation_text
 from maskllm.export.mask_file import apply_mask_file, check_mask_file
+from maskllm.families.model_config import check_context, check_vocabulary
 from maskllm.huggingface.blocks import linears_of, transformer_blocks
 from maskllm.huggingface.directory import FILES, find_source
 
@@ -68,7 +71,7 @@ def evaluate_hf(
     windows = cut_windows(tokens, seq_length, max_windows)
     device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     loaded = load_hf_model(directory, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    _check_fits(loaded, int(tokens.max()), seq_length)
+    _check_fits(directory, loaded, int(tokens.max()), seq_length)
     weights = block_weights(loaded)
     if mask_file is not None:
         apply_mask_file(mask_file, weights)
@@ -77,7 +80,7 @@ def evaluate_hf(
         **dataclasses.asdict(result),
         text_tokens=len(tokens),
         data_kind=text.kind,
-        dtype=str(loaded.dtype).removeprefix("torch."),
+        dtype=dtype_name(loaded.dtype),
         device=str(device),
         zeros=zero_share(weights),
     )
@@ -100,7 +103,7 @@ def load_hf_model(
                 output_loading_info=True,
             )
     except Exception as error:  # transformers raises all sorts for files that are missing, damaged or of unknown architectures
-        raise MaskLLMError(f"{directory}: transformers cannot load it: {(str(error).splitlines() or [''])[0]}") from error
+        raise MaskLLMError(f"{directory}: transformers cannot load it: {first_line(error, with_type=False)}") from error
     if missing := sorted(loading["missing_keys"]):  # which transformers makes up at random
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise MaskLLMError(f"{directory}: has no tensor {missing[0]}{more}, which the model in its config.json has")
@@ -131,7 +134,7 @@ def usable_device(device: str | torch.device) -> torch.device:
         torch.empty(1, device=found).item()
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
         raise MaskLLMError(
-            f"--device {device}: cannot be used here ({str(error).splitlines()[0]}); wanted cpu, cuda, cuda:1, ..."
+            f"--device {device}: cannot be used here ({first_line(error, with_type=False)}); wanted cpu, cuda, cuda:1, ..."
         ) from None
     return found
 
@@ -162,10 +165,8 @@ def zero_share(weights: dict[str, torch.Tensor]) -> float:
     return zeros / sum(weight.numel() for weight in weights.values())
 
 
-def _check_fits(model: PreTrainedModel, largest_token: int, seq_length: int) -> None:
-    rows = model.get_input_embeddings().num_embeddings
-    if largest_token >= rows:
-        raise MaskLLMError(f"the tokenizer gives token {largest_token}, the model's embedding has {rows} rows; they do not match")
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and seq_length > longest:
-        raise MaskLLMError(f"--seq-length {seq_length} is longer than the model's context of {longest} tokens")
+def _check_fits(directory: Path, model: PreTrainedModel, largest_token: int, seq_length: int) -> None:
+    check_vocabulary(largest_token, model.get_input_embeddings().num_embeddings, f"{directory}'s tokenizer")
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None:
+        check_context(seq_length, context)

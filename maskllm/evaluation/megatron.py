@@ -9,17 +9,18 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from maskllm.checkpoints.reading import Checkpoint, resolve
+from maskllm.checkpoints.reading import Checkpoint, load_model, resolve
 from maskllm.data.tokenizer import load_tokenizer
 from maskllm.distributed import device
-from maskllm.errors import MaskLLMError
+from maskllm.dtypes import dtype_name
 from maskllm.evaluation.huggingface import Evaluation
 from maskllm.evaluation.perplexity import WindowNLL, cut_windows, perplexity
 from maskllm.evaluation.text import read_evaluation_text
+from maskllm.families.model_config import check_context, check_vocabulary
 from maskllm.masking.sampler import MaskMode, MaskSampler
-from maskllm.megatron.build import build_model, load_model
+from maskllm.megatron.build import build_model
 from maskllm.megatron.gpt import FrozenVocabularyGPTModel
-from maskllm.megatron.spec import masked_linears
+from maskllm.megatron.linears import attach_bits, attach_logits, masked_parameters
 
 
 def evaluate_checkpoint(
@@ -32,7 +33,7 @@ def evaluate_checkpoint(
 ) -> Evaluation:
     """Perplexity of a checkpoint on a text that its own tokenizer reads: dense, with its one-shot mask, or with its learned winners.
 
-    Inside `maskllm.distributed.parallel_processes`, on one tensor-parallel group. Arguments and errors are those of `evaluate_hf`;
+    Inside `maskllm.megatron.process_groups.parallel_processes`, on one tensor-parallel group. Arguments and errors are those of `evaluate_hf`;
     `params_dtype` is fp32 on the CPU and bf16 on a GPU by default.
     """
     checkpoint = resolve(load)
@@ -40,12 +41,8 @@ def evaluate_checkpoint(
     tokens = load_tokenizer(checkpoint.hf_directory, use_gigatoken=False).encode(text.text)
     windows = cut_windows(tokens, seq_length, max_windows)
     config = checkpoint.model_config
-    if int(tokens.max()) >= config.vocab_size:
-        raise MaskLLMError(
-            f"{data}: found token {int(tokens.max())}, wanted less than the model's vocabulary of {config.vocab_size}"
-        )
-    if seq_length > config.max_position_embeddings:
-        raise MaskLLMError(f"--seq-length {seq_length}: the model's context has {config.max_position_embeddings} positions")
+    check_vocabulary(int(tokens.max()), config.vocab_size, str(data))
+    check_context(seq_length, config.max_position_embeddings)
     dtype = params_dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     model = load_masked_model(checkpoint, dtype)
     result = perplexity(megatron_window_nll(model), windows)
@@ -53,23 +50,21 @@ def evaluate_checkpoint(
         **dataclasses.asdict(result),
         text_tokens=len(tokens),
         data_kind=text.kind,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=dtype_name(dtype),
         device=device().type,
         zeros=zero_share(model),
     )
 
 
 def load_masked_model(checkpoint: Checkpoint, params_dtype: torch.dtype) -> FrozenVocabularyGPTModel:
-    """This rank's part of the model as the checkpoint would be used: winners where it has logits, else its mask if it has one."""
+    """This rank's part of the model as the checkpoint would be used: with the winners of its logits, else with its fixed mask, else dense."""
     model = build_model(checkpoint.model_config, params_dtype=params_dtype).eval()
     if checkpoint.info.stage == "trained":
-        sampler = MaskSampler(checkpoint.info.block_pattern, mode=MaskMode.WINNER)
-        for layer in masked_linears(model):
-            stored = checkpoint.tensors[f"{layer.name}.mask_logits"]
-            layer.attach_logits(sampler, draw=False, dtype=stored.dtype)
+        first = masked_parameters(model)[0]
+        stored = checkpoint.tensors[f"{first.location.name}.mask_logits"].dtype
+        attach_logits(model, MaskSampler(checkpoint.info.block_pattern, mode=MaskMode.WINNER), dtype=stored)
     elif checkpoint.info.stage != "dense":
-        for layer in masked_linears(model):
-            layer.attach_bits()
+        attach_bits(model)
     load_model(checkpoint, model)
     return model
 
@@ -91,8 +86,8 @@ def megatron_window_nll(model: FrozenVocabularyGPTModel) -> WindowNLL:
 def zero_share(model: FrozenVocabularyGPTModel) -> float:
     """Share of zeros among the weights that the masked linears use, over all tensor-parallel ranks."""
     counts = torch.zeros(2, dtype=torch.float64, device=device())
-    for layer in masked_linears(model):
-        weight = layer.effective_weight()
+    for parameter in masked_parameters(model):
+        weight = parameter.effective_weight()
         counts += torch.tensor([(weight == 0).sum(), weight.numel()], dtype=torch.float64, device=device())
     dist.all_reduce(counts, group=parallel_state.get_tensor_model_parallel_group())
     return float(counts[0] / counts[1])

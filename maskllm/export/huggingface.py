@@ -16,13 +16,14 @@ from tqdm import tqdm
 
 from maskllm.checkpoints.reading import Checkpoint, resolve
 from maskllm.checkpoints.torch_dist import LazyTensor
+from maskllm.dtypes import dtype_name
 from maskllm.errors import MaskLLMError
 from maskllm.export.mask_file import write_mask_file
-from maskllm.families.hf_config import read_json_object
 from maskllm.families.mapping import Mapping
 from maskllm.families.registry import parameter_map
-from maskllm.files import atomic_directory, naming, write_json
-from maskllm.huggingface.directory import INDEX, read_side_files, write_side_files
+from maskllm.files import atomic_directory, naming, read_json_object, write_json
+from maskllm.huggingface.directory import read_side_files, write_side_files
+from maskllm.huggingface.tensors import INDEX
 from maskllm.ops import check_mask
 from maskllm.patterns import unpack_mask
 
@@ -139,7 +140,7 @@ def _checked_parts(checkpoint: Checkpoint, mapping: Mapping) -> list[torch.Tenso
     config = checkpoint.model_config
     weights = mapping.split(checkpoint.tensors[mapping.megatron].load(), config)
     if mapping.linear is None or checkpoint.info.stage == "dense":
-        return mapping.turn(weights)
+        return mapping.transpose(weights)
     pattern = checkpoint.info.block_pattern
     # Blocks run along a matrix's inputs, so it is checked as [out, in], also where it is stored [in, out].
     for name, weight, mask in zip(mapping.hf, weights, mapping.split(_mask(checkpoint, mapping), config), strict=True):
@@ -149,7 +150,7 @@ def _checked_parts(checkpoint: Checkpoint, mapping: Mapping) -> list[torch.Tenso
         outside = int((kept & ~mask).sum())
         if outside:
             raise MaskLLMError(f"{checkpoint.path}: {name} has {outside} non-zero weights that its mask removes; trim it again")
-    return mapping.turn(weights)
+    return mapping.transpose(weights)
 
 
 def _write_side_files(checkpoint: Checkpoint, directory: Path, dtypes: set[torch.dtype]) -> None:
@@ -158,6 +159,6 @@ def _write_side_files(checkpoint: Checkpoint, directory: Path, dtypes: set[torch
     path = directory / "config.json"
     config = read_json_object(path)
     stated = [key for key in ("dtype", "torch_dtype") if key in config]
-    actual = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else None
+    actual = dtype_name(dtypes.pop()) if len(dtypes) == 1 else None
     if actual is not None and any(config[key] != actual for key in stated):
         write_json(path, config | dict.fromkeys(stated, actual))

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from maskllm.errors import MaskLLMError
+from maskllm.errors import MaskLLMError, first_line
 from maskllm.files import atomic_file
 
 SUFFIX = ".mask"
@@ -67,7 +67,7 @@ def _opened(path: str | os.PathLike) -> Iterator[np.lib.npyio.NpzFile]:
             yield archive
     except (ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         # RuntimeError is what zipfile raises where damaged flags ask for a password or a method that it lacks.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error, with_type=False)
         raise MaskLLMError(f"{path}: not a readable .npz mask file ({reason})") from error
 
 

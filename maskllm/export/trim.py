@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from maskllm.checkpoints.reading import Checkpoint, resolve, write_checkpoint
+from maskllm.checkpoints.reading import Checkpoint, resolve
 from maskllm.checkpoints.torch_dist import LazyTensor
+from maskllm.checkpoints.writing import write_checkpoint
 from maskllm.errors import MaskLLMError
 from maskllm.families.registry import parameter_map
 from maskllm.ops import winner_mask

@@ -8,6 +8,7 @@ Its linears are transformers' `Conv1D`, whose weight is stored [in, out]; Megatr
 from __future__ import annotations
 
 from maskllm.families.hf_config import HFConfig
+from maskllm.families.linears import FC1, FC2, PROJ, QKV
 from maskllm.families.mapping import Direct, Mapping, StackedQKV, expand
 from maskllm.families.model_config import ModelConfig
 
@@ -22,25 +23,25 @@ LAYER = [
     Direct("decoder.layers.*.self_attention.linear_qkv.layer_norm_weight", ("transformer.h.*.ln_1.weight",), ("hidden",)),
     Direct("decoder.layers.*.self_attention.linear_qkv.layer_norm_bias", ("transformer.h.*.ln_1.bias",), ("hidden",)),
     StackedQKV(
-        "decoder.layers.*.self_attention.linear_qkv.weight",
+        QKV.weight,
         ("transformer.h.*.attn.c_attn.weight",),
-        ("qkv", "hidden"),
+        QKV.dimensions,
         transposed=True,
     ),
-    StackedQKV("decoder.layers.*.self_attention.linear_qkv.bias", ("transformer.h.*.attn.c_attn.bias",), ("qkv",)),
+    StackedQKV(QKV.bias, ("transformer.h.*.attn.c_attn.bias",), QKV.dimensions[:1]),
     Direct(
-        "decoder.layers.*.self_attention.linear_proj.weight",
+        PROJ.weight,
         ("transformer.h.*.attn.c_proj.weight",),
-        ("hidden", "heads"),
+        PROJ.dimensions,
         transposed=True,
     ),
-    Direct("decoder.layers.*.self_attention.linear_proj.bias", ("transformer.h.*.attn.c_proj.bias",), ("hidden",)),
+    Direct(PROJ.bias, ("transformer.h.*.attn.c_proj.bias",), ("hidden",)),
     Direct("decoder.layers.*.mlp.linear_fc1.layer_norm_weight", ("transformer.h.*.ln_2.weight",), ("hidden",)),
     Direct("decoder.layers.*.mlp.linear_fc1.layer_norm_bias", ("transformer.h.*.ln_2.bias",), ("hidden",)),
-    Direct("decoder.layers.*.mlp.linear_fc1.weight", ("transformer.h.*.mlp.c_fc.weight",), ("ffn", "hidden"), transposed=True),
-    Direct("decoder.layers.*.mlp.linear_fc1.bias", ("transformer.h.*.mlp.c_fc.bias",), ("ffn",)),
-    Direct("decoder.layers.*.mlp.linear_fc2.weight", ("transformer.h.*.mlp.c_proj.weight",), ("hidden", "ffn"), transposed=True),
-    Direct("decoder.layers.*.mlp.linear_fc2.bias", ("transformer.h.*.mlp.c_proj.bias",), ("hidden",)),
+    Direct(FC1.weight, ("transformer.h.*.mlp.c_fc.weight",), FC1.dimensions, transposed=True),
+    Direct(FC1.bias, ("transformer.h.*.mlp.c_fc.bias",), FC1.dimensions[:1]),
+    Direct(FC2.weight, ("transformer.h.*.mlp.c_proj.weight",), FC2.dimensions, transposed=True),
+    Direct(FC2.bias, ("transformer.h.*.mlp.c_proj.bias",), ("hidden",)),
 ]
 
 FINAL_NORM = [

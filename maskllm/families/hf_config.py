@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from maskllm.errors import MaskLLMError
@@ -65,20 +63,3 @@ class HFConfig:
         value = self._get(key, (object, bool), repr(wanted), default)
         if value != wanted:
             raise self.error(f"{key} {value!r} is not supported, only {wanted!r}")
-
-
-def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises MaskLLMError naming file and line where it holds anything else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MaskLLMError(f"{path}: no such file") from None
-    except UnicodeDecodeError:
-        raise MaskLLMError(f"{path}: not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise MaskLLMError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, or thousands of nested brackets
-        raise MaskLLMError(f"{path}: not JSON that can be read: {error}") from None
-    if not isinstance(values, dict):
-        raise MaskLLMError(f"{path}: wanted a JSON object, found {type(values).__name__}")
-    return values

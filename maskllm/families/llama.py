@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from maskllm.families.hf_config import HFConfig
-from maskllm.families.mapping import QKV, Direct, GatedMLP, Mapping, expand
+from maskllm.families.linears import FC1, FC2, PROJ, QKV
+from maskllm.families.mapping import Direct, GatedMLP, Mapping, QKVByGroup, expand
 from maskllm.families.model_config import ModelConfig
 from maskllm.families.rope import read_rope
 
@@ -18,50 +19,50 @@ INPUT_NORM = Direct(
 )
 
 ATTENTION = [
-    QKV(
-        "decoder.layers.*.self_attention.linear_qkv.weight",
+    QKVByGroup(
+        QKV.weight,
         (
             "model.layers.*.self_attn.q_proj.weight",
             "model.layers.*.self_attn.k_proj.weight",
             "model.layers.*.self_attn.v_proj.weight",
         ),
-        ("qkv", "hidden"),
+        QKV.dimensions,
     ),
-    Direct("decoder.layers.*.self_attention.linear_proj.weight", ("model.layers.*.self_attn.o_proj.weight",), ("hidden", "heads")),
+    Direct(PROJ.weight, ("model.layers.*.self_attn.o_proj.weight",), PROJ.dimensions),
 ]
 
 MLP_NORM = Direct(
     "decoder.layers.*.mlp.linear_fc1.layer_norm_weight", ("model.layers.*.post_attention_layernorm.weight",), ("hidden",)
 )
 
-FC1 = GatedMLP(
-    "decoder.layers.*.mlp.linear_fc1.weight",
+MLP_GATE_AND_UP = GatedMLP(
+    FC1.weight,
     ("model.layers.*.mlp.gate_proj.weight", "model.layers.*.mlp.up_proj.weight"),
-    ("gate_and_up", "hidden"),
+    FC1.dimensions,
 )
 
-FC2 = Direct("decoder.layers.*.mlp.linear_fc2.weight", ("model.layers.*.mlp.down_proj.weight",), ("hidden", "ffn"))
+MLP_DOWN = Direct(FC2.weight, ("model.layers.*.mlp.down_proj.weight",), FC2.dimensions)
 
 ATTENTION_BIASES = [
-    QKV(
-        "decoder.layers.*.self_attention.linear_qkv.bias",
+    QKVByGroup(
+        QKV.bias,
         (
             "model.layers.*.self_attn.q_proj.bias",
             "model.layers.*.self_attn.k_proj.bias",
             "model.layers.*.self_attn.v_proj.bias",
         ),
-        ("qkv",),
+        QKV.dimensions[:1],
     ),
-    Direct("decoder.layers.*.self_attention.linear_proj.bias", ("model.layers.*.self_attn.o_proj.bias",), ("hidden",)),
+    Direct(PROJ.bias, ("model.layers.*.self_attn.o_proj.bias",), ("hidden",)),
 ]
 
-FC1_BIAS = GatedMLP(
-    "decoder.layers.*.mlp.linear_fc1.bias",
+MLP_GATE_AND_UP_BIAS = GatedMLP(
+    FC1.bias,
     ("model.layers.*.mlp.gate_proj.bias", "model.layers.*.mlp.up_proj.bias"),
-    ("gate_and_up",),
+    FC1.dimensions[:1],
 )
 
-FC2_BIAS = Direct("decoder.layers.*.mlp.linear_fc2.bias", ("model.layers.*.mlp.down_proj.bias",), ("hidden",))
+MLP_DOWN_BIAS = Direct(FC2.bias, ("model.layers.*.mlp.down_proj.bias",), ("hidden",))
 
 FINAL_NORM = Direct("decoder.final_layernorm.weight", ("model.norm.weight",), ("hidden",))
 
@@ -77,9 +78,9 @@ DERIVED_BUFFERS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 
 def parameter_map(config: ModelConfig) -> list[Mapping]:
     """Every tensor of the model, in the order of the forward pass."""
-    layer = [INPUT_NORM, *ATTENTION, MLP_NORM, FC1, FC2]
+    layer = [INPUT_NORM, *ATTENTION, MLP_NORM, MLP_GATE_AND_UP, MLP_DOWN]
     if config.add_bias:
-        layer += [*ATTENTION_BIASES, FC1_BIAS, FC2_BIAS]
+        layer += [*ATTENTION_BIASES, MLP_GATE_AND_UP_BIAS, MLP_DOWN_BIAS]
     output = [] if config.tie_word_embeddings else [OUTPUT]
     return [EMBEDDING, *expand(layer, config.num_layers), FINAL_NORM, *output]
 

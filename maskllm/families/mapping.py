@@ -1,11 +1,11 @@
-"""How a Megatron tensor is made of Hugging Face tensors: the kinds of mapping a family's parameter map is written in.
+"""How a Megatron tensor is made of Hugging Face tensors: the kinds of mapping that a family's parameter map is written in.
 
 A family (`maskllm/families/llama.py`) lists mappings; `*` in a name stands for the layer's index. Shapes are written in the names of
 `ModelConfig.dimensions`. The layouts are those of a whole tensor, tensor-parallel size 1: Megatron's torch_dist checkpoints hold
-tensors by global coordinates, so that any layout loads them.
+tensors by global coordinates, so any layout loads them.
 
-`fuse` and `split` only move rows. They therefore move anything that has a weight's rows: the weight, its bias, its mask, its mask's
-bits. `to_megatron` and `to_hf` also turn the tensors of those families that store weights the other way round.
+`fuse` and `split` only move rows. They therefore work for anything that has a weight's rows: the weight, its bias, its mask, its mask's
+bits. `to_megatron` and `to_hf` also transpose the tensors of families that store weights [in, out].
 """
 
 from __future__ import annotations
@@ -17,15 +17,13 @@ from dataclasses import dataclass
 
 import torch
 
+from maskllm.families.linears import linear_of
 from maskllm.families.model_config import ModelConfig
-
-MASKED_LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
-"""The linears of a transformer layer that carry a mask: all of them (MaskLLM, section 4)."""
 
 
 @dataclass(frozen=True)
 class Mapping(ABC):
-    """One Megatron tensor and the Hugging Face tensors whose rows it holds."""
+    """One Megatron tensor and the Hugging Face tensors that its rows come from."""
 
     megatron: str
     """Its key in the checkpoint."""
@@ -44,20 +42,20 @@ class Mapping(ABC):
         return torch.cat(list(parts))
 
     def split(self, tensor: torch.Tensor, config: ModelConfig) -> list[torch.Tensor]:
-        """The tensors [rows, ...], in the order of `hf`, of a Megatron tensor [rows, ...]; views where possible."""
+        """The tensors [rows, ...], in the order of `hf`, of a Megatron tensor [rows, ...]; views if possible."""
         return list(tensor.split(self.rows(config)))
 
-    def turn(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Matrices [out, in] as the Hugging Face checkpoint stores them, or those it stores as [out, in]; views."""
+    def transpose(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Matrices [out, in] as the Hugging Face checkpoint stores them, and back; views."""
         return [part.t() for part in parts] if self.transposed else list(parts)
 
     def to_megatron(self, parts: Sequence[torch.Tensor], config: ModelConfig) -> torch.Tensor:
         """The Megatron tensor of the Hugging Face tensors, as they are stored, in the order of `hf`."""
-        return self.fuse(self.turn(parts), config)
+        return self.fuse(self.transpose(parts), config)
 
     def to_hf(self, tensor: torch.Tensor, config: ModelConfig) -> list[torch.Tensor]:
-        """The Hugging Face tensors, as they are stored, in the order of `hf`, of a Megatron tensor; views where possible."""
-        return self.turn(self.split(tensor, config))
+        """The Hugging Face tensors, as they are stored, in the order of `hf`, of a Megatron tensor; views if possible."""
+        return self.transpose(self.split(tensor, config))
 
     def megatron_shape(self, config: ModelConfig) -> tuple[int, ...]:
         """The shape of the Megatron tensor."""
@@ -77,9 +75,9 @@ class Mapping(ABC):
 
     @property
     def linear(self) -> str | None:
-        """The name of the masked linear whose weight this is, for example decoder.layers.3.mlp.linear_fc1; None for others."""
-        name = self.megatron.removesuffix(".weight")
-        return name if name != self.megatron and name.endswith(MASKED_LINEARS) else None
+        """The name of the masked linear that this is the weight of, for example decoder.layers.3.mlp.linear_fc1; None for others."""
+        is_weight = self.megatron.endswith(".weight") and linear_of(self.megatron) is not None
+        return self.megatron.removesuffix(".weight") if is_weight else None
 
 
 @dataclass(frozen=True)
@@ -102,11 +100,11 @@ class GatedMLP(Mapping):
 
 
 @dataclass(frozen=True)
-class QKV(Mapping):
+class QKVByGroup(Mapping):
     """The fused query-key-value projection (`hf` is q, k, v).
 
-    Its rows go by query group: the group's query heads, its key head, its value head, as `SelfAttention.get_query_key_value_tensors`
-    of Megatron Core splits them.
+    Its rows are ordered by query group: the group's query heads, its key head, its value head, as
+    `SelfAttention.get_query_key_value_tensors` of Megatron Core splits them.
     """
 
     def rows(self, config: ModelConfig) -> list[int]:
@@ -123,7 +121,7 @@ class QKV(Mapping):
 
 
 @dataclass(frozen=True)
-class StackedQKV(QKV):
+class StackedQKV(QKVByGroup):
     """The same from one Hugging Face tensor that holds all query rows, then all key rows, then all value rows."""
 
     def rows(self, config: ModelConfig) -> list[int]:

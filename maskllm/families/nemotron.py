@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from maskllm.families import llama
 from maskllm.families.hf_config import HFConfig
+from maskllm.families.linears import FC1
 from maskllm.families.llama import BASE_PREFIX, DERIVED_BUFFERS, TIED_COPIES
 from maskllm.families.mapping import Direct, Mapping, expand
 from maskllm.families.model_config import ModelConfig
@@ -21,16 +22,16 @@ INPUT_NORM_BIAS = Direct(
 MLP_NORM_BIAS = Direct(
     "decoder.layers.*.mlp.linear_fc1.layer_norm_bias", ("model.layers.*.post_attention_layernorm.bias",), ("hidden",)
 )
-FC1 = Direct("decoder.layers.*.mlp.linear_fc1.weight", ("model.layers.*.mlp.up_proj.weight",), ("ffn", "hidden"))
-FC1_BIAS = Direct("decoder.layers.*.mlp.linear_fc1.bias", ("model.layers.*.mlp.up_proj.bias",), ("ffn",))
+MLP_UP = Direct(FC1.weight, ("model.layers.*.mlp.up_proj.weight",), FC1.dimensions)
+MLP_UP_BIAS = Direct(FC1.bias, ("model.layers.*.mlp.up_proj.bias",), FC1.dimensions[:1])
 FINAL_NORM_BIAS = Direct("decoder.final_layernorm.bias", ("model.norm.bias",), ("hidden",))
 
 
 def parameter_map(config: ModelConfig) -> list[Mapping]:
     """Every tensor of the model, in the order of the forward pass."""
-    layer = [llama.INPUT_NORM, INPUT_NORM_BIAS, *llama.ATTENTION, llama.MLP_NORM, MLP_NORM_BIAS, FC1, llama.FC2]
+    layer = [llama.INPUT_NORM, INPUT_NORM_BIAS, *llama.ATTENTION, llama.MLP_NORM, MLP_NORM_BIAS, MLP_UP, llama.MLP_DOWN]
     if config.add_bias:
-        layer += [*llama.ATTENTION_BIASES, FC1_BIAS, llama.FC2_BIAS]
+        layer += [*llama.ATTENTION_BIASES, MLP_UP_BIAS, llama.MLP_DOWN_BIAS]
     output = [] if config.tie_word_embeddings else [llama.OUTPUT]
     return [llama.EMBEDDING, *expand(layer, config.num_layers), llama.FINAL_NORM, FINAL_NORM_BIAS, *output]
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from types import ModuleType
 
 from maskllm.families import gpt2, llama, nemotron
-from maskllm.families.hf_config import HFConfig, read_json_object
+from maskllm.families.hf_config import HFConfig
 from maskllm.families.mapping import Mapping
 from maskllm.families.model_config import ModelConfig
+from maskllm.files import read_json_object
 
 FAMILIES: dict[str, ModuleType] = {"gpt2": gpt2, "llama": llama, "nemotron": nemotron}
 """Each module has `read_config`, `parameter_map`, `BASE_PREFIX`, `TIED_COPIES` and `DERIVED_BUFFERS`."""

@@ -1,32 +1,68 @@
-"""Activation recomputation of masked layers: the second forward pass of a micro-batch draws the masks of the first.
+"""Which draw of the masks a forward pass uses: the step opens it for each micro-batch, the masked weights read it.
 
-Under the pipeline schedule a micro-batch's activations are recomputed after later micro-batches have gone forward. Megatron's
-checkpointing (`megatron.core.tensor_parallel.random.CheckpointFunction`) therefore puts the random states of its tracker back to what
-they were; the sample index, which is all the random state that mask draws have, lives there among them.
+A draw is named by its global sample index (design: "Noise that does not depend on the layout"). It is not random state: the masks of
+a sample are a function of the index, so a forward pass that is repeated for activation recomputation draws the same masks if it runs
+under the same index. Under a pipeline schedule that repetition comes after later micro-batches have gone forward, so the function that
+is repeated has to remember its draw: see `keep_draw`.
 """
 
 from __future__ import annotations
 
-import torch
-from megatron.core.tensor_parallel.random import get_cuda_rng_tracker, is_checkpointing
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import ParamSpec, TypeVar
 
-STATE_NAME = "maskllm-sample"
-
-
-def set_sample(sample: int) -> None:
-    """Say which global sample index the next forward passes draw masks for."""
-    tracker = get_cuda_rng_tracker()
-    tracker.set_states(tracker.get_states() | {STATE_NAME: sample})
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
 
 
-def current_sample() -> int:
-    """The global sample index of the micro-batch that is going forward, or whose activations are being recomputed."""
-    return get_cuda_rng_tracker().get_states()[STATE_NAME]
+@dataclass(frozen=True)
+class Draw:
+    """One draw of all masks."""
+
+    sample: int
+    """The global sample index: it counts micro-batches over all steps and data-parallel ranks."""
+    recomputing: bool = False
+    """Whether this forward pass repeats an earlier one for the backward pass."""
 
 
-def is_recomputing() -> bool:
-    """Whether the forward pass under way repeats an earlier one for the backward pass.
+_open: ContextVar[Draw | None] = ContextVar("maskllm_draw", default=None)
 
-    Megatron's checkpointing runs the first pass without gradients and the second with.
+
+@contextlib.contextmanager
+def open_draw(draw: Draw) -> Iterator[None]:
+    """Forward passes inside the block draw the masks of `draw`."""
+    token = _open.set(draw)
+    try:
+        yield
+    finally:
+        _open.reset(token)
+
+
+def current_draw() -> Draw:
+    """The draw that is open. Raises RuntimeError if none is: a forward pass with sampled masks must run inside `open_draw`."""
+    draw = _open.get()
+    if draw is None:
+        raise RuntimeError("no draw of masks is open; run the forward pass inside of maskllm.masking.draw.open_draw")
+    return draw
+
+
+def keep_draw(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """`function`, for activation recomputation: later calls run in the draw of the first call, marked as recomputing.
+
+    Without an open draw (masks are not sampled) it is `function` itself.
     """
-    return is_checkpointing() and torch.is_grad_enabled()
+    draw = _open.get()
+    if draw is None:
+        return function
+    calls = 0
+
+    def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        nonlocal calls
+        calls += 1
+        with open_draw(replace(draw, recomputing=draw.recomputing or calls > 1)):
+            return function(*args, **kwargs)
+
+    return run

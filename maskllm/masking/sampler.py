@@ -1,4 +1,4 @@
-"""The state all masked layers of a process share: which kind of masks the next forward pass uses, and with what settings.
+"""How masks are drawn: the settings that all masked weights of a process share.
 
 Which draw it is, the sample index, is not among them: it belongs to a micro-batch (`maskllm.masking.draw`).
 """
@@ -13,11 +13,11 @@ import torch
 from maskllm.patterns import Pattern
 
 VALIDATION_SAMPLES = 1 << 62
-"""Sample indices from here on belong to validation, so that looking at the model never changes what training draws."""
+"""Sample indices from here on belong to validation, so a validation never changes what training draws."""
 
 
 class MaskMode(enum.Enum):
-    """Where a layer with learned logits takes its mask from."""
+    """Which mask a weight with learned logits uses."""
 
     SAMPLE = "sample"
     """A Gumbel-Softmax draw."""
@@ -27,17 +27,19 @@ class MaskMode(enum.Enum):
 
 @dataclass
 class MaskSampler:
-    """One a process; set by the step loop, read by every masked layer's forward pass."""
+    """One object a process: the step sets it, every masked weight reads it."""
 
     pattern: Pattern
     seed: int = 1234
     hard: bool = False
     mode: MaskMode = MaskMode.SAMPLE
     scale: float = 1.0
+    """kappa"""
     temperature: float = 1.0
+    """tau"""
     weight_reg: float = 0.0
-    """Weight of -||W * m||^2 in this micro-batch's loss, divided by the micro-batches of a step."""
+    """Weight of -||W * m||^2 in this micro-batch's loss: lambda divided by the step's micro-batches."""
     recompute_masked_weight: bool = False
-    """Whether layers draw their masked weight again in the backward pass instead of keeping it from the forward pass."""
+    """Whether the backward pass draws the masked weight again instead of keeping it from the forward pass."""
     stats: torch.Tensor | None = None
-    """fp32 [2], added to by every draw while set: sum of squares of masked weights, sum of maximum probabilities."""
+    """fp32 [2]. While it is set, every draw adds the sum of squares of its masked weight and the sum of its maximum probabilities."""

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from maskllm.checkpoints.reading import Checkpoint
 from maskllm.distributed import device
 from maskllm.errors import MaskLLMError
-from maskllm.families.model_config import ModelConfig, gpt_model_arguments, set_rotary_frequencies, transformer_config
+from maskllm.families.model_config import ModelConfig
 from maskllm.megatron.gpt import FrozenVocabularyGPTModel
+from maskllm.megatron.linears import hold_masked_parameters
 from maskllm.megatron.spec import block_spec
+from maskllm.megatron.transformer_config import gpt_model_arguments, set_rotary_frequencies, transformer_config
 
 
 def build_model(
@@ -23,11 +24,15 @@ def build_model(
     transformer_impl: str = "local",
     recomputation: dict[str, Any] | None = None,
 ) -> FrozenVocabularyGPTModel:
-    """This rank's stage and shard of the model: dense, frozen, its weights not yet loaded.
+    """This rank's pipeline stage and tensor-parallel shard of the model: dense, frozen, with weights not yet loaded.
 
-    `transformer_impl` is one of `maskllm.environment.optional_parts.TRANSFORMER_IMPLS`. `recomputation` are the fields of `TransformerConfig` that
-    say which activations are recomputed, none by default. Needs `maskllm.distributed.parallel_processes`. Raises MaskLLMError where
-    the parallel sizes, or the layers that are recomputed together, do not divide the model.
+    Call it inside of `maskllm.megatron.process_groups.parallel_processes`.
+
+    Args:
+        transformer_impl: local or transformer_engine (`maskllm.environment.optional_parts.TRANSFORMER_IMPLS`).
+        recomputation: the fields of `TransformerConfig` that say which activations are recomputed; none by default.
+
+    Raises MaskLLMError if the parallel sizes, or the layers that are recomputed together, do not divide the model.
     """
     pp_size = parallel_state.get_pipeline_model_parallel_world_size()
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
@@ -51,13 +56,14 @@ def build_model(
         post_process=parallel_state.is_pipeline_last_stage(),
         **gpt_model_arguments(model_config),
     )
+    hold_masked_parameters(model, model_config)
     set_rotary_frequencies(model, model_config)
-    # Upstream makes all parameters where and as they are wanted but learned positions, which start on the host in fp32.
+    # Upstream makes all parameters on the right device in the right dtype, except learned positions: host, fp32.
     return model.to(device(), params_dtype).requires_grad_(False)
 
 
 def check_recomputation(recomputation: dict[str, Any], num_layers: int) -> None:
-    """Raise MaskLLMError where a pipeline stage's `num_layers` layers cannot be recomputed in the groups that are asked for."""
+    """Raise MaskLLMError if a pipeline stage's `num_layers` layers cannot be recomputed in groups of the requested size."""
     group = recomputation.get("recompute_num_layers")
     method = recomputation.get("recompute_method")
     if method == "uniform" and num_layers % group:
@@ -66,20 +72,3 @@ def check_recomputation(recomputation: dict[str, Any], num_layers: int) -> None:
         )
     if method == "block" and group > num_layers:
         raise MaskLLMError(f"--recompute-num-layers {group}: wanted at most a pipeline stage's {num_layers} layers")
-
-
-def load_model(checkpoint: Checkpoint, model: FrozenVocabularyGPTModel) -> None:
-    """Fill the model, as far as it has been given masks, from a checkpoint written under any layout."""
-    load_tensors(model, checkpoint.load({"model": model.sharded_state_dict()})["model"])
-
-
-def load_tensors(model: FrozenVocabularyGPTModel, tensors: dict[str, Any]) -> None:
-    """`load_state_dict`, strict about everything but the `_extra_state` that upstream's and Transformer Engine's modules declare.
-
-    That is the state of 8-bit training, which checkpoints here do not hold. Raises MaskLLMError naming the first other name that only
-    one of the two has.
-    """
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    wrong = [name for name in missing if not name.endswith("._extra_state")] + unexpected
-    if wrong:
-        raise MaskLLMError(f"the model and the loaded tensors differ in {wrong[0]}, and {len(wrong) - 1} others")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
@@ -15,18 +12,17 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
+from maskllm.families.linears import FC1, FC2, PROJ, QKV
 from maskllm.megatron.attention import SDPACoreAttention
-from maskllm.megatron.linears import MaskedColumnParallelLinear, MaskedRowParallelLinear
+from maskllm.megatron.linears import BY_PARTITION_DIM
 from maskllm.megatron.norm import LocalNorm
-
-MaskedLinear = MaskedColumnParallelLinear | MaskedRowParallelLinear
 
 
 def norm_and_attention(transformer_impl: str) -> tuple[type, type]:
-    """The norm and the core attention of one of `maskllm.environment.optional_parts.TRANSFORMER_IMPLS`, as upstream's layer specs name them."""
+    """The norm and the core attention of `--transformer-impl`, local or transformer_engine, as upstream's layer specs name them."""
     if transformer_impl == "local":
         return LocalNorm, SDPACoreAttention
-    # Not at the top: the import takes seconds where Transformer Engine is installed.
+    # Not at the top: the import takes seconds if Transformer Engine is installed.
     from megatron.core.extensions.transformer_engine import TEDotProductAttention, TENorm
 
     return TENorm, TEDotProductAttention
@@ -43,9 +39,9 @@ def masked_layer_spec(transformer_impl: str = "local") -> ModuleSpec:
                 module=SelfAttention,
                 params={"attn_mask_type": AttnMaskType.causal},
                 submodules=SelfAttentionSubmodules(
-                    linear_qkv=MaskedColumnParallelLinear,
+                    linear_qkv=BY_PARTITION_DIM[QKV.partition_dim],
                     core_attention=core_attention,
-                    linear_proj=MaskedRowParallelLinear,
+                    linear_proj=BY_PARTITION_DIM[PROJ.partition_dim],
                     q_layernorm=IdentityOp,
                     k_layernorm=IdentityOp,
                 ),
@@ -54,12 +50,14 @@ def masked_layer_spec(transformer_impl: str = "local") -> ModuleSpec:
             pre_mlp_layernorm=norm,
             mlp=ModuleSpec(
                 module=MLP,
-                submodules=MLPSubmodules(linear_fc1=MaskedColumnParallelLinear, linear_fc2=MaskedRowParallelLinear),
+                submodules=MLPSubmodules(
+                    linear_fc1=BY_PARTITION_DIM[FC1.partition_dim], linear_fc2=BY_PARTITION_DIM[FC2.partition_dim]
+                ),
             ),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map={
-                "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-                "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
+                "input_layernorm.": f"{QKV.name}.layer_norm_",
+                "pre_mlp_layernorm.": f"{FC1.name}.layer_norm_",
             },
         ),
     )
@@ -70,14 +68,3 @@ def block_spec(config: TransformerConfig, pp_rank: int, transformer_impl: str = 
     layers = get_num_layers_to_build(config, pp_rank=pp_rank)
     norm, _ = norm_and_attention(transformer_impl)
     return TransformerBlockSubmodules(layer_specs=[masked_layer_spec(transformer_impl)] * layers, layer_norm=norm)
-
-
-def masked_linears(model: torch.nn.Module) -> Iterator[MaskedLinear]:
-    """The model's masked linears in layer order, named on first use."""
-    for module in model.modules():
-        if isinstance(module, TransformerLayer):
-            for name, child in module.named_modules():
-                if isinstance(child, MaskedLinear):
-                    child.name = f"decoder.layers.{module.layer_number - 1}.{name}"
-                    child.gated = name == "mlp.linear_fc1" and module.config.gated_linear_unit
-                    yield child

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from maskllm.families.linears import MLP_LINEARS
 from maskllm.families.model_config import ModelConfig
 from maskllm.patterns import Pattern
 from maskllm.planning.memory import FLOAT_BYTES, Layout, Shapes, sequence_split
@@ -73,7 +74,7 @@ def step_cost(model: ModelConfig, arguments: TrainArguments, layout: Layout, clu
     layers = model.num_layers
     shapes = Shapes(model, layout.tensor)
     linears = Shapes(model, 1).masked
-    mlp = sum(size for name, size in linears.items() if name.startswith("mlp."))
+    mlp = sum(size for linear, size in linears.items() if linear in MLP_LINEARS)
     # A causal attention multiplies half of the scores.
     attention = 2 * arguments.seq_length * model.num_attention_heads * model.head_dim
     forward = 2 * sum(linears.values()) + attention

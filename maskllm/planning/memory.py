@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from maskllm.families.linears import LINEARS, MLP_LINEARS, linear_of
 from maskllm.families.model_config import ModelConfig
 from maskllm.families.registry import parameter_map
 from maskllm.megatron.loss import MAX_CHUNK_LOGITS
@@ -68,8 +69,8 @@ class Shapes:
     def __init__(self, model: ModelConfig, tensor: int) -> None:
         self.model = model
         self.tensor = tensor
-        self.masked: dict[str, int] = {}
-        """Weights of each masked linear of a layer, by its name in the layer."""
+        self.masked = {linear: math.prod(linear.shape(model, tensor)) for linear in LINEARS}
+        """Weights of each masked linear of a layer."""
         self.layer_other = 0.0
         """A layer's norms and biases."""
         self.outside: dict[str, float] = {"embedding": 0.0, "output_layer": 0.0, "decoder.final_layernorm": 0.0}
@@ -80,12 +81,9 @@ class Shapes:
             if name.startswith("decoder.layers."):
                 if not name.startswith("decoder.layers.0."):
                     continue
-                if mapping.linear is not None:
-                    self.masked[mapping.linear.removeprefix("decoder.layers.0.")] = size // tensor
-                elif "layer_norm" in name or name.endswith(("linear_proj.bias", "linear_fc2.bias")):
-                    self.layer_other += size
-                else:
-                    self.layer_other += size / tensor
+                linear = linear_of(name)
+                if mapping.linear is None:  # a norm is on every rank, and so is the bias of a row-parallel linear
+                    self.layer_other += size / tensor if linear is not None and linear.partition_dim == 0 else size
             else:
                 key = next(key for key in self.outside if name.startswith(key))
                 whole = "norm" in name or "position" in name
@@ -164,7 +162,7 @@ def activations(model: ModelConfig, arguments: TrainArguments, layout: Layout, s
     element = FLOAT_BYTES[arguments.params_dtype]
     linears = Shapes(model, layout.tensor).masked
     masked = sum(linears.values()) * element
-    mlp_masked = sum(size for name, size in linears.items() if name.startswith("mlp.")) * element
+    mlp_masked = sum(size for linear, size in linears.items() if linear in MLP_LINEARS) * element
     layer = layer_activations(model, arguments, layout, device=device)
     layers = model.num_layers // layout.pipeline
     tokens = arguments.seq_length * arguments.micro_batch_size
@@ -262,7 +260,7 @@ def loss_temporary(model: ModelConfig, arguments: TrainArguments, layout: Layout
 def optimizer_temporary(shapes: Shapes, arguments: TrainArguments, pattern: Pattern) -> float:
     """What the optimizer needs while it steps."""
     largest = max(shapes.masked.values()) / pattern.m * pattern.num_candidates
-    if arguments.few_bits:
+    if arguments.low_precision:
         # Seven numbers of four bytes an entry: gradient, moments, update, random number, and two steps of rounding.
         return 28 * min(largest, CHUNK)
     # Megatron's clipping without Transformer Engine or Apex scales one gradient at a time into a copy.

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from maskllm.checkpoints.reading import resolve
+from maskllm.dtypes import BY_NAME
 from maskllm.errors import MaskLLMError
-from maskllm.families.hf_config import HFConfig, read_json_object
+from maskllm.families.hf_config import HFConfig
 from maskllm.families.model_config import ModelConfig
 from maskllm.families.registry import FAMILIES, parameter_map, read_model_config
-from maskllm.huggingface.directory import DTYPES, find_source
+from maskllm.files import read_json_object
+from maskllm.huggingface.directory import find_source
 
 _LLAMA: dict[str, Any] = {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
 _LLAMA_3 = _LLAMA | {
@@ -127,7 +129,6 @@ def _stored_dtype(hf: HFConfig) -> torch.dtype:
     """What `dtype`, or `torch_dtype` before transformers 4.56, says. Without either the weights are of torch's own default type."""
     key = "dtype" if hf.has("dtype") else "torch_dtype"
     found = hf.values[key] if hf.has(key) else "float32"
-    known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
-    if not isinstance(found, str) or found not in known:
-        raise hf.error(f"{key} is {found!r}; wanted one of {', '.join(known)}")
-    return known[found]
+    if not isinstance(found, str) or found not in BY_NAME:
+        raise hf.error(f"{key} is {found!r}; wanted one of {', '.join(BY_NAME)}")
+    return BY_NAME[found]

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from maskllm.errors import MaskLLMError
+from maskllm.errors import MaskLLMError, flag
+from maskllm.families.linears import LINEARS
+from maskllm.families.model_config import check_context
 from maskllm.megatron.build import check_recomputation
 from maskllm.patterns import Pattern
 from maskllm.planning.cost import Cluster, Cost, checkpoint_bytes, step_cost
@@ -57,10 +59,10 @@ class Option:
         ]
         for name in ("mask_logits_dtype", "optimizer_state_dtype"):
             if getattr(arguments, name) != "fp32":
-                flags.append(f"--{name.replace('_', '-')} {getattr(arguments, name)}")
+                flags.append(f"{flag(name)} {getattr(arguments, name)}")
         for name in ("sequence_parallel", "use_distributed_optimizer"):
             if getattr(arguments, name):
-                flags.append(f"--{name.replace('_', '-')}")
+                flags.append(f"{flag(name)}")
         if arguments.recompute_granularity == "full":
             flags.append(
                 f"--recompute-granularity full --recompute-method {arguments.recompute_method} "
@@ -90,10 +92,7 @@ def option(model: StoredModel, arguments: TrainArguments, ranks: int, *, cluster
     _check_pattern(model, arguments, tensor)
     arguments.num_microbatches(layout.data)
     memory = largest_stage(model, arguments, layout, device="cpu" if cluster is None else "cuda")
-    if arguments.seq_length > model.max_position_embeddings:
-        raise MaskLLMError(
-            f"--seq-length {arguments.seq_length}: the model has a context of {model.max_position_embeddings} tokens"
-        )
+    check_context(arguments.seq_length, model.max_position_embeddings)
     groups = (tensor > 1) + (pipeline > 1) + (layout.data > 1)
     outside = CUDA_CONTEXT + groups * NCCL_COMMUNICATOR if cluster is not None else 0.0
     return Option(arguments, layout, memory, outside, step_cost(model, arguments, layout, cluster))
@@ -232,9 +231,5 @@ def _possible(model: StoredModel, arguments: TrainArguments, ranks: int, cluster
 def _check_pattern(model: StoredModel, arguments: TrainArguments, tensor: int) -> None:
     """Raise MaskLLMError where a shard of a row does not hold whole blocks."""
     pattern = Pattern.parse(arguments.pattern)
-    for name, width in (
-        ("hidden size", model.hidden_size),
-        ("attention's width on a rank", model.num_attention_heads * model.head_dim // tensor),
-        ("MLP width on a rank", model.ffn_hidden_size // tensor),
-    ):
-        pattern.check_divides(width, name)
+    for linear in LINEARS:
+        pattern.check_divides(linear.shape(model, tensor)[1], linear.name)

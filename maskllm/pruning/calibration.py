@@ -15,6 +15,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tqdm import tqdm
 
+from maskllm.data.dataset_files import SUFFIXES
 from maskllm.data.indexed import open_indexed
 from maskllm.data.json_lines import check_inputs, document, read_lines
 from maskllm.data.tokenizer import Tokenizer, load_tokenizer
@@ -65,12 +66,14 @@ def open_documents(path: str | Path, tokenizer: str | Path, *, append_eod: bool 
     """
     if IndexedDataset.exists(str(path)):
         return IndexedDocuments(path)
-    if (prefix := str(path).removesuffix(".bin").removesuffix(".idx")) != str(path) and IndexedDataset.exists(prefix):
+    if Path(path).suffix in SUFFIXES and IndexedDataset.exists(prefix := str(Path(path).with_suffix(""))):
         raise MaskLLMError(f"{path}: is a file of an indexed dataset; wanted its prefix, {prefix}")
     if Path(path).is_file():
         # Few documents are read: the tokenizer's own library will do.
         return JsonLinesDocuments(path, load_tokenizer(tokenizer, use_gigatoken=False), append_eod=append_eod)
-    raise MaskLLMError(f"{path}: wanted an indexed dataset's prefix ({path}.bin and .idx are not there) or a JSON-lines file")
+    raise MaskLLMError(
+        f"{path}: wanted an indexed dataset's prefix ({path}{SUFFIXES[0]} and {SUFFIXES[1]} are not there) or a JSON-lines file"
+    )
 
 
 def sample_windows(

@@ -16,19 +16,16 @@ import torch
 from torch import distributed as dist
 
 from maskllm.checkpoints.checksums import MANIFEST
-from maskllm.checkpoints.reading import (
-    UNSTRUCTURED,
-    Checkpoint,
-    CheckpointInfo,
-    iteration_name,
-    release_directory,
-    resolve,
-    write_checkpoint,
-)
+from maskllm.checkpoints.finding import iteration_name
+from maskllm.checkpoints.info import UNSTRUCTURED, CheckpointInfo
+from maskllm.checkpoints.reading import Checkpoint, resolve
 from maskllm.checkpoints.torch_dist import LazyTensor
+from maskllm.checkpoints.writing import release_directory, write_checkpoint
 from maskllm.distributed import device
+from maskllm.dtypes import dtype_name
 from maskllm.errors import MaskLLMError
 from maskllm.families.mapping import Mapping
+from maskllm.families.model_config import check_context, check_vocabulary
 from maskllm.families.registry import parameter_map
 from maskllm.patterns import Pattern, pack_mask
 from maskllm.pruning.calibration import open_documents, sample_windows
@@ -93,22 +90,15 @@ class Calibration:
 
     def tokens(self, checkpoint: Checkpoint) -> torch.Tensor:
         """int64 [samples, seq_length]. Raises MaskLLMError where the data do not fit the checkpoint's model."""
-        context = checkpoint.model_config.max_position_embeddings
-        if self.seq_length > context:
-            raise MaskLLMError(f"--seq-length {self.seq_length}: the model has a context of {context} tokens")
+        check_context(self.seq_length, checkpoint.model_config.max_position_embeddings)
         documents = open_documents(self.data, checkpoint.hf_directory, append_eod=self.pack)
         tokens = sample_windows(documents, self.samples, self.seq_length, seed=self.seed, pack=self.pack)
-        vocabulary = checkpoint.model_config.vocab_size
-        if tokens.max() >= vocabulary:
-            raise MaskLLMError(
-                f"{self.data}: found token {int(tokens.max())}, wanted less than the model's vocabulary of {vocabulary}; the dataset "
-                "was made with another tokenizer"
-            )
+        check_vocabulary(int(tokens.max()), checkpoint.model_config.vocab_size, self.data)
         return tokens
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON values."""
-        return {**dataclasses.asdict(self), "params_dtype": str(self.params_dtype).removeprefix("torch.")}
+        return {**dataclasses.asdict(self), "params_dtype": dtype_name(self.params_dtype)}
 
 
 def prune_calibrated(
@@ -116,7 +106,7 @@ def prune_calibrated(
 ) -> tuple[Path, dict[str, Any]]:
     """Write the dense checkpoint `load` to OUTPUT/release with masks chosen on calibration data, on all ranks of the job.
 
-    Inside `maskllm.distributed.parallel_processes`. The ranks share `output`'s file system; each works on `maskllm.distributed.device`.
+    Inside `maskllm.megatron.process_groups.parallel_processes`. The ranks share `output`'s file system; each works on `maskllm.distributed.device`.
     Finished layers are kept beside `output`; the same call after an interruption goes on after the last of them. Returns the written
     directory and the report, JSON values. Raises MaskLLMError as `open_for_pruning` does, where there are fewer samples than ranks,
     and for calibration data or weights that cannot be used.

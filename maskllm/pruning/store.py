@@ -14,8 +14,7 @@ from safetensors.torch import save_file
 from torch import distributed as dist
 
 from maskllm.errors import MaskLLMError
-from maskllm.families.hf_config import read_json_object
-from maskllm.files import atomic_file, naming, write_json
+from maskllm.files import atomic_file, naming, read_json_object, write_json
 from maskllm.patterns import pack_mask, unpack_mask
 from maskllm.pruning.solve import PrunedMatrix
 

@@ -18,8 +18,8 @@ import torch
 from maskllm.checkpoints.reading import resolve
 from maskllm.data.indexed import open_indexed
 from maskllm.data.json_lines import check_inputs
-from maskllm.errors import MaskLLMError
-from maskllm.families.model_config import ModelConfig
+from maskllm.errors import MaskLLMError, flag
+from maskllm.families.model_config import ModelConfig, check_context
 from maskllm.pruning.solve import METHODS
 from maskllm.quickstart.corpus import HELD_OUT_FILE, TRAIN_FILE, write_documentation_corpus
 from maskllm.quickstart.report import ModelResult, Report, table, write_report
@@ -51,7 +51,7 @@ class QuickstartSettings:
             if value == 0 and name in ("min_lr", "prior_strength"):
                 continue
             if not 0 < value < math.inf:
-                raise MaskLLMError(f"{_flag(name)}: found {value}, wanted a positive number")
+                raise MaskLLMError(f"{flag(name)}: found {value}, wanted a positive number")
         if self.min_lr > self.lr:
             raise MaskLLMError(f"--min-lr {self.min_lr}: wanted at most --lr {self.lr}")
         if torch.cuda.is_available() and self.processes > torch.cuda.device_count():
@@ -64,13 +64,7 @@ class QuickstartSettings:
         if model.num_layers % self.processes:
             raise MaskLLMError(f"--processes {self.processes}: wanted a number that divides the model's {model.num_layers} layers")
         for name in ("seq_length", "eval_seq_length"):
-            length, context = getattr(self, name), model.max_position_embeddings
-            if length > context:
-                raise MaskLLMError(f"{_flag(name)} {length}: the model has a context of {context} tokens")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+            check_context(getattr(self, name), model.max_position_embeddings, flag(name))
 
 
 def quickstart(

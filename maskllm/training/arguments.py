@@ -1,4 +1,4 @@
-"""The options of mask learning: one dataclass with the defaults, and the command line made from it.
+"""The options of mask learning: one dataclass with the defaults. `maskllm.cli.train_options` makes the command line from it.
 
 Flags that mean what a Megatron-LM flag means carry its name and default; the optimizer's, the batch's and the sequence's are the
 single-node recipe of the paper (MaskLLM, arXiv 2409.17481, appendix).
@@ -6,22 +6,17 @@ single-node recipe of the paper (MaskLLM, arXiv 2409.17481, appendix).
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from maskllm.cli.options import HelpFormatter, refuse_empty
+from maskllm.data.dataset_files import dataset_files
+from maskllm.dtypes import BY_FLAG, COMPUTE
 from maskllm.environment.optional_parts import TRANSFORMER_IMPLS, resolve_transformer_impl
-from maskllm.errors import MaskLLMError
+from maskllm.errors import MaskLLMError, flag
 from maskllm.patterns import Pattern
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def _option(default: Any, help: str, **kwargs: Any) -> Any:
@@ -81,7 +76,7 @@ class TrainArguments:
     seed: int = _option(1234, "seed of the masks' noise, the initial logits and the data order")
 
     mask_logits_dtype: str = _option(
-        "fp32", "type of the logits and their gradients; bf16 logits are rounded stochastically", choices=sorted(DTYPES)
+        "fp32", "type of the logits and their gradients; bf16 logits are rounded stochastically", choices=COMPUTE
     )
     optimizer_state_dtype: str = _option(
         "fp32", "type of Adam's moments; 8bit has a scale for every 256", choices=["fp32", "bf16", "8bit"]
@@ -117,7 +112,7 @@ class TrainArguments:
         nargs="+",
         choices=["core_attn", "mlp", "masked_weight"],
     )
-    params_dtype: str = _option("bf16", "type of the frozen weights and of the computation", choices=sorted(DTYPES))
+    params_dtype: str = _option("bf16", "type of the frozen weights and of the computation", choices=COMPUTE)
 
     eval_interval: int = _option(1000, "steps between validations")
     eval_iters: int = _option(100, "batches a validation, always the same ones; 0 for none")
@@ -127,16 +122,20 @@ class TrainArguments:
     @property
     def dtype(self) -> torch.dtype:
         """The torch type that `params_dtype` names."""
-        return DTYPES[self.params_dtype]
+        return BY_FLAG[self.params_dtype]
 
     @property
-    def few_bits(self) -> bool:
-        """Whether logits or moments are kept in fewer bits than fp32, which takes this project's optimizer."""
+    def logits_dtype(self) -> torch.dtype:
+        """The torch type that `mask_logits_dtype` names."""
+        return BY_FLAG[self.mask_logits_dtype]
+
+    @property
+    def low_precision(self) -> bool:
+        """Whether logits or moments are kept in fewer bits than fp32, which takes this project's optimizer (`LogitsAdam`)."""
         return (self.mask_logits_dtype, self.optimizer_state_dtype) != ("fp32", "fp32")
 
     def check(self) -> Pattern:
         """Raise MaskLLMError for values that cannot work, whatever the number of ranks; returns the pattern."""
-        refuse_empty(vars(self))
         if not self.data_path:
             raise MaskLLMError("--data-path: wanted at least one indexed-dataset prefix (make one with `maskllm preprocess`)")
         if self.load is None and self.pretrained_checkpoint is None:
@@ -157,15 +156,15 @@ class TrainArguments:
                 found = getattr(self, name)
                 values = found if isinstance(found, tuple) else (found,)
                 if not all(math.isfinite(value) and holds(value) for value in values):
-                    raise MaskLLMError(f"{_flag(name)}: found {' '.join(map(str, values))}, wanted {wanted}")
+                    raise MaskLLMError(f"{flag(name)}: found {' '.join(map(str, values))}, wanted {wanted}")
         if self.min_lr > self.lr:
             raise MaskLLMError(f"--min-lr {self.min_lr}: wanted at most --lr {self.lr}")
         if self.lr_warmup_iters >= self.train_iters:
             raise MaskLLMError(f"--lr-warmup-iters {self.lr_warmup_iters}: wanted fewer than --train-iters {self.train_iters}")
-        if self.use_distributed_optimizer and self.few_bits:
+        if self.use_distributed_optimizer and self.low_precision:
             name = "mask_logits_dtype" if self.mask_logits_dtype != "fp32" else "optimizer_state_dtype"
             raise MaskLLMError(
-                f"{_flag(name)} {getattr(self, name)}: Megatron's distributed optimizer keeps fp32; leave out --use-distributed-optimizer"
+                f"{flag(name)} {getattr(self, name)}: Megatron's distributed optimizer keeps fp32; leave out --use-distributed-optimizer"
             )
         self._check_split()
         self._check_recomputation()
@@ -190,7 +189,7 @@ class TrainArguments:
         if self.recompute_granularity == "full" and len(given) < 2:
             raise MaskLLMError("--recompute-granularity full: wanted --recompute-method and --recompute-num-layers too")
         if self.recompute_granularity != "full" and given:
-            raise MaskLLMError(f"{_flag(given[0])}: wanted only with --recompute-granularity full")
+            raise MaskLLMError(f"{flag(given[0])}: wanted only with --recompute-granularity full")
         if self.recompute_granularity != "selective" and tuple(self.recompute_modules) != ("core_attn",):
             raise MaskLLMError("--recompute-modules: wanted only with --recompute-granularity selective")
         if self.recompute_num_layers is not None and self.recompute_num_layers < 1:
@@ -238,9 +237,9 @@ class TrainArguments:
             if len(prefixes) == 1:
                 weights = None  # upstream would deal out the same data in another order
         for prefix in prefixes:
-            for suffix in (".bin", ".idx"):
-                if not Path(prefix + suffix).is_file():
-                    raise MaskLLMError(f"--data-path: no file {prefix}{suffix} (make it with `maskllm preprocess`)")
+            for file in dataset_files(prefix):
+                if not file.is_file():
+                    raise MaskLLMError(f"--data-path: no file {file} (make it with `maskllm preprocess`)")
         return prefixes, weights
 
 
@@ -266,47 +265,3 @@ _RANGES = (
     ("at least 0 and less than 2^32", lambda value: 0 <= value < 1 << 32, ("seed",)),
 )  # fmt: skip
 """What `TrainArguments.check` wants of each number: in words, as a predicate, and which they are."""
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def parse_arguments(argv: Sequence[str] | None = None) -> TrainArguments:
-    """Read the command line of `python -m maskllm.train`."""
-    parser = argparse.ArgumentParser(
-        prog="torchrun ... -m maskllm.train",
-        description="Learn the N:M masks of a Megatron checkpoint's linears.",
-        formatter_class=HelpFormatter,
-    )
-    add_options(parser, [entry.name for entry in dataclasses.fields(TrainArguments)])
-    return TrainArguments(**option_values(vars(parser.parse_args(argv))))
-
-
-def add_options(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
-    """Give `parser` the options of these fields of `TrainArguments`."""
-    for entry in dataclasses.fields(TrainArguments):
-        if entry.name not in names:
-            continue
-        options = dict(entry.metadata)
-        value = entry.default
-        if entry.type == "bool":
-            parser.add_argument(_flag(entry.name), action="store_true", **options)
-        else:
-            kinds = {"int": int, "int | None": int, "float": float, "tuple[float, float]": float}
-            required = entry.name == "data_path"
-            parser.add_argument(
-                _flag(entry.name),
-                type=kinds.get(entry.type, str),
-                required=required,
-                default=None if required else value,
-                **options,
-            )
-
-
-def option_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the parsed `values` that are fields of `TrainArguments`, as it takes them."""
-    names = {entry.name: entry.type for entry in dataclasses.fields(TrainArguments)}
-    return {
-        name: tuple(value) if names[name] == "tuple[float, float]" else value for name, value in values.items() if name in names
-    }

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
+from maskllm.data.dataset_files import dataset_files
 from maskllm.data.indexed import open_indexed
 from maskllm.errors import MaskLLMError
+from maskllm.families.model_config import check_vocabulary
 from maskllm.training.arguments import TrainArguments
 
 
@@ -60,11 +61,7 @@ class Batches:
             torch.stack([sample[key] for sample in samples]) for key in ("tokens", "labels", "position_ids")
         )
         largest = int(torch.maximum(tokens.max(), labels.max()))
-        if largest >= self.vocab_size:
-            raise MaskLLMError(
-                f"--data-path: found token {largest}, wanted less than the model's vocabulary of {self.vocab_size}; the dataset was "
-                "made with another tokenizer"
-            )
+        check_vocabulary(largest, self.vocab_size, "--data-path")
         return Batch(*(x.to(self.device, non_blocking=True) for x in (tokens, labels, position_ids)))
 
 
@@ -72,7 +69,7 @@ class DataFiles:
     """The dataset's files, watched: training reads them through memory maps, where what is gone is a signal and not an error."""
 
     def __init__(self, prefixes: list[str]) -> None:
-        self.sizes = {path: path.stat().st_size for prefix in prefixes for path in (Path(f"{prefix}.bin"), Path(f"{prefix}.idx"))}
+        self.sizes = {path: path.stat().st_size for prefix in prefixes for path in dataset_files(prefix)}
 
     def problem(self) -> str | None:
         """One line about the first file that is gone or no longer what it was; None while all is well."""

@@ -1,119 +1,104 @@
-"""What a run reports: console, TensorBoard and a JSON-lines file."""
+"""The numbers that a run reports about its steps."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, TextIO
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 
-from maskllm.errors import MaskLLMError
-from maskllm.files import write_text
-from maskllm.megatron.spec import MaskedLinear
+from maskllm.distributed import device
+from maskllm.masking.parameter import MaskedParameter
 from maskllm.patterns import unpack_mask
 from maskllm.processes import peak_resident_bytes
+from maskllm.training.arguments import TrainArguments
+from maskllm.training.micro_batches import MicroBatches
+from maskllm.training.step import StepResult
 
 
 def peak_memory_bytes() -> int:
-    """The most memory this process has held: on the device with CUDA, resident otherwise."""
+    """The most memory that this process has held: on the device with CUDA, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return peak_resident_bytes()
 
 
 class WinnerTracker:
-    """Counts the blocks whose arg-max candidate has moved since the last look and since the prior."""
+    """Counts the blocks whose arg-max candidate has changed since the last call and since the prior."""
 
-    def __init__(self, layers: list[MaskedLinear]) -> None:
-        self.layers = layers
-        self.previous = [layer.winner_bits() for layer in layers]
+    def __init__(self, masked: Sequence[MaskedParameter]) -> None:
+        self.masked = masked
+        self.previous = [parameter.winner_bits() for parameter in masked]
 
     def changed(self) -> tuple[int, int]:
         """(blocks changed since the last call, blocks that differ from the prior; 0 without one), on this rank."""
         since_last = since_prior = 0
-        for index, layer in enumerate(self.layers):
-            bits = layer.winner_bits()
-            since_last += _blocks_that_differ(bits, self.previous[index], layer)
-            if layer.mask_bits is not None:
-                since_prior += _blocks_that_differ(bits, layer.mask_bits, layer)
+        for index, parameter in enumerate(self.masked):
+            bits = parameter.winner_bits()
+            since_last += _blocks_that_differ(bits, self.previous[index], parameter)
+            if parameter.bits is not None:
+                since_prior += _blocks_that_differ(bits, parameter.bits, parameter)
             self.previous[index] = bits
         return since_last, since_prior
 
 
-def _blocks_that_differ(bits: torch.Tensor, other: torch.Tensor, layer: MaskedLinear) -> int:
-    differ = unpack_mask(bits ^ other, layer.weight.shape[1])
-    return int(differ.view(-1, layer.sampler.pattern.m).any(-1).sum())
+def _blocks_that_differ(bits: torch.Tensor, other: torch.Tensor, parameter: MaskedParameter) -> int:
+    differ = unpack_mask(bits ^ other, parameter.shape[1])
+    return int(differ.view(-1, parameter.sampler.pattern.m).any(-1).sum())
 
 
-class MetricsWriter:
-    """Writes a step's metrics on the one rank that has them: a line on the console, TensorBoard scalars, a JSON line.
+class TrainMetrics:
+    """The metrics of a run's steps, the same on every rank. All ranks make the same calls."""
 
-    A JSON line's `kind` is "train" or "validation". A resumed run continues the file, leaving out lines of steps it will do again.
-    """
+    def __init__(self, arguments: TrainArguments, masked: Sequence[MaskedParameter], micro_batches: MicroBatches) -> None:
+        self.arguments = arguments
+        self.micro_batches = micro_batches
+        self.objective = micro_batches.objective
+        self.has_prior = masked[0].bits is not None
+        self.tracker = WinnerTracker(masked)
+        self.num_blocks = _model_parallel_sum(sum(parameter.logits[..., 0].numel() for parameter in masked))
 
-    def __init__(self, file: Path | None, tensorboard_dir: str | None, start_iteration: int, console: TextIO) -> None:
-        self.console = console
-        self.file = None
-        if file is not None:
-            write_text(file, "".join(_lines_before(file, start_iteration)))
-            self.file = file.open("a", encoding="utf-8")
-        self.board = None
-        if tensorboard_dir is not None:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(tensorboard_dir, purge_step=start_iteration + 1)
-
-    def write(self, kind: str, iteration: int, values: dict[str, Any]) -> None:
-        """Report `values` of the step that ends as number `iteration` (the first is 1).
-
-        Raises MaskLLMError, with the name of the file or the directory, where it cannot be written.
-        """
-        line = {"kind": kind, "iteration": iteration, **values}
-        if self.file is not None:
-            with _named(self.file.name):
-                self.file.write(json.dumps(line) + "\n")
-                self.file.flush()
-        if self.board is not None:
-            with _named(self.board.log_dir):
-                for name, value in values.items():
-                    if value is not None:
-                        self.board.add_scalar(f"{kind}/{name}", value, iteration)
-                self.board.flush()
-        text = " | ".join(f"{name.replace('_', ' ')} {_format(value)}" for name, value in values.items() if value is not None)
-        print(f"{kind} iteration {iteration} | {text}", file=self.console, flush=True)
-
-    def close(self) -> None:
-        """Close the files."""
-        if self.file is not None:
-            self.file.close()
-        if self.board is not None:
-            self.board.close()
-
-
-@contextlib.contextmanager
-def _named(path: str) -> Iterator[None]:
-    """A block that writes to `path`: the system's own complaint about a full disk names no file."""
-    try:
-        yield
-    except OSError as error:
-        raise MaskLLMError(f"{path}: cannot be written ({error.strerror or error})") from error
+    def of_steps(self, window: list[StepResult], seconds: float) -> dict[str, Any]:
+        """Metrics of the steps in `window`, which took `seconds`. Means over steps are None if all steps were skipped."""
+        good = [step for step in window if not step.skipped]
+        steps = len(good)
+        since_last, since_prior = self.tracker.changed()
+        local = torch.stack([step.sums for step in good] or [torch.zeros_like(window[0].sums)]).double()
+        losses = local[:, :2].sum(0)
+        if parallel_state.get_tensor_model_parallel_rank() != 0:
+            losses.zero_()
+        dist.all_reduce(losses)
+        # Every data-parallel rank draws its own masks; all of them count.
+        draws = self.micro_batches.per_step
+        squares, probability = local[:, 2].clone(), local[:, 3].clone()
+        for values in (squares, probability):
+            dist.all_reduce(values)
+        memory = torch.tensor(float(peak_memory_bytes()), dtype=torch.float64, device=device())
+        dist.all_reduce(memory, op=dist.ReduceOp.MAX)
+        tokens = len(window) * self.arguments.global_batch_size * self.arguments.seq_length
+        sampler = self.objective.sampler
+        return {
+            "loss": float(losses[0] / losses[1]) if steps else None,
+            "regularizer": self.objective.regularizer([step.iteration for step in good], squares.tolist(), draws)
+            if steps
+            else None,
+            "temperature": sampler.temperature,
+            "scale": sampler.scale,
+            "mean_max_probability": float(probability.sum()) / (steps * draws * self.num_blocks) if steps else None,
+            "changed_since_last": _model_parallel_sum(since_last) / self.num_blocks,
+            "changed_since_prior": _model_parallel_sum(since_prior) / self.num_blocks if self.has_prior else None,
+            "grad_norm": sum(step.grad_norm for step in good) / steps if steps else None,
+            "skipped_steps": len(window) - steps,
+            "learning_rate": window[-1].learning_rate,
+            "tokens_per_second": tokens / seconds,
+            "peak_memory_gib": float(memory) / 2**30,
+        }
 
 
-def _lines_before(file: Path, start_iteration: int) -> list[str]:
-    """The complete lines in `file` of steps up to `start_iteration`."""
-    kept = []
-    if file.exists():
-        for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-            try:
-                if line.endswith("\n") and json.loads(line)["iteration"] <= start_iteration:
-                    kept.append(line)
-            except (ValueError, KeyError):
-                break  # a killed run's last, torn line
-    return kept
-
-
-def _format(value: float) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _model_parallel_sum(value: float) -> float:
+    """Sum over the ranks that hold parts of one model."""
+    total = torch.tensor(float(value), dtype=torch.float64, device=device())
+    dist.all_reduce(total, group=parallel_state.get_model_parallel_group())
+    return float(total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,41 +13,63 @@ from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_p
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.optimizer import FP32Optimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from maskllm.megatron.spec import masked_linears
+from maskllm.masking.parameter import MaskedParameter
 from maskllm.ops import philox_key
 from maskllm.training.arguments import TrainArguments
 from maskllm.training.logits_adam import LogitsAdam, Place
+from maskllm.training.trainables import ParameterGroup
 
 
-def build_optimizer(arguments: TrainArguments, model: DistributedDataParallel) -> MegatronOptimizer:
-    """Megatron's own optimizer, or `LogitsOptimizer` where logits or moments are to be kept in fewer bits than fp32."""
+def build_optimizer(
+    arguments: TrainArguments,
+    groups: Sequence[ParameterGroup],
+    masked: Sequence[MaskedParameter],
+    model: DistributedDataParallel,
+) -> MegatronOptimizer:
+    """The optimizer of `groups`, which are all trained parameters of `model`.
+
+    It is Megatron's own, or `LogitsOptimizer` if numbers are kept in fewer bits than fp32. `masked` are the weights of the logits among
+    the parameters.
+    """
+    first = groups[0]
     config = OptimizerConfig(
         optimizer="adam",
-        lr=arguments.lr,
-        min_lr=arguments.min_lr,
+        lr=first.lr,
+        min_lr=first.min_lr,
         weight_decay=arguments.weight_decay,
         adam_beta1=arguments.adam_beta1,
         adam_beta2=arguments.adam_beta2,
         adam_eps=arguments.adam_eps,
         clip_grad=arguments.clip_grad,
         use_distributed_optimizer=arguments.use_distributed_optimizer,
-        # The trained parameters are logits, whatever the weights' type: this is a plain fp32 optimizer to Megatron.
+        # Logits need no masters of another type, so to Megatron this is a plain fp32 optimizer even if the logits are bf16.
         params_dtype=torch.float32,
     )
-    optimizer = get_megatron_optimizer(config, [model])
-    if arguments.few_bits:
+    optimizer = get_megatron_optimizer(config, [model], config_overrides=_overrides(groups))
+    if arguments.optimizer_state_dtype != "fp32" or any(group.master_dtype != torch.float32 for group in groups):
         places = {
-            layer.mask_logits: Place(philox_key(arguments.seed, f"{layer.name}.rounding"), layer.shard)
-            for layer in masked_linears(model)
+            parameter.logits: Place(philox_key(arguments.seed, f"{parameter.location.name}.rounding"), parameter.shard)
+            for parameter in masked
         }
-        groups = [dict(group) for group in optimizer.param_groups]
-        return LogitsOptimizer(LogitsAdam(groups, state_dtype=arguments.optimizer_state_dtype, places=places), config)
+        own = [dict(group) for group in optimizer.param_groups]
+        return LogitsOptimizer(LogitsAdam(own, state_dtype=arguments.optimizer_state_dtype, places=places), config)
     for group in optimizer.param_groups:
         if "fused" in group:  # torch's AdamW, which would otherwise need room for copies of all its parameters on a GPU
             group["fused"] = True
     return optimizer
+
+
+def _overrides(groups: Sequence[ParameterGroup]) -> dict[ParamKey, dict[str, float]]:
+    """How the groups differ from the first one, as Megatron takes it."""
+    overrides = {}
+    for group in groups[1:]:
+        members = set(group.parameters)
+        key = ParamKey(predicate=ParamPredicate(group.name, members.__contains__))
+        overrides[key] = {"max_lr": group.lr, "min_lr": group.min_lr}
+    return overrides
 
 
 def fit_adam_state(state: dict[str, Any], optimizer: MegatronOptimizer) -> None:

@@ -18,12 +18,15 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 
 from maskllm.checkpoints.checksums import MANIFEST, FileRecord, Manifest, write_manifest
 from maskllm.checkpoints.convert import convert
-from maskllm.checkpoints.reading import INFO, LATEST, CheckpointInfo, iterations, resolve, write_checkpoint
+from maskllm.checkpoints.finding import LATEST, iterations
+from maskllm.checkpoints.info import INFO, CheckpointInfo
+from maskllm.checkpoints.reading import load_model, load_tensors, open_iteration, resolve
 from maskllm.checkpoints.saving import CheckpointSaver
 from maskllm.checkpoints.torch_dist import LazyTensor
-from maskllm.distributed import parallel_processes
+from maskllm.checkpoints.writing import write_checkpoint
 from maskllm.errors import MaskLLMError
-from maskllm.megatron.build import build_model, load_model, load_tensors
+from maskllm.megatron.build import build_model
+from maskllm.megatron.process_groups import parallel_processes
 from tests.families.tiny import write_tiny
 
 
@@ -62,11 +65,11 @@ def test_the_newest_complete_iteration_is_found_without_being_named(dense):
     assert resolve(dense).iteration == 16
     (dense / "iter_0000016" / MANIFEST).unlink()  # it is written last
     lines = []
-    assert resolve(dense, say=lines.append).iteration == 12
+    assert open_iteration(iterations(dense, say=lines.append)[0]).iteration == 12
     assert lines == [f"{dense / 'iter_0000016'}: not complete, it has no {MANIFEST}; ignored"]
     (dense / LATEST).write_text("16")
     lines.clear()
-    assert resolve(dense, say=lines.append).iteration == 12
+    assert open_iteration(iterations(dense, say=lines.append)[0]).iteration == 12
     assert (
         lines[-1] == f"{dense / 'iter_0000016'}: not complete, it has no {MANIFEST}, though {LATEST} names it; using iter_0000012"
     )
@@ -100,7 +103,7 @@ def test_other_words_are_passed_over_only_where_that_was_asked_for(dense):
 def test_a_file_that_names_nothing_does_not_hide_what_is_complete(dense, latest, words):
     (dense / LATEST).write_bytes(latest)
     lines = []
-    assert resolve(dense, say=lines.append).iteration == "release"
+    assert open_iteration(iterations(dense, say=lines.append)[0]).iteration == "release"
     assert words in lines[0]
     shutil.copytree(dense / "release", dense / "iter_0000008")
     assert resolve(dense).iteration == 8

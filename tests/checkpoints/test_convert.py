@@ -16,13 +16,13 @@ from transformers import LlamaForCausalLM
 from maskllm.checkpoints.convert import convert
 from maskllm.checkpoints.reading import resolve
 from maskllm.cli import main
-from maskllm.distributed import parallel_processes
 from maskllm.errors import MaskLLMError
 from maskllm.export.huggingface import export
-from maskllm.families.model_config import set_rotary_frequencies
 from maskllm.families.rope import rotary_frequencies
 from maskllm.huggingface.directory import find_source
 from maskllm.megatron.build import build_model
+from maskllm.megatron.process_groups import parallel_processes
+from maskllm.megatron.transformer_config import set_rotary_frequencies
 from maskllm.quickstart.smollm2 import write_smollm2
 from tests.families.tiny import CONFIGS, write_tiny
 from tests.megatron.layout_worker import upstream_model

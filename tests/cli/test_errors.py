@@ -18,12 +18,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from maskllm.cli import VERBS, main, run_guarded
+from maskllm.cli import VERBS, main
+from maskllm.cli.train_options import parse_arguments
 from maskllm.errors import MaskLLMError
+from maskllm.failures import run_guarded
 from maskllm.files import atomic_directory, atomic_file, naming
 from maskllm.quickstart.pipeline import QuickstartSettings
 from maskllm.quickstart.steps import Steps
-from maskllm.training.arguments import TrainArguments, parse_arguments
+from maskllm.training.arguments import TrainArguments
 
 
 def refused(capsys, *argv: object) -> str:

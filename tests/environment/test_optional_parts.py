@@ -12,13 +12,14 @@ import pytest
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from maskllm.cli.train_options import parse_arguments
 from maskllm.environment.optional_parts import OptionalPart, resolve_transformer_impl, slow_dtype, startup_line, transformer_engine
 from maskllm.errors import MaskLLMError
 from maskllm.megatron.attention import SDPACoreAttention
 from maskllm.megatron.linears import MaskedColumnParallelLinear, MaskedRowParallelLinear
 from maskllm.megatron.norm import LocalNorm
 from maskllm.megatron.spec import masked_layer_spec
-from maskllm.training.arguments import TrainArguments, parse_arguments
+from maskllm.training.arguments import TrainArguments
 
 has_transformer_engine = importlib.util.find_spec("transformer_engine") is not None
 without = pytest.mark.skipif(has_transformer_engine, reason="Transformer Engine is installed here")
@@ -45,7 +46,7 @@ def test_without_it_the_default_is_local_and_the_start_names_what_is_missing():
     assert "; norms are torch's, attention is torch's (--transformer-impl local), Adam is torch's; " in line
     assert "transformer-engine: not installed; it would bring fused norms, attention and Adam" in line
     assert "apex: not installed; it would bring fused norms and Adam" in line
-    assert "Adam is MaskLLM's; " in startup_line("local", few_bits=True)
+    assert "Adam is MaskLLM's; " in startup_line("local", low_precision=True)
 
 
 @pytest.fixture

@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from maskllm.checkpoints.convert import convert
-from maskllm.checkpoints.reading import CheckpointInfo, resolve, write_checkpoint
+from maskllm.checkpoints.info import CheckpointInfo
+from maskllm.checkpoints.reading import resolve
 from maskllm.checkpoints.torch_dist import LazyTensor
+from maskllm.checkpoints.writing import write_checkpoint
 from maskllm.cli import main
 from maskllm.errors import MaskLLMError
 from maskllm.export.huggingface import export

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from maskllm.checkpoints.convert import convert
-from maskllm.checkpoints.reading import CheckpointInfo, resolve, write_checkpoint
+from maskllm.checkpoints.info import CheckpointInfo
+from maskllm.checkpoints.reading import resolve
 from maskllm.checkpoints.torch_dist import LazyTensor
+from maskllm.checkpoints.writing import write_checkpoint
 from maskllm.cli import main
 from maskllm.errors import MaskLLMError
 from maskllm.export.trim import trim

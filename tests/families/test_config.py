@@ -10,9 +10,9 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from maskllm.errors import MaskLLMError
-from maskllm.families.model_config import transformer_config
 from maskllm.families.registry import read_model_config
 from maskllm.families.rope import rotary_frequencies
+from maskllm.megatron.transformer_config import transformer_config
 from tests.families.tiny import BASE, CONFIGS, GPT2, NEMOTRON, SCALED_ROPE, tiny_config
 
 PLAIN = BASE | {"model_type": "llama", "hidden_act": "silu"}

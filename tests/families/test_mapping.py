@@ -7,7 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from maskllm.families.mapping import MASKED_LINEARS, QKV, GatedMLP
+from maskllm.families.linears import LINEARS
+from maskllm.families.mapping import GatedMLP, QKVByGroup
 from maskllm.families.model_config import ModelConfig
 from maskllm.families.registry import parameter_map
 from maskllm.families.rope import Rope
@@ -48,7 +49,7 @@ def test_fused_qkv_rows_go_by_query_group():
     query = torch.tensor([[0, head, channel] for head in range(6) for channel in range(4)])
     key = torch.tensor([[1, head, channel] for head in range(2) for channel in range(4)])
     value = torch.tensor([[2, head, channel] for head in range(2) for channel in range(4)])
-    fused = mapping(QKV, "qkv.weight").to_megatron([query, key, value], CONFIG)
+    fused = mapping(QKVByGroup, "qkv.weight").to_megatron([query, key, value], CONFIG)
     expected = []
     for group in range(2):
         heads = [(0, 3 * group), (0, 3 * group + 1), (0, 3 * group + 2), (1, group), (2, group)]
@@ -65,7 +66,7 @@ def test_a_stacked_transposed_qkv_has_its_columns_as_rows_by_head():
     # As GPT-2 stores it, [in, out]: a column's identity is its value, 100 a projection, 10 a head, then channel.
     columns = torch.tensor([100 * part + 10 * head + channel for part in range(3) for head in range(3) for channel in range(4)])
     stored = columns.expand(12, -1) + 1000 * torch.arange(12)[:, None]
-    fused = mapping(QKV, "qkv.weight", GPT2).to_megatron([stored], GPT2)
+    fused = mapping(QKVByGroup, "qkv.weight", GPT2).to_megatron([stored], GPT2)
     rows = [100 * part + 10 * head + channel for head in range(3) for part in range(3) for channel in range(4)]
     assert fused.tolist() == [[row + 1000 * column for column in range(12)] for row in rows]
 
@@ -83,7 +84,7 @@ def test_every_mapping_goes_back_to_what_it_came_from(config):
 
 @FAMILIES
 def test_packed_bits_move_as_the_mask_does(config):
-    each = mapping(QKV, "qkv.weight", config)
+    each = mapping(QKVByGroup, "qkv.weight", config)
     mask = torch.rand(each.megatron_shape(config), generator=torch.Generator().manual_seed(0)) < 0.5
     bits = each.split(pack_mask(mask), config)
     assert all(torch.equal(unpack_mask(a, 12), b) for a, b in zip(bits, each.split(mask, config), strict=True))
@@ -92,5 +93,5 @@ def test_packed_bits_move_as_the_mask_does(config):
 
 @FAMILIES
 def test_every_linear_of_a_layer_is_masked_and_nothing_else(config):
-    expected = {f"decoder.layers.{layer}.{linear}" for layer in range(3) for linear in MASKED_LINEARS}
+    expected = {f"decoder.layers.{layer}.{linear.name}" for layer in range(3) for linear in LINEARS}
     assert {m.linear for m in parameter_map(config)} - {None} == expected

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from maskllm.checkpoints.reading import resolve
-from maskllm.distributed import device, parallel_processes
+from maskllm.checkpoints.reading import load_model, resolve
+from maskllm.distributed import device
 from maskllm.environment.optional_parts import transformer_engine
-from maskllm.megatron.build import build_model, load_model
-from maskllm.megatron.spec import masked_linears
+from maskllm.megatron.build import build_model
+from maskllm.megatron.linears import masked_linears
+from maskllm.megatron.process_groups import parallel_processes
 
 pytestmark = pytest.mark.skipif(
     transformer_engine().problem is not None, reason=f"transformer-engine: {transformer_engine().problem}"

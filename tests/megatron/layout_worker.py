@@ -16,10 +16,11 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 
 from maskllm.checkpoints.reading import resolve
 from maskllm.checkpoints.saving import CheckpointSaver
-from maskllm.distributed import parallel_processes
 from maskllm.errors import MaskLLMError
-from maskllm.families.model_config import ModelConfig, gpt_model_arguments, set_rotary_frequencies, transformer_config
+from maskllm.families.model_config import ModelConfig
 from maskllm.megatron.build import build_model
+from maskllm.megatron.process_groups import parallel_processes
+from maskllm.megatron.transformer_config import gpt_model_arguments, set_rotary_frequencies, transformer_config
 
 
 def upstream_model(config: ModelConfig, tensor_model_parallel_size: int = 1) -> GPTModel:

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from maskllm.distributed import parallel_processes
 from maskllm.families.model_config import ModelConfig
-from maskllm.masking.draw import set_sample
+from maskllm.masking.draw import Draw, open_draw
 from maskllm.masking.sampler import MaskSampler
 from maskllm.megatron.build import build_model
-from maskllm.megatron.spec import masked_linears
+from maskllm.megatron.linears import attach_logits, masked_parameters
+from maskllm.megatron.process_groups import parallel_processes
 from maskllm.patterns import Pattern
 from maskllm.planning.models import config_of
 from maskllm.training.arguments import TrainArguments
@@ -34,10 +34,11 @@ def kept(model_config: ModelConfig, arguments: TrainArguments) -> list[tuple[str
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter.data, std=0.02)
     sampler = MaskSampler(Pattern.parse(arguments.pattern), recompute_masked_weight=arguments.recomputes("masked_weight"))
-    for layer in masked_linears(model):
-        layer.attach_logits(sampler, draw=True)
+    attach_logits(model, sampler)
+    for parameter in masked_parameters(model):
+        parameter.reset()
     known = {parameter.untyped_storage().data_ptr() for parameter in [*model.parameters(), *model.buffers()]}
-    masked_shapes = {tuple(layer.weight.shape) for layer in masked_linears(model)}
+    masked_shapes = {parameter.shape for parameter in masked_parameters(model)}
     found: dict[int, tuple[str, int]] = {}
     alive = []
 
@@ -49,10 +50,9 @@ def kept(model_config: ModelConfig, arguments: TrainArguments) -> list[tuple[str
             alive.append(tensor)
         return tensor
 
-    set_sample(0)
     tokens = torch.randint(model_config.vocab_size, (arguments.micro_batch_size, arguments.seq_length))
     positions = torch.arange(arguments.seq_length).expand_as(tokens).contiguous()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with open_draw(Draw(0)), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(tokens, positions, None, labels=tokens).mean()
     loss.backward()
     return list(found.values())

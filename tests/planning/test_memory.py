@@ -11,11 +11,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.plan_memory import peak
 from maskllm.checkpoints.convert import convert
-from maskllm.distributed import parallel_processes
-from maskllm.megatron import linears as masked_linear
+from maskllm.masking import parameter as masked_parameter
 from maskllm.megatron.build import build_model
 from maskllm.megatron.gpt import FrozenVocabularyGPTModel
-from maskllm.megatron.spec import masked_linears
+from maskllm.megatron.linears import masked_linears
+from maskllm.megatron.process_groups import parallel_processes
 from maskllm.ops import masked_weight
 from maskllm.planning.memory import Layout, Shapes, activations, stage_memory
 from maskllm.planning.models import config_of
@@ -74,7 +74,7 @@ def test_masked_weights_that_are_drawn_again_are_not_kept(recomputed, monkeypatc
         drawn.append(StorageWeakRef(masked.untyped_storage()))
         return masked
 
-    monkeypatch.setattr(masked_linear, "masked_weight", draw)
+    monkeypatch.setattr(masked_parameter, "masked_weight", draw)
     alive = []
 
     def count(losses: torch.Tensor) -> torch.Tensor:

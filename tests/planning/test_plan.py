@@ -17,6 +17,7 @@ from maskllm import train
 from maskllm.checkpoints.convert import convert
 from maskllm.checkpoints.reading import resolve
 from maskllm.cli import main
+from maskllm.cli.train_options import parse_arguments
 from maskllm.errors import MaskLLMError
 from maskllm.families.registry import parameter_map
 from maskllm.patterns import Pattern
@@ -26,7 +27,7 @@ from maskllm.planning.models import BUILT_IN, named_model
 from maskllm.planning.plan import plan
 from maskllm.pruning.megatron import prune_by_magnitude
 from maskllm.pruning.solve import PruneSettings
-from maskllm.training.arguments import TrainArguments, parse_arguments
+from maskllm.training.arguments import TrainArguments
 
 H100 = Cluster(GPUS["h100-80gb"])
 

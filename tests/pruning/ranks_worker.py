@@ -19,11 +19,11 @@ import megatron_patches
 
 megatron_patches.import_megatron()
 
-from maskllm.checkpoints.reading import resolve  # noqa: E402
+from maskllm.checkpoints.reading import load_model, resolve  # noqa: E402
 from maskllm.checkpoints.saving import CheckpointSaver  # noqa: E402
 from maskllm.cli import main as maskllm  # noqa: E402
-from maskllm.distributed import parallel_processes  # noqa: E402
-from maskllm.megatron.build import build_model, load_model  # noqa: E402
+from maskllm.megatron.build import build_model  # noqa: E402
+from maskllm.megatron.process_groups import parallel_processes  # noqa: E402
 
 
 def write_under(dense: str, directory: str, tensor: int, pipeline: int) -> None:

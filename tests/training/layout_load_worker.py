@@ -14,11 +14,12 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from maskllm.checkpoints.reading import Checkpoint, resolve
-from maskllm.distributed import parallel_processes
 from maskllm.evaluation.megatron import load_masked_model
-from maskllm.masking.draw import set_sample
+from maskllm.masking.draw import Draw, open_draw
+from maskllm.masking.parameter import MaskedParameter
 from maskllm.masking.sampler import MaskMode
-from maskllm.megatron.spec import MaskedLinear, masked_linears
+from maskllm.megatron.linears import masked_parameters
+from maskllm.megatron.process_groups import parallel_processes
 from maskllm.ops import NoiseKey, ShardMap, masked_weight, philox_key, winner_mask
 from maskllm.patterns import Pattern
 
@@ -37,17 +38,17 @@ def own_part(name: str, mask: torch.Tensor, rank: int, ranks: int) -> torch.Tens
     return mask.chunk(ranks)[rank]
 
 
-def is_own_part_of_the_draw(layer: MaskedLinear, checkpoint: Checkpoint, tp: int) -> bool:
+def is_own_part_of_the_draw(layer: MaskedParameter, checkpoint: Checkpoint, tp: int) -> bool:
     """Whether the weight that training would use for SAMPLE is, bit for bit, this rank's part of what one process would use."""
-    set_sample(SAMPLE)
     layer.sampler.mode = MaskMode.SAMPLE
     layer.sampler.scale, layer.sampler.temperature = SETTINGS["scale"], SETTINGS["temperature"]
-    found = layer.effective_weight()
+    with open_draw(Draw(SAMPLE)):
+        found = layer.effective_weight()
     layer.sampler.mode = MaskMode.WINNER
-    weight, logits = (checkpoint.tensors[f"{layer.name}.{kind}"].load() for kind in ("weight", "mask_logits"))
-    key = NoiseKey(philox_key(layer.sampler.seed, layer.name), SAMPLE, ShardMap(logits.shape[1]))
+    weight, logits = (checkpoint.tensors[f"{layer.location.name}.{kind}"].load() for kind in ("weight", "mask_logits"))
+    key = NoiseKey(philox_key(layer.sampler.seed, layer.location.name), SAMPLE, ShardMap(logits.shape[1]))
     whole = masked_weight(weight.float(), logits, pattern=Pattern(2, 4), key=key, **SETTINGS)
-    return torch.equal(found, own_part(layer.name, whole, parallel_state.get_tensor_model_parallel_rank(), tp))
+    return torch.equal(found, own_part(layer.location.name, whole, parallel_state.get_tensor_model_parallel_rank(), tp))
 
 
 def main(path: str, output: str) -> None:
@@ -59,10 +60,10 @@ def main(path: str, output: str) -> None:
             model = load_masked_model(checkpoint, torch.float32)
             rank = dist.get_rank()
             same = {}
-            for layer in masked_linears(model):
-                whole = winner_mask(checkpoint.tensors[f"{layer.name}.mask_logits"].load(), Pattern(2, 4))
-                wanted = own_part(layer.name, whole, parallel_state.get_tensor_model_parallel_rank(), tp)
-                same[layer.name] = torch.equal(layer.winner(), wanted), is_own_part_of_the_draw(layer, checkpoint, tp)
+            for layer in masked_parameters(model):
+                whole = winner_mask(checkpoint.tensors[f"{layer.location.name}.mask_logits"].load(), Pattern(2, 4))
+                wanted = own_part(layer.location.name, whole, parallel_state.get_tensor_model_parallel_rank(), tp)
+                same[layer.location.name] = torch.equal(layer.winner(), wanted), is_own_part_of_the_draw(layer, checkpoint, tp)
             found[f"{tp} {pp}"] = same
     Path(f"{output}-{rank}.json").write_text(json.dumps(found))
 

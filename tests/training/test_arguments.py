@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from maskllm.checkpoints.checksums import write_manifest
+from maskllm.cli.train_options import parse_arguments
 from maskllm.errors import MaskLLMError
 from maskllm.megatron.build import check_recomputation
-from maskllm.training.arguments import TrainArguments, parse_arguments
+from maskllm.training.arguments import TrainArguments
 from maskllm.training.data import build_batches
 from maskllm.training.start import SETTINGS_THAT_MUST_MATCH, data_identity, resolve_start
 

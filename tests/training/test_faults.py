@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from maskllm.checkpoints.reading import LATEST, resolve
+from maskllm.checkpoints.finding import LATEST
+from maskllm.checkpoints.reading import resolve
 from tests.training.conftest import arguments, learned_tensors
 from tests.training.test_resume import steps_done
 
@@ -26,12 +27,12 @@ import megatron_patches
 megatron_patches.import_megatron()
 from maskllm import train
 from maskllm.training.loop import Trainer
-step = Trainer._step
+step = Trainer._one_step
 def faulty(self):
     if self.iteration == 2:
         raise RuntimeError("a fault of the program\\nand more about it")
     return step(self)
-Trainer._step = faulty
+Trainer._one_step = faulty
 if __name__ == "__main__":
     sys.exit(train.main())
 """
@@ -83,7 +84,7 @@ def test_a_hung_rank_is_named_with_its_last_iteration(start, tmp_path, tiny_data
     assert f"no sign of life from rank 1 (process {hung.pid} on " in line
     last_heard, waits = (int(part.split()[0].strip(";")) for part in line.split(" in iteration ")[1:])
     assert logged - 20 <= last_heard <= waits + 1 <= logged + 12
-    assert "_step" in (save / "logs" / "rank_00000.log").read_text(), "where the waiting rank stood is not in its log"
+    assert "_one_step" in (save / "logs" / "rank_00000.log").read_text(), "where the waiting rank stood is not in its log"
 
 
 @pytest.mark.slow
@@ -214,7 +215,7 @@ STEPS_WITH_POISON, BATCH, ROW = 24, 2, 3
 def test_steps_that_are_not_finite_are_skipped_on_every_rank_and_a_row_of_them_ends_the_run(
     start, tmp_path, poisoned_model, poisoned_dataset
 ):
-    from maskllm.training.arguments import parse_arguments
+    from maskllm.cli.train_options import parse_arguments
     from maskllm.training.data import build_batches
 
     save = tmp_path / "run"
@@ -266,7 +267,7 @@ def test_steps_that_are_not_finite_are_skipped_on_every_rank_and_a_row_of_them_e
 
 @pytest.mark.slow
 def test_a_skipped_step_changes_nothing_and_counts_at_the_end(start, tmp_path, poisoned_model, poisoned_dataset):
-    from maskllm.training.arguments import parse_arguments
+    from maskllm.cli.train_options import parse_arguments
     from maskllm.training.data import build_batches
 
     for steps in range(2, STEPS_WITH_POISON):

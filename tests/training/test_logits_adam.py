@@ -6,7 +6,7 @@ import pytest
 import torch
 from megatron.core.optimizer import OptimizerConfig
 
-from maskllm.distributed import parallel_processes
+from maskllm.megatron.process_groups import parallel_processes
 from maskllm.ops import ShardMap
 from maskllm.training import adam
 from maskllm.training.logits_adam import LogitsAdam, Place

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskllm.checkpoints.reading import LATEST
+from maskllm.checkpoints.finding import LATEST
 from maskllm.export.trim import trim
 from maskllm.ops import winner_mask
 from maskllm.patterns import Pattern

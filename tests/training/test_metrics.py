@@ -14,11 +14,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from maskllm import train
 from maskllm.checkpoints.reading import resolve
-from maskllm.distributed import parallel_processes
+from maskllm.cli.train_options import parse_arguments
 from maskllm.errors import MaskLLMError, StoppedError
-from maskllm.training.arguments import parse_arguments
+from maskllm.megatron.process_groups import parallel_processes
+from maskllm.training.log import MetricsWriter
 from maskllm.training.loop import Trainer
-from maskllm.training.metrics import MetricsWriter
 
 TRAIN = {
     "loss", "regularizer", "temperature", "scale", "mean_max_probability", "changed_since_last", "changed_since_prior", "grad_norm",

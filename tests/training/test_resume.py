@@ -17,7 +17,8 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 
 from maskllm.checkpoints.checksums import MANIFEST
 from maskllm.checkpoints.convert import convert
-from maskllm.checkpoints.reading import LATEST, is_complete, iterations, resolve
+from maskllm.checkpoints.finding import LATEST, is_complete, iterations
+from maskllm.checkpoints.reading import resolve
 from maskllm.patterns import Pattern
 from maskllm.pruning.megatron import prune_by_magnitude
 from maskllm.pruning.solve import PruneSettings

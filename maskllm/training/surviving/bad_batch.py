@@ -1,4 +1,4 @@
-"""The batch whose loss or gradient was not finite, kept for inspection."""
+"""Keeps the batch of a step whose loss or gradient was not finite, for inspection."""
 
 from __future__ import annotations
 
@@ -6,36 +6,34 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from safetensors.torch import save_file
 
 from maskllm.files import atomic_file, naming
 from maskllm.training.data import Batches
+from maskllm.training.micro_batches import MicroBatches
 
 
-def save_bad_batch(
-    path: Path, iteration: int, batches: Batches, first: int, num_microbatches: int, losses: list[torch.Tensor]
-) -> None:
-    """Write a step's global batch, its micro-batches from number `first` on, to `path`; called by all ranks.
+def save_bad_batch(path: Path, iteration: int, batches: Batches, micro_batches: MicroBatches) -> None:
+    """Write the global batch of the step that ended as number `iteration` to `path`; all ranks call this.
 
-    A safetensors file: `tokens` and `labels`, int64 [global batch, sequence], and `losses`, fp32 [micro-batches] in the same order, each
-    rank of the last pipeline stage giving those of its own `num_microbatches`; metadata `iteration` and `first_sample`.
+    A safetensors file: `tokens` and `labels`, int64 [global batch, sequence]; `losses`, fp32 [micro-batches] in the same order, from the
+    ranks of the last pipeline stage; metadata `iteration` and `first_sample`.
     """
-    mine = (parallel_state.get_data_parallel_rank(), [float(loss) for loss in losses])
+    mine = (micro_batches.dp_rank, [float(loss) for loss in micro_batches.losses])
     gathered: list[tuple[int, list[float]]] = [mine] * dist.get_world_size()
     dist.all_gather_object(gathered, mine)
     if dist.get_rank() != 0:
         return
-    ranks = parallel_state.get_data_parallel_world_size()
-    of_micro_batches = torch.full((num_microbatches * ranks,), torch.nan)
+    losses = torch.full((micro_batches.per_step,), torch.nan)
     for rank, values in gathered:
         if values:
-            of_micro_batches[rank::ranks] = torch.tensor(values)
-    parts = [batches[first + index] for index in range(num_microbatches * ranks)]
+            losses[rank :: micro_batches.dp_size] = torch.tensor(values)
+    first = (iteration - 1) * micro_batches.per_step
+    parts = [batches[first + index] for index in range(micro_batches.per_step)]
     tensors = {
         "tokens": torch.cat([part.tokens for part in parts]).cpu(),
         "labels": torch.cat([part.labels for part in parts]).cpu(),
-        "losses": of_micro_batches,
+        "losses": losses,
     }
     metadata = {"iteration": str(iteration), "first_sample": str(first * batches.micro_batch_size)}
     with atomic_file(path) as temporary, naming(path):

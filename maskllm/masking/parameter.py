@@ -1,0 +1,179 @@
+"""A linear's weight with its mask: fixed (bits), learnable (logits), or none. It knows no framework.
+
+A frame (`maskllm.megatron.linears`, `maskllm.huggingface.masked_linear`) has a module for each linear. The module owns the tensors, so
+that state dicts, `.to()` and optimizers see them, and holds a `MaskedParameter`, which does the method:
+
+    weight        [out, in], frozen
+    mask_bits     uint8 [out, ceil(in / 8)], buffer: the fixed mask, or the prior of a learnable one (`maskllm.patterns.pack_mask`)
+    mask_logits   fp32 or bf16 [out, in / M, candidates], parameter: one distribution over the candidate masks for each block
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from maskllm.masking.draw import current_draw
+from maskllm.masking.prior import add_prior, initial_logits
+from maskllm.masking.sampler import MaskMode, MaskSampler
+from maskllm.ops import NoiseKey, ShardMap, masked_weight, philox_key, winner_bits, winner_mask
+from maskllm.patterns import Pattern, unpack_mask
+
+
+@dataclass(frozen=True)
+class Location:
+    """Which weight of the unsharded model this is, and which of its rows and columns are here. Noise is a function of both.
+
+    Local row r is global row `row_offset + r`, or `split_offset + (r - split_row)` from `split_row` on: a shard of a gated fc1 holds gate
+    rows and then up rows. Local column c is global column `column_offset + c` of `columns`.
+    """
+
+    name: str
+    """The linear's name in the unsharded model, for example decoder.layers.3.mlp.linear_fc1."""
+    columns: int
+    column_offset: int = 0
+    row_offset: int = 0
+    split_row: int | None = None
+    split_offset: int = 0
+
+    def shard_map(self, pattern: Pattern) -> ShardMap:
+        """The same place counted in blocks of `pattern`."""
+        return ShardMap(
+            self.columns // pattern.m, self.column_offset // pattern.m, self.row_offset, self.split_row, self.split_offset
+        )
+
+
+class MaskedParameter:
+    """The weight of `owner` with its mask."""
+
+    def __init__(self, owner: torch.nn.Module, location: Location, *, transposed: bool = False) -> None:
+        """Take a module that has a `weight`; it starts dense. `transposed`: its weight is stored [in, out]."""
+        self._owner = owner
+        self._transposed = transposed
+        self.location = location
+        self.sampler: MaskSampler | None = None
+        """How masks are drawn from the logits; None while there are none."""
+        owner.register_buffer("mask_bits", None)
+        owner.register_parameter("mask_logits", None)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The dense weight [out, in], contiguous."""
+        return self._owner.weight.t().contiguous() if self._transposed else self._owner.weight
+
+    @property
+    def bits(self) -> torch.Tensor | None:
+        """The fixed or prior mask as bits, uint8 [out, ceil(in / 8)]."""
+        return self._owner.mask_bits
+
+    @property
+    def logits(self) -> torch.nn.Parameter | None:
+        """fp32 or bf16 [out, in / M, candidates]."""
+        return self._owner.mask_logits
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the weight here."""
+        rows, columns = self._owner.weight.shape
+        return (columns, rows) if self._transposed else (rows, columns)
+
+    def attach_bits(self) -> None:
+        """Make room for a fixed mask. A checkpoint fills it."""
+        rows, columns = self.shape
+        self._owner.mask_bits = torch.zeros(rows, -(-columns // 8), dtype=torch.uint8, device=self._owner.weight.device)
+
+    def attach_logits(self, sampler: MaskSampler, *, dtype: torch.dtype = torch.float32) -> None:
+        """Make room for learnable logits, all zero; `reset` or a checkpoint fills them.
+
+        Raises MaskLLMError if a row does not split into whole blocks.
+        """
+        rows, columns = self.shape
+        pattern = sampler.pattern
+        pattern.check_divides(columns, self.location.name)
+        logits = torch.zeros(rows, columns // pattern.m, pattern.num_candidates, dtype=dtype, device=self._owner.weight.device)
+        self._owner.mask_logits = torch.nn.Parameter(logits)
+        self.sampler = sampler
+        self.shard = self.location.shard_map(pattern)
+        """Where the blocks here lie in the unsharded weight."""
+        self._noise_key = philox_key(sampler.seed, self.location.name)
+
+    @torch.no_grad()
+    def reset(self, prior_strength: float | None = None) -> None:
+        """Draw the logits that learning starts from and, with a `prior_strength`, move them toward the mask in `bits`."""
+        pattern = self.sampler.pattern
+        logits = initial_logits(
+            self.logits.shape[:2],
+            pattern,
+            seed=self.sampler.seed,
+            layer_name=self.location.name,
+            shard=self.shard,
+            device=self.logits.device,
+        )
+        if prior_strength is not None:
+            add_prior(logits, self.fixed_mask(), pattern, prior_strength)
+        self.logits.copy_(logits)
+
+    def fixed_mask(self) -> torch.Tensor:
+        """The mask in `bits`, bool [out, in]."""
+        return unpack_mask(self.bits, self.shape[1])
+
+    def winner(self) -> torch.Tensor:
+        """The arg-max mask of the logits, bool [out, in]."""
+        return winner_mask(self.logits, self.sampler.pattern)
+
+    def winner_bits(self) -> torch.Tensor:
+        """The arg-max mask of the logits, as `bits` holds masks."""
+        return winner_bits(self.logits, self.sampler.pattern)
+
+    def effective_weight(self) -> torch.Tensor:
+        """The weight that the matrix product uses, [out, in], in the weight's dtype.
+
+        With logits it is the weight times a mask drawn in the open draw (`maskllm.masking.draw`), or the winner's weight in
+        MaskMode.WINNER; with bits alone the weight times the fixed mask; else the dense weight.
+        """
+        if self.logits is None:
+            return self.weight if self.bits is None else self.weight * self.fixed_mask()
+        if self.sampler.mode is MaskMode.WINNER:
+            return self.weight * self.winner()
+        draw = current_draw()
+        return self._masked_weight(draw.sample, None if draw.recomputing else self.sampler.stats)
+
+    @contextlib.contextmanager
+    def weight_for_product(self) -> Iterator[torch.Tensor]:
+        """A block that multiplies by `effective_weight`.
+
+        Autograd keeps that weight for the backward pass. With `MaskSampler.recompute_masked_weight` it keeps the sample index instead,
+        and the backward pass draws the masked weight again.
+        """
+        masked = self.effective_weight()
+        if not masked.requires_grad or not self.sampler.recompute_masked_weight:
+            yield masked
+            return
+        sample, storage = current_draw().sample, masked.data_ptr()
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor | None:
+            return None if tensor.data_ptr() == storage else tensor
+
+        def unpack(kept: torch.Tensor | None) -> torch.Tensor:
+            return self._masked_weight(sample, None).detach() if kept is None else kept
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield masked
+
+    def _masked_weight(self, sample: int, stats: torch.Tensor | None) -> torch.Tensor:
+        """The weight times the mask of the global sample index `sample`; `stats` as `maskllm.ops.masked_weight` has it."""
+        sampler = self.sampler
+        return masked_weight(
+            self.weight,
+            self.logits,
+            pattern=sampler.pattern,
+            key=NoiseKey(self._noise_key, sample, self.shard),
+            scale=sampler.scale,
+            temperature=sampler.temperature,
+            weight_reg=sampler.weight_reg,
+            hard=sampler.hard,
+            stats=stats,
+        )

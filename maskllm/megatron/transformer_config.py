@@ -1,0 +1,100 @@
+"""What Megatron Core wants to hear about a model: `TransformerConfig` and the arguments of `GPTModel`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+
+from maskllm.families.model_config import ModelConfig
+from maskllm.families.rope import rotary_frequencies
+
+
+def squared_relu(x: torch.Tensor) -> torch.Tensor:
+    """max(x, 0)^2 (arXiv 2109.08668). Upstream's `megatron.core.activations.squared_relu` is the same inside of `torch.compile`."""
+    return F.relu(x).square()
+
+
+def gelu_tanh(x: torch.Tensor) -> torch.Tensor:
+    """GELU in its tanh approximation (arXiv 1606.08415, section 2), as in GPT-2 and GPT-3."""
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": F.silu,
+    "squared_relu": squared_relu,
+    "gelu_tanh": gelu_tanh,
+}
+"""The activations of an MLP by the names that `ModelConfig.activation` may have."""
+
+
+def transformer_config(model: ModelConfig, *, params_dtype: torch.dtype, **overrides: Any) -> TransformerConfig:
+    """The `TransformerConfig` of `model`, with parameters in `params_dtype` left uninitialized (they are loaded).
+
+    `overrides` are further `TransformerConfig` fields: parallel sizes, sequence parallelism, recomputation. Raises MaskLLMError
+    if the tensor-parallel size does not divide the model.
+    """
+    model.check_tensor_parallel(overrides.get("tensor_model_parallel_size", 1))
+    fields: dict[str, Any] = {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_query_groups,
+        "kv_channels": model.head_dim,
+        "normalization": model.normalization,
+        "layernorm_zero_centered_gamma": model.zero_centered_norm,
+        "layernorm_epsilon": model.norm_epsilon,
+        "gated_linear_unit": model.gated_mlp,
+        "activation_func": ACTIVATIONS[model.activation],
+        "add_bias_linear": model.add_bias,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "params_dtype": params_dtype,
+        "bf16": params_dtype is torch.bfloat16,
+        "fp16": params_dtype is torch.float16,
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        "perform_initialization": False,
+        # One checkpoint key per layer (decoder.layers.3.mlp...) instead of one stack of all layers, so that tensors stream one by one.
+        "hetereogenous_dist_checkpoint": True,
+        # Frozen weights have no gradients to accumulate, attention has its own softmax, and the other fusions come from Apex and
+        # Transformer Engine, which are optional here.
+        "gradient_accumulation_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "persist_layer_norm": False,
+    }
+    return TransformerConfig(**(fields | overrides))
+
+
+def gpt_model_arguments(model: ModelConfig) -> dict[str, Any]:
+    """The keyword arguments of Megatron's `GPTModel` that the architecture fixes; `set_rotary_frequencies` does the rest."""
+    positions: dict[str, Any] = {"position_embedding_type": "learned_absolute"}
+    if model.rope is not None:
+        positions = {
+            "position_embedding_type": "rope",
+            "rotary_base": model.rope.theta,
+            "rotary_percent": model.rope.dim / model.head_dim,
+        }
+    return {
+        "vocab_size": model.vocab_size,
+        "max_sequence_length": model.max_position_embeddings,
+        "share_embeddings_and_output_weights": model.tie_word_embeddings,
+        **positions,
+    }
+
+
+def set_rotary_frequencies(gpt_model: GPTModel, model: ModelConfig) -> None:
+    """Give a freshly built `gpt_model` the frequencies of `model`, if it has rotary embeddings.
+
+    Megatron's own `rope_scaling` argument fixes all factors but one to those of LLaMA 3.1; setting the frequencies supports any.
+    """
+    if model.rope is not None:
+        rotary = gpt_model.rotary_pos_emb
+        rotary.inv_freq = rotary_frequencies(model.rope).to(rotary.inv_freq.device)

@@ -1,0 +1,91 @@
+"""One optimizer step."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from maskllm.distributed import device
+from maskllm.errors import MaskLLMError
+from maskllm.masking.sampler import MaskMode, MaskSampler
+from maskllm.training.arguments import TrainArguments
+from maskllm.training.data import Batches
+from maskllm.training.micro_batches import MicroBatches
+from maskllm.training.surviving.stopping import Stopping
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves for the metrics."""
+
+    iteration: int
+    """Which step it was, counted from 0."""
+    sums: torch.Tensor
+    """This rank's fp32 (sum of losses, their number, sum of squares of masked weights, sum of maximum probabilities)."""
+    grad_norm: float
+    learning_rate: float
+    skipped: bool = False
+    """Whether the loss or a gradient was not finite on some rank, so that no rank updated anything."""
+
+
+@dataclass
+class Step:
+    """Draws the masks, runs the micro-batches forward and backward, and updates what is trained."""
+
+    arguments: TrainArguments
+    model: DistributedDataParallel
+    sampler: MaskSampler
+    micro_batches: MicroBatches
+    batches: Batches
+    optimizer: MegatronOptimizer
+    lr_scheduler: OptimizerParamScheduler
+    stopping: Stopping
+
+    def __call__(self, iteration: int) -> StepResult:
+        """Do step `iteration`, counted from 0.
+
+        If the loss or a gradient is not finite on any rank, all ranks leave parameters and optimizer as they are. Raises MaskLLMError
+        if the optimizer finds such a gradient by itself.
+        """
+        sampler, objective = self.sampler, self.micro_batches.objective
+        sampler.mode = MaskMode.SAMPLE
+        sampler.temperature = objective.schedule.temperature(iteration)
+        sampler.scale = objective.schedule.scale(iteration)
+        sampler.stats = torch.zeros(2, dtype=torch.float32, device=device())
+        objective.set_step(iteration, self.micro_batches.count)
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        first = iteration * self.micro_batches.per_step
+        one_draw = self.arguments.mask_sample_interval == "step"
+        losses = self.micro_batches.run(
+            self.batches, first, sample_of=lambda index: iteration if one_draw else first + index, forward_only=False
+        )
+        sums = torch.cat([losses, sampler.stats])
+        problem = self._not_finite(sums)
+        if problem is not None:
+            print(f"iteration {iteration + 1}: {problem}", file=sys.stderr, flush=True)
+        skipped = self.stopping.agree_after_step(iteration, skip=problem is not None)
+        grad_norm = 0.0
+        if not skipped:
+            updated, norm, _ = self.optimizer.step()
+            if not updated:
+                raise MaskLLMError(f"iteration {iteration + 1}: the optimizer found a gradient that is not finite")
+            grad_norm = float(norm)
+        self.lr_scheduler.step(increment=self.arguments.global_batch_size)
+        return StepResult(iteration, sums, grad_norm, float(lr), skipped)
+
+    def _not_finite(self, sums: torch.Tensor) -> str | None:
+        """Which of this rank's losses and gradients is not finite; None if all are."""
+        if not bool(torch.isfinite(sums).all()):
+            return f"the loss is not finite on this rank: {[float(loss) for loss in self.micro_batches.losses]}"
+        for buffer in self.model.buffers:
+            # The largest magnitude takes one pass without a copy, and is not finite if any entry is not.
+            if not bool(torch.isfinite(torch.linalg.vector_norm(buffer.grad_data, ord=torch.inf))):
+                return "a gradient is not finite on this rank"
+        return None

@@ -1,0 +1,62 @@
+"""The loss on validation text, with sampled masks and with the winners."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from maskllm.distributed import device
+from maskllm.masking.sampler import VALIDATION_SAMPLES, MaskMode, MaskSampler
+from maskllm.training.data import Batches
+from maskllm.training.micro_batches import MicroBatches
+from maskllm.training.surviving.stopping import Stopping
+
+
+@dataclass
+class Validation:
+    """Evaluates the model on `eval_iters` batches, always the same ones with the same draws."""
+
+    model: torch.nn.Module
+    sampler: MaskSampler
+    micro_batches: MicroBatches
+    batches: Batches
+    eval_iters: int
+    stopping: Stopping
+
+    def __call__(self) -> dict[str, float] | None:
+        """The mean losses, the same on every rank; None if a signal broke the validation off."""
+        self.sampler.stats = None
+        self.sampler.weight_reg = 0.0
+        self.model.eval()
+        try:
+            means = {}
+            for name, mode in (("loss_sampled", MaskMode.SAMPLE), ("loss_winner", MaskMode.WINNER)):
+                self.sampler.mode = mode
+                mean = self._mean_loss()
+                if mean is None:
+                    return None
+                means[name] = mean
+            return means
+        finally:
+            self.model.train()
+
+    def _mean_loss(self) -> float | None:
+        losses = torch.zeros(2, dtype=torch.float64, device=device())
+        for batch in range(self.eval_iters):
+            first = batch * self.micro_batches.per_step
+            with torch.no_grad():
+                losses += self.micro_batches.run(
+                    self.batches,
+                    first,
+                    sample_of=lambda index, first=first: VALIDATION_SAMPLES + first + index,
+                    forward_only=True,
+                )
+            if self.stopping.agree_on_signals():
+                return None
+        if parallel_state.get_tensor_model_parallel_rank() != 0:
+            losses.zero_()
+        dist.all_reduce(losses)
+        return float(losses[0] / losses[1])
