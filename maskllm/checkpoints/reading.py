@@ -135,7 +135,7 @@ def load_tensors(model: torch.nn.Module, tensors: dict[str, Any]) -> None:
 
 
 def without_extra_state(state: dict[str, Any]) -> dict[str, Any]:
-    """The state dict without `_extra_state` objects: the state of 8-bit training, which is empty here and missing in converted checkpoints."""
+    """The state dict without `_extra_state` objects: the state of 8-bit training, empty here and missing in converted checkpoints."""
     return {
         key: without_extra_state(value) if isinstance(value, dict) else value
         for key, value in state.items()

@@ -100,7 +100,10 @@ def slow_dtype(dtype: torch.dtype) -> str | None:
     """What is to be said of a run that computes in `dtype` where that is slow, None where it is not."""
     if torch.cuda.is_available() or computes_natively(dtype):
         return None
-    return f"this CPU has no instructions for {dtype_name(dtype)} and is many times slower in it; --params-dtype fp32 computes with the same weights"
+    return (
+        f"this CPU has no instructions for {dtype_name(dtype)} and is many times slower in it; --params-dtype fp32 computes with the same "
+        "weights"
+    )
 
 
 def uses_apex_norms() -> bool:

@@ -33,8 +33,8 @@ def evaluate_checkpoint(
 ) -> Evaluation:
     """Perplexity of a checkpoint on a text that its own tokenizer reads: dense, with its one-shot mask, or with its learned winners.
 
-    Inside `maskllm.megatron.process_groups.parallel_processes`, on one tensor-parallel group. Arguments and errors are those of `evaluate_hf`;
-    `params_dtype` is fp32 on the CPU and bf16 on a GPU by default.
+    Call it inside of `maskllm.megatron.process_groups.parallel_processes`, with all ranks in one tensor-parallel group. Arguments and errors
+    are those of `evaluate_hf`; `params_dtype` is fp32 on the CPU and bf16 on a GPU by default.
     """
     checkpoint = resolve(load)
     text = read_evaluation_text(data)
@@ -57,7 +57,7 @@ def evaluate_checkpoint(
 
 
 def load_masked_model(checkpoint: Checkpoint, params_dtype: torch.dtype) -> FrozenVocabularyGPTModel:
-    """This rank's part of the model as the checkpoint would be used: with the winners of its logits, else with its fixed mask, else dense."""
+    """This rank's part of the model as it would be used: with the winners of its logits, else with its fixed mask, else dense."""
     model = build_model(checkpoint.model_config, params_dtype=params_dtype).eval()
     if checkpoint.info.stage == "trained":
         first = masked_parameters(model)[0]

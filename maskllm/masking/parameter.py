@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -44,6 +45,14 @@ class Location:
         return ShardMap(
             self.columns // pattern.m, self.column_offset // pattern.m, self.row_offset, self.split_row, self.split_offset
         )
+
+
+class _View(NamedTuple):
+    """How a tensor that autograd wants to keep, such as a transposed masked weight, lies in the masked weight's memory."""
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
 
 
 class MaskedParameter:
@@ -152,13 +161,16 @@ class MaskedParameter:
         if not masked.requires_grad or not self.sampler.recompute_masked_weight:
             yield masked
             return
-        sample, storage = current_draw().sample, masked.data_ptr()
+        sample, storage = current_draw().sample, masked.untyped_storage().data_ptr()
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor | None:
-            return None if tensor.data_ptr() == storage else tensor
+        def pack(tensor: torch.Tensor) -> torch.Tensor | _View:
+            is_masked = tensor.untyped_storage().data_ptr() == storage
+            return _View(tensor.shape, tensor.stride(), tensor.storage_offset()) if is_masked else tensor
 
-        def unpack(kept: torch.Tensor | None) -> torch.Tensor:
-            return self._masked_weight(sample, None).detach() if kept is None else kept
+        def unpack(kept: torch.Tensor | _View) -> torch.Tensor:
+            if isinstance(kept, _View):
+                return self._masked_weight(sample, None).detach().as_strided(*kept)
+            return kept
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield masked

@@ -106,10 +106,10 @@ def prune_calibrated(
 ) -> tuple[Path, dict[str, Any]]:
     """Write the dense checkpoint `load` to OUTPUT/release with masks chosen on calibration data, on all ranks of the job.
 
-    Inside `maskllm.megatron.process_groups.parallel_processes`. The ranks share `output`'s file system; each works on `maskllm.distributed.device`.
-    Finished layers are kept beside `output`; the same call after an interruption goes on after the last of them. Returns the written
-    directory and the report, JSON values. Raises MaskLLMError as `open_for_pruning` does, where there are fewer samples than ranks,
-    and for calibration data or weights that cannot be used.
+    Call it inside of `maskllm.megatron.process_groups.parallel_processes`. The ranks share `output`'s file system, and each works on
+    `maskllm.distributed.device`. Finished layers are kept beside `output`: after an interruption the same call continues after the last of
+    them. Returns the written directory and the report (JSON values). Raises MaskLLMError as `open_for_pruning` does, if there are fewer
+    samples than ranks, and for calibration data or weights that cannot be used.
     """
     checkpoint = open_for_pruning(load, output, settings)
     rank, ranks = dist.get_rank(), dist.get_world_size()

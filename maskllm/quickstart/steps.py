@@ -1,4 +1,4 @@
-"""Run a pipeline step by step, each in processes of its own, once: a finished step is skipped when the pipeline is run again."""
+"""Run a pipeline step by step, each step in processes of its own. A second run of the pipeline skips finished steps."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from typing import Any
 import psutil
 
 from maskllm.errors import MaskLLMError, StoppedError
-from maskllm.families.hf_config import read_json_object
-from maskllm.files import write_json
+from maskllm.files import read_json_object, write_json
 
 SAMPLE_SECONDS = 0.5
 
 
 class Steps:
-    """The steps of one output directory, and in its `steps.json` what finished with which settings, how long and how large.
+    """The steps of one output directory.
 
-    A step's identity is what it was told and the identities of all steps before it, so a changed setting repeats the steps from
-    there on and no others.
+    `steps.json` in that directory records each step's settings and, for a finished step, its time and peak memory. The identity
+    of a step is a hash of its settings and of the identity of the step before it. So a changed setting repeats its own step and
+    all later ones, but no earlier one.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -44,16 +44,18 @@ class Steps:
         self.names: list[str] = []
 
     def run(
-        self, name: str, output: Path, work: Callable[..., Any] | Sequence[object], *arguments: Any, goes_on: bool = False
+        self, name: str, output: Path, work: Callable[..., Any] | Sequence[object], *arguments: Any, can_resume: bool = False
     ) -> None:
-        """Do a step, unless it has been done: call `work(*arguments)` in a process of its own, or run the command `work`.
+        """Run a step unless it is finished: call `work(*arguments)` in a new process, or run the command `work`.
 
-        What `output` holds is removed first, except where the step was cut short and `goes_on` from it. A step's own files beside
-        `output` stay. Raises MaskLLMError where the step fails, and StoppedError after SIGTERM, which the step's process gets too.
+        `output` is removed first, unless the step was interrupted and can continue from it (`can_resume`). Files that the step wrote
+        beside `output` stay.
+
+        Raises MaskLLMError if the step fails, and StoppedError after SIGTERM, which the step's process receives too.
         """
         self.names.append(name)
         command = None if callable(work) else [str(part) for part in work]
-        # Where the interpreter lies, a command's first word, is no setting.
+        # The first word of a command is the interpreter's path, which is not a setting.
         told = command[1:] if command else [f"{work.__module__}.{work.__qualname__}", *map(str, arguments)]
         self._identity = hashlib.sha256(json.dumps([self._identity, told]).encode()).hexdigest()
         record = self.records.get(name, {})
@@ -62,11 +64,11 @@ class Steps:
             return
         print(f"[{name}] {shlex.join(command) if command else work.__doc__.splitlines()[0]}", file=sys.stderr, flush=True)
         cut_short = record.get("identity") == self._identity and "seconds" not in record
-        if not (cut_short and goes_on):
+        if not (cut_short and can_resume):
             _remove(output)
         if not cut_short:
             record = {"identity": self._identity, "told": told, "seconds_before": 0.0}
-            self._note(name, record)  # so that even a killed step is known, and gone on from
+            self._note(name, record)  # before the work, so that the next run can continue even after SIGKILL
         started = time.perf_counter()
         with peak_memory() as peak:
             try:
@@ -95,9 +97,9 @@ def _remove(output: Path) -> None:
 
 @contextlib.contextmanager
 def peak_memory() -> Iterator[dict[str, int]]:
-    """Watch the memory of this process and all its descendants together; the mapping's "bytes" is the most seen so far.
+    """Watch the memory of this process and all its descendants. The mapping's "bytes" is the highest sum so far.
 
-    Shared pages count once (proportional set size) where the system tells (Linux).
+    On Linux, shared pages count once (proportional set size).
     """
     peak = {"bytes": 0}
     stop = threading.Event()
@@ -121,16 +123,17 @@ def _tree_memory() -> int:
     total = 0
     current = psutil.Process()
     for process in [current, *current.children(recursive=True)]:
-        with contextlib.suppress(psutil.Error):  # it has just ended
+        with contextlib.suppress(psutil.Error):  # the process has just ended
             memory = process.memory_full_info()
             total += getattr(memory, "pss", memory.rss)
     return total
 
 
 def _waited(wait: Callable[[], Any], terminate: Callable[[], None]) -> Any:
-    """What `wait`, for a process to end, returns; a signal to this process reaches that one too and raises once it has ended.
+    """Call `wait`, which waits for a child process to end, and return its result.
 
-    Raises StoppedError after SIGTERM, and KeyboardInterrupt after SIGINT, which the terminal has sent to both.
+    Raises StoppedError after SIGTERM, which is passed on by `terminate`, and KeyboardInterrupt after SIGINT, which the terminal
+    sends to both processes. Both are raised only after the child has ended.
     """
     received: list[int] = []
 
@@ -152,7 +155,7 @@ def _waited(wait: Callable[[], Any], terminate: Callable[[], None]) -> Any:
 
 
 def _run_command(name: str, command: Sequence[str]) -> None:
-    # How long torchrun lets its processes save after a signal; its default is 30 seconds.
+    # The seconds that torchrun gives its processes to save after a signal. Its default is 30.
     process = subprocess.Popen(command, env={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "240"} | os.environ)
     if status := _waited(process.wait, process.terminate):
         raise MaskLLMError(f"step {name} ended with exit status {status}; its own message is above")
@@ -167,9 +170,9 @@ def _run_function(name: str, work: Callable[..., Any], arguments: Sequence[Any])
 
 
 def _guarded(program: str, work: Callable[..., Any], *arguments: Any) -> None:
-    from maskllm.cli import run_guarded
+    from maskllm.failures import run_guarded
 
     def call() -> None:
-        work(*arguments)  # what it returns is no exit status
+        work(*arguments)  # its result is not an exit status
 
     sys.exit(run_guarded(program, call))

@@ -30,8 +30,10 @@ class TrainingState:
     start: Start
     model: FrozenVocabularyGPTModel
     originals: dict[str, torch.Tensor]
-    """The frozen tensors that the checkpoint stores in another type than training computes in, in that type, on the host, by name. Checkpoints
-    of this run hold them instead of the model's, so that weights leave it bit-identical."""
+    """The frozen tensors that the checkpoint stores in another type than training computes in: in that type, on the host, by name.
+
+    Checkpoints of this run hold them instead of the model's, so that weights leave training bit-identical.
+    """
 
     @classmethod
     def load(cls, start: Start, sampler: MaskSampler) -> TrainingState:

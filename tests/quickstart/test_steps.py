@@ -18,19 +18,19 @@ def command(code: str) -> list[object]:
     return [sys.executable, "-c", code]
 
 
-@pytest.mark.parametrize("goes_on", [False, True])
-def test_what_a_step_that_was_cut_short_left_is_kept_only_for_one_that_goes_on_from_it(goes_on, tmp_path):
+@pytest.mark.parametrize("can_resume", [False, True])
+def test_what_a_step_that_was_cut_short_left_is_kept_only_for_one_that_can_resume_from_it(can_resume, tmp_path):
     output = tmp_path / "out"
     # The first time it leaves a file and fails, the second time it says whether it found that.
     code = f"from pathlib import Path; p = Path({str(output)!r}); found = p.exists(); p.mkdir(exist_ok=True)\n"
     code += f"q = Path({str(tmp_path / 'log')!r}); again = q.exists(); q.write_text(str(found)); raise SystemExit(not again)"
     with pytest.raises(MaskLLMError, match="step one ended with exit status 1"):
-        Steps(tmp_path).run("one", output, command(code), goes_on=goes_on)
-    Steps(tmp_path).run("one", output, command(code), goes_on=goes_on)
-    assert (tmp_path / "log").read_text() == str(goes_on)
+        Steps(tmp_path).run("one", output, command(code), can_resume=can_resume)
+    Steps(tmp_path).run("one", output, command(code), can_resume=can_resume)
+    assert (tmp_path / "log").read_text() == str(can_resume)
     assert json.loads((tmp_path / "steps.json").read_text())["one"]["told"] == ["-c", code]
     (tmp_path / "log").unlink()
-    Steps(tmp_path).run("one", output, command(code), goes_on=goes_on)
+    Steps(tmp_path).run("one", output, command(code), can_resume=can_resume)
     assert not (tmp_path / "log").exists(), "a finished step was done again"
 
 
@@ -50,7 +50,7 @@ time.sleep(60)
     pipeline = f"""
 import sys
 from pathlib import Path
-from maskllm.cli import run_guarded
+from maskllm.failures import run_guarded
 from maskllm.quickstart.steps import Steps
 folder = Path({str(tmp_path)!r})
 sys.exit(run_guarded("pipeline", lambda: Steps(folder).run("one", folder / "out", [sys.executable, "-c", {step!r}])))

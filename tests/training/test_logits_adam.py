@@ -8,7 +8,7 @@ from megatron.core.optimizer import OptimizerConfig
 
 from maskllm.megatron.process_groups import parallel_processes
 from maskllm.ops import ShardMap
-from maskllm.training import adam
+from maskllm.training import logits_adam
 from maskllm.training.logits_adam import LogitsAdam, Place
 from maskllm.training.moments import QUANTIZATION_BLOCK, BlockwiseMoment, code_levels
 from maskllm.training.optimizer import LogitsOptimizer
@@ -20,7 +20,7 @@ GROUP = {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-5}
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """More than one chunk, the last of them not whole."""
-    monkeypatch.setattr(adam, "CHUNK", 3000)
+    monkeypatch.setattr(logits_adam, "CHUNK", 3000)
 
 
 def gradients(steps: int) -> list[torch.Tensor]:

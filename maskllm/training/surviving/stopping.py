@@ -42,7 +42,7 @@ class Stopping:
         return self._signalled_anywhere or self._data_gone_anywhere
 
     def agree_after_step(self, iteration: int, *, skip: bool) -> bool:
-        """Exchange with all ranks whether to stop after step `iteration` (counted from 0), and whether any rank wants to `skip` its update."""
+        """Exchange the ranks' flags after step `iteration`, counted from 0; returns whether any rank wants to `skip` its update."""
         self._data_problem = self._files.problem()
         if self._data_problem is not None:
             print(f"iteration {iteration + 1}: {self._data_problem}", file=sys.stderr, flush=True)
