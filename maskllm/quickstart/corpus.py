@@ -1,8 +1,9 @@
-"""A training and a held-out text from documentation that every installation has.
+"""Training and held-out text from the documentation that every installation has.
 
-The text is `pydoc_data.topics` and the long string literals (docstrings, and what is passed to `add_docstr` and `add_newdoc`) of
-the standard library, torch, numpy and transformers, read from their source files: no module is imported. It is cleaned to prose,
-repeated passages are dropped, and documents are split by a hash of their text, so the same installation gives the same files.
+The text is `pydoc_data.topics` and the long string literals of the standard library, torch, numpy and transformers: docstrings,
+and the arguments of `add_docstr` and `add_newdoc`. They are read from the source files; no module is imported. Only prose is
+kept, and repeated passages are dropped. A hash of its text puts a document into one of the two files, so the same installation
+gives the same files.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from maskllm.quickstart.prose import prose_blocks
 PACKAGES = ("torch", "numpy", "transformers")
 TRAIN_FILE, HELD_OUT_FILE = "train.jsonl", "held_out.jsonl"
 MIN_CHARACTERS = 300
-"""A docstring, and what is left of it as a document, has at least this many characters."""
+"""Shorter string literals are not read, and shorter documents are dropped after cleaning."""
 HELD_OUT_ONE_IN = 20
 SHINGLE_WORDS = 6
 _SKIPPED_DIRECTORIES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "_internal"}
 
-# Comments and one-line strings are matched as well, so that a quote inside them does not open a literal.
+# The pattern also matches comments and one-line strings, so that a quote inside them does not open a literal.
 _LITERALS = re.compile(
     r'''\#[^\n]*
     |(?P<quote>"""|\'\'\')(?P<body>[^\\"']*(?:(?:\\.|(?!(?P=quote)).)[^\\"']*)*)(?P=quote)
@@ -46,7 +47,7 @@ _LITERALS = re.compile(
 
 @dataclass(frozen=True)
 class CorpusSummary:
-    """What `write_documentation_corpus` wrote."""
+    """The files and counts that `write_documentation_corpus` returns."""
 
     train_file: Path
     held_out_file: Path
@@ -56,9 +57,12 @@ class CorpusSummary:
 
 
 def write_documentation_corpus(directory: str | os.PathLike) -> CorpusSummary:
-    """Write train.jsonl and held_out.jsonl (C4's format: an object with `text` a line) to `directory`, complete or not at all.
+    """Write train.jsonl and held_out.jsonl to `directory`, complete or not at all.
 
-    One document in 20 is held out; both files are in the order of a hash of the text, so any prefix of either is a mixture.
+    The format is C4's: one JSON object with the key `text` per line. One document in 20 is held out. Both files are sorted by a
+    hash of the text, so every prefix of a file mixes all packages.
+
+    Raises MaskLLMError if a package is not installed or has no readable source files.
     """
     directory = Path(directory)
     documents = sorted(deduplicated(installed_documentation()), key=_digest)
@@ -76,22 +80,22 @@ def _digest(text: str) -> int:
 
 
 def installed_documentation() -> Iterator[list[str]]:
-    """The prose blocks of every long docstring of the installation, in the order of package, path and position.
+    """The prose blocks of every long string literal of the installation, ordered by package, path and position.
 
-    Raises MaskLLMError where a package has no readable source files.
+    Raises MaskLLMError if a package is not installed or has no readable source files.
     """
     roots = [("python", Path(sysconfig.get_path("stdlib")))]
     for package in PACKAGES:
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
-            raise MaskLLMError(f"the package {package} is not installed, its documentation cannot be read")
+            raise MaskLLMError(f"the package {package} is not installed, so its documentation cannot be read")
         roots.append((package, Path(spec.origin).parent))
     files = []
     for package, root in roots:
-        # Test data and vendored packages are left out; `root` itself may lie under site-packages.
+        # Skip test data and vendored packages. Only the part below `root` counts: `root` itself may lie under site-packages.
         paths = [path for path in root.rglob("*.py") if not _SKIPPED_DIRECTORIES.intersection(path.relative_to(root).parts)]
         if not paths:
-            raise MaskLLMError(f"{root}: no source files of {package} found, its documentation cannot be read")
+            raise MaskLLMError(f"{root}: found no source files of {package}, so its documentation cannot be read")
         files += sorted(paths)
     for path in tqdm(files, desc="documentation", unit="file", disable=None):
         try:
@@ -103,9 +107,10 @@ def installed_documentation() -> Iterator[list[str]]:
 
 
 def long_literals(source: str) -> Iterator[str]:
-    """The values of the string literals of at least MIN_CHARACTERS characters in Python source, but for bytes and f-strings.
+    """The values of the triple-quoted string literals with at least MIN_CHARACTERS characters in Python source.
 
-    Reading stops at an f-string that nests its own quotes (Python 3.12), where literals can no longer be told from code.
+    Bytes and f-strings are skipped. Reading stops at an f-string that contains its own quotes (allowed since Python 3.12): after
+    it, the pattern cannot tell literals from code.
     """
     for match in _LITERALS.finditer(source):
         body = match["body"]
@@ -121,10 +126,10 @@ def long_literals(source: str) -> Iterator[str]:
 
 
 def deduplicated(documents: Iterable[list[str]]) -> Iterator[str]:
-    """Join each document's blocks by newlines, without those that repeat earlier ones; documents left too short are dropped.
+    """Drop blocks that repeat earlier ones, join the rest of each document by newlines, and drop documents that become too short.
 
-    A block repeats where more than half of its runs of SHINGLE_WORDS words were seen before (near-duplicates: the same sentence
-    about another model); runs are compared by a 32-bit hash of their lower-case words.
+    A block is a repeat if more than half of its runs of SHINGLE_WORDS consecutive words occurred before. This also drops
+    near-duplicates, such as the same sentence about another model. Runs are compared by a 32-bit hash of their lower-case words.
     """
     seen: set[int] = set()
     for blocks in documents:

@@ -1,4 +1,4 @@
-"""Numbers as a person reads them, the same in the terminal and on the page. None, what was not measured, is a dash."""
+"""Numbers as text, the same in the terminal and on the page. None, a value that was not measured, is a dash."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def format_perplexity(value: float | None) -> str:
 
 
 def format_ratio(value: float | None) -> str:
-    """A ratio to three significant digits at most: 0.487, 1.02, 12.3, 112."""
+    """Three decimals below 1, two below 10, one below 100, none above: 0.487, 1.02, 12.3, 112."""
     if value is None:
         return UNKNOWN
     decimals = 3 if value < 0.9995 else 2 if value < 9.995 else 1 if value < 99.95 else 0
@@ -27,7 +27,7 @@ def format_ratio(value: float | None) -> str:
 
 
 def format_share(value: float | None) -> str:
-    """A share in percent, one decimal below a thousand: 59.2%, -123.4%, -1,299%."""
+    """A share as a percentage, with one decimal below 1000%: 59.2%, -123.4%, -1,299%."""
     if value is None:
         return UNKNOWN
     return f"{100 * value:,.{1 if abs(value) < 9.995 else 0}f}%"
@@ -46,15 +46,15 @@ def format_seconds(value: float | None) -> str:
 
 
 def format_bytes(value: int | None) -> str:
-    """A size in memory: 231 MiB, 2.43 GiB."""
+    """An amount of memory: 231 MiB, 2.43 GiB."""
     if value is None:
         return UNKNOWN
     return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
 
 
 def result_cells(result: dict[str, Any]) -> tuple[str, ...]:
-    """The cells of RESULT_COLUMNS for an entry of the results that `maskllm.quickstart.report.report_dict` returns."""
-    # A perplexity is always measured; null is what JSON has for one too large for a number.
+    """The cells of RESULT_COLUMNS for one entry of `results` in `maskllm.quickstart.report.report_dict`."""
+    # A perplexity is always measured. None stands for an infinite one, which JSON cannot hold.
     perplexity = math.inf if result["perplexity"] is None else result["perplexity"]
     return (
         result["name"],

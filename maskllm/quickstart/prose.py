@@ -1,4 +1,4 @@
-"""The prose of a docstring: what is left without examples, doctests, tables, section titles and markup."""
+"""The prose of a docstring: its text without examples, doctests, tables, section titles and markup."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _COMMENT = re.compile(r"\s*\.\. ")
 _PROSE_DIRECTIVES = {"note", "warning", "seealso", "tip", "important", "caution", "attention", "hint", "admonition"}
 _BULLET = re.compile(r"\s*([-*+•]|\(?[0-9a-z]{1,2}[.)])\s+")
 _SECTION = re.compile(r"\s*[A-Z][\w ]{2,28}:{1,2}$")
-# A parameter: `name: text`, `name (type): text`, `name : type`, `name -- text`. The name is code, what follows the type is prose.
+# A parameter: `name: text`, `name (type): text`, `name : type`, `name -- text`. The type is dropped; the text is prose.
 _ENTRY = re.compile(
     r"\s*(?P<name>`{0,2}\*{0,2}[\w.]+`{0,2}(?:, ?\*{0,2}[\w.]+)*)(?: ?\((?P<type>.*?)\))?(?P<colon> ?:| --)(?:\s+(?P<text>.*))?$"
 )
@@ -33,8 +33,8 @@ _HAS_MARKUP = re.compile(r"[`*|\[]")
 def prose_blocks(docstring: str) -> list[str]:
     """The prose paragraphs and list items of a docstring in reStructuredText, numpydoc, Google or Markdown style, in order.
 
-    Each is one line, its hard line breaks and inline markup taken away. Code, doctests, literal blocks, tables, formulas, section
-    titles and type annotations are dropped, and so is whatever is left that does not read as sentences.
+    Each becomes one line without inline markup. Code, doctests, literal blocks, tables, formulas, section titles and type
+    annotations are dropped, and so is any other block that does not look like sentences.
     """
     blocks = (_plain(block) for block in _blocks(_without_code(inspect.cleandoc(docstring).split("\n"))))
     return [block for block in blocks if _is_prose(block)]
@@ -45,10 +45,10 @@ def _indent(line: str) -> int:
 
 
 def _without_code(lines: list[str]) -> list[str]:
-    """Blank out code, tables and titles; unwrap the directives that hold prose."""
+    """Replace code, tables and titles by empty lines, and keep the text of directives that contain prose."""
     kept: list[str] = []
     fenced = doctest = False
-    literal_below: int | None = None  # inside a literal block: everything indented deeper than this
+    literal_below: int | None = None  # inside a literal block, which contains all lines indented deeper than this
     for line in lines:
         if literal_below is not None:
             if not line.strip() or _indent(line) > literal_below:
@@ -64,7 +64,7 @@ def _without_code(lines: list[str]) -> list[str]:
             kept.append("")
         elif _RULE.match(line):
             if kept and _indent(kept[-1]) == _indent(line):
-                kept[-1] = ""  # an underlined title
+                kept[-1] = ""  # the title above this underline
             kept.append("")
         elif directive := _DIRECTIVE.match(line):
             name, text = directive[1].lower(), directive[2]
@@ -84,9 +84,9 @@ def _without_code(lines: list[str]) -> list[str]:
 
 
 def _blocks(lines: list[str]) -> list[str]:
-    """Paragraphs, list items and parameter descriptions as one line each."""
+    """Paragraphs, list items and parameter descriptions, each as one line."""
     blocks: list[list[str]] = [[]]
-    hanging = False  # the block began with a bullet or a parameter's name: its deeper lines belong to it
+    hanging = False  # whether the block began with a bullet or a parameter name, so that its deeper lines belong to it
     start = previous = 0
     for line in lines:
         if not line.strip():
@@ -105,7 +105,7 @@ def _blocks(lines: list[str]) -> list[str]:
             if bullet:
                 line = line[bullet.end() :]
             elif entry:
-                numpydoc = entry["colon"] == " :"  # `name : type`, the text is on the lines below
+                numpydoc = entry["colon"] == " :"  # `name : type`; the text is on the lines below
                 line = f"{entry['name']}: {'' if numpydoc else entry['text'] or ''}"
         blocks[-1].append(line.strip())
         previous = indent
@@ -120,7 +120,7 @@ def _plain(block: str) -> str:
 
 
 def _is_prose(block: str) -> bool:
-    """Sentences: enough words, nearly all characters letters and spaces, none of code's or TeX's brackets."""
+    """Whether a block looks like sentences: enough words, nearly only letters and spaces, no brackets of code or TeX."""
     words = block.split()
     if len(words) < 8 or any(character in block for character in "{}\\@"):
         return False

@@ -1,4 +1,4 @@
-"""What mask learning brought: one table for the terminal, `report.json` for programs and `report.html` for people."""
+"""The result of mask learning: a table for the terminal, `report.json` for programs and `report.html` for people."""
 
 from __future__ import annotations
 
@@ -11,63 +11,65 @@ from typing import Any
 
 from maskllm.files import write_json, write_text
 from maskllm.quickstart.formatting import RESULT_COLUMNS, result_cells
-from maskllm.quickstart.page import html_page
 
 DENSE = "dense"
-"""The name of the result that the others are measured against."""
+"""The name of the result of the dense model."""
 
 
 @dataclass(frozen=True)
 class ModelResult:
-    """A model that was evaluated: the dense one, or one with a mask."""
+    """An evaluated model: the dense one, or one with a mask."""
 
     name: str
     perplexity: float
     zeros: float
-    """Share of zeros in the weights of the block's linear layers, 0 to 1."""
+    """Share of zeros in the weights of the blocks' linear layers, 0 to 1."""
     seconds: float | None
-    """Time to make it; None for the dense model."""
+    """Time to make the model; None for the dense model."""
     peak_memory_bytes: int | None
-    """Most memory of all processes together while it was made; None for the dense model."""
+    """Peak memory of all processes together while making the model; None for the dense model."""
     one_shot: bool
-    """Whether it is a one-shot mask on the same frozen weights, which learned masks are compared with."""
+    """Whether the mask is a one-shot mask on the same frozen weights. Learned masks are compared with these."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything a report tells. The mappings hold plain JSON values."""
+    """The contents of a report. The mappings hold plain JSON values."""
 
     model: str
     pattern: str
     evaluation: dict[str, Any]
-    """What the perplexities are of: data, windows and seq_length, and what else there is to tell (dtype, device)."""
+    """How the perplexities were measured: data, windows and seq_length, and more for the reader (dtype, device)."""
     machine: dict[str, Any]
-    """What the times were measured on; keys ending in `_bytes` are sizes."""
+    """The machine that took the times. Keys ending in `_bytes` are sizes."""
     settings: dict[str, Any]
     results: list[ModelResult]
     steps: list[dict[str, Any]]
     """name, seconds and peak_memory_bytes of each step, in order."""
     metrics: list[dict[str, Any]]
-    """The lines of the training's metrics.jsonl (maskllm/training/metrics.py)."""
+    """The lines of the training's metrics.jsonl (`maskllm.training.metrics.MetricsWriter`)."""
 
 
 def best_one_shot(results: list[ModelResult]) -> ModelResult | None:
-    """The one-shot mask with the lowest perplexity; None where there is none."""
+    """The one-shot mask with the lowest perplexity, or None without a one-shot mask."""
     return min((result for result in results if result.one_shot), key=lambda result: result.perplexity, default=None)
 
 
 def times_best_one_shot(result: ModelResult, results: list[ModelResult]) -> float | None:
-    """Perplexity of `result` over that of the best one-shot mask in `results`; None where there is no such number."""
+    """Perplexity of `result` divided by that of the best one-shot mask in `results`.
+
+    None if `results` has no one-shot mask, or if the ratio is not finite.
+    """
     best = best_one_shot(results)
     return _finite(result.perplexity / best.perplexity) if best else None
 
 
 def gap_closed(result: ModelResult, results: list[ModelResult]) -> float | None:
-    """Share of the gap in perplexity between the best one-shot mask and the dense model that `result` closed.
+    """How much of the perplexity gap between the best one-shot mask and the dense model `result` closes.
 
-    (best - p) / (best - dense): 0 is the best one-shot mask, 1 the dense model, negative what is worse than the best one-shot
-    mask. None for the dense model itself, and where there is no gap: no dense model or no one-shot mask among `results`, or the
-    best mask no worse than dense.
+    (best - p) / (best - dense): 0 for the best one-shot mask, 1 for a mask as good as the dense model, negative for a mask worse
+    than the best one-shot mask. None for the dense model itself, and if there is no gap: `results` lacks a dense model or a
+    one-shot mask, or the best one-shot mask is at least as good as the dense model.
     """
     best = best_one_shot(results)
     dense = next((other for other in results if other.name == DENSE), None)
@@ -77,7 +79,7 @@ def gap_closed(result: ModelResult, results: list[ModelResult]) -> float | None:
 
 
 def table(report: Report) -> str:
-    """The results as aligned plain text, a line a model, without a final newline."""
+    """The results as aligned plain text, one line per model, without a final newline."""
     rows = [RESULT_COLUMNS, *map(result_cells, report_dict(report)["results"])]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, tuple("-" * width for width in widths))
@@ -88,10 +90,10 @@ def table(report: Report) -> str:
 
 
 def report_dict(report: Report) -> dict[str, Any]:
-    """What `report.json` holds: every field of `report`, and what follows from them.
+    """The contents of `report.json`: every field of `report`, and values computed from them.
 
-    Added are `best_one_shot` (a name), `seconds` and `peak_memory_bytes` of all steps, and in each result `times_best_one_shot`
-    and `gap_closed`. Numbers that are not finite, which JSON has none of, are null.
+    The computed values are `best_one_shot` (a name), the `seconds` and `peak_memory_bytes` of all steps, and each result's
+    `times_best_one_shot` and `gap_closed`. Infinities and NaN, which JSON cannot hold, become None.
     """
     best = best_one_shot(report.results)
     values = dataclasses.asdict(report)
@@ -105,7 +107,9 @@ def report_dict(report: Report) -> dict[str, Any]:
 
 
 def write_report(report: Report, directory: str | os.PathLike) -> None:
-    """Write `report.json` and `report.html`, which shows the same and needs no other file, into `directory`."""
+    """Write `report.json` and `report.html` into `directory`. Both hold the same; the page needs no other file."""
+    from maskllm.quickstart.page import html_page  # needs matplotlib, which only the extra `quickstart` installs
+
     values = report_dict(report)
     write_json(Path(directory) / "report.json", values)
     write_text(Path(directory) / "report.html", html_page(values))

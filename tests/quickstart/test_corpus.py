@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from maskllm.data import documentation_corpus as corpus
 from maskllm.errors import MaskLLMError
+from maskllm.quickstart import corpus
 from maskllm.quickstart.prose import prose_blocks
 
 NUMPYDOC = """

@@ -12,8 +12,8 @@ gguf = pytest.importorskip("gguf")
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from maskllm.data import smollm2  # noqa: E402
 from maskllm.errors import MaskLLMError  # noqa: E402
+from maskllm.quickstart import smollm2  # noqa: E402
 
 TEXT = ["The model was trained in 2024  17 times, don't ask.", "Zeilen, ночь, 夜 and 3.14159 \n\n 42", "aaa bbb the the"]
 

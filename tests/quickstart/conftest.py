@@ -1,0 +1,46 @@
+"""A report with made-up numbers that are easy to work out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from maskllm.quickstart.report import ModelResult, Report
+
+GIB = 2**30
+
+
+@pytest.fixture
+def report() -> Report:
+    def train(iteration: int, loss: float) -> dict:
+        return {
+            "kind": "train",
+            "iteration": iteration,
+            "loss": loss,
+            "temperature": 4.0 / iteration,
+            "scale": 100.0 * iteration,
+            "mean_max_probability": 0.75,
+            "changed_since_last": 0.01,
+            "changed_since_prior": 0.001 * iteration,
+        }
+
+    return Report(
+        model="SmolLM2",
+        pattern="2:4",
+        evaluation={"data": "held-out.jsonl", "windows": 16, "seq_length": 512, "dtype": "fp32"},
+        machine={"cpu": "a processor", "cores": 2, "memory_bytes": 24 * GIB, "torch": "2.13.0"},
+        settings={"train_iters": 3, "lr": 5e-4, "train_options": ["--hard"], "prior": None},
+        results=[
+            ModelResult("dense", 20.0, 0.0, None, None, one_shot=False),
+            ModelResult("magnitude", 2020.0, 0.5, 3.2, GIB, one_shot=True),
+            ModelResult("wanda", 120.0, 0.5, 61.0, 2 * GIB, one_shot=True),
+            ModelResult("learned", 60.0, 0.5, 400.0, 4 * GIB, one_shot=False),
+        ],
+        steps=[
+            {"name": "convert", "seconds": 100.0, "peak_memory_bytes": GIB},
+            {"name": "train", "seconds": 400.0, "peak_memory_bytes": 4 * GIB},
+        ],
+        metrics=[
+            *(train(iteration, loss) for iteration, loss in ((1, 5.0), (2, 4.5), (3, 4.0))),
+            {"kind": "validation", "iteration": 3, "loss_sampled": 4.25, "loss_winner": 4.125},
+        ],
+    )
