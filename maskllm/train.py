@@ -1,4 +1,7 @@
-"""`torchrun ... -m maskllm.train`: learn the masks of a Megatron checkpoint, on one process or many."""
+"""`torchrun ... -m maskllm.train`: learn the masks of a Megatron checkpoint, on one process or many.
+
+The whole run on one page: parse, open this rank's output, join the other ranks, build, train, and close on every path.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ PROGRAM = "maskllm.train"
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, build, train; returns the exit status.
 
-    0 done, 1 failed, 2 bad usage, 75 stopped by SIGTERM, SIGINT or SIGHUP, saved if there is a `--save` and was a good step, 130
+    0 done; 1 failed; 2 bad usage; 75 stopped by SIGTERM, SIGINT or SIGHUP, and saved if there is a `--save` and was a good step; 130
     interrupted before the first step.
     """
     import megatron_patches
@@ -33,11 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from maskllm.training.surviving.rank_output import rank_output
 
     rank = int(os.environ.get("RANK", "0"))
-    with usage_said_once():
-        arguments = parse_arguments(argv)
     console: TextIO = sys.stderr
     with contextlib.ExitStack() as stack:
         try:
+            with usage_said_once():
+                arguments = parse_arguments(argv)
             arguments.check()  # before the processes wait for each other
             if arguments.save and rank == 0:
                 stack.enter_context(output_lock(Path(arguments.save)))
@@ -47,14 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
                 lambda: _train(arguments, rank, console),
                 tensor_model_parallel_size=arguments.tensor_model_parallel_size,
                 pipeline_model_parallel_size=arguments.pipeline_model_parallel_size,
-                timeout_minutes=arguments.distributed_timeout_minutes + 1,  # the watchdog, which can name the rank, comes first
+                timeout_minutes=arguments.distributed_timeout_minutes
+                + 1,  # so that the watchdog, which can name the rank, is first
             )
+        except SystemExit:
+            raise
         except BaseException as error:
             return report(PROGRAM, error, console)
 
 
 def _train(arguments: TrainArguments, rank: int, console: TextIO) -> int:
-    """Train inside the process group; returns the exit status."""
+    """Train inside of the process group; returns the exit status."""
     import torch.distributed as dist
 
     from maskllm.distributed import job_store
@@ -65,12 +71,12 @@ def _train(arguments: TrainArguments, rank: int, console: TextIO) -> int:
 
     def give_up(line: str) -> None:
         say_failure(PROGRAM, line, console)
-        time.sleep(2)  # for the others to see it too, and to write down where they are
+        time.sleep(2)  # so that the other ranks see it too, and log where they are
         os._exit(1)
 
     if rank == 0:
         implementation = resolve_transformer_impl(arguments.transformer_impl)
-        print(f"{PROGRAM}: {startup_line(implementation, few_bits=arguments.few_bits)}", file=console, flush=True)
+        print(f"{PROGRAM}: {startup_line(implementation, low_precision=arguments.low_precision)}", file=console, flush=True)
         if slow := slow_dtype(arguments.dtype):
             print(f"{PROGRAM}: {slow}", file=console, flush=True)
     store = job_store("heartbeats") or dist.HashStore()

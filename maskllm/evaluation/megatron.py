@@ -33,7 +33,7 @@ def evaluate_checkpoint(
 ) -> Evaluation:
     """Perplexity of a checkpoint on a text that its own tokenizer reads: dense, with its one-shot mask, or with its learned winners.
 
-    Call it inside of `maskllm.megatron.process_groups.parallel_processes`, with all ranks in one tensor-parallel group. Arguments and errors
+    Call it inside of `maskllm.megatron.process_groups.parallel_processes`, all ranks in one tensor-parallel group. Arguments and errors
     are those of `evaluate_hf`; `params_dtype` is fp32 on the CPU and bf16 on a GPU by default.
     """
     checkpoint = resolve(load)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from maskllm import train
 from maskllm.cli import VERBS, main
 from maskllm.cli.train_options import parse_arguments
 from maskllm.errors import MaskLLMError
@@ -25,7 +26,6 @@ from maskllm.failures import run_guarded
 from maskllm.files import atomic_directory, atomic_file, naming
 from maskllm.quickstart.pipeline import QuickstartSettings
 from maskllm.quickstart.steps import Steps
-from maskllm.training.arguments import TrainArguments
 
 
 def refused(capsys, *argv: object) -> str:
@@ -107,10 +107,11 @@ def test_what_an_unset_variable_leaves_is_refused(capsys, tmp_path, monkeypatch,
     assert "--input: found an empty value" in refused(
         capsys, "preprocess", "--input", "a", "", "--output-prefix", "p", "--tokenizer", "t"
     )
-    with pytest.raises(MaskLLMError, match="--save: found an empty value"):
-        TrainArguments(data_path=["data"], load=str(tiny_dense), save="").check()
-    with pytest.raises(MaskLLMError, match="--data-path: found an empty value"):
-        TrainArguments(data_path=["1", ""], load=str(tiny_dense)).check()
+    for options, name in ((["--data-path", "data", "--save", ""], "--save"), (["--data-path", "1", ""], "--data-path")):
+        assert train.main([*options, "--load", str(tiny_dense)]) == 1
+        assert (
+            capsys.readouterr().err == f"maskllm.train: error: {name}: found an empty value; give it one, or leave the option out\n"
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -361,7 +362,7 @@ def test_quickstart_has_two_processes_or_one_where_there_is_one_gpu(monkeypatch)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     QuickstartSettings().check()
     assert QuickstartSettings().processes == 1
-    with pytest.raises(MaskLLMError, match="--processes 2: each wants a GPU of its own, there are 1"):
+    with pytest.raises(MaskLLMError, match="--processes 2: each needs its own GPU, found 1"):
         QuickstartSettings(processes=2).check()
 
 

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskllm.cli import main
 from maskllm.errors import MaskLLMError
-from maskllm.evaluation.huggingface import evaluate_hf, load_hf_model
+from maskllm.evaluation.huggingface import block_weights, evaluate_hf, load_hf_model, zero_share
 from maskllm.evaluation.perplexity import cut_windows, next_token_nll, perplexity
+from maskllm.export.mask_file import write_mask_file
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -78,7 +79,7 @@ def test_command_line_writes_what_it_prints(model_directory, text_file, tmp_path
     [
         (["--model", "nowhere"], "nowhere: no such directory"),
         (["--data", "nowhere.txt"], "nowhere.txt: no such file"),
-        (["--seq-length", "65"], "--seq-length 65 is longer than the model's context of 64 tokens"),
+        (["--seq-length", "65"], "--seq-length 65: the model has a context of 64 tokens"),
         (["--seq-length", "1"], "a window needs at least 2 tokens"),
         (["--max-windows", "0"], "--max-windows 0"),
         (["--data", "short.txt"], "less than one window of 32"),
@@ -128,7 +129,7 @@ def test_a_tokenizer_of_another_model_is_refused(model_directory, text_file, tmp
     model = AutoModelForCausalLM.from_pretrained(model_directory)
     model.resize_token_embeddings(100)
     model.save_pretrained(tmp_path)
-    with pytest.raises(MaskLLMError, match="the model's embedding has 100 rows"):
+    with pytest.raises(MaskLLMError, match="tokenizer: found token 299, wanted less than the model's vocabulary of 100"):
         evaluate_hf(tmp_path, text_file, seq_length=32)
 
 
@@ -139,3 +140,28 @@ def test_what_to_evaluate_is_checked_before_the_model_is_loaded(model_directory,
         evaluate_hf(broken, text_file, seq_length=8, mask_file=tmp_path / "nowhere.npz")
     with pytest.raises(MaskLLMError, match="--max-windows 0: wanted at least 1"):
         evaluate_hf(broken, text_file, seq_length=8, max_windows=0)
+
+
+def test_evaluating_with_a_mask_file_is_evaluating_the_masked_model(model_directory, text_file, tmp_path, capsys):
+    model = AutoModelForCausalLM.from_pretrained(model_directory)
+    weights = block_weights(model)
+    assert len(weights) == 2 * 7 and not any("lm_head" in name or "embed" in name for name in weights)
+    torch.manual_seed(1)
+    masks = {}
+    for name, weight in weights.items():  # 2 of 4
+        order = torch.rand(weight.shape[0], weight.shape[1] // 4, 4).argsort(-1)
+        masks[name] = (order < 2).flatten(1)
+        weight *= masks[name]
+    assert zero_share(weights) == 0.5
+    model.save_pretrained(tmp_path / "sparse")
+    for file in model_directory.glob("tokenizer*"):
+        (tmp_path / "sparse" / file.name).write_bytes(file.read_bytes())
+    write_mask_file(tmp_path / "masks.npz", masks.items())
+    arguments = ["--data", str(text_file), "--seq-length", "48", "--params-dtype", "fp32", "--json", str(tmp_path / "out.json")]
+    assert main(["evaluate", "--model", str(model_directory), "--mask", str(tmp_path / "masks.npz"), *arguments]) == 0
+    masked = json.loads((tmp_path / "out.json").read_text())
+    sparse = evaluate_hf(tmp_path / "sparse", text_file, seq_length=48, dtype=torch.float32)
+    dense = evaluate_hf(model_directory, text_file, seq_length=48, dtype=torch.float32)
+    assert masked["perplexity"] == pytest.approx(sparse.perplexity, rel=1e-9)
+    assert abs(math.log(dense.perplexity / sparse.perplexity)) > 0.01
+    assert masked["zeros"] == sparse.zeros == 0.5 and dense.zeros == 0

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from maskllm.cli import main
 from maskllm.errors import MaskLLMError
-from maskllm.evaluation.huggingface import block_weights, evaluate_hf, zero_share
 from maskllm.export.mask_file import apply_mask_file, write_mask_file
 
 NAMES = ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"]
@@ -105,28 +100,3 @@ def test_a_failing_writer_leaves_nothing(tmp_path, masks):
     with pytest.raises(RuntimeError):
         write_mask_file(tmp_path / "masks.npz", failing())
     assert not list(tmp_path.iterdir())
-
-
-def test_evaluating_with_a_mask_file_is_evaluating_the_masked_model(model_directory, text_file, tmp_path, capsys):
-    model = AutoModelForCausalLM.from_pretrained(model_directory)
-    weights = block_weights(model)
-    assert len(weights) == 2 * 7 and not any("lm_head" in name or "embed" in name for name in weights)
-    torch.manual_seed(1)
-    masks = {}
-    for name, weight in weights.items():  # 2 of 4
-        order = torch.rand(weight.shape[0], weight.shape[1] // 4, 4).argsort(-1)
-        masks[name] = (order < 2).flatten(1)
-        weight *= masks[name]
-    assert zero_share(weights) == 0.5
-    model.save_pretrained(tmp_path / "sparse")
-    for file in model_directory.glob("tokenizer*"):
-        (tmp_path / "sparse" / file.name).write_bytes(file.read_bytes())
-    write_mask_file(tmp_path / "masks.npz", masks.items())
-    arguments = ["--data", str(text_file), "--seq-length", "48", "--params-dtype", "fp32", "--json", str(tmp_path / "out.json")]
-    assert main(["evaluate", "--model", str(model_directory), "--mask", str(tmp_path / "masks.npz"), *arguments]) == 0
-    masked = json.loads((tmp_path / "out.json").read_text())
-    sparse = evaluate_hf(tmp_path / "sparse", text_file, seq_length=48, dtype=torch.float32)
-    dense = evaluate_hf(model_directory, text_file, seq_length=48, dtype=torch.float32)
-    assert masked["perplexity"] == pytest.approx(sparse.perplexity, rel=1e-9)
-    assert abs(np.log(dense.perplexity / sparse.perplexity)) > 0.01
-    assert masked["zeros"] == sparse.zeros == 0.5 and dense.zeros == 0

@@ -116,7 +116,7 @@ def fused_locations(model: PreTrainedModel, config) -> dict[str, Location]:
 
 @pytest.mark.parametrize("name", ["one_group", "gpt2"])
 def test_both_frames_compute_the_same_losses_and_gradients(name, sampler, tmp_path, monkeypatch):
-    """Megatron's fused linears and transformers' separate ones under the same draws: each draw is a function of the weight's place alone."""
+    """Megatron has fused linears, transformers separate ones; a draw is a function of the weight's place alone."""
     monkeypatch.setitem(CONFIGS, "one_group", CONFIGS["llama2"] | {"num_key_value_heads": 1})
     monkeypatch.setitem(CONFIGS, "gpt2", CONFIGS["gpt2"] | {"n_head": 1})
     model = write_tiny(name, tmp_path / "hf")

@@ -255,7 +255,7 @@ def test_only_what_goes_between_nodes_goes_at_the_networks_speed(layout, sequenc
         (("--gpu-memory", "-1"), "--gpu-memory: found -1.0"),
         (("--num-gpus", "0"), "--num-gpus: found 0"),
         (("--recompute-method", "block"), "--recompute-method: wanted only with"),
-        (("--pattern", "2:6"), "hidden size: its"),
+        (("--pattern", "2:6"), "self_attention.linear_qkv: its"),
         (("--num-gpus", "512",), "--global-batch-size 256: wanted a multiple"),
         (("--seq-length", "4097"), "--seq-length 4097: the model has a context of 4096 tokens"),
         (("--seq-length", "0"), "--seq-length: found 0"),

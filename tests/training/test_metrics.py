@@ -90,7 +90,7 @@ def test_a_signal_during_validation_saves_without_waiting_for_its_end(steps, tmp
     early = pytest.raises(StoppedError, match="after iteration 1; saved at iteration 1") if steps > 1 else contextlib.nullcontext()
     with parallel_processes(), early:
         Trainer(arguments, console=console, progress=progress).train()
-    assert "a signal has broken off the validation after iteration 1" in console.getvalue()
+    assert "a signal stopped the validation after iteration 1" in console.getvalue()
     validated = [place for place in places if "validation" in place]
     assert len(validated) == 1 + 2, "one batch of two micro-batches, of 2 x 50"
     assert resolve(tmp_path / "run").iteration == 1
