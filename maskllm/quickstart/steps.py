@@ -56,19 +56,19 @@ class Steps:
         self.names.append(name)
         command = None if callable(work) else [str(part) for part in work]
         # The first word of a command is the interpreter's path, which is not a setting.
-        told = command[1:] if command else [f"{work.__module__}.{work.__qualname__}", *map(str, arguments)]
-        self._identity = hashlib.sha256(json.dumps([self._identity, told]).encode()).hexdigest()
+        settings = command[1:] if command else [f"{work.__module__}.{work.__qualname__}", *map(str, arguments)]
+        self._identity = hashlib.sha256(json.dumps([self._identity, settings]).encode()).hexdigest()
         record = self.records.get(name, {})
         if record.get("identity") == self._identity and "seconds" in record and output.exists():
             print(f"[{name}] done before", file=sys.stderr, flush=True)
             return
         print(f"[{name}] {shlex.join(command) if command else work.__doc__.splitlines()[0]}", file=sys.stderr, flush=True)
-        cut_short = record.get("identity") == self._identity and "seconds" not in record
-        if not (cut_short and can_resume):
+        interrupted = record.get("identity") == self._identity and "seconds" not in record
+        if not (interrupted and can_resume):
             _remove(output)
-        if not cut_short:
-            record = {"identity": self._identity, "told": told, "seconds_before": 0.0}
-            self._note(name, record)  # before the work, so that the next run can continue even after SIGKILL
+        if not interrupted:
+            record = {"identity": self._identity, "told": settings, "seconds_before": 0.0}
+            self._save(name, record)  # before the work, so that the next run can continue even after SIGKILL
         started = time.perf_counter()
         with peak_memory() as peak:
             try:
@@ -78,12 +78,12 @@ class Steps:
                     _run_function(name, work, arguments)
             except BaseException:
                 record["seconds_before"] += time.perf_counter() - started
-                self._note(name, record)
+                self._save(name, record)
                 raise
         seconds = record.pop("seconds_before") + time.perf_counter() - started
-        self._note(name, record | {"seconds": seconds, "peak_memory_bytes": peak["bytes"]})
+        self._save(name, record | {"seconds": seconds, "peak_memory_bytes": peak["bytes"]})
 
-    def _note(self, name: str, record: dict[str, Any]) -> None:
+    def _save(self, name: str, record: dict[str, Any]) -> None:
         self.records[name] = record
         write_json(self.file, self.records)
 
@@ -129,7 +129,7 @@ def _tree_memory() -> int:
     return total
 
 
-def _waited(wait: Callable[[], Any], terminate: Callable[[], None]) -> Any:
+def _wait_for_child(wait: Callable[[], Any], terminate: Callable[[], None]) -> Any:
     """Call `wait`, which waits for a child process to end, and return its result.
 
     Raises StoppedError after SIGTERM, which is passed on by `terminate`, and KeyboardInterrupt after SIGINT, which the terminal
@@ -157,14 +157,14 @@ def _waited(wait: Callable[[], Any], terminate: Callable[[], None]) -> Any:
 def _run_command(name: str, command: Sequence[str]) -> None:
     # The seconds that torchrun gives its processes to save after a signal. Its default is 30.
     process = subprocess.Popen(command, env={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "240"} | os.environ)
-    if status := _waited(process.wait, process.terminate):
+    if status := _wait_for_child(process.wait, process.terminate):
         raise MaskLLMError(f"step {name} ended with exit status {status}; its own message is above")
 
 
 def _run_function(name: str, work: Callable[..., Any], arguments: Sequence[Any]) -> None:
     process = multiprocessing.get_context("spawn").Process(target=_guarded, args=(f"step {name}", work, *arguments))
     process.start()
-    _waited(process.join, process.terminate)
+    _wait_for_child(process.join, process.terminate)
     if process.exitcode:
         raise MaskLLMError(f"step {name} ended with exit status {process.exitcode}; its own message is above")
 
