@@ -1,23 +1,19 @@
-"""Run the same pipeline with two checkouts of the project and compare, bit for bit, everything that they write.
+"""Run the same pipeline with two checkouts of the project and compare everything that they write, bit for bit.
 
 usage: python benchmarks/same_bits.py --before DIR --after DIR
 
-A checkout is a copy of the repository with its kernels built. Both run the commands below on the same tiny random models and the same
-text, on the CPU: preprocess, convert, prune, ten training steps under several layouts and options, resumed runs, trim, export and
-evaluate. Everything they write is compared except FILES_NOT_COMPARED and the numbers that are times or memory: tensors, arrays, JSON
-values, lines of metrics, and all other files byte for byte. Two more comparisons follow: each run that was resumed after five steps with
-the run of ten steps, and the run that --after resumed from a checkpoint of --before with the run of --before. Exits with 1 if anything
-differs. Checkpoints are read with torch.distributed.checkpoint, not with the code of a checkout.
+A checkout is a copy of the repository with its kernels built. Both run the same commands on the same tiny random models and the same
+text, on the CPU: preprocess, convert, prune, ten training steps with several parallel layouts and options (`RUNS`), resumed runs, trim,
+export and evaluate. `bitwise.compare` compares all outputs. It also compares each resumed run with its uninterrupted run, and a run of
+--before with the run that --after resumed from its checkpoint. The exit status is 1 if anything differs.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import pydoc_data.topics
-import re
 import shutil
 import subprocess
 import sys
@@ -25,20 +21,11 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-FILES_NOT_COMPARED = re.compile(r".*\.distcp|\.metadata|manifest\.json|\.lock|rank_\d+\.log")
-"""Names of the files that hold checkpoint tensors (the tensors are compared instead), their checksums, and what a run says of itself."""
-COSTS = re.compile(r".*(seconds|memory|_per_second).*")
-"""Keys of JSON values that differ between two runs of the same code."""
+from bitwise import compare
 
 STEPS, SAVE_INTERVAL = 10, 5
 TRAIN = (
@@ -48,53 +35,62 @@ TRAIN = (
 CALIBRATION = "--calibration-data data_text_document --calibration-samples 8 --seq-length 64 --pack --params-dtype fp32"
 RUNS = {  # name: processes, prior, options
     "tp1": (1, "wanda", "--params-dtype fp32"),
+    "low_precision": (1, "sparsegpt", "--params-dtype fp32 --mask-logits-dtype bf16 --optimizer-state-dtype 8bit"),
+    "selective": (1, "wanda", "--params-dtype fp32 --recompute-granularity selective --recompute-modules mlp masked_weight"),
+    "full": (1, "wanda", "--params-dtype fp32 --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
+    "hard": (1, "wanda", "--params-dtype fp32 --hard --mask-sample-interval step"),
     "tp2": (2, "wanda", "--params-dtype fp32 --tensor-model-parallel-size 2"),
     "pp2": (2, "wanda", "--params-dtype fp32 --pipeline-model-parallel-size 2 --async-save"),
     "dp2": (2, "magnitude", "--params-dtype fp32 --use-distributed-optimizer"),
     "bf16": (2, "sparsegpt", "--params-dtype bf16 --tensor-model-parallel-size 2 --sequence-parallel"),
-    "low_precision": (1, "updated", "--params-dtype fp32 --mask-logits-dtype bf16 --optimizer-state-dtype 8bit"),
-    "selective": (1, "wanda", "--params-dtype fp32 --recompute-granularity selective --recompute-modules mlp masked_weight"),
-    "full": (1, "wanda", "--params-dtype fp32 --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"),
-    "hard": (1, "wanda", "--params-dtype fp32 --hard --mask-sample-interval step"),
     "gpt2": (2, "gpt2/wanda", "--params-dtype fp32 --pipeline-model-parallel-size 2"),
 }
 RESUMED = ("tp1", "tp2")
 
-Command = tuple[int, str]
-"""How many processes, and the words after `python -m`."""
+IN_TURN = """
+import runpy, sys
+for command in sys.argv[1:]:
+    print(command, file=sys.stderr, flush=True)
+    sys.argv = command.split()
+    try:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if end.code:
+            raise
+"""
+"""A program that runs each of its arguments as `python -m` would, but starts Python and imports PyTorch only once."""
 
 
-def prune(output: str, options: str, dense: str = "dense") -> str:
-    """The words that prune the checkpoint `dense`."""
+def prune_command(output: str, options: str, dense: str = "dense") -> str:
+    """The command that prunes the checkpoint `dense`."""
     return f"maskllm prune --load {dense} --output {output} --json {output}.json {options}"
 
 
-def train(name: str) -> Command:
-    """A run of `RUNS`; a second time, it goes on from what it finds in its directory."""
-    processes, prior, options = RUNS[name]
-    return processes, f"maskllm.train --pretrained-checkpoint {prior} --load run/{name} --save run/{name} {TRAIN} {options}"
+def train_command(name: str) -> str:
+    """The command that starts a run of `RUNS`, or resumes it if run/NAME holds a checkpoint."""
+    _, prior, options = RUNS[name]
+    return f"maskllm.train --pretrained-checkpoint {prior} --load run/{name} --save run/{name} {TRAIN} {options}"
 
 
-def finish(name: str) -> list[Command]:
-    """Trim, export and evaluate what the run `name` has learned."""
+def finish_commands(name: str) -> list[str]:
+    """The commands that trim, export and evaluate what the run `name` has learned."""
     evaluate = "--data ../inputs/held_out.txt --seq-length 64 --max-windows 8 --json"
     return [
-        (1, f"maskllm trim --load run/{name} --output trimmed/{name} --json trim_{name}.json"),
-        (1, f"maskllm export --load trimmed/{name} --output hf/{name} --mask-file {name}.mask.npz --json export_{name}.json"),
-        (1, f"maskllm evaluate --model hf/{name} {evaluate} evaluate_hf_{name}.json"),
-        (1, f"maskllm evaluate --load run/{name} --params-dtype fp32 {evaluate} evaluate_{name}.json"),
+        f"maskllm trim --load run/{name} --output trimmed/{name} --json trim_{name}.json",
+        f"maskllm export --load trimmed/{name} --output hf/{name} --mask-file {name}.mask.npz --json export_{name}.json",
+        f"maskllm evaluate --model hf/{name} {evaluate} evaluate_hf_{name}.json",
+        f"maskllm evaluate --load run/{name} --params-dtype fp32 {evaluate} evaluate_{name}.json",
     ]
 
 
-BEFORE_TRAINING: list[Command] = [
-    (1, "maskllm preprocess --input ../inputs/text.jsonl --output-prefix data --tokenizer ../inputs/llama --append-eod"),
-    (1, "maskllm convert --hf ../inputs/llama --output dense"),
-    (1, "maskllm convert --hf ../inputs/gpt2 --output gpt2/dense"),
-    (1, prune("magnitude", "--method magnitude")),
-    (1, prune("wanda", f"--method wanda {CALIBRATION}")),
-    (1, prune("sparsegpt", f"--method sparsegpt {CALIBRATION}")),
-    (2, prune("updated", f"--method sparsegpt --update-weights {CALIBRATION}")),
-    (1, prune("gpt2/wanda", f"--method wanda {CALIBRATION}", "gpt2/dense")),
+FIRST = [
+    "maskllm preprocess --input ../inputs/text.jsonl --output-prefix data --tokenizer ../inputs/llama --append-eod",
+    "maskllm convert --hf ../inputs/llama --output dense",
+    "maskllm convert --hf ../inputs/gpt2 --output gpt2/dense",
+    prune_command("magnitude", "--method magnitude"),
+    prune_command("wanda", f"--method wanda {CALIBRATION}"),
+    prune_command("sparsegpt", f"--method sparsegpt {CALIBRATION}"),
+    prune_command("gpt2/wanda", f"--method wanda {CALIBRATION}", "gpt2/dense"),
 ]
 
 
@@ -102,7 +98,9 @@ def make_inputs(folder: Path) -> None:
     """Two random models with a tokenizer, JSON lines to learn from, and a held-out text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     folder.mkdir(parents=True)
     documents = [text[:3000] for _, text in sorted(pydoc_data.topics.topics.items())][:60]
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents[10:]), encoding="utf-8")
@@ -126,10 +124,10 @@ def make_inputs(folder: Path) -> None:
 
 
 class Runner:
-    """Runs commands with one checkout, in a folder of its own that holds relative paths alone, so that both checkouts write the same."""
+    """Runs commands with one checkout, in its own folder. All paths are relative, so both checkouts record the same paths."""
 
     failed = threading.Event()
-    """Some checkout's command has failed: the other ends after its own."""
+    """Set when a command fails; the other checkout then starts no further command."""
 
     def __init__(self, name: str, checkout: Path, folder: Path) -> None:
         self.name = name
@@ -150,115 +148,43 @@ class Runner:
             raise SystemExit(f"{self.name}: {' '.join(words)}\nexit status {done.returncode}:\n{done.stderr[-4000:]}")
         return done.stdout
 
-    def run(self, command: Command) -> None:
-        """One command and one line about it."""
+    def run(self, processes: int, *commands: str) -> None:
+        """Run one command in several processes under torchrun, or several commands in one process; print them and their seconds."""
         if self.failed.is_set():
             raise SystemExit(f"{self.name}: stopped, since the other checkout failed")
-        processes, words = command
-        launcher = [] if processes == 1 else ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
         started = time.monotonic()
-        self._run([sys.executable, "-m", *launcher, *words.split()])
-        print(f"{self.name:6} {time.monotonic() - started:5.1f} s  {words[:110]}", flush=True)
+        if processes == 1:
+            self._run([sys.executable, "-c", IN_TURN, *commands])
+        else:
+            torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+            self._run([sys.executable, "-m", *torchrun, *commands[0].split()])
+        lines = f"\n{'':16}".join(command[:110] for command in commands)
+        print(f"{self.name:6} {time.monotonic() - started:6.1f} s {lines}", flush=True)
 
-    def resume(self, name: str, checkpoints: Path, keep: str) -> None:
-        """Run `name` again from the checkpoint after five steps below `checkpoints`; keep what is there now as run/KEEP."""
+    def train(self, name: str) -> None:
+        """Start or resume one of `RUNS`."""
+        self.run(RUNS[name][0], train_command(name))
+
+    def go_back(self, name: str, whole: Path, keep: str) -> None:
+        """Rename run/NAME to run/KEEP and copy the state after five steps of the run in `whole` to run/NAME, to resume it there."""
         run = self.folder / "run" / name
         run.rename(run.with_name(keep))
         saved = f"iter_{SAVE_INTERVAL:07d}"
-        shutil.copytree(checkpoints / saved, run / saved)
+        shutil.copytree(whole / saved, run / saved)
         (run / "latest_checkpointed_iteration.txt").write_text(f"{SAVE_INTERVAL}\n")
-        shutil.copy(checkpoints / "metrics.jsonl", run)
-        self.run(train(name))
+        shutil.copy(whole / "metrics.jsonl", run)
 
     def pipeline(self) -> None:
-        """Every command; the resumed runs are in run/NAME, the runs of ten steps before them in run/NAME_whole."""
-        for command in [*BEFORE_TRAINING, *map(train, RUNS)]:
-            self.run(command)
+        """Run every command. Resumed runs are in run/NAME, and the runs of ten steps that they must equal in run/NAME_whole."""
+        self.run(1, *FIRST, *(train_command(name) for name, (processes, *_) in RUNS.items() if processes == 1))
+        for name, (processes, *_) in RUNS.items():
+            if processes > 1:
+                self.train(name)
+        self.run(2, prune_command("updated", f"--method sparsegpt --update-weights {CALIBRATION}"))
         for name in RESUMED:
-            self.resume(name, self.folder / "run" / name, f"{name}_whole")
-        for command in [*finish("tp1"), *finish("gpt2")]:
-            self.run(command)
-
-
-def without_costs(value: Any) -> Any:
-    """JSON values without times and memory."""
-    if isinstance(value, dict):
-        return {key: without_costs(one) for key, one in value.items() if not COSTS.fullmatch(key)}
-    return [without_costs(one) for one in value] if isinstance(value, list) else value
-
-
-def read_checkpoint(directory: Path) -> dict[str, Any]:
-    """Everything that a torch_dist checkpoint holds by key: tensors, and objects as Megatron stores them."""
-    reader = dcp.FileSystemReader(directory)
-    state = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype) if isinstance(entry, TensorStorageMetadata) else None
-        for key, entry in reader.read_metadata().state_dict_metadata.items()
-    }
-    dcp.load(state, storage_reader=reader, no_dist=True)
-    return state
-
-
-READERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
-    ".json": ("JSON values", lambda path: without_costs(json.loads(path.read_text()))),
-    ".jsonl": ("lines", lambda path: [without_costs(json.loads(line)) for line in path.read_text().splitlines()]),
-    ".npz": ("arrays", lambda path: dict(np.load(path))),
-    ".pt": ("values of common.pt", lambda path: torch.load(path, weights_only=True)),
-}
-"""By suffix: what the entries are called, and how a file is read. Other files are compared byte for byte."""
-
-
-def difference(first: Any, second: Any, name: str = "") -> str | None:
-    """The first difference of two values, with its place; None if all bits are the same (NaN equals itself, 0 is not -0)."""
-    if type(first) is not type(second):
-        return f"{name}: {first!r:.80} and {second!r:.80}"
-    if isinstance(first, list | tuple):
-        first, second = dict(enumerate(first)), dict(enumerate(second))
-    if isinstance(first, dict):
-        for key in dict.fromkeys([*first, *second]):
-            if key not in first or key not in second:
-                return f"{name}[{key}]: only in the {'first' if key in first else 'second'}"
-            if found := difference(first[key], second[key], f"{name}[{key}]"):
-                return found
-        return None
-    if isinstance(first, io.BytesIO):
-        first, second = first.getvalue(), second.getvalue()
-    if isinstance(first, bytes):
-        first, second = np.frombuffer(first, np.uint8), np.frombuffer(second, np.uint8)
-    if isinstance(first, np.ndarray):
-        first, second = torch.from_numpy(first.copy()), torch.from_numpy(second.copy())
-    if isinstance(first, torch.Tensor):
-        first, second = (value.detach().contiguous() for value in (first, second))
-        if (first.dtype, first.shape) != (second.dtype, second.shape):
-            return f"{name}: {first.dtype} {list(first.shape)} and {second.dtype} {list(second.shape)}"
-        bits = [value.reshape(-1).view(torch.uint8).view(-1, value.element_size()) for value in (first, second)]
-        places = (bits[0] != bits[1]).any(-1).nonzero().view(-1)
-        if len(places) == 0:
-            return None
-        place, values = int(places[0]), [value.reshape(-1)[places[0]].item() for value in (first, second)]
-        return f"{name}: {len(places)} of {first.numel()} entries, at {place} {values[0]!r} and {values[1]!r}"
-    return None if repr(first) == repr(second) else f"{name}: {first!r:.80} and {second!r:.80}"
-
-
-def compare(first: Path, second: Path, counts: Counter[str]) -> list[str]:
-    """Compare two files or directories; returns a line for each file or checkpoint that differs, and counts what was compared."""
-    if not (first.exists() and second.exists()):
-        return [f"{first.name}: only {first if first.exists() else second} is there"]
-    if first.is_dir() and second.is_dir():
-        names = {path.name for folder in (first, second) for path in folder.iterdir()}
-        found = [line for name in sorted(names) for line in compare(first / name, second / name, counts)]
-        if (first / ".metadata").is_file() and (second / ".metadata").is_file():
-            tensors = read_checkpoint(first)
-            counts["checkpoints"] += 1
-            counts["tensors"] += sum(isinstance(tensor, torch.Tensor) for tensor in tensors.values())
-            found += filter(None, [difference(tensors, read_checkpoint(second), str(first))])
-        return found
-    if FILES_NOT_COMPARED.fullmatch(first.name):
-        return []
-    kind, read = READERS.get(first.suffix, ("bytes", Path.read_bytes))
-    one, other = read(first), read(second)
-    counts["files"] += 1
-    counts[kind] += len(one)
-    return list(filter(None, [difference(one, other, str(first))]))
+            self.go_back(name, self.folder / "run" / f"{name}_whole", f"{name}_whole")
+            self.train(name)
+        self.run(1, *finish_commands("tp1"), *finish_commands("gpt2"))
 
 
 def listed(counts: Counter[str]) -> str:
@@ -282,7 +208,8 @@ def run_and_compare(before: Path, after: Path, work: Path) -> int:
     with ThreadPoolExecutor() as pool:  # side by side
         list(pool.map(Runner.pipeline, runners))
     old, new = (runner.folder for runner in runners)
-    runners[1].resume("tp2", old / "run" / "tp2_whole", "tp2_resumed")
+    runners[1].go_back("tp2", old / "run" / "tp2_whole", "tp2_resumed")
+    runners[1].train("tp2")
     (new / "run" / "tp2").rename(work / "tp2_across")
     (new / "run" / "tp2_resumed").rename(new / "run" / "tp2")
     totals: Counter[str] = Counter()
@@ -302,8 +229,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--before", type=Path, required=True, metavar="DIR", help="a checkout of the project, its kernels built")
     parser.add_argument("--after", type=Path, required=True, metavar="DIR", help="the checkout that must write the same")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="folder for all outputs, which stay; default: a temporary one")
+    parser.add_argument(
+        "--work", type=Path, metavar="DIR", help="a new folder for all outputs, which stay; default: a temporary one"
+    )
     args = parser.parse_args()
+    if args.work is not None and args.work.exists():
+        parser.error(f"--work {args.work}: exists already; wanted a new folder")
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         differ = run_and_compare(args.before.resolve(), args.after.resolve(), (args.work or Path(temporary) / "work").resolve())

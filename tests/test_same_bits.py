@@ -13,7 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
-from benchmarks.same_bits import compare, difference
+from benchmarks.bitwise import compare, difference
 
 METRICS = [{"kind": "train", "iteration": step, "loss": 2.5 - step / 8, "tokens_per_second": 100.0 + step} for step in range(3)]
 
