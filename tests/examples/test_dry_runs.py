@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from maskllm.cli.train_options import parse_arguments
 from maskllm.files import write_json
-from maskllm.training.arguments import TrainArguments, parse_arguments
+from maskllm.training.arguments import TrainArguments
 from tests.examples.scripts import (
     ALL,
     EXAMPLES,

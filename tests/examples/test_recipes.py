@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.torch import load_file
+from transformers import AutoConfig
 
-from tests.examples.scripts import EXAMPLES, RECIPES, RUN, bash, environment, reserved_port, stand_ins
+from maskllm.cli import main
+from tests.examples.scripts import EXAMPLES, RECIPES, RUN, bash, dry_run, environment, reserved_port, stand_ins
 from tests.ranks import Pool
 
 pytestmark = pytest.mark.slow
@@ -125,21 +129,35 @@ def test_a_slurm_job_resumes_the_training_on_two_nodes(finished):
     finished.check_end(validation)
 
 
-@pytest.mark.parametrize("recipe", ["llama3.1-8b", "nemotron4-15b", "gpt3-2b"])
+@pytest.mark.parametrize("recipe", ["nemotron4-15b", "gpt3-2b"])
 def test_all_steps_run_for_other_families(recipe, ranks, tmp_path):
     run = Run(recipe, tmp_path, {"SHARDS": 0}, ranks)
     run.step("all")
     run.check_results()
 
 
-@pytest.mark.parametrize("recipe", ["llama2-13b", "llama3-8b", "gpt3-843m"])
-def test_every_other_recipe_makes_and_converts_its_tiny_model(recipe, ranks, tmp_path):
-    run = Run(recipe, tmp_path, {}, ranks)
-    run.step("1_download")
-    run.step("3_convert")
-    config = json.loads((run.output / "hf-original" / "config.json").read_text())
-    assert config["model_type"] == ("gpt2" if recipe.startswith("gpt3") else "llama")
-    assert json.loads((run.output / "convert.json").read_text())
+@pytest.mark.parametrize(
+    ("recipe", "family", "rope_type"),
+    [
+        ("llama2-13b", "llama", "default"),
+        ("llama3-8b", "llama", "default"),
+        ("llama3.1-8b", "llama", "llama3"),
+        ("gpt3-843m", "gpt2", None),
+    ],
+)
+def test_the_other_recipes_make_and_convert_their_tiny_model(recipe, family, rope_type, tmp_path, monkeypatch):
+    """The printed commands, run in this process."""
+    monkeypatch.chdir(tmp_path)
+    (download,) = dry_run(recipe, "1_download", tmp_path, MODEL="tiny")
+    monkeypatch.setattr(sys, "argv", download[1:])
+    runpy.run_path(download[1], run_name="__main__")
+    (convert,) = dry_run(recipe, "3_convert", tmp_path, MODEL="tiny")
+    assert main(convert[1:]) == 0
+    output = tmp_path / "outputs" / "tiny" / recipe
+    config = AutoConfig.from_pretrained(output / "hf-original")
+    assert config.model_type == family
+    assert getattr(config, "rope_parameters", {"rope_type": None})["rope_type"] == rope_type
+    assert (output / "dense" / "latest_checkpointed_iteration.txt").is_file()
 
 
 @pytest.mark.long
