@@ -27,10 +27,10 @@ import megatron_patches
 megatron_patches.import_megatron()
 
 from maskllm.checkpoints.convert import convert  # noqa: E402
+from maskllm.cli.train_options import parse_arguments  # noqa: E402
 from maskllm.files import write_json  # noqa: E402
 from maskllm.planning.memory import Layout, largest_stage  # noqa: E402
 from maskllm.planning.models import named_model  # noqa: E402
-from maskllm.training.arguments import parse_arguments  # noqa: E402
 
 RUNS = {
     "pipeline": (2, ["--pipeline-model-parallel-size", "2"]),

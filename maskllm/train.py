@@ -64,7 +64,9 @@ def _train(arguments: TrainArguments, rank: int, console: TextIO) -> int:
     import torch.distributed as dist
 
     from maskllm.distributed import job_store
-    from maskllm.environment.optional_parts import resolve_transformer_impl, slow_dtype, startup_line
+    from maskllm.environment.cpu_speed import slow_dtype_warning
+    from maskllm.environment.optional_parts import resolve_transformer_impl
+    from maskllm.environment.startup import startup_line
     from maskllm.failures import report, say_failure
     from maskllm.training.loop import Trainer
     from maskllm.training.surviving.watchdog import Watchdog
@@ -77,7 +79,7 @@ def _train(arguments: TrainArguments, rank: int, console: TextIO) -> int:
     if rank == 0:
         implementation = resolve_transformer_impl(arguments.transformer_impl)
         print(f"{PROGRAM}: {startup_line(implementation, low_precision=arguments.low_precision)}", file=console, flush=True)
-        if slow := slow_dtype(arguments.dtype):
+        if slow := slow_dtype_warning(arguments.dtype):
             print(f"{PROGRAM}: {slow}", file=console, flush=True)
     store = job_store("heartbeats") or dist.HashStore()
     limit = arguments.distributed_timeout_minutes * 60

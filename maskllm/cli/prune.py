@@ -14,7 +14,7 @@ import torch
 from maskllm.cli.measure import measured
 from maskllm.cli.options import writable_file
 from maskllm.dtypes import BY_FLAG, COMPUTE
-from maskllm.environment.optional_parts import slow_dtype
+from maskllm.environment.cpu_speed import slow_dtype_warning
 from maskllm.errors import MaskLLMError, flag
 from maskllm.failures import run_guarded
 from maskllm.files import write_json
@@ -92,7 +92,7 @@ def _without_data(args: argparse.Namespace, settings: PruneSettings) -> None:
 
 def _with_data(args: argparse.Namespace, settings: PruneSettings, calibration: Calibration) -> None:
     """All ranks prune on calibration data."""
-    if torch.distributed.get_rank() == 0 and (slow := slow_dtype(calibration.params_dtype)):
+    if torch.distributed.get_rank() == 0 and (slow := slow_dtype_warning(calibration.params_dtype)):
         print(f"maskllm prune: {slow}", file=sys.stderr)
     with measured() as cost:
         path, report = prune_calibrated(args.load, args.output, settings, calibration)

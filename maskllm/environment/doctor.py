@@ -1,6 +1,6 @@
 """`maskllm doctor`: what this installation and this machine have, what is missing, and whether training can run.
 
-Nothing is imported at the top that may be missing or broken: telling that is what this is for.
+Packages that may be missing or broken are imported inside functions, so that this module can report on them.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class Diagnosis:
     """What was found."""
 
     found: dict[str, Any] = field(default_factory=dict)
-    """By part, JSON values; None for what is not there."""
+    """Name of a part -> JSON value, None if the part is missing."""
     missing: list[str] = field(default_factory=list)
-    """What is not there and not needed: each with what it would bring."""
+    """Missing parts that training does not need, each with what it would bring."""
     problems: list[str] = field(default_factory=list)
-    """Why training cannot run; empty where it can."""
+    """Why training cannot run; empty if it can."""
 
     def lines(self) -> list[str]:
         """The diagnosis as text."""
@@ -76,16 +76,17 @@ def examine() -> Diagnosis:
 
 
 def _import(diagnosis: Diagnosis, name: str) -> ModuleType | None:
+    """Import a module. A failure becomes a problem, unless a problem already names the package that is missing."""
     try:
         return importlib.import_module(name)
-    except MaskLLMError:  # the kernels do not fit, of which `_kernels` tells
+    except MaskLLMError:  # the kernels do not fit; `_kernels` reports it
         return None
     except Exception as error:  # a broken installation raises nearly anything
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing and any(problem.startswith(f"{missing}: ") for problem in diagnosis.problems):
             return None
-        told = f"{name}: not installed" if missing == name else f"{name} cannot be imported ({first_line(error)})"
-        diagnosis.problems.append(told)
+        problem = f"{name}: not installed" if missing == name else f"{name} cannot be imported ({first_line(error)})"
+        diagnosis.problems.append(problem)
         return None
 
 
@@ -95,12 +96,12 @@ def _packages(diagnosis: Diagnosis) -> None:
         requirements = metadata.requires("maskllm") or []
     except metadata.PackageNotFoundError:
         diagnosis.found["packages"] = None
-        diagnosis.problems.append("maskllm is not installed, so what it requires is not known; install it with pip")
+        diagnosis.problems.append("maskllm is not installed, so its requirements are not known; install it with pip")
         return
     try:
         from packaging.requirements import Requirement
     except ModuleNotFoundError:
-        diagnosis.problems.append("packaging: not installed, and the versions of the others cannot be compared without it")
+        diagnosis.problems.append("packaging: not installed; without it the versions of the other packages cannot be compared")
         return
     diagnosis.found["packages"] = versions = {}
     for requirement in map(Requirement, requirements):
@@ -122,7 +123,7 @@ def _version(name: str) -> str | None:
 
 
 def _training(diagnosis: Diagnosis) -> None:
-    """Import what a training process imports: Megatron first, as it does, and TensorBoard's writer, which every recipe has write."""
+    """Import what a training process imports: Megatron first, then the loop and TensorBoard's writer, which every recipe uses."""
     try:
         importlib.import_module("megatron_patches").import_megatron()
         importlib.import_module("megatron.core.models.gpt")
@@ -135,11 +136,11 @@ def _training(diagnosis: Diagnosis) -> None:
 
 
 def _gpus(diagnosis: Diagnosis, torch: ModuleType) -> None:
-    from maskllm.environment.optional_parts import slow_dtype
+    from maskllm.environment.cpu_speed import slow_dtype_warning
 
     found = diagnosis.found
     found["cuda"] = torch.version.cuda
-    # A line for each GPU.
+    # nvidia-smi prints one line for each GPU.
     listed = (_output(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]) or "").splitlines()
     found["driver"] = listed[0] if listed else None
     visible = torch.cuda.is_available()
@@ -158,17 +159,17 @@ def _gpus(diagnosis: Diagnosis, torch: ModuleType) -> None:
     if listed and not visible and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
         chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-        first = f"CUDA_VISIBLE_DEVICES is {chosen}: see whether there are such; else " if chosen is not None else ""
+        first = f"CUDA_VISIBLE_DEVICES is {chosen}: check that these GPUs exist; else " if chosen is not None else ""
         diagnosis.problems.append(
-            f"GPU: nvidia-smi lists {len(listed)}, of driver {listed[0]}, and torch {torch.__version__}, {built}, can use none; "
-            f"{first}install a torch that the driver serves or a newer driver, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+            f"GPU: nvidia-smi lists {len(listed)} (driver {listed[0]}), but torch {torch.__version__}, {built}, can use none; "
+            f"{first}install a torch that the driver supports or a newer driver, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
     elif torch.version.cuda is None:
         diagnosis.missing.append(f"CUDA: torch {torch.__version__} is built without it, training runs on the CPU")
     elif not visible:
-        diagnosis.missing.append("GPU: none is visible, training runs on the CPU (a container wants `docker run --gpus all`)")
+        diagnosis.missing.append("GPU: none is visible, training runs on the CPU (for a container use `docker run --gpus all`)")
     elif found["cusparselt"] is None:
-        diagnosis.missing.append("cuSPARSELt: torch has none; it would bring fast products with 2:4 weights")
+        diagnosis.missing.append("cuSPARSELt: torch is built without it; it would bring fast products with 2:4 weights")
     architectures = ";".join(
         re.sub(r"^\w+_(\d+)(\d[af]?)$", r"\1.\2", name) + "+PTX" * name.startswith("compute_")
         for name in torch.cuda.get_arch_list()
@@ -179,7 +180,7 @@ def _gpus(diagnosis: Diagnosis, torch: ModuleType) -> None:
                 f"torch {torch.__version__}: built for {architectures}, which the {gpu['name']} of capability {gpu['capability']} cannot "
                 "run; install a torch that is built for it"
             )
-    if not visible and (slow := slow_dtype(torch.bfloat16)):
+    if not visible and (slow := slow_dtype_warning(torch.bfloat16)):
         diagnosis.missing.append(f"bf16: {slow}")
     if visible and not nccl:
         diagnosis.problems.append(f"NCCL: torch {torch.__version__} is built without it, which training on GPUs needs")
@@ -190,7 +191,7 @@ def _gpus(diagnosis: Diagnosis, torch: ModuleType) -> None:
 def _kernels(diagnosis: Diagnosis, torch: ModuleType) -> None:
     diagnosis.found["kernels"] = None
     try:
-        from maskllm.ops.extension import kernels  # maskllm.ops loads them as it is imported
+        from maskllm.ops.extension import kernels  # importing maskllm.ops loads them
 
         module = kernels()
     except MaskLLMError as error:
@@ -220,9 +221,10 @@ def _kernels(diagnosis: Diagnosis, torch: ModuleType) -> None:
 
 
 def serves(architectures: str, capability: str) -> bool:
-    """Whether code for `architectures`, as TORCH_CUDA_ARCH_LIST lists them, runs on a GPU of `capability`, such as "8.6".
+    """Whether code built for `architectures`, a list as in TORCH_CUDA_ARCH_LIST, runs on a GPU of `capability`, such as "8.6".
 
-    Machine code runs on later minor versions of its major one, PTX on everything later, and that of an "a" architecture on itself.
+    Machine code runs on the same and later minor versions of its major version. PTX runs on every later version. Code for an
+    architecture that ends in "a" runs on that architecture only.
     """
     major, minor = map(int, capability.split("."))
     for entry in re.split(r"[;\s]+", architectures.strip()):
@@ -258,7 +260,7 @@ def _compilers(diagnosis: Diagnosis) -> None:
 
 
 def _output(command: list[str]) -> str | None:
-    """What a program prints; None where there is no such program, it fails or it hangs."""
+    """The standard output of a program; None if the program is missing, fails or hangs."""
     if shutil.which(command[0]) is None:
         return None
     try:

@@ -16,7 +16,7 @@ from transformers.utils import logging as hf_logging
 
 from maskllm.data.tokenizer import load_tokenizer
 from maskllm.dtypes import dtype_name
-from maskllm.environment.optional_parts import computes_natively
+from maskllm.environment.cpu_speed import computes_natively
 from maskllm.errors import MaskLLMError, first_line
 from maskllm.evaluation.perplexity import Perplexity, WindowNLL, cut_windows, next_token_nll, perplexity
 from maskllm.evaluation.text import read_evaluation_text

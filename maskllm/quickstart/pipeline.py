@@ -191,9 +191,9 @@ def train_command(settings: QuickstartSettings, dataset: str, prior: Path, save:
 
 def compute_dtype() -> str:
     """bf16 if the hardware multiplies bf16, else fp32, which is faster there and holds the same weights."""
-    from maskllm.environment.optional_parts import slow_dtype
+    from maskllm.environment.cpu_speed import slow_dtype_warning
 
-    return "bf16" if slow_dtype(torch.bfloat16) is None else "fp32"
+    return "bf16" if slow_dtype_warning(torch.bfloat16) is None else "fp32"
 
 
 def build_report(output: Path, steps: Steps, settings: QuickstartSettings, model: str, data: str, prior: str) -> Report:

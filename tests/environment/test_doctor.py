@@ -1,4 +1,4 @@
-"""`maskllm doctor` tells what is there, and fails, naming the reason, where training cannot run."""
+"""`maskllm doctor` lists what it finds, and fails with the reasons if training cannot run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from maskllm.environment.doctor import Diagnosis, _gpus, serves
 from maskllm.ops.extension import kernels
 
 
-def test_what_is_here_is_found(tmp_path, capsys, monkeypatch):
+def test_the_report_of_a_complete_installation(tmp_path, capsys, monkeypatch):
     if not torch.cuda.is_available():
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # the machine may have GPUs that this torch cannot use
     assert main(["doctor", "--json", str(tmp_path / "doctor.json")]) == 0
@@ -37,18 +37,13 @@ def test_what_is_here_is_found(tmp_path, capsys, monkeypatch):
     assert ("training can run, on the CPU (gloo)" in text) == (found["gpus"] == [])
 
 
-def doctor_after(code: str, tmp_path: Path) -> subprocess.CompletedProcess:
-    """Run `maskllm doctor` in a process that runs `code` first."""
-    command = f"import sys\n{code}\nfrom maskllm.cli import main\nsys.exit(main(['doctor', '--json', 'doctor.json']))"
-    path = [str(Path(__file__).parents[2])]
-    return subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = {path}\n{command}"],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        cwd=tmp_path,
-    )
+def doctor_in_a_new_process(setup: str, folder: Path) -> tuple[subprocess.CompletedProcess, dict]:
+    """Run the code `setup`, then `maskllm doctor`; returns the process and the JSON report."""
+    root = str(Path(__file__).parents[2])
+    start = "from maskllm.cli import main\nsys.exit(main(['doctor', '--json', 'doctor.json']))"
+    command = f"import sys\nsys.path.insert(0, {root!r})\n{setup}\n{start}"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=False, timeout=120, cwd=folder)
+    return done, json.loads((folder / "doctor.json").read_text())
 
 
 HIDE = """
@@ -65,47 +60,50 @@ def hidden(name):
     return version(name)
 importlib.metadata.version = hidden
 """
+"""Code that makes a package look as if it were not installed."""
 
 
-@pytest.mark.parametrize(("package", "distribution"), [("torch", "torch"), ("megatron", "megatron-core"), ("psutil", "psutil")])
-def test_without_what_training_needs_it_fails_and_says_so(package, distribution, tmp_path):
-    done = doctor_after(HIDE.format(package=package, distribution=distribution), tmp_path)
+def write_broken_package(folder: Path, name: str) -> None:
+    """A package that is installed in `folder` and fails when it is imported, with two lines of message."""
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text(
+        "raise ImportError('libgone.so.1: cannot open shared object file\\nand more about it')\n"
+    )
+
+
+@pytest.mark.parametrize(("package", "distribution"), [("torch", "torch"), ("megatron", "megatron-core")])
+def test_a_missing_requirement_is_one_problem(package, distribution, tmp_path):
+    done, report = doctor_in_a_new_process(HIDE.format(package=package, distribution=distribution), tmp_path)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("maskllm doctor: error: training cannot run: ")
     assert f"{distribution}: not installed, wanted {distribution}" in line
     assert "problem" in done.stdout
-    report = json.loads((tmp_path / "doctor.json").read_text())
     assert report["can_train"] is False
-    assert len(report["problems"]) == 1, "told again of what needs it"
+    assert len(report["problems"]) == 1, "the packages that import the missing one must not be reported too"
 
 
-@pytest.mark.parametrize(
-    ("package", "importer"),
-    [
-        ("safetensors", "maskllm.training.loop"),
-        ("psutil", "maskllm.training.loop"),
-        ("tensorboard", "torch.utils.tensorboard"),
-    ],
-)
-def test_a_package_that_is_installed_and_broken_is_a_problem_of_what_imports_it(package, importer, tmp_path):
-    broken = tmp_path / "broken" / package
-    broken.mkdir(parents=True)
-    (broken / "__init__.py").write_text("raise ImportError('libgone.so.1: cannot open shared object file\\nand more about it')\n")
-    done = doctor_after(f"sys.path.insert(0, {str(broken.parent)!r})", tmp_path)
-    problem = f"{importer} cannot be imported (ImportError: libgone.so.1: cannot open shared object file)"
-    assert done.stderr == f"maskllm doctor: error: training cannot run: {problem}\n"
+def test_a_missing_package_and_a_broken_one_are_reported_once_each(tmp_path):
+    """TensorBoard is missing: only the list of packages says so, not its importer. psutil is broken: its importer says so."""
+    write_broken_package(tmp_path, "psutil")
+    hide = HIDE.format(package="tensorboard", distribution="tensorboard")
+    done, report = doctor_in_a_new_process(f"sys.path.insert(0, {str(tmp_path)!r})\n{hide}", tmp_path)
+    missing, broken = report["problems"]
+    assert missing.startswith("tensorboard: not installed, wanted tensorboard")
+    assert broken == "maskllm.training.loop cannot be imported (ImportError: libgone.so.1: cannot open shared object file)"
+    assert done.stderr == f"maskllm doctor: error: training cannot run: {missing}; {broken}\n"
     assert done.returncode == 1
-    assert json.loads((tmp_path / "doctor.json").read_text())["problems"] == [problem]
 
 
-def test_a_megatron_core_out_of_range_and_a_broken_extension_are_named(tmp_path):
+def test_a_version_out_of_range_and_a_broken_extension_are_named(tmp_path):
+    """And a broken package that the recipes need, beside them."""
     information = tmp_path / "megatron_core-0.25.0.dist-info"
     information.mkdir()
     (information / "METADATA").write_text("Metadata-Version: 2.1\nName: megatron-core\nVersion: 0.25.0\n")
+    write_broken_package(tmp_path, "tensorboard")
     extension = tmp_path / "_kernels.so"
     extension.write_bytes(b"maskllm kernels built with torch=1.0.0;")
-    code = f"""
+    setup = f"""
 import importlib.util, types
 sys.path.insert(0, {str(tmp_path)!r})
 find = importlib.util.find_spec
@@ -113,18 +111,19 @@ importlib.util.find_spec = lambda name, *rest: (
     types.SimpleNamespace(origin={str(extension)!r}) if name == "maskllm.ops._kernels" else find(name, *rest)
 )
 """
-    done = doctor_after(code, tmp_path)
+    done, report = doctor_in_a_new_process(setup, tmp_path)
     assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert "megatron-core: 0.25.0 is installed, wanted megatron-core" in line
-    assert f"{extension}: built with torch 1.0.0, running with torch {torch.__version__}; rebuild it" in line
+    version, tensorboard, kernels = report["problems"]
+    assert version.startswith("megatron-core: 0.25.0 is installed, wanted megatron-core")
+    assert tensorboard.startswith("torch.utils.tensorboard cannot be imported (ImportError: libgone.so.1: ")
+    assert f"{extension}: built with torch 1.0.0, running with torch {torch.__version__}; rebuild it" in kernels
 
 
 @pytest.mark.parametrize(
     ("architectures", "capability", "runs"),
     [
         ("8.0;8.6;8.9;9.0;10.0", "8.6", True),
-        ("8.0;9.0", "8.9", True),  # machine code of 8.0 runs on later 8.x
+        ("8.0;9.0", "8.9", True),  # machine code for 8.0 runs on every later 8.x
         ("8.6;9.0", "8.0", False),
         ("8.0;9.0", "10.0", False),
         ("8.0;9.0+PTX", "12.0", True),
@@ -134,19 +133,19 @@ importlib.util.find_spec = lambda name, *rest: (
         ("9.0+PTX", "8.6", False),
     ],
 )
-def test_which_gpus_code_for_an_architecture_runs_on(architectures, capability, runs):
+def test_which_gpus_run_code_for_an_architecture(architectures, capability, runs):
     assert serves(architectures, capability) is runs
 
 
 @pytest.mark.parametrize("cuda", [None, "12.8"], ids=["a CPU build", "an old driver"])
-def test_gpus_that_torch_cannot_use_are_a_problem_unless_they_are_hidden(cuda, monkeypatch):
+def test_gpus_that_torch_cannot_use_are_a_problem_unless_the_user_hides_them(cuda, monkeypatch):
     monkeypatch.setattr("maskllm.environment.doctor._output", lambda command: "470.1\n470.1")
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     _gpus(diagnosis := Diagnosis(), torch)
     (problem,) = diagnosis.problems
-    assert problem.startswith("GPU: nvidia-smi lists 2, of driver 470.1, and torch ")
+    assert problem.startswith("GPU: nvidia-smi lists 2 (driver 470.1), but torch ")
     assert ("built without CUDA" if cuda is None else "built for CUDA 12.8") in problem
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
