@@ -1,7 +1,7 @@
 """The console command `maskllm VERB`.
 
-A verb is a module of this package with `add_arguments(parser)` and `run(args)`, which may return an exit status. Verbs only parse and
-call; a verb's module is imported when it is used, so that `maskllm --help` is quick.
+Each verb is a module of this package with `add_arguments(parser)` and `run(args)`. `run` may return an exit status. A verb parses its
+options, calls another room and prints the result. Only the module of the verb in use is imported, so `maskllm --help` is quick.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ VERBS = {
 }
 
 WITHOUT_MEGATRON = ("doctor", "evaluate")
-"""Verbs that can do without Megatron Core: one says so where it is missing, the other imports it, which takes seconds, where it is used."""
+"""Verbs that run without Megatron Core: `doctor` reports if it is missing; `evaluate` imports it, which takes seconds, only for --load."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `maskllm VERB ...`; returns the exit status (0 done, 1 bad input, 2 bad usage, 75 stopped by SIGTERM, 130 interrupted)."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error is: a path that it cannot spell must not end the verb
+        sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: a path it cannot encode must not fail the verb
     argv = list(sys.argv[1:] if argv is None else argv)
     verb = argv[0] if argv and argv[0] in VERBS else None
     return run_guarded(f"maskllm {verb}" if verb else "maskllm", lambda: _run(verb, argv))
 
 
 def _run(verb: str | None, argv: list[str]) -> int | None:
-    """Parse and call; `verb` is `argv`'s first word where that is a verb, else the parser will say what is wrong."""
+    """Parse and call. `verb` is the first word of `argv` if that is a verb; for None the parser reports the usage error."""
     parser = argparse.ArgumentParser(prog="maskllm", description="Learn N:M sparse masks for language models.")
     parser.add_argument("--version", action="version", version=f"maskllm {__version__}")
     commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True)

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Convert and say what was written."""
+    """Convert, then print what was written."""
     with measured() as cost:
         report = convert(args.hf, args.output)
     if args.json:

@@ -12,12 +12,12 @@ from maskllm.files import write_json
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
-    parser.description = "Print what training finds here and what is missing. Exits with status 1 where training cannot run."
+    parser.description = "Print what this installation has and what is missing. The exit status is 1 if training cannot run."
     parser.add_argument("--json", type=writable_file, metavar="FILE", help="also write what was found to this file")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the diagnosis. Raises MaskLLMError where training cannot run."""
+    """Print the diagnosis. Raises MaskLLMError if training cannot run."""
     diagnosis = examine()
     print("\n".join(diagnosis.lines()), flush=True)
     if args.json:

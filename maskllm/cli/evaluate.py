@@ -42,11 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--params-dtype",
         choices=sorted(BY_FLAG),
-        help="what to compute in; default for --model: the checkpoint's type, or fp32 on CPUs without instructions for it; for --load: "
+        help="dtype to compute in; default for --model: the checkpoint's dtype, or fp32 on CPUs without instructions for it; for --load: "
         "bf16 on GPUs, fp32 on CPUs",
     )
-    parser.add_argument("--device", metavar="D", help="where --model runs; default: cuda if there is one, else cpu")
-    parser.add_argument("--trust-remote-code", action="store_true", help="let --model run code that it brings along")
+    parser.add_argument("--device", metavar="D", help="device for --model; default: cuda if there is one, else cpu")
+    parser.add_argument("--trust-remote-code", action="store_true", help="allow --model to run the code in its directory")
     parser.add_argument("--json", type=writable_file, metavar="FILE", help="write the numbers as JSON")
 
 
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int | None:
         report(args, result)
         return None
     if args.mask is not None:
-        raise MaskLLMError("--mask: applies to --model; a checkpoint has its own masks")
+        raise MaskLLMError("--mask: applies to --model only; a Megatron checkpoint has its own masks")
     if args.device is not None or args.trust_remote_code:
         raise MaskLLMError("--device, --trust-remote-code: apply to --model only; leave them out with --load")
     import megatron_patches

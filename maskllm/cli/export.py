@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Export and say what was written."""
+    """Export, then print what was written."""
     with measured() as cost:
         report = export(args.load, args.output, mask_file=args.mask_file, max_shard_size=args.max_shard_size)
     if args.json:

@@ -1,4 +1,4 @@
-"""What a verb cost."""
+"""Time and memory of a verb."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from maskllm.processes import peak_resident_bytes
 
 @contextlib.contextmanager
 def measured() -> Iterator[dict[str, float]]:
-    """Fill the mapping, when the block ends, with its "seconds" and the "peak_memory_bytes" that this process has been resident with."""
+    """Measure a block: when it ends, the mapping gets its "seconds" and the process's peak resident memory, "peak_memory_bytes"."""
     cost: dict[str, float] = {}
     started = time.perf_counter()
     yield cost

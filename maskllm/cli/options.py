@@ -1,4 +1,4 @@
-"""What the command lines share: how help looks, and which values are refused before any work starts."""
+"""Shared by the command lines: the format of help, and checks of option values before any work starts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from maskllm.files import real_file
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows each default as one would type it. It shows none for switches and for options that are off by default."""
+    """Shows each default as the user would type it, and none for switches and for options that are off by default."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False:
@@ -26,7 +26,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def writable_file(text: str) -> str:
-    """An argparse type: the path of a file to write. It is refused now if it could not be written after the work."""
+    """An argparse type: the path of a file to write after the work. Refuses a path that cannot be written, before the work."""
     if text == "":
         return text  # `refuse_empty` names the option
     if text == "-":
@@ -45,7 +45,7 @@ def writable_file(text: str) -> str:
 def refuse_empty(options: Mapping[str, Any]) -> None:
     """Raise MaskLLMError if an option (field name -> value) is, or contains, the empty string.
 
-    An unset shell variable leaves an empty string, and as a path that would mean the working directory.
+    An unset shell variable gives an empty string. As a path it would mean the working directory.
     """
     for name, value in options.items():
         if value == "" or (isinstance(value, list) and "" in value):

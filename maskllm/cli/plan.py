@@ -17,7 +17,7 @@ TRAINING_OPTIONS = (
     "micro_batch_size", "global_batch_size", "params_dtype", "mask_logits_dtype", "optimizer_state_dtype",
     "recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules",
 )  # fmt: skip
-"""Those that change memory or time, beside the length of the sequences."""
+"""The training options that change memory or time. `--seq-length` does too; it is defined below, since its default differs."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,34 +25,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", required=True, metavar="NAME_OR_DIR", help=f"a Hugging Face directory or hub id, or one of {', '.join(BUILT_IN)}"
     )
-    parser.add_argument("--num-gpus", type=int, metavar="K", help="ranks in all; tensor x pipeline parallel size by default")
-    parser.add_argument("--gpu", choices=sorted(GPUS), default="h100-80gb", help="whose memory and speed it is planned for")
+    parser.add_argument("--num-gpus", type=int, metavar="K", help="number of ranks; default: tensor x pipeline parallel size")
+    parser.add_argument("--gpu", choices=sorted(GPUS), default="h100-80gb", help="the GPU to plan for")
     parser.add_argument(
         "--gpu-memory",
         type=float,
         metavar="GB",
-        help="10^9 bytes that a rank may take; default: the GPU's, or with --device cpu a rank's share of this machine's",
+        help="memory that a rank may use, in 10^9 bytes; default: the GPU's, or with --device cpu a rank's share of this machine's",
     )
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="K", help="which the GPU's own links join")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="K", help="GPUs that are connected by their own links")
     parser.add_argument(
         "--network-bandwidth",
         type=float,
         default=50.0,
         metavar="GB",
-        help="10^9 bytes/s from one GPU to other nodes, in one direction",
+        help="bandwidth from one GPU to other nodes in one direction, in 10^9 bytes/s",
     )
     parser.add_argument(
         "--device",
         choices=["cuda", "cpu"],
         default="cuda",
-        help="cpu: what processes hold beyond the libraries they import; no time",
+        help="cpu: plan the memory of processes beyond their imported libraries, and no time",
     )
     parser.add_argument("--json", type=writable_file, metavar="FILE", help="write the numbers, in bytes and seconds")
     parser.add_argument(
         "--seq-length",
         type=int,
         metavar="S",
-        help=f"tokens a sequence; default: {TrainArguments.seq_length}, or the model's context where that is shorter",
+        help=f"tokens in a sequence; default: {TrainArguments.seq_length}, or the model's context if that is shorter",
     )
     add_options(parser, TRAINING_OPTIONS)
 

@@ -12,22 +12,23 @@ from maskllm.processes import peak_resident_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the verb."""
     parser.add_argument(
         "--input", nargs="+", action="extend", required=True, metavar="FILE", help="JSON lines, plain or gzip, as C4's shards"
     )
     parser.add_argument(
-        "--output-prefix", required=True, metavar="P", help="writes P_KEY_document.bin and .idx, KEY being --json-key"
+        "--output-prefix", required=True, metavar="P", help="writes P_KEY_document.bin and .idx; KEY is the value of --json-key"
     )
     parser.add_argument(
         "--tokenizer",
         required=True,
         metavar="DIR_OR_FILE",
         help="Hugging Face directory or tokenizer.json, or a SentencePiece tokenizer.model (BOS first, as Llama2Tokenizer); "
-        "one that adds BOS itself does so here, as Megatron-LM does with --tokenizer-hf-include-special-tokens",
+        "a tokenizer that adds BOS by itself adds it here too, as in Megatron-LM with --tokenizer-hf-include-special-tokens",
     )
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-sequence token")
-    parser.add_argument("--workers", type=positive_integer, metavar="N", help="threads that tokenize; default: one a core")
-    parser.add_argument("--json-key", default="text", metavar="KEY", help="where in a line's object the text is")
+    parser.add_argument("--workers", type=positive_integer, metavar="N", help="tokenizing threads; default: one per core")
+    parser.add_argument("--json-key", default="text", metavar="KEY", help="key of the text in each line's JSON object")
     parser.add_argument(
         "--skip-bad-lines", action="store_true", help="count and report lines without a document instead of failing at the first"
     )
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Tokenize, then print what was written and which lines were skipped."""
     from maskllm.data.preprocess import preprocess
 
     summary = preprocess(
@@ -59,6 +61,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def positive_integer(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"found {text!r}, wanted a positive integer")
     return int(text)

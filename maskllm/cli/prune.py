@@ -1,4 +1,4 @@
-"""`maskllm prune`, alone or under torchrun."""
+"""`maskllm prune`, in one process or under torchrun."""
 
 from __future__ import annotations
 
@@ -28,34 +28,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     settings = PruneSettings()
     parser.add_argument("--load", required=True, metavar="CKPT", help="dense checkpoint: its directory or one iteration's")
     parser.add_argument("--output", required=True, metavar="CKPT", help="Megatron checkpoint directory to write")
-    parser.add_argument("--method", choices=METHODS, default=settings.method, help="how the mask is chosen")
+    parser.add_argument("--method", choices=METHODS, default=settings.method, help="how to choose the mask")
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--pattern", default=str(settings.sparsity), metavar="N:M", help="keep N of every M consecutive weights")
-    target.add_argument("--sparsity", type=float, metavar="SHARE", help="remove this share of the weights wherever they are")
-    parser.add_argument("--update-weights", action="store_true", help="keep SparseGPT's compensated weights")
+    target.add_argument(
+        "--sparsity", type=float, metavar="SHARE", help="remove this share of the weights, in any places (unstructured)"
+    )
+    parser.add_argument("--update-weights", action="store_true", help="store SparseGPT's updated weights")
     parser.add_argument(
-        "--no-sequential", action="store_true", help="calibrate every layer on the dense model's inputs, not on pruned layers'"
+        "--no-sequential",
+        action="store_true",
+        help="calibrate every layer on the dense model's activations instead of the pruned layers'",
     )
     parser.add_argument(
         "--calibration-data",
         metavar="PREFIX_OR_FILE",
-        help="indexed dataset's prefix or JSON-lines file; magnitude works without, and then reports no errors",
+        help="prefix of an indexed dataset, or JSON-lines file; magnitude does not need it, but reports errors only with it",
     )
-    parser.add_argument("--calibration-samples", type=int, default=Calibration.samples, metavar="K", help="windows to draw")
-    parser.add_argument("--seq-length", type=int, default=Calibration.seq_length, metavar="S", help="tokens a window")
-    parser.add_argument("--seed", type=int, default=Calibration.seed, metavar="X", help="of the choice of windows")
+    parser.add_argument(
+        "--calibration-samples", type=int, default=Calibration.samples, metavar="K", help="number of windows to draw"
+    )
+    parser.add_argument("--seq-length", type=int, default=Calibration.seq_length, metavar="S", help="tokens in a window")
+    parser.add_argument("--seed", type=int, default=Calibration.seed, metavar="X", help="seed for the choice of windows")
     parser.add_argument("--pack", action="store_true", help="join documents into one stream before cutting windows")
-    parser.add_argument("--params-dtype", choices=COMPUTE, default="bf16", help="type the layers compute in")
+    parser.add_argument("--params-dtype", choices=COMPUTE, default="bf16", help="dtype that the layers compute in")
     parser.add_argument(
         "--json",
         type=writable_file,
         metavar="FILE",
-        help="write the report: what it cost and, with calibration data, errors by layer and matrix",
+        help="write a report: time, memory and, with calibration data, the error of each layer and matrix",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prune and say where to."""
+    """Prune, then print the output directory."""
     from maskllm.megatron.process_groups import run_in_group
 
     logging.basicConfig(format="%(message)s")
@@ -80,27 +86,27 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _without_data(args: argparse.Namespace, settings: PruneSettings) -> None:
-    """The first rank prunes by magnitude, which takes one process."""
+    """Prune by magnitude on the first rank; one process is enough."""
     from maskllm.distributed import raised_together
 
     with raised_together():
         if torch.distributed.get_rank() == 0:
             with measured() as cost:
                 path = prune_by_magnitude(args.load, args.output, settings)
-            _say(args, path, {"load": args.load, **settings.as_dict()} | cost)
+            _report(args, path, {"load": args.load, **settings.as_dict()} | cost)
 
 
 def _with_data(args: argparse.Namespace, settings: PruneSettings, calibration: Calibration) -> None:
-    """All ranks prune on calibration data."""
+    """Prune with calibration data on all ranks."""
     if torch.distributed.get_rank() == 0 and (slow := slow_dtype_warning(calibration.params_dtype)):
         print(f"maskllm prune: {slow}", file=sys.stderr)
     with measured() as cost:
         path, report = prune_calibrated(args.load, args.output, settings, calibration)
     if torch.distributed.get_rank() == 0:
-        _say(args, path, report | cost)
+        _report(args, path, report | cost)
 
 
-def _say(args: argparse.Namespace, path: Path, report: dict[str, Any]) -> None:
+def _report(args: argparse.Namespace, path: Path, report: dict[str, Any]) -> None:
     if args.json is not None:
         write_json(args.json, report)
     print(f"wrote {path}")

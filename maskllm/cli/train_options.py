@@ -1,4 +1,4 @@
-"""The command line of training, made from the fields of `TrainArguments`."""
+"""The command line of training, generated from the fields of `TrainArguments`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainArguments:
 
 
 def add_options(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
-    """Give `parser` the options of these fields of `TrainArguments`."""
+    """Add an option to `parser` for each of these fields of `TrainArguments`."""
     for entry in dataclasses.fields(TrainArguments):
         if entry.name not in names:
             continue
@@ -46,7 +46,7 @@ def add_options(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
 
 
 def option_values(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The parsed `values` that are fields of `TrainArguments`, in the types that it takes."""
+    """The parsed `values` that are fields of `TrainArguments`, in the types of the fields."""
     names = {entry.name: entry.type for entry in dataclasses.fields(TrainArguments)}
     return {
         name: tuple(value) if names[name] == "tuple[float, float]" else value for name, value in values.items() if name in names

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trim and say what was written."""
+    """Trim, then print what was written."""
     with measured() as cost:
         report = trim(args.load, args.output)
     if args.json:
