@@ -1,7 +1,7 @@
 """The console command `maskllm VERB`.
 
-Each verb is a module of this package with `add_arguments(parser)` and `run(args)`. `run` may return an exit status. A verb parses its
-options, calls another room and prints the result. Only the module of the verb in use is imported, so `maskllm --help` is quick.
+Each verb is a module of this package with `add_arguments(parser)` and `run(args)`. `run` may return an exit status. A verb parses
+its options, calls another room and prints the result. Only the module of the verb in use is imported, so `maskllm --help` is quick.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ VERBS = {
 }
 
 WITHOUT_MEGATRON = ("doctor", "evaluate")
-"""Verbs that run without Megatron Core: `doctor` reports if it is missing; `evaluate` imports it, which takes seconds, only for --load."""
+"""Verbs that run without Megatron Core. `doctor` reports if it is missing. `evaluate` imports it for --load only: it takes seconds."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `maskllm VERB ...`; returns the exit status (0 done, 1 bad input, 2 bad usage, 75 stopped by SIGTERM, 130 interrupted)."""
+    """Run `maskllm VERB ...`; returns the exit status: 0 done, 1 bad input, 2 bad usage, 75 stopped by SIGTERM, 130 interrupted."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: a path it cannot encode must not fail the verb
     argv = list(sys.argv[1:] if argv is None else argv)

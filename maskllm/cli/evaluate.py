@@ -42,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--params-dtype",
         choices=sorted(BY_FLAG),
-        help="dtype to compute in; default for --model: the checkpoint's dtype, or fp32 on CPUs without instructions for it; for --load: "
-        "bf16 on GPUs, fp32 on CPUs",
+        help="dtype to compute in; default for --model: the checkpoint's dtype, or fp32 on CPUs without instructions for it; "
+        "for --load: bf16 on GPUs, fp32 on CPUs",
     )
     parser.add_argument("--device", metavar="D", help="device for --model; default: cuda if there is one, else cpu")
     parser.add_argument("--trust-remote-code", action="store_true", help="allow --model to run the code in its directory")

@@ -21,6 +21,6 @@ def slow_dtype_warning(dtype: torch.dtype) -> str | None:
     if torch.cuda.is_available() or computes_natively(dtype):
         return None
     return (
-        f"this CPU has no instructions for {dtype_name(dtype)} and is many times slower in it; --params-dtype fp32 computes with the same "
-        "weights"
+        f"this CPU has no instructions for {dtype_name(dtype)} and is many times slower in it; --params-dtype fp32 computes "
+        "with the same weights"
     )

@@ -177,8 +177,8 @@ def _gpus(diagnosis: Diagnosis, torch: ModuleType) -> None:
     for gpu in found["gpus"]:
         if not serves(architectures, gpu["capability"]):
             diagnosis.problems.append(
-                f"torch {torch.__version__}: built for {architectures}, which the {gpu['name']} of capability {gpu['capability']} cannot "
-                "run; install a torch that is built for it"
+                f"torch {torch.__version__}: built for {architectures}, which the {gpu['name']} of capability {gpu['capability']} "
+                "cannot run; install a torch that is built for it"
             )
     if not visible and (slow := slow_dtype_warning(torch.bfloat16)):
         diagnosis.missing.append(f"bf16: {slow}")
@@ -215,8 +215,8 @@ def _kernels(diagnosis: Diagnosis, torch: ModuleType) -> None:
     for gpu in diagnosis.found["gpus"]:
         if not serves(architectures, gpu["capability"]):
             diagnosis.problems.append(
-                f"kernels: built for {architectures}, which the {gpu['name']} of capability {gpu['capability']} cannot run; build them "
-                f"again with TORCH_CUDA_ARCH_LIST={gpu['capability']}"
+                f"kernels: built for {architectures}, which the {gpu['name']} of capability {gpu['capability']} cannot run; "
+                f"build them again with TORCH_CUDA_ARCH_LIST={gpu['capability']}"
             )
 
 

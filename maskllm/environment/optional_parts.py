@@ -15,7 +15,7 @@ import torch
 from maskllm.errors import MaskLLMError, first_line
 
 TRANSFORMER_IMPLS = ("local", "transformer_engine")
-"""The values of Megatron-LM's `--transformer-impl`, which selects the norms and the attention. The masked linears are the same in both."""
+"""The values of Megatron-LM's `--transformer-impl`, which selects norms and attention. The masked linears are the same in both."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ def resolve_transformer_impl(requested: str | None) -> str:
     if requested is None:
         return "local"
     raise MaskLLMError(
-        f"--transformer-impl {requested}: transformer-engine: {problem}; fix that (`maskllm doctor` shows what is installed), or train "
-        "with --transformer-impl local"
+        f"--transformer-impl {requested}: transformer-engine: {problem}; fix that (`maskllm doctor` shows what is installed), "
+        "or train with --transformer-impl local"
     )
 
 
