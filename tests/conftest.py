@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the other worker has the other core
 
-SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+TEST_DATA_BESIDE_CHECKOUT = Path(__file__).parents[2] / "shared" / "data"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -32,12 +32,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: -slow[item.path])
 
 
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The folder of real test data, where the checkout has it beside it."""
-    if not SHARED_DATA.is_dir():
-        pytest.skip("needs ../shared/data")
-    return SHARED_DATA
+def real_data(name: str) -> Path:
+    """The path of the file `name` in the folder of real test data. CONTRIBUTING.md lists the files.
+
+    The environment variable MASKLLM_TEST_DATA names the folder. If it is not set, a test without its file is skipped; if it is set, the
+    test fails.
+    """
+    folder = os.environ.get("MASKLLM_TEST_DATA")
+    path = Path(folder or TEST_DATA_BESIDE_CHECKOUT) / name
+    if not path.exists():
+        if folder:
+            pytest.fail(f"MASKLLM_TEST_DATA={folder}: found no {name}; CONTRIBUTING.md says where to get it", pytrace=False)
+        pytest.skip(f"needs {name}: set MASKLLM_TEST_DATA to the folder of real test data (CONTRIBUTING.md)")
+    return path
 
 
 def torchrun(

@@ -47,7 +47,7 @@ class Report:
     steps: list[dict[str, Any]]
     """name, seconds and peak_memory_bytes of each step, in order."""
     metrics: list[dict[str, Any]]
-    """The lines of the training's metrics.jsonl (`maskllm.training.metrics.MetricsWriter`)."""
+    """The lines of the training's metrics.jsonl (`maskllm.training.log.MetricsWriter`)."""
 
 
 def best_one_shot(results: list[ModelResult]) -> ModelResult | None:

