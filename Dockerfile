@@ -3,12 +3,12 @@
 #   docker build -t maskllm .
 #   docker run --rm -it --gpus all --ipc=host --ulimit memlock=-1 --ulimit stack=67108864 --user "$(id -u):$(id -g)" -e HOME=/workspace -v "$PWD:/workspace" maskllm
 #
-# 26.05 has Ubuntu 24.04, Python 3.12, CUDA 13.2, Transformer Engine and PyTorch 2.12, the first whose torchrun can be told how long a job
-# that is asked to stop may save. Its PyTorch is NVIDIA's own build and is kept: the kernels are built against it, and the image's list of
-# versions (PIP_CONSTRAINT) holds for what is installed beside it.
+# 26.05 has Ubuntu 24.04, Python 3.12, CUDA 13.2, Transformer Engine and PyTorch 2.12. Since that version of PyTorch torchrun has a setting
+# for how long a job may save after SIGTERM. This file keeps the image's PyTorch, which is NVIDIA's own build: the kernels are built against
+# it, and the image's list of versions (PIP_CONSTRAINT) applies to the packages installed beside it.
 FROM nvcr.io/nvidia/pytorch:26.05-py3
 
-# PYTHONSAFEPATH: a checkout that is mounted as the working directory must not take the place of the package and its kernels.
+# PYTHONSAFEPATH: Python must import the installed package with its kernels, not a checkout that is mounted as the working directory.
 ENV TORCH_CUDA_ARCH_LIST="8.0;8.6;8.9;9.0;10.0" \
     MASKLLM_BUILD_CUDA=1 \
     PYTHONSAFEPATH=1 \
@@ -23,7 +23,7 @@ COPY megatron_patches megatron_patches
 COPY tools tools
 COPY examples examples
 
-# The tools that build the package may be newer than the image's list has them.
+# The build tools may have to be newer than the versions in the image's list, so this line ignores the list.
 RUN PIP_CONSTRAINT="" pip install "setuptools>=77" "wheel>=0.45" "ninja>=1.11" "pybind11>=2.13"
 RUN before=$(python -c "import torch; print(torch.__version__, torch.__file__)") \
     && pip install --no-build-isolation . \
@@ -34,6 +34,6 @@ RUN useradd --create-home --uid 10001 maskllm && install --directory --owner 100
 USER 10001
 WORKDIR /workspace
 
-# Says what this container has, and stops there if that is not enough to train.
+# The container prints what it has, and stops if that is not enough to train.
 ENTRYPOINT ["/bin/bash", "-c", "maskllm doctor >&2 && exec \"$@\"", "maskllm"]
 CMD ["bash"]
