@@ -145,7 +145,7 @@ def test_tokenizer_is_the_one_the_file_was_made_from(tmp_path, model):
     ("options", "message"),
     [({"pre": "llama-bpe"}, "tokenizer.ggml.pre is 'llama-bpe'"), ({"drop": "blk.1.attn_k.weight"}, "blk.1.attn_k.weight")],
 )
-def test_what_cannot_be_converted_is_named_and_nothing_is_left(tmp_path, model, options, message):
+def test_an_unsupported_file_is_named_and_leaves_no_output(tmp_path, model, options, message):
     write_gguf(tmp_path / "m.gguf", model, trained_bpe(), **options)
     with pytest.raises(MaskLLMError, match=message):
         smollm2.gguf_to_hf(tmp_path / "m.gguf", tmp_path / "hf")

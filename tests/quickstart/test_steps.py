@@ -1,4 +1,4 @@
-"""Steps of a pipeline: what is done again, what goes on, and what a signal does."""
+"""Steps of a pipeline: which are repeated, which resume, and what a signal does."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def command(code: str) -> list[object]:
 
 
 @pytest.mark.parametrize("can_resume", [False, True])
-def test_what_a_step_that_was_cut_short_left_is_kept_only_for_one_that_can_resume_from_it(can_resume, tmp_path):
+def test_an_interrupted_step_keeps_its_output_only_if_it_can_resume(can_resume, tmp_path):
     output = tmp_path / "out"
-    # The first time it leaves a file and fails, the second time it says whether it found that.
+    # The first run makes the output and fails. The second run records whether the output was still there.
     code = f"from pathlib import Path; p = Path({str(output)!r}); found = p.exists(); p.mkdir(exist_ok=True)\n"
     code += f"q = Path({str(tmp_path / 'log')!r}); again = q.exists(); q.write_text(str(found)); raise SystemExit(not again)"
     with pytest.raises(MaskLLMError, match="step one ended with exit status 1"):
@@ -31,10 +31,10 @@ def test_what_a_step_that_was_cut_short_left_is_kept_only_for_one_that_can_resum
     assert json.loads((tmp_path / "steps.json").read_text())["one"]["told"] == ["-c", code]
     (tmp_path / "log").unlink()
     Steps(tmp_path).run("one", output, command(code), can_resume=can_resume)
-    assert not (tmp_path / "log").exists(), "a finished step was done again"
+    assert not (tmp_path / "log").exists(), "a finished step ran again"
 
 
-def test_sigterm_reaches_the_step_and_ends_the_pipeline_after_it(tmp_path):
+def test_sigterm_reaches_the_step_and_the_pipeline_ends_after_it(tmp_path):
     ready, saved = tmp_path / "ready", tmp_path / "saved"
     step = f"""
 import signal, sys, time
