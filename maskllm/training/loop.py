@@ -12,7 +12,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from tqdm import tqdm
 
-from maskllm.checkpoints.saving import CheckpointSaver, remove_leftovers
+from maskllm.checkpoints.removing import remove_leftovers
+from maskllm.checkpoints.saving import CheckpointSaver
 from maskllm.distributed import device, raised_together
 from maskllm.errors import MaskLLMError
 from maskllm.masking.sampler import MaskSampler
@@ -251,7 +252,7 @@ class Trainer:
             keep_last=arguments.keep_last,
             protected=self.start.checkpoint.path,
             progress=self.progress,
-            patience=SAVE_PATIENCE * 60 * arguments.distributed_timeout_minutes,
+            timeout=SAVE_PATIENCE * 60 * arguments.distributed_timeout_minutes,
         )
 
     def _progress_bar(self) -> tqdm:

@@ -329,9 +329,9 @@ def test_a_save_that_is_waited_for_tells_that_it_goes_on(dense, tmp_path):
 @pytest.mark.usefixtures("slow_writer")
 def test_a_save_that_takes_too_long_is_ended_and_who_still_writes_is_named(dense, tmp_path):
     with parallel_processes():
-        saver = CheckpointSaver(tmp_path / "run", resolve(dense).hf_directory, background=True, patience=0.3)
+        saver = CheckpointSaver(tmp_path / "run", resolve(dense).hf_directory, background=True, timeout=0.3)
         saver.save(3, {"w": ShardedTensor.from_rank_offsets("w", torch.ones(1000))}, resolve(dense).info)
-        words = r"iter_0000003: not written within 0 s, those who still write are rank 0 on \S+; older checkpoints are as they were"
+        words = r"iter_0000003: not written within 0 s; ranks still writing: rank 0 on \S+; older checkpoints are as they were"
         with pytest.raises(MaskLLMError, match=words):
             saver.finish()
         time.sleep(1.5)
