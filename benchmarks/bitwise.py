@@ -1,4 +1,4 @@
-"""Compare two files or directories of a pipeline's outputs bit for bit, leaving out what differs between two runs of the same code.
+"""Compare two files or directories of a pipeline's outputs bit for bit, except logs, times and memory.
 
 Checkpoints are read with torch.distributed.checkpoint, so that no code of the project decides what is the same.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,26 +20,28 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 FILES_NOT_COMPARED = re.compile(r".*\.distcp|\.metadata|manifest\.json|\.lock|rank_\d+\.log")
-"""Names of the files that hold checkpoint tensors (the tensors are compared instead), their checksums, and what a run says of itself."""
+"""Names of files that may differ: those that hold a checkpoint's tensors, which are compared as tensors, their checksums, and logs."""
 COSTS = re.compile(r".*(seconds|memory|_per_second).*")
-"""Keys of JSON values that differ between two runs of the same code."""
+"""Keys of JSON values that may differ: times and memory."""
 
 
 def without_costs(value: Any) -> Any:
-    """JSON values without times and memory."""
+    """The JSON value `value` without times and memory."""
     if isinstance(value, dict):
         return {key: without_costs(one) for key, one in value.items() if not COSTS.fullmatch(key)}
     return [without_costs(one) for one in value] if isinstance(value, list) else value
 
 
 def read_checkpoint(directory: Path) -> dict[str, Any]:
-    """Everything that a torch_dist checkpoint holds by key: tensors, and objects as Megatron stores them."""
+    """All entries of a torch_dist checkpoint by key: tensors, and objects that Megatron stores with them."""
     reader = dcp.FileSystemReader(directory)
     state = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype) if isinstance(entry, TensorStorageMetadata) else None
         for key, entry in reader.read_metadata().state_dict_metadata.items()
     }
-    dcp.load(state, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that there is no process group, which no_dist says already
+        dcp.load(state, storage_reader=reader, no_dist=True)
     return state
 
 

@@ -27,12 +27,26 @@ from pathlib import Path
 import torch
 from bitwise import compare
 
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+MODELS = {
+    "llama": (torch.bfloat16, SIZES | {"num_hidden_layers": 4, "tie_word_embeddings": True}),
+    "nemotron": (torch.bfloat16, SIZES | {"num_hidden_layers": 2}),
+    "gpt2": (torch.float32, {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}),
+}
+
 STEPS, SAVE_INTERVAL = 10, 5
 TRAIN = (
     f"--data-path data_text_document --split 90,10,0 --seq-length 64 --global-batch-size 4 --train-iters {STEPS} --lr 1e-2 --min-lr 1e-3 "
     f"--log-interval 1 --eval-interval {SAVE_INTERVAL} --eval-iters 2 --save-interval {SAVE_INTERVAL}"
 )
 CALIBRATION = "--calibration-data data_text_document --calibration-samples 8 --seq-length 64 --pack --params-dtype fp32"
+EVALUATE = "--data ../inputs/held_out.txt --seq-length 64 --max-windows 8 --json"
 RUNS = {  # name: processes, prior, options
     "tp1": (1, "wanda", "--params-dtype fp32"),
     "low_precision": (1, "sparsegpt", "--params-dtype fp32 --mask-logits-dtype bf16 --optimizer-state-dtype 8bit"),
@@ -72,14 +86,14 @@ def train_command(name: str) -> str:
     return f"maskllm.train --pretrained-checkpoint {prior} --load run/{name} --save run/{name} {TRAIN} {options}"
 
 
-def finish_commands(name: str) -> list[str]:
-    """The commands that trim, export and evaluate what the run `name` has learned."""
-    evaluate = "--data ../inputs/held_out.txt --seq-length 64 --max-windows 8 --json"
+def finish_commands(load: str) -> list[str]:
+    """The commands that trim, export and evaluate the checkpoint `load`."""
+    name = load.replace("/", "_")
     return [
-        f"maskllm trim --load run/{name} --output trimmed/{name} --json trim_{name}.json",
+        f"maskllm trim --load {load} --output trimmed/{name} --json trim_{name}.json",
         f"maskllm export --load trimmed/{name} --output hf/{name} --mask-file {name}.mask.npz --json export_{name}.json",
-        f"maskllm evaluate --model hf/{name} {evaluate} evaluate_hf_{name}.json",
-        f"maskllm evaluate --load run/{name} --params-dtype fp32 {evaluate} evaluate_{name}.json",
+        f"maskllm evaluate --model hf/{name} {EVALUATE} evaluate_hf_{name}.json",
+        f"maskllm evaluate --load {load} --params-dtype fp32 {EVALUATE} evaluate_{name}.json",
     ]
 
 
@@ -87,17 +101,24 @@ FIRST = [
     "maskllm preprocess --input ../inputs/text.jsonl --output-prefix data --tokenizer ../inputs/llama --append-eod",
     "maskllm convert --hf ../inputs/llama --output dense",
     "maskllm convert --hf ../inputs/gpt2 --output gpt2/dense",
+    "maskllm convert --hf ../inputs/nemotron --output nemotron/dense",
     prune_command("magnitude", "--method magnitude"),
+    prune_command("unstructured", "--method magnitude --sparsity 0.6"),
     prune_command("wanda", f"--method wanda {CALIBRATION}"),
     prune_command("sparsegpt", f"--method sparsegpt {CALIBRATION}"),
     prune_command("gpt2/wanda", f"--method wanda {CALIBRATION}", "gpt2/dense"),
+    prune_command("nemotron/sparsegpt", f"--method sparsegpt {CALIBRATION}", "nemotron/dense"),
+]
+LAST = [
+    *(command for load in ("run/tp1", "run/gpt2", "nemotron/sparsegpt", "unstructured") for command in finish_commands(load)),
+    f"maskllm evaluate --model ../inputs/llama --mask run_tp1.mask.npz {EVALUATE} evaluate_with_mask.json",
 ]
 
 
 def make_inputs(folder: Path) -> None:
-    """Two random models with a tokenizer, JSON lines to learn from, and a held-out text."""
+    """Random models with a byte-level tokenizer, JSON lines to learn from, and a held-out text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -111,16 +132,12 @@ def make_inputs(folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
-
-    torch.manual_seed(0)
-    shared = {"vocab_size": 260, "bos_token_id": 0, "eos_token_id": 1, "initializer_range": 0.15}
-    llama = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "max_position_embeddings": 128}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    LlamaForCausalLM(LlamaConfig(**shared, **llama, **heads)).to(torch.bfloat16).save_pretrained(folder / "llama")
-    GPT2LMHeadModel(GPT2Config(**shared, n_embd=64, n_layer=2, n_head=4, n_positions=128)).save_pretrained(folder / "gpt2")
-    for name in ("llama", "gpt2"):
-        wrapped.save_pretrained(folder / name)
+    for name, (dtype, settings) in MODELS.items():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(name, vocab_size=260, bos_token_id=0, eos_token_id=1, initializer_range=0.15, **settings)
+        AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(folder / name)
+        special = {"bos_token": "<s>", "eos_token": "</s>"}
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder / name)
 
 
 class Runner:
@@ -184,12 +201,12 @@ class Runner:
         for name in RESUMED:
             self.go_back(name, self.folder / "run" / f"{name}_whole", f"{name}_whole")
             self.train(name)
-        self.run(1, *finish_commands("tp1"), *finish_commands("gpt2"))
+        self.run(1, *LAST)
 
 
 def listed(counts: Counter[str]) -> str:
     """What was compared, for people."""
-    return ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
+    return ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if count)
 
 
 def show(title: str, first: Path, second: Path, totals: Counter[str]) -> int:
