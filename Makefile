@@ -9,7 +9,7 @@ KERNEL_SOURCES := $(shell find csrc -type f)
 
 setup: $(READY)
 
-# torch first and pinned: left to the resolver, another package may bring another build of it. The package is built against it.
+# Install torch first, in a fixed version: the kernels are built against it, and pip could replace it to please another package.
 $(READY): Makefile pyproject.toml setup.py $(KERNEL_SOURCES)
 	@test -n "$(PYTHON_VERSION)" || { echo "PYTHON=$(PYTHON) does not run; name an interpreter of Python 3.10 to 3.12" >&2; exit 1; }
 	@rm -f $(VENV)/.ready-*

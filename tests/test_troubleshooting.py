@@ -1,4 +1,4 @@
-"""docs/troubleshooting.md lists messages in the words in which the program says them."""
+"""The messages in docs/troubleshooting.md are those of the program, word for word."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ ALL_MODULES = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted((R
 
 
 def listed_messages() -> list[str]:
-    """What stands in the tables' first columns, but for torchrun's own messages."""
+    """The code spans in the first columns of the tables, except torchrun's own messages."""
     ours, _, _ = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").partition("## What torchrun adds")
     cells = [line.split(" | ")[0] for line in ours.splitlines() if line.startswith("| `")]
     return [message for cell in cells for message in re.findall("`([^`]*)`", cell)]
 
 
-def texts() -> Iterator[str]:
-    """Every string of the program; in place of what is filled in stands a constant's value, or a line's end."""
+def program_strings() -> Iterator[str]:
+    """Every string literal of the program. In f-strings a constant's value, or else a line end, replaces each field."""
     constants = {
         node.targets[0].id: node.value.value
         for module in ALL_MODULES
@@ -43,12 +43,12 @@ def texts() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def said() -> str:
-    return "\n".join(texts()).replace("`", "")
+def program_text() -> str:
+    return "\n".join(program_strings()).replace("`", "")
 
 
 @pytest.mark.parametrize("message", listed_messages())
-def test_a_listed_message_is_one_of_the_programs(message, said):
-    # A message may be put together of several strings, at these marks.
+def test_a_listed_message_is_one_of_the_programs(message, program_text):
+    # The program may compose a message of several strings, which meet at "..." or at punctuation.
     pieces = [piece.strip() for piece in re.split(r"\.\.\.|[:;,()]", message)]
-    assert [piece for piece in pieces if " " in piece and piece not in said] == []
+    assert [piece for piece in pieces if " " in piece and piece not in program_text] == []
