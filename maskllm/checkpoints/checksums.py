@@ -1,9 +1,9 @@
-"""The checksums of a checkpoint's files: `manifest.json`, written last, so that a directory that has one is complete.
+"""The checksums of a checkpoint's files: `manifest.json`. It is written last, so a directory that has one is complete.
 
     {"format_version": 1, "files": {"__0_0.distcp": {"bytes": 4096, "crc32": "89abcdef"}, "hf/config.json": ...}}
 
-CRC-32 because zlib has it: well over 1 GB/s a thread, more than the disks that checkpoints lie on, and it finds any flipped bit and any
-exchanged or lost block. It guards against accidents, not against an attacker.
+The checksum is CRC-32. zlib computes it at well over 1 GB/s a thread, faster than the disks that hold checkpoints. It detects
+flipped bits and swapped or lost blocks. It protects from accidents, not from an attacker.
 """
 
 from __future__ import annotations
@@ -27,16 +27,15 @@ _CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What a file holds."""
+    """The size and checksum of one file."""
 
     bytes: int
-    """Its size."""
     crc32: str
-    """CRC-32 (zlib.crc32) of its contents, 8 hexadecimal digits."""
+    """CRC-32 (zlib.crc32) of the contents, 8 hexadecimal digits."""
 
     @classmethod
     def of(cls, path: Path) -> FileRecord:
-        """Read the file `path`."""
+        """The record of the file `path`, which is read whole. Raises OSError if it cannot be read."""
         checksum = size = 0
         with path.open("rb", buffering=0) as file:
             while chunk := file.read(_CHUNK):
@@ -56,7 +55,10 @@ class Manifest:
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
-        """Raises MaskLLMError where the directory has no manifest, is a file short, or has one of another size."""
+        """Read the manifest of `directory`.
+
+        Raises MaskLLMError if the manifest is missing or damaged, or if a file is missing or has another size.
+        """
         path = directory / MANIFEST
         values = read_json_object(path)
         files = values.get("files")
@@ -83,7 +85,7 @@ class Manifest:
         return cls(directory, records)
 
     def verify(self, names: Iterable[str], *, threads: int = 1) -> None:
-        """Read the files `names` and compare their checksums, once in this object's life.
+        """Read the files `names` and compare their checksums. Files that this object has verified before are not read again.
 
         Raises MaskLLMError naming the first file that differs, what was found and what was wanted.
         """
@@ -110,12 +112,12 @@ class Manifest:
             raise MaskLLMError(f"{self.directory / name}: cannot be read ({error.strerror}); use another checkpoint") from None
 
     def assume_verified(self, names: Iterable[str]) -> None:
-        """Note that other processes have verified `names`."""
+        """Count `names` as verified, because other processes have read them."""
         self._verified.update(names)
 
 
 def write_manifest(directory: Path, known: Mapping[str, FileRecord] | None = None) -> None:
-    """Write the manifest of all files below `directory`, reading those that `known` does not hold the records of."""
+    """Write the manifest of all files below `directory`. Files without a record in `known` are read."""
     known = known or {}
     names = sorted(str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file())
     unread = [name for name in names if name != MANIFEST and name not in known]

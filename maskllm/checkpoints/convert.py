@@ -25,18 +25,18 @@ class ConvertReport:
     path: str
     """The iteration directory."""
     tensors: int
-    """Megatron's; some hold several of the Hugging Face ones."""
+    """Megatron tensors. Some of them hold several Hugging Face tensors."""
     parameters: int
     bytes: int
-    """Of the parameters."""
+    """Size of the parameters."""
 
 
 def convert(hf: str | Path, output: str | Path) -> ConvertReport:
     """Convert the Hugging Face checkpoint `hf`, a directory or a hub id, to the Megatron checkpoint directory `output`.
 
-    Every tensor keeps its dtype and its bits. The iteration directory is OUTPUT/release. Raises MaskLLMError naming the
-    config key or tensor where the model is not supported, or a tensor is missing, unknown or of the wrong shape, and as
-    `release_directory` does, before anything is downloaded.
+    Every tensor keeps its dtype and its bits. The iteration directory is OUTPUT/release. Raises MaskLLMError naming the config key
+    if the model is not supported, and naming the tensor if one is missing, unknown or of the wrong shape. Raises as
+    `release_directory` does before anything is downloaded.
     """
     release_directory(output, "dense")
     source = find_source(hf)
@@ -52,6 +52,7 @@ def convert(hf: str | Path, output: str | Path) -> ConvertReport:
 
 
 def _converted(mapping: Mapping, tensors: HFTensors, config: ModelConfig) -> LazyTensor:
+    """The Megatron tensor of `mapping`. Raises MaskLLMError if its Hugging Face tensors have wrong shapes or different dtypes."""
     for name, wanted in zip(mapping.hf, mapping.hf_shapes(config), strict=True):
         found = tensors.shape(name)
         if found != wanted:
@@ -70,14 +71,17 @@ def _converted(mapping: Mapping, tensors: HFTensors, config: ModelConfig) -> Laz
 
 
 def _check_names(tensors: HFTensors, mappings: list[Mapping], config: ModelConfig) -> None:
-    """Every tensor of the checkpoint is converted, or follows from the config, or is a true copy of one it is tied to."""
+    """Check that every tensor is converted, is a buffer that the config determines, or equals the tensor that it is tied to.
+
+    Raises MaskLLMError naming the first tensor that is none of these.
+    """
     unknown = set(tensors.names) - {name for mapping in mappings for name in mapping.hf}
     unknown -= {name for name in unknown if is_derived_buffer(name, config)}
     for copy, original in tied_copies(config).items():
         if copy in unknown and not torch.equal(tensors.load(copy), tensors.load(original)):
             raise MaskLLMError(
                 f"{tensors.directory}: {copy} differs from {original}, but the config ties them; set tie_word_embeddings to false "
-                "in config.json if the model was trained with an output layer of its own"
+                "in config.json if the model was trained with a separate output layer"
             )
         unknown.discard(copy)
     if unknown:

@@ -43,7 +43,7 @@ def is_complete(directory: Path) -> bool:
 
 
 def what_is_missing(directory: Path) -> str:
-    """Why `directory` is not a complete checkpoint, for error messages."""
+    """The part of an error message that says why `directory` is not a complete checkpoint."""
     return f"not complete, it has no {MANIFEST}" if directory.is_dir() else "no such directory"
 
 
@@ -67,12 +67,12 @@ def _to_stderr(line: str) -> None:
 def iterations(path: str | Path, *, fall_back: bool = False, say: Callable[[str], None] = _to_stderr) -> list[Path]:
     """The iteration directories that a run can continue from, best first. An iteration directory gives itself alone.
 
-    The best one is the one that `latest_checkpointed_iteration.txt` names; older ones follow. Use the newest complete one instead if
-    that file (a) is missing, (b) is not text, (c) names an incomplete checkpoint, or (d) names the second newest and is older than the
-    newest, because a save was killed before it wrote the file. Incomplete directories are left out.
+    The best one is the one that `latest_checkpointed_iteration.txt` names; older ones follow. The newest complete one is the best
+    if that file (a) is missing, (b) is not text, (c) names an incomplete checkpoint, or (d) names the second newest and is older
+    than the newest, because a save was killed before it wrote the file. Incomplete directories are left out.
 
-    `say` is called with a line about each newer directory that is not used, and about a file that is not text. Raises MaskLLMError if
-    there is no complete iteration, and if that file holds anything but "release" or a number; `fall_back` treats that as (b).
+    `say` is called with a line about each newer directory that is not used, and about a file that is not text. Raises MaskLLMError
+    if there is no complete iteration, and if that file holds anything but "release" or a number; `fall_back` treats that as (b).
     """
     path = Path(path)
     if not path.is_dir():
@@ -108,20 +108,20 @@ def iterations(path: str | Path, *, fall_back: bool = False, say: Callable[[str]
 
 
 def _time_of(file: Path) -> int:
-    """When it was written, in ns since 1970."""
+    """When `file` was written, in ns since 1970."""
     return file.stat().st_mtime_ns
 
 
 def _named_by_latest(root: Path, fall_back: bool, say: Callable[[str], None]) -> Path | None:
     """The iteration directory that `latest_checkpointed_iteration.txt` names; None if that file is missing or is not text.
 
-    Raises MaskLLMError if it holds anything but "release" or a number, unless with `fall_back`.
+    Raises MaskLLMError if the file holds anything but "release" or a number; with `fall_back` returns None instead.
     """
     if not (root / LATEST).is_file():
         return None
     text = (root / LATEST).read_text(encoding="utf-8", errors="replace").strip()
     if not text.isprintable() or not text:  # the disk lost its contents
-        say(f"{root / LATEST}: is empty or no text; ignored")
+        say(f"{root / LATEST}: is empty or not text; ignored")
         return None
     if text != "release" and not re.fullmatch(r"\d{1,18}", text):
         problem = f"{root / LATEST}: holds {text[:40]!r}; wanted 'release' or an iteration number"

@@ -1,6 +1,7 @@
 """What a checkpoint says of itself: `maskllm.json`.
 
-{"format_version": 1, "stage": "pruned", "source": "meta-llama/Llama-2-7b-hf", "pattern": "2:4", "method": "sparsegpt", "details": {...}}
+{"format_version": 1, "stage": "pruned", "source": "meta-llama/Llama-2-7b-hf", "pattern": "2:4", "method": "sparsegpt",
+ "details": {...}}
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class CheckpointInfo:
     """What a checkpoint's tensors are."""
 
     stage: str
-    """dense: weights as converted; pruned: also `mask_bits`; trained: also `mask_logits`; trimmed: zeros written into the weights."""
+    """dense: weights as converted; pruned: also `mask_bits`; trained: also `mask_logits`; trimmed: zeros in the weights."""
     source: str
     """The Hugging Face directory or hub id that was converted."""
     pattern: str | None = None
@@ -34,7 +35,7 @@ class CheckpointInfo:
     method: str | None = None
     """How the one-shot mask in `mask_bits` was made; None if there is no such mask."""
     details: dict[str, Any] = field(default_factory=dict)
-    """Further facts from the verb that wrote it, for people and reports."""
+    """Further facts from the command that wrote it, for people and reports."""
 
     def __post_init__(self) -> None:
         if self.stage not in STAGES:

@@ -35,7 +35,7 @@ class Checkpoint:
     iteration: Iteration
     info: CheckpointInfo
     manifest: Manifest
-    """Its files' checksums."""
+    """The checksums of its files."""
 
     @property
     def hf_directory(self) -> Path:
@@ -49,7 +49,7 @@ class Checkpoint:
 
     @functools.cached_property
     def tensors(self) -> TensorReader:
-        """Its tensors by key. Each one is read, and its files' checksums are verified, when it is used.
+        """Its tensors by key. A tensor is read, and the checksums of its files are verified, when its `load` is called.
 
         Raises MaskLLMError if the index cannot be read.
         """
@@ -58,7 +58,7 @@ class Checkpoint:
     def verify(self) -> None:
         """Compare the checksums of all files; each rank of the job reads its share of them.
 
-        All ranks of the job must call this. Raises MaskLLMError, on all of them, naming the first damaged file.
+        All ranks of the job must call this. Raises MaskLLMError, on all of them, naming a damaged file.
         """
         names = sorted(self.manifest.files, key=lambda name: (-self.manifest.files[name].bytes, name))
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -68,7 +68,7 @@ class Checkpoint:
         self.manifest.assume_verified(names)
 
     def check_weights(self) -> None:
-        """Raise MaskLLMError naming the first weight that is missing or has another shape than the config says."""
+        """Raise MaskLLMError naming the first weight that is missing or has another shape than the config asks for."""
         for mapping in parameter_map(self.model_config):
             self.check_shape(mapping.megatron, mapping.megatron_shape(self.model_config))
 
@@ -118,15 +118,18 @@ def open_iteration(path: Path) -> Checkpoint:
 
 
 def load_model(checkpoint: Checkpoint, model: torch.nn.Module) -> None:
-    """Fill a Megatron model, with the masks that it has room for, from a checkpoint written under any layout."""
+    """Fill a Megatron model, and its mask tensors if it has any, from a checkpoint written under any layout.
+
+    All ranks call this. Raises MaskLLMError as `Checkpoint.load` does.
+    """
     load_tensors(model, checkpoint.load({"model": model.sharded_state_dict()})["model"])
 
 
 def load_tensors(model: torch.nn.Module, tensors: dict[str, Any]) -> None:
-    """`load_state_dict`, strict about everything except the `_extra_state` of upstream's and Transformer Engine's modules.
+    """`load_state_dict`, strict about everything except the `_extra_state` of Megatron's and Transformer Engine's modules.
 
-    That is the state of 8-bit training, which checkpoints here do not hold. Raises MaskLLMError naming the first other name that only
-    one of the two has.
+    `_extra_state` is the state of 8-bit training, which checkpoints here do not hold. Raises MaskLLMError naming the first other
+    tensor that only `model` or only `tensors` has.
     """
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     wrong = [name for name in missing if not name.endswith("._extra_state")] + unexpected
@@ -135,7 +138,7 @@ def load_tensors(model: torch.nn.Module, tensors: dict[str, Any]) -> None:
 
 
 def without_extra_state(state: dict[str, Any]) -> dict[str, Any]:
-    """The state dict without `_extra_state` objects: the state of 8-bit training, empty here and missing in converted checkpoints."""
+    """The state dict without `_extra_state` objects: the state of 8-bit training, empty here and not in converted checkpoints."""
     return {
         key: without_extra_state(value) if isinstance(value, dict) else value
         for key, value in state.items()
@@ -155,10 +158,13 @@ def _sharded_tensors(value: Any) -> list[ShardedTensor]:
 
 @contextlib.contextmanager
 def one_line(what: str) -> Iterator[None]:
-    """Turn what Megatron and PyTorch raise for missing, damaged or unwritable files into a MaskLLMError."""
+    """A block in which Megatron or PyTorch read or write files: what they raise becomes a MaskLLMError that starts with `what`.
+
+    A lost connection to another rank is raised as it is.
+    """
     try:
         yield
-    except CheckpointException as error:  # a BaseException with the ranks' own errors, on the ranks that know them
+    except CheckpointException as error:  # a BaseException; `failures` holds the ranks' errors, or nothing on some ranks
         cause = next((cause for cause, _ in error.failures.values()), None)
         raise MaskLLMError(f"{what} ({_reason(cause) if cause else 'another rank could not'})") from error
     except MaskLLMError:

@@ -1,8 +1,8 @@
 """Saving a job's checkpoints from all its ranks, at once or in the background, so that each appears complete or not at all.
 
-Every rank writes its files into a hidden directory beside the iteration's. The process that writes them also computes their checksums
-(`writer_process`), so that this work is spread over the ranks, reads from the page cache, and does not hold up a training that saves in
-the background. When all ranks have written, the first rank adds the manifest, renames the directory and updates
+Every rank writes its files into a hidden directory beside the iteration's. The process that writes them also computes their
+checksums (`writer_process`), so that this work is spread over the ranks, reads from the page cache, and does not hold up a training
+that saves in the background. When all ranks have written, the first rank adds the manifest, renames the directory and updates
 `latest_checkpointed_iteration.txt`.
 """
 
@@ -48,7 +48,7 @@ class CheckpointSaver:
 
     Args:
         root: The checkpoint directory.
-        hf_files_from: The Hugging Face directory whose config and tokenizer files each iteration gets a copy of. They are read here,
+        hf_files_from: A Hugging Face directory. Each iteration gets a copy of its config and tokenizer files. They are read here,
             once, so the directory may be removed afterwards.
         background: Whether `save` returns as soon as this rank's tensors are copied (CUDA) or its process is forked (CPU), and the
             writing continues in the background (Megatron's `async_sharded_save`). A save waits for the one before it.
@@ -84,8 +84,8 @@ class CheckpointSaver:
     def save(self, iteration: Iteration, sharded_state_dict: dict[str, Any], info: CheckpointInfo) -> Path:
         """Write an iteration from every rank's sharded state dict; returns its directory.
 
-        The directory gets its name, and becomes the latest, when every rank has written its part: before this call returns or, in the
-        background, in a later call of `poll` or `finish`. Raises MaskLLMError on all ranks if any rank cannot write.
+        The directory gets its name, and becomes the latest, when every rank has written its part: before this call returns or, in
+        the background, in a later call of `poll` or `finish`. Raises MaskLLMError on all ranks if any rank cannot write.
         """
         self.finish()
         path = self.root / iteration_name(iteration)

@@ -1,7 +1,7 @@
 """Reading and writing the tensors of a Megatron `torch_dist` checkpoint one at a time, without a model and without ranks.
 
 `torch_dist` is PyTorch's distributed checkpoint (DCP) plus Megatron's `metadata.json` and `common.pt`. Megatron's own `save` and
-`load` want all tensors in memory at once; conversion, trimming and export use DCP directly and hold one tensor at a time.
+`load` need all tensors in memory at once. Conversion, trimming and export use DCP directly and hold one tensor at a time.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from maskllm.errors import MaskLLMError, first_line
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is made when it is written."""
+    """A tensor of known shape and dtype that is not in memory until `load` is called."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     load: Callable[[], torch.Tensor]
-    """Makes it, on the CPU, with the shape and dtype stated here."""
+    """Reads or computes the tensor, on the CPU, with this shape and dtype."""
 
     @property
     def nbytes(self) -> int:
@@ -43,9 +43,9 @@ class TensorReader(Mapping[str, LazyTensor]):
     """The tensors in an iteration directory of a checkpoint, by key; each is read when its `load` is called."""
 
     def __init__(self, directory: Path, verify: Callable[[Iterable[str]], None]) -> None:
-        """Read the directory's index. `verify` is called with the names of the files that a tensor is about to be read from.
+        """Read the directory's index. Before a tensor is read, `verify` is called with the names of the files that hold it.
 
-        Raises MaskLLMError where there is no index or it cannot be read.
+        Raises MaskLLMError if the index is missing or cannot be read.
         """
         self.directory = directory
         self._verify = verify
@@ -62,7 +62,7 @@ class TensorReader(Mapping[str, LazyTensor]):
             self._files[index.fqn].add(place.relative_path)
 
     def __getitem__(self, key: str) -> LazyTensor:
-        """Raises MaskLLMError where the checkpoint has no such tensor; its `load` does where a file it lies in is damaged."""
+        """The tensor `key`, not yet read. Raises MaskLLMError if it is missing; `load` raises it if a file is damaged."""
         if key not in self._tensors:
             raise MaskLLMError(f"{self.directory}: has no tensor {key}")
         entry = self._tensors[key]
@@ -103,7 +103,7 @@ class _IndexedReader(dcp.FileSystemReader):
 
 
 class _LazyPlanner(DefaultSavePlanner):
-    """Plans with the shapes alone and makes each tensor when its turn to be written comes."""
+    """Plans with shapes only and loads each tensor when it is written."""
 
     def __init__(self, tensors: Mapping[str, LazyTensor], progress: tqdm) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -114,7 +114,7 @@ class _LazyPlanner(DefaultSavePlanner):
         lazy = self._lazy[index.fqn]
         tensor = lazy.load()
         if (tuple(tensor.shape), tensor.dtype) != (lazy.shape, lazy.dtype):
-            raise RuntimeError(f"{index.fqn}: made {tensor.dtype} {list(tensor.shape)}, announced {lazy.dtype} {list(lazy.shape)}")
+            raise RuntimeError(f"{index.fqn}: loaded {tensor.dtype} {list(tensor.shape)}, wanted {lazy.dtype} {list(lazy.shape)}")
         self._progress.update(lazy.nbytes)
         return tensor.contiguous()
 
@@ -122,12 +122,13 @@ class _LazyPlanner(DefaultSavePlanner):
 def write_tensors(directory: Path, tensors: Mapping[str, LazyTensor], description: str) -> None:
     """Write `tensors`, in their order, as a `torch_dist` checkpoint into the existing `directory`, one in memory at a time.
 
-    Not atomic by itself; `description` labels the progress bar. What a tensor's `load` raises comes out as it was. Raises MaskLLMError
-    where the disk does not take a file.
+    This is not atomic by itself. `description` labels the progress bar. An exception from a tensor's `load` is raised unchanged.
+    Raises MaskLLMError if a file cannot be written, usually because the disk is full.
     """
     placeholders = {key: torch.empty(lazy.shape, dtype=lazy.dtype, device="meta") for key, lazy in tensors.items()}
     total = sum(lazy.nbytes for lazy in tensors.values())
-    # The writer keeps a file's tensors until the file is closed, so each gets its own; copying ahead would hold several as well.
+    # The writer keeps a file's tensors in memory until the file is closed, so each tensor gets its own file. Copying ahead would
+    # also keep several tensors in memory.
     writer = dcp.FileSystemWriter(directory, single_file_per_rank=False, per_thread_copy_ahead=0)
     with tqdm(total=total, unit="B", unit_scale=True, desc=description, disable=None) as progress:
         try:
@@ -144,13 +145,13 @@ def write_tensors(directory: Path, tensors: Mapping[str, LazyTensor], descriptio
 
 
 def is_short_write(error: BaseException) -> bool:
-    """Whether this is torch.save's error for a file that could not be written to its end."""
+    """Whether `error` is torch.save's error for a file that was cut short, as on a full disk."""
     return "inline_container" in str(error)
 
 
 @contextmanager
 def _one_process() -> Iterator[None]:
-    """Use DCP from a single process: without its remark that this is one, and with its failures as they were raised."""
+    """A block that uses DCP from a single process, without DCP's warning about that. Raises the cause of a CheckpointException."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         try:

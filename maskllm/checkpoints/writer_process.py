@@ -20,8 +20,9 @@ from maskllm.processes import end_with_parent
 def write_and_record(write: Callable[..., None], directory: Path, rank: int, *args: Any, **kwargs: Any) -> None:
     """Call Megatron's `write(*args, **kwargs)`, then store the checksums of its files in `directory` for `collect_records`.
 
-    The process ends when its rank ends, because then nobody can publish what it writes, and when a process that it has started is killed.
-    Megatron keeps a failure of `write` for its own later check. A file that cannot be read here gets no record; `write_manifest` reads it.
+    The process ends when its rank ends, because then nobody can publish what it writes, and when a process that it has started is
+    killed. Megatron keeps a failure of `write` for its own later check. A file that cannot be read here gets no record;
+    `write_manifest` reads it.
     """
     end_with_parent()
     signal.signal(signal.SIGCHLD, _end_with_killed_child)

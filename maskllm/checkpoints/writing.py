@@ -19,8 +19,8 @@ def write_checkpoint(
 ) -> Path:
     """Write `ROOT/release` and return that directory. It appears, and replaces an older one, when it is complete.
 
-    Config and tokenizer files are copied from the Hugging Face directory `hf_files_from`. `description` labels the progress bar. Raises
-    MaskLLMError as `release_directory` does.
+    Config and tokenizer files are copied from the Hugging Face directory `hf_files_from`. `description` labels the progress bar.
+    Raises MaskLLMError as `release_directory` does.
     """
     path = release_directory(root, info.stage)
     with atomic_directory(path) as temporary:

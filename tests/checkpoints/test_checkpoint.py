@@ -98,7 +98,7 @@ def test_other_words_are_passed_over_only_where_that_was_asked_for(dense):
 
 
 @pytest.mark.parametrize(
-    ("latest", "words"), [(b"", "is empty or no text; ignored"), (b"\0\0\0", "is empty or no"), (b"3", "iter_0000003: no such")]
+    ("latest", "words"), [(b"", "is empty or not text; ignored"), (b"\0\0\0", "is empty or no"), (b"3", "iter_0000003: no such")]
 )
 def test_a_file_that_names_nothing_does_not_hide_what_is_complete(dense, latest, words):
     (dense / LATEST).write_bytes(latest)
