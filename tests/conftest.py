@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import megatron_patches
-from tests.ranks import Pool
+from tests.ranks import Pool, heed_interrupts
 
 megatron_patches.import_megatron()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -61,6 +61,7 @@ def torchrun(
         text=True,
         timeout=timeout,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=heed_interrupts,
         check=False,
     )
     assert not check or done.returncode == 0, done.stderr[-6000:]
@@ -69,7 +70,7 @@ def torchrun(
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Pool]:
-    """`ranks(2, MODULE, ARGUMENTS...)` is `torchrun` in processes that have run other programs before."""
+    """`ranks(2, MODULE, ARGUMENTS...)` runs a program in two ranks, as torchrun would, in processes that need no time for imports."""
     pool = Pool()
     yield pool
     pool.close()
@@ -137,17 +138,8 @@ def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def signal_handlers() -> Iterator[None]:
-    """For tests that train in their own process: training takes SIGTERM and SIGINT for itself."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    """For tests that train in their own process: training handles SIGTERM, SIGINT and SIGHUP."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
-
-
-def heed_interrupts() -> None:
-    """For `preexec_fn`: give a child the default handlers of SIGINT and SIGHUP.
-
-    A child inherits ignored signals: a shell's background job ignores SIGINT, and a program started by nohup ignores SIGHUP.
-    """
-    for number in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
