@@ -1,4 +1,7 @@
-"""Outputs that appear complete or not at all: write beside, fsync, rename."""
+"""Files: outputs that appear complete or not at all (write a temporary file, fsync, rename), and JSON objects.
+
+The names of temporary files and directories start with a dot and end with `.tmp`; `.old` is a directory that is being replaced.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +25,16 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _name(error: OSError, path: Path) -> None:
-    """Let an error that only writing causes, and that names no file, name the output."""
+def _add_path(error: OSError, path: Path) -> None:
+    """Add the output path to a disk-full error that carries no file name."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename is None:
         error.filename = str(path)
 
 
 def real_file(path: str | os.PathLike) -> Path:
-    """Where an output file `path` goes: where it is a link, what the link points to is written and the link stays.
+    """The file that an output to `path` replaces: if `path` is a link, the link stays and its target is written.
 
-    Raises MaskLLMError where something other than a regular file is there: a rename would do away with a pipe or a device.
+    Raises MaskLLMError if something other than a regular file is there. A rename would destroy a pipe or a device.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -41,24 +44,24 @@ def real_file(path: str | os.PathLike) -> Path:
 
 @contextlib.contextmanager
 def _directory(path: Path) -> Iterator[None]:
-    """Make the directory `path` for the block; where that raises, remove the directories that were made."""
+    """A block that writes into the directory `path`. Makes it, and removes the directories that it made if the block raises."""
     made = [directory for directory in (path, *path.parents) if not directory.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
         yield
     except BaseException:
         for directory in made:
-            with contextlib.suppress(OSError):  # it may hold what others have written meanwhile
+            with contextlib.suppress(OSError):  # others may have written into it
                 directory.rmdir()
         raise
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; move it there, on disk, when the block ends without an exception.
+    """A block that writes the file `path`: yields a temporary path beside it, to be written and closed.
 
-    On an exception the temporary file is removed and `path` is left as it was. What a killed process left is overwritten. Raises as
-    `real_file` does.
+    When the block ends, the temporary file is synced to disk and renamed to `path`. If it raises, the temporary file is removed and
+    `path` stays as it was. A temporary file of a killed process is overwritten. Raises as `real_file` does.
     """
     path = real_file(path)
     temporary = path.with_name(f".{path.name}.tmp")
@@ -69,7 +72,7 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
             os.replace(temporary, path)
             _fsync(path.parent)
         except OSError as error:
-            _name(error, path)
+            _add_path(error, path)
             raise
         finally:
             temporary.unlink(missing_ok=True)
@@ -77,10 +80,10 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary directory beside `path`; every file in it is synced and it takes `path`'s place when the block ends.
+    """A block that writes the directory `path`: yields a temporary directory beside it.
 
-    An existing directory at `path` is replaced, or the one that a link there points to. On an exception the temporary directory is
-    removed and `path` is left as it was.
+    When the block ends, all files are synced to disk and the directory is renamed to `path`. It replaces a directory at `path`, or
+    the one that a link at `path` points to. If the block raises, the temporary directory is removed and `path` stays as it was.
     """
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.tmp")
@@ -91,7 +94,7 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
             yield temporary
             publish_directory(temporary, path)
         except OSError as error:
-            _name(error, path)
+            _add_path(error, path)
             raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -104,7 +107,7 @@ def publish_directory(temporary: Path, path: Path) -> None:
     _fsync(temporary)
     retired = path.with_name(f".{path.name}.old")
     if path.exists():
-        shutil.rmtree(retired, ignore_errors=True)  # of a replacement that was killed
+        shutil.rmtree(retired, ignore_errors=True)  # from a process that was killed while it replaced the directory
         os.replace(path, retired)
     os.replace(temporary, path)
     _fsync(path.parent)
@@ -112,13 +115,13 @@ def publish_directory(temporary: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """A block that writes a safetensors file for `path`: the library's own error becomes a MaskLLMError that names it."""
-    from safetensors import SafetensorError  # here: `maskllm doctor` tells when it is missing
+def explain_safetensors_errors(path: Path) -> Iterator[None]:
+    """A block that writes a safetensors file for `path`: a SafetensorError becomes a MaskLLMError that names the file."""
+    from safetensors import SafetensorError  # imported here so that `maskllm doctor` runs, and says so, if it is missing
 
     try:
         yield
-    except SafetensorError as error:  # a full disk, most often
+    except SafetensorError as error:  # usually because the disk is full
         raise MaskLLMError(f"{path}: cannot be written: {error}") from None
 
 
@@ -134,7 +137,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises MaskLLMError naming file and line where it holds anything else."""
+    """The JSON object in `path`. Raises MaskLLMError naming the file, and the line of a syntax error, if it is anything else."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -143,7 +146,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise MaskLLMError(f"{path}: not UTF-8 text") from None
     except json.JSONDecodeError as error:
         raise MaskLLMError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, or thousands of nested brackets
+    except (ValueError, RecursionError) as error:  # numbers with thousands of digits, or thousands of nested brackets
         raise MaskLLMError(f"{path}: not JSON that can be read: {error}") from None
     if not isinstance(values, dict):
         raise MaskLLMError(f"{path}: wanted a JSON object, found {type(values).__name__}")

@@ -21,23 +21,25 @@ from maskllm.errors import MaskLLMError
 from maskllm.export.mask_file import write_mask_file
 from maskllm.families.mapping import Mapping
 from maskllm.families.registry import parameter_map
-from maskllm.files import atomic_directory, naming, read_json_object, write_json
+from maskllm.files import atomic_directory, explain_safetensors_errors, read_json_object, write_json
 from maskllm.huggingface.directory import read_side_files, write_side_files
 from maskllm.huggingface.tensors import INDEX
 from maskllm.ops import check_mask
 from maskllm.patterns import unpack_mask
 
 MAX_SHARD_SIZE = "5GB"
-"""The default of huggingface_hub's own writer; one file of at most this size is in memory at a time."""
+"""The default of huggingface_hub's writer. Export holds one file of at most this size in memory."""
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, in elements and bytes; the zeros are those inside of the pruned matrices."""
+    """What was written, in elements and bytes."""
 
     parameters: int
     pruned_parameters: int
+    """The weights of the pruned matrices."""
     zeros: int
+    """Zeros in the pruned matrices."""
     bytes: int
 
 
@@ -46,16 +48,21 @@ def export(
 ) -> ExportReport:
     """Write the checkpoint `load`, dense or trimmed, as a Hugging Face checkpoint to the directory `output`.
 
-    Tensors keep their dtype and their bits. `output` appears when it is complete and every pruned matrix has been found to have at
-    most N non-zeros in every M. `mask_file`, apart from `output`, gets the masks (`maskllm.export.mask_file`) just before. `max_shard_size`
-    is a positive number with a unit, such as "5GB". Raises MaskLLMError where `output` exists and is not empty, for checkpoints of
-    other stages, for missing or misshapen tensors, and for a weight outside of its mask. Returns what was written.
+    Tensors keep their dtype and their bits. Every pruned matrix is checked: it has at most N non-zeros in every M, and none outside
+    of its mask. `output` appears complete or not at all.
+
+    Args:
+        mask_file: A file outside of `output` to write the masks to (`maskllm.export.mask_file`). It appears before `output` does.
+        max_shard_size: The largest size of a safetensors file: a positive number with a unit, such as "5GB".
+
+    Raises MaskLLMError if `output` exists and is not empty, if the checkpoint is of another stage, if a tensor is missing or has a
+    wrong shape, and if a matrix fails its check.
     """
     output = Path(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise MaskLLMError(f"--output {output} exists and is not an empty directory; remove it or name another")
     if mask_file is not None and Path(os.path.realpath(mask_file)).is_relative_to(os.path.realpath(output)):
-        raise MaskLLMError(f"--mask-file {mask_file}: lies in --output {output}; name a place apart from it")
+        raise MaskLLMError(f"--mask-file {mask_file}: lies in --output {output}; name a file outside of it")
     if not re.fullmatch(r"(?=.*[1-9])[0-9]{1,9}(\.[0-9]{1,9})?\s*[KMGT]B", max_shard_size.strip(), re.IGNORECASE):
         raise MaskLLMError(
             f"--max-shard-size {max_shard_size}: wanted a positive size in KB, MB, GB or TB, such as {MAX_SHARD_SIZE}"
@@ -63,7 +70,8 @@ def export(
     checkpoint = resolve(load)
     if checkpoint.info.stage not in ("dense", "trimmed"):
         raise MaskLLMError(
-            f"{checkpoint.path}: is a {checkpoint.info.stage} checkpoint; write its masks into the weights first, with `maskllm trim`"
+            f"{checkpoint.path}: is a {checkpoint.info.stage} checkpoint; write its masks into the weights first, with "
+            "`maskllm trim`"
         )
     if mask_file is not None and checkpoint.info.stage == "dense":
         raise MaskLLMError(f"{checkpoint.path}: is a dense checkpoint, which has no masks for {mask_file}")
@@ -89,11 +97,11 @@ def export(
                 shard[name] = tensors[name].load().contiguous()
                 zeros += int((shard[name] == 0).sum()) if name in pruned else 0
                 progress.update(tensors[name].nbytes)
-            with naming(output / file):
+            with explain_safetensors_errors(output / file):
                 save_file(shard, temporary / file, metadata={"format": "pt"})
         if shards.is_sharded:
             write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": shards.tensor_to_filename})
-        if mask_file is not None:  # before `output` appears, so that whoever finds that has both
+        if mask_file is not None:  # before `output` appears, so that both exist when `output` does
             write_mask_file(mask_file, _hf_masks(checkpoint))
     sizes = {name: torch.Size(tensor.shape).numel() for name, tensor in tensors.items()}
     return ExportReport(sum(sizes.values()), sum(sizes[name] for name in pruned), zeros, total)
@@ -107,13 +115,14 @@ def _pruned_names(checkpoint: Checkpoint) -> set[str]:
 
 
 def _hf_masks(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each pruned weight's Hugging Face name and its mask, bool of that weight's shape, of a checkpoint with `mask_bits`."""
+    """Each pruned weight's Hugging Face name and its mask, bool in that weight's shape. The checkpoint must hold `mask_bits`."""
     for mapping in parameter_map(checkpoint.model_config):
         if mapping.linear is not None:
             yield from zip(mapping.hf, mapping.to_hf(_mask(checkpoint, mapping), checkpoint.model_config), strict=True)
 
 
 def _mask(checkpoint: Checkpoint, mapping: Mapping) -> torch.Tensor:
+    """The stored mask of a Megatron weight, bool [out, in]."""
     rows, columns = mapping.megatron_shape(checkpoint.model_config)
     key = f"{mapping.linear}.mask_bits"
     checkpoint.check_shape(key, (rows, -(-columns // 8)))
@@ -121,7 +130,7 @@ def _mask(checkpoint: Checkpoint, mapping: Mapping) -> torch.Tensor:
 
 
 def _hf_tensors(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
-    """The model's tensors under their Hugging Face names. Those of one fused tensor follow each other and share one reading."""
+    """The model's tensors by Hugging Face name. The parts of a fused tensor follow each other, so that it is read only once."""
     config = checkpoint.model_config
     parts = functools.lru_cache(maxsize=1)(functools.partial(_checked_parts, checkpoint))
     return {
@@ -136,13 +145,13 @@ def _part(parts: Callable[[Mapping], list[torch.Tensor]], mapping: Mapping, inde
 
 
 def _checked_parts(checkpoint: Checkpoint, mapping: Mapping) -> list[torch.Tensor]:
-    """The Hugging Face tensors of one Megatron tensor, found to respect their masks where there are any."""
+    """The Hugging Face tensors of one Megatron tensor. Raises MaskLLMError if a weight breaks its pattern or its mask."""
     config = checkpoint.model_config
     weights = mapping.split(checkpoint.tensors[mapping.megatron].load(), config)
     if mapping.linear is None or checkpoint.info.stage == "dense":
         return mapping.transpose(weights)
     pattern = checkpoint.info.block_pattern
-    # Blocks run along a matrix's inputs, so it is checked as [out, in], also where it is stored [in, out].
+    # Blocks run along a matrix's inputs, so the check takes [out, in], before `transpose`.
     for name, weight, mask in zip(mapping.hf, weights, mapping.split(_mask(checkpoint, mapping), config), strict=True):
         kept = weight != 0
         if pattern is not None:
@@ -154,7 +163,7 @@ def _checked_parts(checkpoint: Checkpoint, mapping: Mapping) -> list[torch.Tenso
 
 
 def _write_side_files(checkpoint: Checkpoint, directory: Path, dtypes: set[torch.dtype]) -> None:
-    """The original's files, with the dtype in config.json set to the tensors' where that is one and differs."""
+    """Write the original's config and tokenizer files. If all tensors have one dtype, config.json states that dtype."""
     write_side_files(read_side_files(checkpoint.hf_directory), directory)
     path = directory / "config.json"
     config = read_json_object(path)

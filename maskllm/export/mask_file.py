@@ -1,9 +1,9 @@
-"""Mask files: the masks of a pruned model apart from its weights, one bit a weight, in NumPy's .npz.
+"""Mask files: the masks of a pruned model without its weights, one bit a weight, in NumPy's .npz format.
 
-One array a pruned weight; its key is the Hugging Face parameter name and `.mask` (for example
-`model.layers.0.self_attn.q_proj.weight.mask`), its value `numpy.packbits` of the boolean mask flattened in row-major order, uint8
-[ceil(out * in / 8)]. The mask has the shape of the parameter it is named for: [out, in], but [in, out] for the `Conv1D` weights of GPT-2,
-whose blocks of M then run down the columns. The authors of MaskLLM publish their masks in this format.
+The file holds one array for each pruned weight. The key is the Hugging Face parameter name and `.mask`, for example
+`model.layers.0.self_attn.q_proj.weight.mask`. The value is `numpy.packbits` of the boolean mask flattened in row-major order, uint8
+[ceil(out * in / 8)]. The mask has the shape of its parameter: [out, in], but [in, out] for the `Conv1D` weights of GPT-2, so that
+the blocks of M run down the columns there. The authors of MaskLLM publish their masks in this format.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ SUFFIX = ".mask"
 
 
 def write_mask_file(path: str | os.PathLike, masks: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Write (parameter name, boolean mask of its shape) pairs, one in memory at a time; the file appears complete or not at all."""
+    """Write the masks, given as pairs of a parameter's name and a bool tensor of the parameter's shape.
+
+    One mask is in memory at a time. The file appears complete or not at all.
+    """
     with atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, mask in masks:
             bits = np.packbits(mask.detach().cpu().numpy().astype(bool))
@@ -35,10 +38,10 @@ def write_mask_file(path: str | os.PathLike, masks: Iterable[tuple[str, torch.Te
 
 
 def apply_mask_file(path: str | os.PathLike, weights: Mapping[str, torch.Tensor]) -> None:
-    """Set to zero, in place, what the mask file removes from `weights` (parameter name -> tensor of its shape).
+    """Set to zero, in place, the weights that the mask file removes. `weights` maps parameter names to tensors.
 
-    All is checked before the first weight changes: MaskLLMError where the file cannot be read, and, by name, where a weight has no
-    mask, a mask has no weight, or a mask's type or size is not its weight's.
+    Raises MaskLLMError if the file cannot be read, and naming the weight if it has no mask, a mask has no weight, or a mask has the
+    wrong dtype or size for its weight. All checks come before the first weight changes.
     """
     with _opened(path) as archive:
         _check(path, archive, weights)
@@ -48,14 +51,14 @@ def apply_mask_file(path: str | os.PathLike, weights: Mapping[str, torch.Tensor]
 
 
 def check_mask_file(path: str | os.PathLike) -> None:
-    """Raise MaskLLMError where there is no mask file; takes no time, for before a model is loaded."""
+    """Raise MaskLLMError if `path` is not a mask file. This is quick: call it before a model is loaded."""
     with _opened(path):
         pass
 
 
 @contextlib.contextmanager
 def _opened(path: str | os.PathLike) -> Iterator[np.lib.npyio.NpzFile]:
-    """A block that reads a mask file; what goes wrong in reading it becomes a MaskLLMError that names it."""
+    """A block that reads the mask file `path`. An error in reading it becomes a MaskLLMError that names the file."""
     path = Path(path)
     if not path.is_file():
         raise MaskLLMError(f"{path}: no such mask file")
@@ -66,7 +69,7 @@ def _opened(path: str | os.PathLike) -> Iterator[np.lib.npyio.NpzFile]:
         with archive:
             yield archive
     except (ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        # RuntimeError is what zipfile raises where damaged flags ask for a password or a method that it lacks.
+        # zipfile raises RuntimeError if damaged flags ask for a password or for a compression method that it does not know.
         reason = first_line(error, with_type=False)
         raise MaskLLMError(f"{path}: not a readable .npz mask file ({reason})") from error
 
@@ -82,5 +85,6 @@ def _check(path: str | os.PathLike, archive: np.lib.npyio.NpzFile, weights: Mapp
         bits, size = archive[name + SUFFIX], -(-weight.numel() // 8)
         if bits.dtype != np.uint8 or bits.shape != (size,):
             raise MaskLLMError(
-                f"{path}: the mask of {name} is {bits.dtype} {list(bits.shape)}, wanted uint8 [{size}] for {list(weight.shape)} weights"
+                f"{path}: the mask of {name} is {bits.dtype} {list(bits.shape)}, wanted uint8 [{size}] for {list(weight.shape)} "
+                "weights"
             )

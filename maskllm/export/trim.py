@@ -1,4 +1,4 @@
-"""`maskllm trim`: from learned (or one-shot) masks to weights with zeros, one layer in memory at a time."""
+"""`maskllm trim`: write learned or one-shot masks into the weights as zeros, one tensor in memory at a time."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ class TrimReport:
     pruned_parameters: int
     """The weights of the masked linears."""
     zeros: int
-    """Those of them that the masks remove."""
+    """The weights that the masks remove."""
     blocks: int | None
-    """Blocks that keep N of M each; None for masks that follow no pattern."""
+    """Blocks of M weights, N of them kept; None for masks that follow no pattern."""
     bytes: int
-    """Of weights and mask bits."""
+    """Size of the weights and the mask bits."""
 
 
 def trim(load: str | Path, output: str | Path) -> TrimReport:
-    """Write the checkpoint `load`, trained or pruned, to OUTPUT/release with only the winning masks.
+    """Write the checkpoint `load`, trained or pruned, to OUTPUT/release with its final masks applied to the weights.
 
-    Each masked weight gets zeros where its mask removes it and its kept entries keep their bits; its mask stays beside it as
-    `mask_bits`. Logits, optimizer and training state are left out. A trained block's winner is its largest logit (the lowest
-    candidate of equals); a pruned checkpoint's masks are its one-shot masks. Raises MaskLLMError for other stages, and where a
-    tensor is missing or has another shape than the config asks for.
+    Removed weights become zero; kept weights keep their bits. Each mask is stored beside its weight as `mask_bits`. Logits,
+    optimizer state and training state are left out. The final mask of a trained block is the candidate with the largest logit, the
+    lowest index of equals. The final masks of a pruned checkpoint are its one-shot masks. Raises MaskLLMError if the checkpoint is
+    of another stage, or if a tensor is missing or has another shape than the config asks for.
     """
     checkpoint = resolve(load)
     if checkpoint.info.stage not in ("trained", "pruned"):
@@ -92,7 +92,7 @@ def trim(load: str | Path, output: str | Path) -> TrimReport:
 
 
 def _mask_source(checkpoint: Checkpoint, linear: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-    """The key and the shape of the tensor that the mask of a weight [out, in] comes from."""
+    """The key and the shape of the tensor that holds the mask, or its logits, of a weight [out, in] with shape `shape`."""
     rows, columns = shape
     if checkpoint.info.stage == "pruned":
         return f"{linear}.mask_bits", (rows, -(-columns // 8))
@@ -108,7 +108,7 @@ def _learned_pattern(checkpoint: Checkpoint) -> Pattern:
 
 
 def _mask(checkpoint: Checkpoint, linear: str) -> torch.Tensor:
-    """The final mask, bool [out, in], of a masked linear."""
+    """The final mask of the linear `linear`, bool [out, in]."""
     shape = checkpoint.tensors[f"{linear}.weight"].shape
     source = checkpoint.tensors[_mask_source(checkpoint, linear, shape)[0]].load()
     if checkpoint.info.stage == "pruned":
@@ -120,7 +120,7 @@ def _mask(checkpoint: Checkpoint, linear: str) -> torch.Tensor:
 
 
 def _zeroed(weight: LazyTensor, mask: Callable[[str], torch.Tensor], linear: str, removed: dict[str, int]) -> torch.Tensor:
-    """The weight with zeros; how many its mask removes goes into `removed`."""
+    """The weight with zeros written into it. Stores the number of removed weights in `removed[linear]`."""
     out = ~mask(linear)
     removed[linear] = int(out.sum())
     return weight.load().masked_fill_(out, 0)

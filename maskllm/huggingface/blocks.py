@@ -1,4 +1,4 @@
-"""The transformer blocks of a model in transformers, and the matrices in them that are pruned."""
+"""The transformer blocks of a transformers model, and the matrices in them that are pruned."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from transformers.pytorch_utils import Conv1D
 from maskllm.errors import MaskLLMError
 
 _BLOCK_LISTS = ("layers", "h")
-"""What families call the list of their blocks: LLaMA and most others, GPT-2."""
+"""Names of the list of blocks: `layers` in LLaMA and most other families, `h` in GPT-2."""
 
 
 def transformer_blocks(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
-    """The model's transformer blocks and the name of their list in it, such as model.layers.
+    """The name of the model's list of transformer blocks, such as model.layers, and the list.
 
-    Raises MaskLLMError where they are not to be found.
+    Raises MaskLLMError if the model has no such list.
     """
     for name in _BLOCK_LISTS:
         blocks = getattr(model.base_model, name, None)
@@ -26,10 +26,10 @@ def transformer_blocks(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList
 
 
 def linears_of(block: torch.nn.Module, prefix: str) -> dict[str, torch.nn.Module]:
-    """The linears of a transformer block by name, `prefix` before it."""
+    """The linears in `block`, by their names in it with `prefix` in front."""
     return {f"{prefix}.{name}": module for name, module in block.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
 
 
 def matrix(linear: torch.nn.Module) -> torch.Tensor:
-    """The weight of a linear as a matrix [out, in], a view without gradient: `Conv1D` (GPT-2) stores it [in, out]."""
+    """The weight of a linear as a matrix [out, in], a view without gradient. `Conv1D` (GPT-2) stores it as [in, out]."""
     return linear.weight.data.t() if isinstance(linear, Conv1D) else linear.weight.data

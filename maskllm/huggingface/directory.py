@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint on disk or on the hub: its directory, and the files in it that are not weights."""
+"""The directory of a Hugging Face checkpoint, on disk or downloaded from the hub, and the files in it that are not weights."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from pathlib import Path
 from maskllm.errors import MaskLLMError, first_line
 from maskllm.huggingface.tensors import INDEX
 
-SUBDIRECTORIES = ("*/*.safetensors", "[!a]*/*")
-"""What is not wanted of a repository's directories: weights, which are of another format there, and all in those whose name does not begin
-with an a, as additional_chat_templates does. The hub's * takes slashes."""
+IGNORED = ("*/*.safetensors", "[!a]*/*")
+"""Files in subdirectories of a hub repository that are not downloaded: weights, which are in another format there, and all files in
+directories with names that do not start with "a". That leaves additional_chat_templates. In the hub's patterns, * matches slashes
+too.
+"""
 
 SIDE_FILES = (
     "config.json",
@@ -27,16 +29,16 @@ SIDE_FILES = (
     "NOTICE*",
     "USE_POLICY*",
 )
-"""Files that a checkpoint needs beside its weights, and the terms under which it may be passed on."""
+"""The files that a checkpoint needs beside its weights, and the licenses that must be passed on with it."""
 
 FILES = ("*.safetensors", INDEX, *SIDE_FILES)
-"""What is taken of a repository on the hub."""
+"""The files that are downloaded from a repository on the hub."""
 
 
 def find_source(directory_or_id: str | Path, files: Sequence[str] = FILES) -> Path:
-    """The directory of a Hugging Face checkpoint: itself, or a hub id's after downloading those of its files that match `files`.
+    """The directory of a Hugging Face checkpoint. For a hub id, downloads the files that match `files` and returns their directory.
 
-    Raises MaskLLMError where there is no such directory and the hub does not have it either.
+    Raises MaskLLMError if there is no such directory and the hub does not provide it either.
     """
     path = Path(directory_or_id)
     if path.is_dir():
@@ -50,17 +52,17 @@ def find_source(directory_or_id: str | Path, files: Sequence[str] = FILES) -> Pa
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(directory_or_id), allow_patterns=list(files), ignore_patterns=list(SUBDIRECTORIES)))
-    except Exception as error:  # the hub's client raises its own, requests' and httpx's errors
+        return Path(snapshot_download(str(directory_or_id), allow_patterns=list(files), ignore_patterns=list(IGNORED)))
+    except Exception as error:  # the hub's client raises errors of its own, of requests and of httpx
         raise MaskLLMError(
             f"{directory_or_id}: no such directory, and the hub does not give it: {first_line(error, with_type=False)}"
         ) from None
 
 
 def read_side_files(source: Path) -> dict[Path, bytes]:
-    """The files of the directory `source` that match SIDE_FILES, by their place in it.
+    """The contents of the files in `source` that match SIDE_FILES, by path relative to `source`.
 
-    Raises MaskLLMError where config.json, without which nothing can be loaded, is missing.
+    Raises MaskLLMError if config.json is missing, because no checkpoint can be loaded without it.
     """
     if not (source / "config.json").is_file():
         raise MaskLLMError(f"{source / 'config.json'}: no such file")
@@ -69,7 +71,7 @@ def read_side_files(source: Path) -> dict[Path, bytes]:
 
 
 def write_side_files(files: Mapping[Path, bytes], target: Path) -> None:
-    """Write what `read_side_files` has read into the directory `target`, made if it is not there."""
+    """Write what `read_side_files` has read into the directory `target`, which is made if necessary."""
     for place, contents in files.items():
         (target / place).parent.mkdir(parents=True, exist_ok=True)
         (target / place).write_bytes(contents)

@@ -15,7 +15,7 @@ from maskllm.masking.sampler import MaskSampler
 
 
 class MaskedLinear(torch.nn.Module):
-    """Takes the place of a `torch.nn.Linear` or a `Conv1D` (GPT-2); its `weight` and `bias` are that linear's own parameters."""
+    """Replaces a `torch.nn.Linear` or a `Conv1D` (GPT-2) and takes over its `weight` and `bias` parameters."""
 
     def __init__(self, linear: torch.nn.Linear | Conv1D, location: Location) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class MaskedLinear(torch.nn.Module):
         self.masked = MaskedParameter(self, location, transposed=isinstance(linear, Conv1D))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Multiply `input` [..., in] by the masked weight, plus the bias: [..., out]."""
+        """Multiply `input` [..., in] by the masked weight and add the bias; returns [..., out]."""
         with self.masked.weight_for_product() as weight:
             return F.linear(input, weight, self.bias)
 
@@ -32,15 +32,15 @@ class MaskedLinear(torch.nn.Module):
 def mask_linears(
     model: PreTrainedModel, sampler: MaskSampler, locations: Mapping[str, Location] | None = None
 ) -> dict[str, MaskedParameter]:
-    """Freeze `model` and put a masked linear with learnable logits in the place of every linear of its transformer blocks.
+    """Freeze `model` and replace every linear of its transformer blocks by a masked linear with learnable logits.
 
     Args:
         sampler: how masks are drawn, in the draw that is open (`maskllm.masking.draw`).
-        locations: for linears whose noise is that of a part of another weight, as Megatron's fused ones have it, that weight and part by
-            the linear's name; every other linear is a whole weight under its own name.
+        locations: by the linear's name, which part of which weight it is. This determines its noise: with the locations of Megatron's
+            fused weights, the noise is the same as there. A linear that is not listed is a whole weight with its own name.
 
-    Returns the masked weights by the linears' names, their logits zero: `MaskedParameter.reset` draws those that learning starts from.
-    Raises MaskLLMError if the model has no transformer blocks, or the pattern does not fit a weight.
+    Returns the masked weights by the linears' names. Their logits are zero; `MaskedParameter.reset` draws the initial logits.
+    Raises MaskLLMError if the model has no transformer blocks, or if the pattern does not fit a weight.
     """
     prefix, blocks = transformer_blocks(model)
     model.requires_grad_(False)

@@ -16,14 +16,14 @@ SINGLE = "model.safetensors"
 
 
 class HFTensors:
-    """The tensors of a safetensors checkpoint by name: shape and dtype from the headers, data when asked for."""
+    """The tensors of a safetensors checkpoint by name. Shapes and dtypes come from the headers; `load` reads the data."""
 
     def __init__(self, directory: Path, base_prefix: str) -> None:
-        """Read the headers.
+        """Read the headers of all files.
 
-        Where no name starts with `base_prefix` ("model."), the checkpoint is one of the bare base model, as GPT-2's original is; its
-        tensors then go by their names in the whole model. Raises MaskLLMError where files are missing, damaged, or in another format
-        than safetensors.
+        If no name starts with `base_prefix` (such as "model."), the checkpoint is one of the base model alone, as GPT-2's original
+        is. Here its tensors have the names that they have in the whole model, with the prefix. Raises MaskLLMError if files are
+        missing, damaged, or in another format than safetensors.
         """
         self.directory = directory
         self._files: dict[str, str] = {}
@@ -71,11 +71,11 @@ class HFTensors:
         return list(self._files)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape. Raises MaskLLMError where there is no such tensor."""
+        """A tensor's shape. Raises MaskLLMError if there is no such tensor."""
         return self._header(name)[0]
 
     def dtype(self, name: str) -> torch.dtype:
-        """A tensor's dtype. Raises MaskLLMError where there is no such tensor or it is not of a plain floating-point type."""
+        """A tensor's dtype. Raises MaskLLMError if there is no such tensor, or if its type is not in `maskllm.dtypes`."""
         dtype = self._header(name)[1]
         if dtype not in BY_SAFETENSORS:
             raise MaskLLMError(f"{self.directory}: tensor {name} is of type {dtype}; wanted one of {', '.join(BY_SAFETENSORS)}")
@@ -87,7 +87,10 @@ class HFTensors:
         return self._headers[name]
 
     def load(self, name: str) -> torch.Tensor:
-        """The tensor. The file is opened for it alone, so that pages of others read before do not stay mapped."""
+        """Read a tensor. The file is opened for this tensor only: an open file would keep the pages of earlier tensors in memory.
+
+        Raises MaskLLMError if there is no such tensor or it cannot be read.
+        """
         self._header(name)
         path = self.directory / self._files[name]
         try:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import distributed as dist
 
 from maskllm.errors import MaskLLMError
-from maskllm.files import atomic_file, naming, read_json_object, write_json
+from maskllm.files import atomic_file, explain_safetensors_errors, read_json_object, write_json
 from maskllm.patterns import pack_mask, unpack_mask
 from maskllm.pruning.solve import PrunedMatrix
 
@@ -74,7 +74,7 @@ class DirectoryStore:
                 tensors[f"{name}.weight"] = matrix.weight.cpu().contiguous()
             entries[name] = {"in_features": matrix.mask.shape[1], "report": matrix.report}
         path = self._path(index)
-        with atomic_file(path) as temporary, naming(path):
+        with atomic_file(path) as temporary, explain_safetensors_errors(path):
             save_file(tensors, temporary, metadata={"matrices": json.dumps(entries)})
 
     def tensor(self, index: int, name: str) -> torch.Tensor:

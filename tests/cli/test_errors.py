@@ -23,7 +23,7 @@ from maskllm.cli import VERBS, main
 from maskllm.cli.train_options import parse_arguments
 from maskllm.errors import MaskLLMError
 from maskllm.failures import run_guarded
-from maskllm.files import atomic_directory, atomic_file, naming
+from maskllm.files import atomic_directory, atomic_file, explain_safetensors_errors
 from maskllm.quickstart.pipeline import QuickstartSettings
 from maskllm.quickstart.steps import Steps
 
@@ -210,8 +210,9 @@ def test_what_a_killed_replacement_left_does_not_stop_the_next(tmp_path):
 
 
 def test_a_safetensors_file_that_cannot_be_written_is_named(tmp_path):
-    with pytest.raises(MaskLLMError, match=r"weights: cannot be written: .*No such file"), naming(tmp_path / "weights"):
-        save_file({"a": torch.zeros(1)}, tmp_path / "missing" / "weights")
+    path = tmp_path / "missing" / "weights"
+    with pytest.raises(MaskLLMError, match=r"weights: cannot be written: .*No such file"), explain_safetensors_errors(path):
+        save_file({"a": torch.zeros(1)}, path)
 
 
 @pytest.mark.parametrize("there", [True, False])
