@@ -114,7 +114,7 @@ def test_settings_of_matplotlib_neither_change_a_chart_nor_are_changed():
         return line_chart("t", [Series("s", [(1, 2), (2, 3)])], x_label="x", y_label="y")
 
     chart = draw()
-    with matplotlib.rc_context({"font.size": 30, "svg.fonttype": "path", "axes.spines.top": True}):
+    with matplotlib.rc_context({"lines.linestyle": "--", "xtick.labelsize": 30, "svg.fonttype": "path"}):
         before = dict(matplotlib.rcParams)
         assert draw() == chart
         assert dict(matplotlib.rcParams) == before
