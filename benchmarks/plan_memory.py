@@ -1,10 +1,11 @@
-"""How good `maskllm plan --device cpu` is: the memory that runs of a model take under several layouts, beside what was planned.
+"""How good `maskllm plan --device cpu` is: the peak memory of real runs under several layouts, compared with the plan.
 
     python benchmarks/plan_memory.py --hf DIR [--runs NAME...] [--json FILE]
 
-A CPU counts as a small GPU: what a process allocates is its peak resident memory beyond that of a process that has loaded the same
-libraries, which is the same run of a model of 55 thousand weights a layer, whose own plan is added back. The C library is told to return
-what is freed instead of keeping it. Each run is two steps of 4 sequences of 512 random tokens, one a micro-batch.
+A CPU counts as a small GPU. What a process allocates is its peak resident memory, minus that of a tiny model (55 thousand weights
+per layer) in the same processes, plus the tiny model's own plan. So the libraries that a process loads do not count. The C library
+is told to return freed memory instead of keeping it. Each run is two steps of 4 sequences of 512 random tokens, one sequence per
+micro-batch.
 """
 
 from __future__ import annotations
@@ -33,88 +34,102 @@ from maskllm.planning.memory import Layout, largest_stage  # noqa: E402
 from maskllm.planning.models import named_model  # noqa: E402
 
 RUNS = {
-    "pipeline": (2, ["--pipeline-model-parallel-size", "2"]),
-    "tensor": (3, ["--tensor-model-parallel-size", "3"]),
-    "few-bits": (
-        1,
-        [
-            "--mask-logits-dtype", "bf16", "--optimizer-state-dtype", "8bit", "--recompute-granularity", "full",
-            "--recompute-method", "uniform", "--recompute-num-layers", "1",
-        ],
-    ),
+    "pipeline": ["--pipeline-model-parallel-size", "2"],
+    "tensor": ["--tensor-model-parallel-size", "3"],
+    "sequence": ["--tensor-model-parallel-size", "2", "--sequence-parallel"],
+    "low-precision": [
+        "--mask-logits-dtype", "bf16", "--optimizer-state-dtype", "8bit", "--recompute-granularity", "full",
+        "--recompute-method", "uniform", "--recompute-num-layers", "1",
+    ],
 }  # fmt: skip
-"""A run's number of processes and options."""
+"""Name -> training options."""
 SIZES = [
-    "--global-batch-size", "4", "--micro-batch-size", "1", "--seq-length", "512", "--params-dtype", "fp32",
+    "--train-iters", "2", "--global-batch-size", "4", "--micro-batch-size", "1", "--seq-length", "512", "--params-dtype", "fp32",
+    "--log-interval", "1", "--eval-iters", "0",
 ]  # fmt: skip
-RETURN_WHAT_IS_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
-def make_inputs(hf: str, folder: Path) -> tuple[dict[str, Path], str]:
-    """The model and one of next to nothing as Megatron checkpoints, and an indexed dataset that both can read."""
+def make_inputs(hf: str | Path, folder: Path) -> tuple[dict[str, Path], Path]:
+    """The tiny model and the model in `hf` as Megatron checkpoints, and the prefix of an indexed dataset that both can read."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"vocab_size": 384, "hidden_size": 96, "intermediate_size": 96, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 6, "num_key_value_heads": 3, "max_position_embeddings": 512}
-    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).to(torch.bfloat16).save_pretrained(folder / "small-hf")
-    checkpoints = {"small": folder / "small", "model": folder / "model"}
-    convert(folder / "small-hf", checkpoints["small"])
+    sizes = {"vocab_size": 384, "hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 6, "max_position_embeddings": 512}
+    LlamaForCausalLM(LlamaConfig(**sizes, **heads)).to(torch.bfloat16).save_pretrained(folder / "tiny-hf")
+    checkpoints = {"tiny": folder / "tiny", "model": folder / "model"}
+    convert(folder / "tiny-hf", checkpoints["tiny"])
     convert(hf, checkpoints["model"])
     builder = IndexedDatasetBuilder(str(folder / "data.bin"), dtype=np.uint16)
     tokens = torch.from_numpy(np.random.default_rng(0).integers(1, 250, 20000))
     builder.add_document(tokens, [len(tokens)])
     builder.finalize(str(folder / "data.idx"))
-    return checkpoints, str(folder / "data")
+    return checkpoints, folder / "data"
 
 
-def peak(checkpoint: Path, data: str, save: Path, processes: int, options: list[str]) -> tuple[float, float]:
-    """Bytes measured (resident, libraries included) and planned (without them) of the process that has most in a run of two steps."""
-    words = [
-        "--load", str(checkpoint), "--data-path", data, "--save", str(save), "--train-iters", "2", "--log-interval", "1",
-        "--eval-iters", "0", *options,
-    ]  # fmt: skip
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"] if processes > 1 else []
+def layout_of(run: str) -> Layout:
+    """The layout of a run on as few ranks as possible."""
+    arguments = parse_arguments(["--data-path", "any", *RUNS[run]])
+    return Layout(arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size, 1)
+
+
+def measure(runs: list[str], checkpoints: dict[str, Path], data: Path, folder: Path) -> dict[str, dict[str, float]]:
+    """Measured and planned bytes of the largest process in each of `runs`, which have the same number of ranks.
+
+    One job trains all models, so that its processes load the libraries once.
+    """
+    commands = {
+        (run, kind): ["--load", str(path), "--data-path", str(data), "--save", str(folder / f"{run}-{kind}"), *SIZES, *RUNS[run]]
+        for run in runs
+        for kind, path in checkpoints.items()
+    }
+    (folder / "trainings.json").write_text(json.dumps(list(commands.values())))
+    (ranks,) = {layout_of(run).ranks for run in runs}
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
     done = subprocess.run(
-        [sys.executable, "-m", *launcher, "maskllm.train", *words],
-        env=os.environ | RETURN_WHAT_IS_FREED,
+        [sys.executable, "-m", *launcher, "benchmarks.trainings", str(folder / "trainings.json")],
+        env=os.environ | RETURN_FREED_MEMORY,
+        cwd=Path(__file__).parents[1],
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=900 * len(commands),
         check=False,
     )
     if done.returncode:
         raise SystemExit(done.stderr[-6000:])
-    lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
-    arguments = parse_arguments(words)
-    layout = Layout(arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size, 1)
-    planned = largest_stage(named_model(str(checkpoint)), arguments, layout, device="cpu").total
-    return max(line["peak_memory_gib"] for line in lines) * 2**30, planned
+    rows = {}
+    for run in runs:
+        peaks, plans = {}, {}
+        for kind, path in checkpoints.items():
+            lines = (folder / f"{run}-{kind}" / "metrics.jsonl").read_text().splitlines()
+            peaks[kind] = max(json.loads(line)["peak_memory_gib"] for line in lines) * 2**30
+            arguments = parse_arguments(commands[run, kind])
+            plans[kind] = largest_stage(named_model(str(path)), arguments, layout_of(run), device="cpu").total
+        rows[run] = {"measured": peaks["model"] - peaks["tiny"] + plans["tiny"], "planned": plans["model"]}
+    return rows
 
 
 def main() -> None:
     """Parse, measure, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hf", required=True, metavar="DIR", help="a Hugging Face model, such as SmolLM2-135M")
     parser.add_argument(
-        "--hf", required=True, metavar="DIR", help="a Hugging Face model whose heads 3 divides, such as SmolLM2-135M"
+        "--runs", nargs="+", choices=list(RUNS), help="default: all runs whose tensor parallel size divides the model's heads"
     )
-    parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS))
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
     args = parser.parse_args()
+    heads = named_model(args.hf).num_query_groups
     rows = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         checkpoints, data = make_inputs(args.hf, folder)
-        for run in tqdm(args.runs, desc="runs"):
-            processes, options = RUNS[run]
-            (base, base_plan), (found, planned) = (
-                peak(path, data, folder / run / kind, processes, [*SIZES, *options]) for kind, path in checkpoints.items()
-            )
-            rows[run] = {"measured": found - base + base_plan, "planned": planned}
-    print(f"{platform.machine()}, torch {torch.__version__}; GB a process, measured and planned, and their ratio")
+        for run in tqdm(args.runs or [run for run in RUNS if heads % layout_of(run).tensor == 0], desc="runs"):
+            rows |= measure([run], checkpoints, data, folder)
+    print(f"{platform.machine()}, torch {torch.__version__}; GB per process, measured and planned, and their ratio")
     for run, row in rows.items():
         measured, planned = row["measured"], row["planned"]
-        print(f"{run:10} {measured / 1e9:6.2f} {planned / 1e9:6.2f} {measured / planned:5.2f}   {' '.join(RUNS[run][1])}")
+        print(f"{run:14} {measured / 1e9:6.2f} {planned / 1e9:6.2f} {measured / planned:5.2f}   {' '.join(RUNS[run])}")
     if args.json:
         write_json(args.json, {"torch": torch.__version__, "rows": rows})
 

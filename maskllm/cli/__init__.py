@@ -29,7 +29,7 @@ VERBS = {
 }
 
 WITHOUT_MEGATRON = ("doctor", "evaluate")
-"""Verbs that run without Megatron Core. `doctor` reports if it is missing. `evaluate` imports it for --load only: it takes seconds."""
+"""Verbs that run without Megatron Core. `doctor` reports if it is missing. `evaluate` imports it for --load only."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""Arithmetic, memory traffic and time of a step, and the size of a checkpoint."""
+"""The arithmetic, memory traffic and time of a training step, and the size of a checkpoint."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from maskllm.training.arguments import TrainArguments
 
 @dataclass(frozen=True)
 class GPU:
-    """What a GPU's data sheet says: bytes of memory, dense bf16 FLOP/s, memory bytes/s, and bytes/s to its neighbours in one direction."""
+    """Numbers from a GPU's data sheet: bytes of memory, dense bf16 FLOP/s, memory bytes/s, and link bytes/s in one direction."""
 
     memory: float
     flops: float
@@ -39,49 +39,52 @@ class Cluster:
     gpu: GPU
     gpus_per_node: int = 8
     network: float = 50e9
-    """Bytes/s from one GPU to other nodes; the default is one 400 Gbit/s adapter a GPU."""
+    """Bytes/s from one GPU to other nodes. The default is one 400 Gbit/s adapter per GPU."""
 
     def link(self, span: int) -> float:
-        """Bytes/s between ranks that lie within `span` consecutive ones: the slowest link that is used."""
+        """Bytes/s of the slowest link in a group of `span` consecutive ranks."""
         return self.gpu.link if span <= self.gpus_per_node else min(self.gpu.link, self.network)
 
 
 FLOPS_EFFICIENCY = 0.4
-"""Share of the peak FLOP/s that matrix products and attention are assumed to reach, a usual share for models of these sizes."""
+"""Assumed share of the peak FLOP/s that matrix products and attention reach; usual for models of these sizes."""
 BANDWIDTH_EFFICIENCY = 0.7
-"""Share of memory and link bandwidth that mask sampling, the optimizer and all-reduces are assumed to reach."""
+"""Assumed share of memory and link bandwidth that mask sampling, the optimizer and all-reduces reach."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """A step of the whole job."""
+    """What one step of the job costs."""
 
     flops: float
-    """All ranks together, recomputation included."""
+    """FLOPs of all ranks together, including recomputation."""
     memory_traffic: float
     """Bytes that mask sampling and the optimizer move on one rank."""
     link_traffic: float
     """Bytes that all-reduces and transfers move from one rank."""
     seconds: float | None
-    """Expected on the GPU; None on a CPU, of which no speed is assumed."""
+    """Expected time on GPUs; None on CPUs."""
     tokens: int
+    """Tokens in a step."""
 
 
 def step_cost(model: ModelConfig, arguments: TrainArguments, layout: Layout, cluster: Cluster | None) -> Cost:
-    """What one step does, and how long the GPUs of `cluster` (None: CPUs) take for it at the efficiencies above, without overlap of
-    transfers and products."""
+    """The cost of one step on the GPUs of `cluster`, or on CPUs (None).
+
+    The time assumes the efficiencies above, and that transfers and matrix products do not overlap.
+    """
     tokens = arguments.global_batch_size * arguments.seq_length
     layers = model.num_layers
     shapes = Shapes(model, layout.tensor)
     linears = Shapes(model, 1).masked
     mlp = sum(size for linear, size in linears.items() if linear in MLP_LINEARS)
-    # A causal attention multiplies half of the scores.
+    # Causal attention computes half of the scores.
     attention = 2 * arguments.seq_length * model.num_attention_heads * model.head_dim
     forward = 2 * sum(linears.values()) + attention
     again = _recomputed_layers(arguments, layers // layout.pipeline) * forward
     again += 2 * mlp * arguments.recomputes("mlp") + attention * arguments.recomputes("core_attn")
     backward = 2 * forward
-    output = 4 * model.vocab_size * model.hidden_size  # logits, and the hidden states' gradient; the matrix is frozen
+    output = 4 * model.vocab_size * model.hidden_size  # the logits, and the hidden states' gradient; the matrix is frozen
     flops = tokens * (layers * (forward + again + backward) + output)
 
     pattern = Pattern.parse(arguments.pattern)
@@ -95,12 +98,13 @@ def step_cost(model: ModelConfig, arguments: TrainArguments, layout: Layout, clu
     sampling = micro_batches * (draws * draw + masked * 2 * weight + logits * 3 * logit)
     moments = 2 * FLOAT_BYTES[arguments.optimizer_state_dtype]
     stepped = logits / (layout.data if arguments.use_distributed_optimizer else 1)
-    optimizer = stepped * (3 * logit + 2 * moments + logit)  # and once more through the gradients for their norm
+    optimizer = stepped * (3 * logit + 2 * moments + logit)  # the last term reads the gradients for their norm
 
     hidden = arguments.seq_length * arguments.micro_batch_size * model.hidden_size * weight
     t, d, p = layout.tensor, layout.data, layout.pipeline
-    # In all-reduces: two forward and two backward; with the sequence split, the inputs that are gathered again for two weights' gradients
-    # (`LinearWithGradAccumulationAndAsyncCommunication` in megatron.core.tensor_parallel.layers); and those of what is recomputed.
+    # All-reduces in a layer: two forward and two backward. With a split sequence, two weights' gradients gather the inputs again
+    # (`LinearWithGradAccumulationAndAsyncCommunication` in megatron.core.tensor_parallel.layers), half an all-reduce each.
+    # Recomputation repeats those of the forward pass.
     reductions = 4 + arguments.sequence_parallel + arguments.recomputes("mlp") + 2 * _recomputed_layers(arguments, layers // p)
     within_layers = micro_batches * layers / p * reductions * 2 * hidden * (t - 1) / t
     gradients = 2 * logits * logit * (d - 1) / d
@@ -111,7 +115,7 @@ def step_cost(model: ModelConfig, arguments: TrainArguments, layout: Layout, clu
         gpu = cluster.gpu
         bubble = (micro_batches + p - 1) / micro_batches
         products = flops / layout.ranks / (gpu.flops * FLOPS_EFFICIENCY)
-        # By how many consecutive ranks a group lies within: Megatron numbers tensor-parallel ranks first, then data-parallel ones.
+        # The span of a group in consecutive ranks: Megatron numbers tensor-parallel ranks first, then data-parallel ones.
         micro = sampling / gpu.bandwidth + within_layers / cluster.link(t) + between_stages / cluster.link(t * d * p)
         once = optimizer / gpu.bandwidth + gradients / cluster.link(t * d)
         seconds = bubble * (products + micro / BANDWIDTH_EFFICIENCY) + once / BANDWIDTH_EFFICIENCY
@@ -119,8 +123,10 @@ def step_cost(model: ModelConfig, arguments: TrainArguments, layout: Layout, clu
 
 
 def checkpoint_bytes(model: StoredModel, arguments: TrainArguments) -> float:
-    """A training checkpoint on disk: weights in the type the source has, prior bits, logits, moments (8-bit ones as fp32), and the
-    logits once more with Megatron's distributed optimizer, which keeps its own copy of them."""
+    """Bytes of a training checkpoint on disk: weights in the source's dtype, prior bits, logits, and moments (8-bit ones as fp32).
+
+    Megatron's distributed optimizer adds its own fp32 copy of the logits.
+    """
     shapes = Shapes(model, 1)
     masked, other = shapes.stage(0, 1)
     pattern = Pattern.parse(arguments.pattern)
@@ -132,7 +138,7 @@ def checkpoint_bytes(model: StoredModel, arguments: TrainArguments) -> float:
 
 
 def _recomputed_layers(arguments: TrainArguments, stage_layers: int) -> float:
-    """Share of the layers that full recomputation goes through twice."""
+    """Share of the layers whose forward pass full recomputation repeats."""
     if arguments.recompute_granularity != "full":
         return 0.0
     return 1.0 if arguments.recompute_method == "uniform" else arguments.recompute_num_layers / stage_layers

@@ -1,4 +1,4 @@
-"""The architectures that `maskllm plan` knows by name, as their `config.json` states them; any other is read from one."""
+"""The models that `maskllm plan` knows: built-in architectures by name, and any other from its `config.json` or checkpoint."""
 
 from __future__ import annotations
 
@@ -87,21 +87,24 @@ BUILT_IN: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-"""Sizes as published; the GPT-3 style ones have GPT-3's layers (arXiv 2005.14165) with a vocabulary of 256000, not tied. Positions of
-rotary embeddings that are stretched (LLaMA 3.1) are left out: they change neither memory nor time."""
+"""Name -> values of its `config.json`, as published.
+
+The GPT-3 style models have GPT-3's layers (arXiv 2005.14165) and an untied vocabulary of 256000. LLaMA 3.1's stretched rotary
+embeddings are left out, since they change neither memory nor time.
+"""
 
 
 @dataclass(frozen=True)
 class StoredModel(ModelConfig):
-    """An architecture with the type in which its checkpoint stores the weights, which every checkpoint made from it keeps."""
+    """An architecture and the dtype of its checkpoint's weights. Every checkpoint made from it keeps that dtype."""
 
     stored_dtype: torch.dtype
 
 
 def named_model(name: str) -> StoredModel:
-    """The model `name` stands for: one of BUILT_IN, a Hugging Face directory or hub id, or a Megatron checkpoint.
+    """The model that `name` means: one of BUILT_IN, a Hugging Face directory or hub id, or a Megatron checkpoint.
 
-    Raises MaskLLMError where it is none of these or its family is not supported.
+    Raises MaskLLMError if it is none of these, or if its family is not supported.
     """
     if name in BUILT_IN:
         return config_of(BUILT_IN[name], name)
@@ -113,20 +116,21 @@ def named_model(name: str) -> StoredModel:
     if path.name == name and not path.exists():  # a hub id has a slash
         closest = "".join(f"; the closest is {known}" for known in difflib.get_close_matches(name.lower(), BUILT_IN, n=1))
         raise MaskLLMError(
-            f"{name}: no such directory, and neither a hub id like meta-llama/Llama-3.2-1B nor one of {', '.join(BUILT_IN)}{closest}"
+            f"{name}: no such directory, and neither a hub id like meta-llama/Llama-3.2-1B "
+            f"nor one of {', '.join(BUILT_IN)}{closest}"
         )
     file = find_source(name, files=["config.json"]) / "config.json"
     return StoredModel(**vars(read_model_config(file)), stored_dtype=_stored_dtype(HFConfig(read_json_object(file), str(file))))
 
 
 def config_of(values: dict[str, Any], name: str = "config") -> StoredModel:
-    """The model that the values of a `config.json` describe; `name` is what errors call it."""
+    """The model that the values of a `config.json` describe. Errors call it `name`."""
     hf = HFConfig(values, name)
     return StoredModel(**vars(FAMILIES[values["model_type"]].read_config(hf)), stored_dtype=_stored_dtype(hf))
 
 
 def _stored_dtype(hf: HFConfig) -> torch.dtype:
-    """What `dtype`, or `torch_dtype` before transformers 4.56, says. Without either the weights are of torch's own default type."""
+    """The value of `dtype`, or of `torch_dtype` (before transformers 4.56). The default is torch's, fp32."""
     key = "dtype" if hf.has("dtype") else "torch_dtype"
     found = hf.values[key] if hf.has(key) else "float32"
     if not isinstance(found, str) or found not in BY_NAME:

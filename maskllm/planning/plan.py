@@ -1,4 +1,4 @@
-"""A plan: what the layout that was asked for needs, which layouts fit, and which settings make it fit."""
+"""A plan: what the requested layout needs, which settings make it fit, and which other layouts fit."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from maskllm.planning.models import StoredModel
 from maskllm.training.arguments import TrainArguments
 
 CUDA_CONTEXT = 0.6e9
-"""Bytes of a GPU that CUDA and its libraries take before the first tensor, about."""
+"""About the bytes of a GPU's memory that CUDA and its libraries take before the first tensor."""
 NCCL_COMMUNICATOR = 0.3e9
-"""Bytes that NCCL takes for each group of ranks, about."""
+"""About the bytes that NCCL takes for each group of ranks."""
 
 SAVERS: tuple[dict[str, Any], ...] = (
     {},
@@ -29,29 +29,29 @@ SAVERS: tuple[dict[str, Any], ...] = (
     {"recompute_granularity": "selective", "recompute_modules": ["mlp", "masked_weight"]},
     {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 )
-"""Ways to keep less for the backward pass, the cheapest first."""
+"""Settings that keep less for the backward pass, the cheapest first."""
 PRECISIONS = (("fp32", "fp32"), ("fp32", "bf16"), ("fp32", "8bit"), ("bf16", "bf16"), ("bf16", "8bit"))
-"""Types of logits and of Adam's moments, the most exact first."""
+"""Dtypes of logits and of Adam's moments, the most exact first."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to run, with what it takes."""
+    """One way to run the training, with its memory and cost."""
 
     arguments: TrainArguments
     layout: Layout
     memory: Memory
     outside: float
-    """Bytes outside torch's allocator: the CUDA context and NCCL's communicators, an assumption."""
+    """Assumed bytes outside torch's allocator: the CUDA context and NCCL's communicators."""
     cost: Cost
 
     @property
     def bytes(self) -> float:
-        """All that a GPU must hold."""
+        """All bytes that a GPU must hold."""
         return self.memory.total + self.outside
 
     def settings(self) -> str:
-        """The flags in which it may differ from other options."""
+        """The command-line flags in which options of a plan may differ."""
         arguments = self.arguments
         flags = [
             f"--tensor-model-parallel-size {self.layout.tensor}",
@@ -62,7 +62,7 @@ class Option:
                 flags.append(f"{flag(name)} {getattr(arguments, name)}")
         for name in ("sequence_parallel", "use_distributed_optimizer"):
             if getattr(arguments, name):
-                flags.append(f"{flag(name)}")
+                flags.append(flag(name))
         if arguments.recompute_granularity == "full":
             flags.append(
                 f"--recompute-granularity full --recompute-method {arguments.recompute_method} "
@@ -74,14 +74,16 @@ class Option:
 
 
 def option(model: StoredModel, arguments: TrainArguments, ranks: int, *, cluster: Cluster | None) -> Option:
-    """What a run on `ranks` ranks takes, on the GPUs of `cluster` or, where that is None, on CPUs.
+    """The memory and cost of a run on `ranks` GPUs of `cluster`, or on `ranks` CPU processes (None).
 
-    Raises MaskLLMError where ranks, batch, pattern or recomputation do not divide, as training would.
+    Raises MaskLLMError if training would refuse the sizes: ranks, batch, pattern or recomputed layers do not divide, or the
+    sequences are longer than the model's context.
     """
     tensor, pipeline = arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size
     if ranks % (tensor * pipeline):
         raise MaskLLMError(
-            f"--num-gpus {ranks}: wanted a multiple of --tensor-model-parallel-size {tensor} x --pipeline-model-parallel-size {pipeline}"
+            f"--num-gpus {ranks}: wanted a multiple of --tensor-model-parallel-size {tensor} x "
+            f"--pipeline-model-parallel-size {pipeline}"
         )
     layout = Layout(tensor, pipeline, ranks // (tensor * pipeline))
     arguments.check_settings()
@@ -101,8 +103,8 @@ def option(model: StoredModel, arguments: TrainArguments, ranks: int, *, cluster
 def layouts_that_fit(
     model: StoredModel, arguments: TrainArguments, ranks: int, gpu_bytes: float, *, cluster: Cluster | None
 ) -> list[Option]:
-    """Every layout of `ranks` ranks that holds the run with the settings given, the fastest first; on CPUs the smallest."""
-    # The heads are shared out by tensor parallelism and the layers by pipeline parallelism.
+    """All layouts of `ranks` ranks that fit with the given settings, the fastest first; on CPUs the smallest first."""
+    # Tensor parallelism splits the heads, pipeline parallelism the layers.
     sizes = itertools.product(range(1, model.num_attention_heads + 1), range(1, model.num_layers + 1))
     found = [
         one
@@ -122,7 +124,7 @@ def layouts_that_fit(
 def settings_that_fit(
     model: StoredModel, arguments: TrainArguments, ranks: int, gpu_bytes: float, *, cluster: Cluster | None
 ) -> Option | None:
-    """The same layout with the least loss of exactness, and then of time, that fits; None where nothing does."""
+    """The first option of the same layout that fits: the most exact dtypes first, then the cheapest recomputation. Or None."""
     for logits, moments in PRECISIONS:
         changed = dataclasses.replace(arguments, mask_logits_dtype=logits, optimizer_state_dtype=moments)
         for one in _savings(model, changed, ranks, cluster):
@@ -132,12 +134,12 @@ def settings_that_fit(
 
 
 def least_without_loss(model: StoredModel, arguments: TrainArguments, ranks: int, *, cluster: Cluster | None) -> Option | None:
-    """The same layout and types of numbers, what is learned unchanged, in the least memory."""
+    """The option with the least memory that does not change the results: same layout, same dtypes."""
     return min(_savings(model, arguments, ranks, cluster), key=lambda one: one.bytes, default=None)
 
 
 def _savings(model: StoredModel, arguments: TrainArguments, ranks: int, cluster: Cluster | None) -> Iterator[Option]:
-    """Activations and optimizer states split over the ranks that are there anyway, and then ever more recomputation."""
+    """Options with the same results: activations and optimizer state split over the ranks, then more and more recomputation."""
     tensor = arguments.tensor_model_parallel_size
     data = ranks // (tensor * arguments.pipeline_model_parallel_size)
     exact = (arguments.mask_logits_dtype, arguments.optimizer_state_dtype) == ("fp32", "fp32")
@@ -164,19 +166,19 @@ class Plan:
     asked: Option
     gpu_bytes: float
     layouts: list[Option]
-    """Those that fit with the settings that were asked for, the fastest first."""
+    """The layouts that fit with the requested settings, the fastest first."""
     remedy: Option | None
-    """The layout that was asked for with settings that make it fit, where it does not and they exist."""
+    """The requested layout with settings that make it fit. None if it fits already, or if no settings do."""
     leanest: Option | None
-    """The layout that was asked for in the least memory in which the same is learned; None where nothing saves any."""
+    """The requested layout with the settings that save most memory and do not change the results. None if nothing saves memory."""
 
     @property
     def fits(self) -> bool:
-        """Whether a GPU holds what was asked for."""
+        """Whether the requested run fits on a GPU."""
         return self.asked.bytes <= self.gpu_bytes
 
     def report(self, model: StoredModel) -> dict[str, Any]:
-        """The numbers, bytes and seconds, for `--json`."""
+        """The numbers for `--json`, in bytes and seconds."""
         return {
             "asked": _numbers(self.asked, model),
             "gpu_bytes": self.gpu_bytes,
@@ -197,8 +199,8 @@ def plan(
 ) -> Plan:
     """Plan a run on `num_gpus` GPUs of `cluster`, each with `gpu_bytes` bytes.
 
-    Without a cluster these are processes on CPUs, and what they hold beyond the libraries they import is counted. Raises MaskLLMError
-    where the layout cannot be.
+    Without a cluster, plan for CPU processes and count their memory beyond the imported libraries. Raises MaskLLMError if the
+    layout is impossible (see `option`).
     """
     asked = option(model, arguments, num_gpus, cluster=cluster)
     remedy = None
@@ -229,7 +231,7 @@ def _possible(model: StoredModel, arguments: TrainArguments, ranks: int, cluster
 
 
 def _check_pattern(model: StoredModel, arguments: TrainArguments, tensor: int) -> None:
-    """Raise MaskLLMError where a shard of a row does not hold whole blocks."""
+    """Raise MaskLLMError if a rank's part of a row does not consist of whole blocks."""
     pattern = Pattern.parse(arguments.pattern)
     for linear in LINEARS:
         pattern.check_divides(linear.shape(model, tensor)[1], linear.name)

@@ -1,4 +1,4 @@
-"""A plan as text."""
+"""A plan as lines of text."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ COMPONENTS = {
     "communication": "communication buffers",
     "temporary": "temporary peak (a layer's backward pass, the loss's logits or the optimizer's step)",
 }
-"""The fields of `planning.memory.Memory`, in words."""
+"""Descriptions of the fields of `planning.memory.Memory`."""
 
 LAYOUTS_SHOWN = 8
+"""The number of layouts that the text lists."""
 
 
 def plan_lines(plan: Plan, model: StoredModel, name: str, gpu: str | None) -> Iterator[str]:
-    """The lines of a plan for `gpu`, one of GPUS, or for a CPU (None); GB are 10^9 bytes."""
+    """The lines of a plan for `gpu`, one of GPUS, or for a CPU (None). GB are 10^9 bytes."""
     asked = plan.asked
     layout = asked.layout
     sizes = asked.arguments
@@ -40,52 +41,50 @@ def plan_lines(plan: Plan, model: StoredModel, name: str, gpu: str | None) -> It
         yield f"  {_gb(asked.outside)}  CUDA context and NCCL (assumed)"
     verdict = f"{'fits' if plan.fits else 'DOES NOT FIT'} in {plan.gpu_bytes / 1e9:.4g} GB"
     if gpu is not None and plan.gpu_bytes != GPUS[gpu].memory:
-        verdict += f", the --gpu-memory that was given ({gpu} has {GPUS[gpu].memory / 1e9:g} GB)"
-    yield f"  {_gb(asked.bytes)}  a rank, the busiest pipeline stage's; {verdict}"
+        verdict += f", the given --gpu-memory ({gpu} has {GPUS[gpu].memory / 1e9:g} GB)"
+    yield f"  {_gb(asked.bytes)}  per rank of the largest pipeline stage; {verdict}"
     yield ""
     cost = asked.cost
     yield (
-        f"step: {cost.flops / 1e15:.3g} PFLOP in all, {cost.memory_traffic / 1e9:.3g} GB of masks and optimizer through a rank's memory, "
-        f"{cost.link_traffic / 1e9:.3g} GB over its links"
+        f"step: {cost.flops / 1e15:.3g} PFLOP in total; per rank {cost.memory_traffic / 1e9:.3g} GB of memory traffic for masks "
+        f"and optimizer, {cost.link_traffic / 1e9:.3g} GB over its links"
     )
     if cost.seconds is not None:
         yield (
-            f"      {cost.seconds:.3g} s on {gpu}, {cost.tokens / cost.seconds:.3g} tokens/s (at {FLOPS_EFFICIENCY:.0%} of its peak FLOP/s "
-            f"and {BANDWIDTH_EFFICIENCY:.0%} of its bandwidths, which is assumed)"
+            f"      {cost.seconds:.3g} s on {gpu}, {cost.tokens / cost.seconds:.3g} tokens/s (assuming {FLOPS_EFFICIENCY:.0%} "
+            f"of its peak FLOP/s and {BANDWIDTH_EFFICIENCY:.0%} of its bandwidths)"
         )
     yield f"checkpoint: {checkpoint_bytes(model, asked.arguments) / 1e9:.3g} GB on disk"
     if plan.leanest is not None:
-        yield f"the same is learned in {plan.leanest.bytes / 1e9:.1f} GB with: {plan.leanest.settings()}"
+        yield f"without any change of the results, {plan.leanest.bytes / 1e9:.1f} GB: {plan.leanest.settings()}"
     if plan.remedy is not None:
-        yield f"this layout fits with ({plan.remedy.bytes / 1e9:.1f} GB): {plan.remedy.settings()}"
-        yield from (f"  {price}" for price in _prices(plan.remedy, asked))
+        yield f"to make this layout fit, {plan.remedy.bytes / 1e9:.1f} GB: {plan.remedy.settings()}"
+        yield from (f"  {line}" for line in _precision_notes(plan.remedy, asked))
     elif not plan.fits:
         yield "no setting makes this layout fit; use more ranks, shorter sequences or smaller micro-batches"
     yield ""
     if plan.layouts:
         order = "smallest" if gpu is None else "fastest"
-        yield f"layouts of {layout.ranks} ranks that fit with the settings given, the {order} first:"
+        yield f"layouts of {layout.ranks} ranks that fit with the given settings, the {order} first:"
         for one in plan.layouts[:LAYOUTS_SHOWN]:
             seconds = "" if one.cost.seconds is None else f"{one.cost.seconds:8.3g} s/step  "
             yield f"  {_gb(one.bytes)}  {seconds}{_layout(one)}"
         if len(plan.layouts) > LAYOUTS_SHOWN:
             yield f"  and {len(plan.layouts) - LAYOUTS_SHOWN} more"
     else:
-        yield f"no layout of {layout.ranks} ranks fits with the settings given"
+        yield f"no layout of {layout.ranks} ranks fits with the given settings"
 
 
-def _prices(option: Option, asked: Option) -> Iterator[str]:
-    """What the option's types of numbers change in what is learned, beside those that were asked for."""
+def _precision_notes(option: Option, asked: Option) -> Iterator[str]:
+    """What the option's dtypes change in the training, compared with those requested."""
     arguments = option.arguments
     if arguments.mask_logits_dtype != asked.arguments.mask_logits_dtype == "fp32":
         micro_batches = arguments.num_microbatches(option.layout.data)
-        added = f", and the gradients of a step's {micro_batches} micro-batches are added up in bf16" if micro_batches > 1 else ""
-        yield f"bf16 logits change what is learned: each step rounds them stochastically{added} (docs/memory.md, Fewer bits)"
+        added = f", and the gradients of a step's {micro_batches} micro-batches are summed in bf16" if micro_batches > 1 else ""
+        yield f"bf16 logits change what is learned: each step rounds them stochastically{added} (docs/memory.md, Low precision)"
     if arguments.optimizer_state_dtype != asked.arguments.optimizer_state_dtype and arguments.optimizer_state_dtype != "fp32":
-        yield (
-            f"{arguments.optimizer_state_dtype} moments change what is learned: each step rounds Adam's moments to them "
-            "(docs/memory.md, Fewer bits)"
-        )
+        dtype = arguments.optimizer_state_dtype
+        yield f"{dtype} moments change what is learned: each step rounds Adam's moments to {dtype} (docs/memory.md, Low precision)"
 
 
 def _layout(option: Option) -> str:

@@ -1,4 +1,5 @@
-"""What autograd keeps for the backward pass of a small model's layers; run by test_memory, under torchrun where there are several ranks.
+"""Which tensors autograd keeps for the backward pass of a small model. test_memory calls it, and runs it under torchrun for several
+ranks.
 
 usage: python -m tests.planning.saved OUTPUT TENSOR_PARALLEL_SIZE MODEL_JSON ARGUMENTS_JSON
 """
@@ -24,7 +25,10 @@ from maskllm.training.arguments import TrainArguments
 
 
 def kept(model_config: ModelConfig, arguments: TrainArguments) -> list[tuple[str, int]]:
-    """(kind, bytes) of each distinct storage that one forward pass with a loss keeps beside parameters."""
+    """(kind, bytes) of each storage that one forward pass with a loss keeps, without parameters.
+
+    The kind is "masked" for a masked weight, and shape and dtype for anything else.
+    """
     model = build_model(
         model_config,
         params_dtype=arguments.dtype,
@@ -59,7 +63,7 @@ def kept(model_config: ModelConfig, arguments: TrainArguments) -> list[tuple[str
 
 
 def main(output: str, tensor: str, model: str, arguments: str) -> None:
-    """Write what the first rank keeps."""
+    """Write what the first rank keeps to `output`."""
     with parallel_processes(tensor_model_parallel_size=int(tensor)):
         found = kept(config_of(json.loads(model)), TrainArguments(**json.loads(arguments)))
         if dist.get_rank() == 0:

@@ -1,4 +1,4 @@
-"""The plans that people ask for first, and the arithmetic of a step."""
+"""`maskllm plan`: memory, layouts and settings for well-known models, and the arithmetic of a step."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_llama_2_7b_on_eight_gpus_takes_at_most_25_gb(flags, tmp_path):
     assert found["asked"]["memory"]["mask_logits"] == 4 * 1.5 * 32 * (4 * 4096**2 + 3 * 4096 * 11008) / 8
 
 
-def test_a_plan_names_the_settings_that_save_memory_and_change_nothing(tmp_path, capsys):
+def test_a_plan_names_the_settings_that_save_memory_without_changing_results(tmp_path, capsys):
     command = ("--model", "llama-2-7b", "--num-gpus", "8", "--tensor-model-parallel-size", "8", "--seq-length", "4096")
     found = planned(tmp_path, *command, "--gpu-memory", "80")
     assert found["fits"]
@@ -88,7 +88,7 @@ def test_a_plan_names_the_settings_that_save_memory_and_change_nothing(tmp_path,
 
 
 @pytest.mark.parametrize(("gigabytes", "moments"), [(80, "8bit"), (141, "bf16")])
-def test_llama_2_7b_fits_on_one_gpu_with_the_settings_it_names(tmp_path, gigabytes, moments, capsys):
+def test_llama_2_7b_fits_on_one_gpu_with_the_proposed_settings(tmp_path, gigabytes, moments, capsys):
     model = ("--model", "llama-2-7b", "--num-gpus", "1", "--gpu-memory", str(gigabytes))
     found = planned(tmp_path, *model)
     assert not found["fits"] and not found["layouts_that_fit"]
@@ -100,7 +100,7 @@ def test_llama_2_7b_fits_on_one_gpu_with_the_settings_it_names(tmp_path, gigabyt
     assert again["asked"]["memory"]["total"] == found["settings_that_fit"]["memory"]["total"] < gigabytes * 1e9
 
 
-def test_layouts_are_those_that_divide_the_model_the_fastest_first(tmp_path):
+def test_layouts_divide_the_model_and_the_fastest_comes_first(tmp_path):
     found = planned(tmp_path, "--model", "smollm2-135m", "--num-gpus", "6", "--seq-length", "1024", "--global-batch-size", "24")
     layouts = {(one["layout"]["tensor"], one["layout"]["pipeline"], one["layout"]["data"]) for one in found["layouts_that_fit"]}
     assert layouts == {(1, 1, 6), (1, 2, 3), (1, 3, 2), (1, 6, 1), (3, 1, 2), (3, 2, 1)}  # nine heads, thirty layers
@@ -108,7 +108,7 @@ def test_layouts_are_those_that_divide_the_model_the_fastest_first(tmp_path):
     assert seconds == sorted(seconds)
 
 
-def test_memory_moves_with_each_setting_as_it_should():
+def test_each_setting_changes_memory_as_expected():
     model = named_model("llama-2-7b")
 
     def memory(**settings):
@@ -144,13 +144,13 @@ def test_grouped_keys_and_values_are_repeated_in_fp32_on_a_gpu():
         assert cuda - cpu - norms == repeated
 
 
-def test_a_steps_arithmetic():
-    """6 FLOPs a token and weight, 8 with full recomputation, and attention and the vocabulary beside them."""
+def test_the_flops_of_a_step():
+    """6 FLOPs per token and weight (8 with full recomputation), plus attention and the vocabulary."""
     model = named_model("llama-2-7b")
     arguments = TrainArguments(seq_length=128, global_batch_size=4)
     cost = step_cost(model, arguments, Layout(1, 1, 1), H100)
     weights = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
-    attention = 32 * 6 * 128 * 4096  # half of 2 x 2 products of the sequence's length, forward and twice backward
+    attention = 32 * 6 * 128 * 4096  # two causal products, half computed; once forward, twice backward
     assert cost.flops == pytest.approx(512 * (6 * weights + attention + 4 * 32000 * 4096), rel=1e-6)
     full = dataclasses.replace(arguments, recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
     again = step_cost(model, full, Layout(1, 1, 1), H100)
@@ -160,7 +160,7 @@ def test_a_steps_arithmetic():
         some = dataclasses.replace(arguments, recompute_granularity="selective", recompute_modules=[module])
         assert step_cost(model, some, Layout(1, 1, 1), H100).flops - cost.flops == pytest.approx(512 * products, rel=1e-6)
     logits = 1.5 * weights
-    # Weights and masks; logits and two moments in fp32.
+    # Weights in fp16, mask bits, and fp32 logits with two moments.
     assert checkpoint_bytes(model, arguments) == pytest.approx(2 * 6.738e9 + weights / 8 + 12 * logits, rel=1e-3)
 
 
@@ -180,7 +180,7 @@ def test_a_planned_checkpoint_is_as_large_as_a_real_one(dtype, options, tmp_path
     assert train.main(flags) == 0
     files = sum(path.stat().st_size for path in (tmp_path / "run" / "iter_0000001").rglob("*") if path.is_file())
     tensors = sum(tensor.nbytes for tensor in resolve(tmp_path / "run").tensors.values())
-    assert files == pytest.approx(tensors, rel=0.1)  # each tensor has a header and its place in the index
+    assert files == pytest.approx(tensors, rel=0.1)  # headers and the index add a little
     for source in (hf, start, tmp_path / "run"):
         assert checkpoint_bytes(named_model(str(source)), parse_arguments(flags)) == tensors
 
@@ -189,7 +189,7 @@ def test_a_planned_checkpoint_is_as_large_as_a_real_one(dtype, options, tmp_path
     ("stated", "dtype"),
     [({"dtype": "float16"}, "float16"), ({"torch_dtype": "bfloat16"}, "bfloat16"), ({}, "float32"), ({"dtype": None}, "float32")],
 )
-def test_the_type_of_the_weights_is_what_the_config_states(stated, dtype, tmp_path):
+def test_the_config_states_the_dtype_of_the_stored_weights(stated, dtype, tmp_path):
     values = {key: value for key, value in BUILT_IN["smollm2-135m"].items() if key != "torch_dtype"}
     (tmp_path / "config.json").write_text(json.dumps(values | stated))
     assert named_model(str(tmp_path)).stored_dtype is getattr(torch, dtype)
@@ -199,19 +199,19 @@ def test_the_type_of_the_weights_is_what_the_config_states(stated, dtype, tmp_pa
     ("options", "reductions"),
     [
         ({}, 4),
-        ({"sequence_parallel": True}, 5),  # the inputs of two linears are gathered again, half a reduction each
+        ({"sequence_parallel": True}, 5),  # two linears gather their inputs again, half an all-reduce each
         ({"sequence_parallel": True, "recompute_granularity": "selective", "recompute_modules": ["mlp", "masked_weight"]}, 6),
         ({"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}, 6),
         ({"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 16}, 5),
     ],
 )
-def test_what_a_tensor_parallel_rank_sends(options, reductions):
+def test_the_bytes_that_a_tensor_parallel_rank_sends(options, reductions):
     arguments = TrainArguments(seq_length=4096, global_batch_size=2, tensor_model_parallel_size=8, **options)
     cost = step_cost(named_model("llama-2-7b"), arguments, Layout(8, 1, 1), H100)
     assert cost.link_traffic == pytest.approx(2 * 32 * reductions * 2 * (2 * 4096 * 4096) * 7 / 8)
 
 
-def test_a_split_optimizer_goes_through_its_share():
+def test_the_distributed_optimizer_reads_only_its_share():
     arguments = TrainArguments(seq_length=4096, global_batch_size=2, tensor_model_parallel_size=4)
     split = dataclasses.replace(arguments, use_distributed_optimizer=True)
     one, two = (step_cost(named_model("llama-2-7b"), some, Layout(4, 1, 2), H100) for some in (arguments, split))
@@ -222,8 +222,8 @@ def test_a_split_optimizer_goes_through_its_share():
 @pytest.mark.parametrize(
     ("layout", "sequence_parallel", "bytes_between_nodes"),
     [
-        # all-reduces of the hidden states (bf16, 4 a layer, twice their size in a ring), of logits' gradients (fp32), a stage's outputs,
-        # which one more stage goes through than there are micro-batches
+        # All-reduces of the hidden states (bf16, 4 per layer; a ring sends twice their size), and of the logits' gradients (fp32).
+        # A stage's outputs and their gradients; with two stages and one micro-batch the pipeline bubble doubles their time.
         (Layout(16, 1, 1), False, 32 * 4 * 2 * (2 * 4096 * 4096) * 15 / 16),
         (Layout(8, 1, 2), False, 2 * 4 * 1.5 * 32 * (4 * 4096**2 + 3 * 4096 * 11008) / 8 / 2),
         (Layout(8, 2, 1), False, 2 * 2 * (2 * 4096 * 4096)),
@@ -231,7 +231,7 @@ def test_a_split_optimizer_goes_through_its_share():
     ],
     ids=["tensor", "data", "pipeline", "pipeline of split sequences"],
 )
-def test_only_what_goes_between_nodes_goes_at_the_networks_speed(layout, sequence_parallel, bytes_between_nodes):
+def test_only_transfers_between_nodes_use_the_networks_bandwidth(layout, sequence_parallel, bytes_between_nodes):
     model = named_model("llama-2-7b")
     arguments = TrainArguments(
         seq_length=4096, global_batch_size=layout.data, tensor_model_parallel_size=layout.tensor,
@@ -261,29 +261,29 @@ def test_only_what_goes_between_nodes_goes_at_the_networks_speed(layout, sequenc
         (("--seq-length", "0"), "--seq-length: found 0"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_named(flags, message, capsys):
+def test_impossible_settings_are_refused(flags, message, capsys):
     assert main(["plan", "--model", "llama-2-7b", *flags]) == 1
     assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("gpt3-2b", 2048), ("llama-2-7b", 4096), ("llama-3.1-8b", 4096)])
-def test_sequences_are_no_longer_than_the_models_context(name, tokens, capsys):
+def test_the_default_sequence_length_is_at_most_the_models_context(name, tokens, capsys):
     assert main(["plan", "--model", name]) == 0
     assert f"; 256 sequences of {tokens} tokens a step, 1 a micro-batch\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("gpu", GPUS)
-def test_a_gpus_memory_is_its_own_unless_another_is_given(gpu, tmp_path, capsys):
+def test_the_memory_limit_is_the_gpus_unless_the_user_gives_one(gpu, tmp_path, capsys):
     command = ("--model", "llama-2-7b", "--num-gpus", "8", "--tensor-model-parallel-size", "8", "--gpu", gpu)
     memory = float(re.search(r"-(\d+)gb$", gpu)[1])
     assert planned(tmp_path, *command)["gpu_bytes"] == memory * 1e9
     assert f"fits in {memory:g} GB\n" in capsys.readouterr().out
     assert planned(tmp_path, *command, "--gpu-memory", "20")["gpu_bytes"] == 20e9
     text = capsys.readouterr().out
-    assert f"DOES NOT FIT in 20 GB, the --gpu-memory that was given ({gpu} has {memory:g} GB)\n" in text
+    assert f"DOES NOT FIT in 20 GB, the given --gpu-memory ({gpu} has {memory:g} GB)\n" in text
 
 
-def test_a_plan_for_the_cpu_says_nothing_of_gpus(tmp_path, capsys):
+def test_a_plan_for_the_cpu_does_not_mention_gpus(tmp_path, capsys):
     found = planned(tmp_path, "--model", "smollm2-135m", "--num-gpus", "2", "--device", "cpu", "--gpu-memory", "16")
     text = capsys.readouterr().out
     assert found["fits"] and "fits in 16 GB\n" in text
@@ -299,13 +299,13 @@ def test_a_million_gpus_are_planned_in_seconds(tmp_path):
     assert layouts and all(one["tensor"] * one["pipeline"] * one["data"] == 1000000 for one in layouts)
 
 
-def test_settings_that_change_what_is_learned_say_so(tmp_path, capsys):
+def test_settings_that_change_what_is_learned_are_marked(tmp_path, capsys):
     assert planned(tmp_path, "--model", "llama-2-7b", "--gpu-memory", "141")["settings_that_fit"]
     text = capsys.readouterr().out
     assert "bf16 moments change what is learned" in text and "logits change" not in text
     assert planned(tmp_path, "--model", "llama-2-7b")["settings_that_fit"]
     text = capsys.readouterr().out
-    assert "each step rounds them stochastically, and the gradients of a step's 256 micro-batches are added up in bf16" in text
+    assert "each step rounds them stochastically, and the gradients of a step's 256 micro-batches are summed in bf16" in text
     assert "8bit moments change what is learned" in text
     planned(tmp_path, "--model", "llama-2-7b", "--num-gpus", "8", "--tensor-model-parallel-size", "8", "--gpu-memory", "25")
     assert "change what is learned" not in capsys.readouterr().out
@@ -318,7 +318,7 @@ def test_the_readmes_plan_fits(tmp_path):
     assert planned(tmp_path, *shlex.split(command))["fits"]
 
 
-def test_a_directory_is_read(tmp_path):
+def test_a_model_directory_is_read(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(BUILT_IN["smollm2-135m"]))
     assert named_model(str(tmp_path)) == named_model("smollm2-135m")
 
@@ -335,7 +335,7 @@ def test_a_directory_is_read(tmp_path):
         ("no-such-model", None),
     ],
 )
-def test_a_name_that_is_not_known_is_told_those_that_are_and_the_closest(name, closest, capsys):
+def test_an_unknown_name_lists_the_known_ones_and_the_closest(name, closest, capsys):
     assert main(["plan", "--model", name]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"maskllm plan: error: {name}: no such directory, ")
@@ -344,7 +344,7 @@ def test_a_name_that_is_not_known_is_told_those_that_are_and_the_closest(name, c
     assert found == (closest or "")
 
 
-def test_a_path_that_is_not_there_and_a_file_are_told_as_such(tmp_path, monkeypatch):
+def test_a_missing_path_and_a_file_are_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("llama2-7b").touch()
     for name, message in (("llama2-7b", "is a file"), (str(tmp_path / "llama-2"), "no such directory, and not a hub id")):
