@@ -11,8 +11,7 @@ from maskllm.huggingface.tensors import INDEX
 
 IGNORED = ("*/*.safetensors", "[!a]*/*")
 """Files in subdirectories of a hub repository that are not downloaded: weights, which are in another format there, and all files in
-directories with names that do not start with "a". That leaves additional_chat_templates. In the hub's patterns, * matches slashes
-too.
+directories with names that do not start with "a". That leaves additional_chat_templates. In the hub's patterns * matches slashes.
 """
 
 SIDE_FILES = (

@@ -36,8 +36,8 @@ def mask_linears(
 
     Args:
         sampler: how masks are drawn, in the draw that is open (`maskllm.masking.draw`).
-        locations: by the linear's name, which part of which weight it is. This determines its noise: with the locations of Megatron's
-            fused weights, the noise is the same as there. A linear that is not listed is a whole weight with its own name.
+        locations: by the linear's name, which part of which weight it is. This determines its noise. A linear that is
+            not listed is a whole weight with its own name. With the locations of Megatron's fused weights, both frames draw alike.
 
     Returns the masked weights by the linears' names. Their logits are zero; `MaskedParameter.reset` draws the initial logits.
     Raises MaskLLMError if the model has no transformer blocks, or if the pattern does not fit a weight.
