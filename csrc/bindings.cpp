@@ -1,5 +1,5 @@
-// The extension module maskllm.ops._kernels. Importing it registers the operators' compiled kernels with torch; what it exports tells
-// about the build, chooses CPU instructions for tests and benchmarks, and shows the shared arithmetic to the tests.
+// The extension module maskllm.ops._kernels. Importing it registers the compiled operators with torch. Its functions describe the
+// build, select CPU instructions for tests and benchmarks, and give the tests access to the shared arithmetic.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -8,14 +8,14 @@
 
 namespace {
 
-// maskllm/ops/extension.py looks for this text in the file before loading it: an extension built against another torch may crash.
+// maskllm/ops/extension.py searches the file for this text before it loads it: an extension built for another torch may crash.
 #if defined(MASKLLM_CUDA_VERSION)
 const char kBuiltWith[] = "maskllm kernels built with torch=" MASKLLM_TORCH_VERSION ";cuda=" MASKLLM_CUDA_VERSION ";";
 #else
 const char kBuiltWith[] = "maskllm kernels built with torch=" MASKLLM_TORCH_VERSION ";";
 #endif
 
-// The draws k of one block, one a candidate.
+// The draws k of one block, one per candidate.
 std::vector<int64_t> draws(uint64_t key, uint64_t sample, int64_t block, int candidates) {
   const maskllm::Key words = {static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32), static_cast<uint32_t>(sample),
                               static_cast<uint32_t>(sample >> 32)};
@@ -53,7 +53,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("instruction_sets", maskllm::instruction_sets, "Instruction sets of the CPU kernels this processor can run, widest first.");
   module.def("instruction_set", [] { return maskllm::cpu_kernels().name; }, "The instruction set in use.");
   module.def("use_instruction_set", maskllm::use_instruction_set, "Use another of `instruction_sets()`.");
-  module.def("draws", draws, "The 21-bit draws of one block, one a candidate: what the noise is made of.");
+  module.def("draws", draws, "The 21-bit draws of one block, one per candidate, which become the noise.");
   module.def("exp", pybind11::vectorize(exp_value), "The kernels' e^x of an fp32 array of non-positive numbers.");
   module.def("log", pybind11::vectorize(log_value), "The kernels' natural logarithm of an fp32 array of positive numbers.");
   module.def("gumbel", pybind11::vectorize(gumbel_value), "The kernels' Gumbel noise of an fp32 array of draws k + 0.5.");

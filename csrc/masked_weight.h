@@ -1,5 +1,5 @@
-// From the operators' arguments to the kernels': shared by the CPU and the CUDA side. maskllm/ops/masked_weight.py declares the
-// operators and checks what a user passes; the checks here keep a direct caller from reading out of bounds.
+// Converts the operators' arguments to the kernels' arguments, for CPU and CUDA. maskllm/ops/masked_weight.py declares the operators
+// and checks a user's arguments. The checks here prevent a direct caller from reading out of bounds.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -58,7 +58,7 @@ inline BackwardArgs backward_args(const MaskedWeightCall& call, const AnyPattern
   fill(call, pattern, args);
   check_like(grad, call.weight, "grad");
   TORCH_CHECK(grad.scalar_type() == call.weight.scalar_type(), "grad is ", grad.scalar_type(), "; wanted the weight's dtype");
-  // Megatron's main_grad is a view of the parameter's shape into a flat buffer.
+  // Megatron's main_grad is a view into a flat buffer, with the parameter's shape.
   check_like(grad_logits, call.mask_logits, "grad_logits");
   args.grad = grad.const_data_ptr();
   args.grad_logits = grad_logits.mutable_data_ptr();

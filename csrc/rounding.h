@@ -1,4 +1,4 @@
-// From the arguments of `maskllm::rounding` to its kernels'.
+// Converts the arguments of the operator `maskllm::rounding` to those of its kernels.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,4 +1,4 @@
-// What the operators on whole tensors share: the pattern's table and elements as bit patterns.
+// Shared by the operators: the table of a pattern's candidates, and dispatch over dtypes and element sizes.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,7 +12,7 @@ namespace maskllm {
 inline AnyPattern pattern_of(int64_t n, int64_t m) {
   TORCH_CHECK(0 < n && n < m && m <= kMaxM, "pattern ", n, ":", m, ": wanted 0 < N < M <= ", kMaxM);
   AnyPattern pattern{static_cast<int>(m), 0, {}};
-  // All masks of n bits, in lexicographic order of the kept positions.
+  // All masks with n bits, in lexicographic order of the kept positions.
   int position[kMaxM];
   for (int k = 0; k < n; ++k) position[k] = k;
   while (true) {
@@ -41,13 +41,13 @@ inline Type type_of(const at::Tensor& tensor, const char* name) {
   }
 }
 
-// Calls work(value) with a value of the tensor's storage type (float, BFloat16 or Float16).
+// Calls work(value) with a value of the tensor's storage type: float, BFloat16 or Float16.
 template <class Work>
 void with_values(const at::Tensor& tensor, const char* name, const Work& work) {
   with_type(type_of(tensor, name), work);
 }
 
-// Calls work(bits, number) with an unsigned integer of the elements' size.
+// Calls work(bits, number) with an unsigned integer as large as an element.
 template <class Work>
 void with_bits(const at::Tensor& tensor, const char* name, const Work& work) {
   const Number number = tensor.is_floating_point() ? Number::kFloat : Number::kInteger;
@@ -63,7 +63,7 @@ void with_bits(const at::Tensor& tensor, const char* name, const Work& work) {
   }
 }
 
-// The number of rows' blocks of `m`, after checking that `tensor` is a contiguous matrix that splits into them.
+// The number of blocks of `m` elements in a row. Checks that `tensor` is a contiguous matrix whose rows split into such blocks.
 inline int64_t blocks_of(const at::Tensor& tensor, int64_t m, const char* name) {
   TORCH_CHECK(tensor.dim() == 2 && tensor.is_contiguous() && m > 0 && tensor.size(1) % m == 0, name, " is ", tensor.sizes(),
               "; wanted a contiguous [out, in] with in a multiple of ", m);

@@ -1,4 +1,4 @@
-// Chooses the CPU kernels that the processor the program runs on has instructions for.
+// Selects CPU kernels at run time: the widest instruction set that the processor has.
 #include "kernels.h"
 
 #include <atomic>

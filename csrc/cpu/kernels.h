@@ -1,4 +1,4 @@
-// The CPU kernels of one instruction set, and the choice among those that the processor has.
+// The CPU kernels of one instruction set, and the selection of an instruction set.
 #pragma once
 
 #include <string>
@@ -8,7 +8,7 @@
 
 namespace maskllm {
 
-// Each works on blocks [begin, end) of the flattened tensor.
+// Each kernel works on blocks [begin, end) of the flattened tensor.
 struct CpuKernels {
   const char* name;
   // `sums` may be null.
@@ -22,10 +22,10 @@ extern const CpuKernels kAvx2Kernels;
 extern const CpuKernels kAvx512Kernels;
 #endif
 
-// The widest set this processor has, unless `use_instruction_set` named another.
+// The kernels in use: the widest set that this processor has, unless `use_instruction_set` selected another.
 const CpuKernels& cpu_kernels();
 
-// Names this processor can run, widest first, and the choice of one (throws std::invalid_argument for any other).
+// The names of the sets that this processor can run, widest first; and the selection of one (std::invalid_argument for another).
 std::vector<std::string> instruction_sets();
 void use_instruction_set(const std::string& name);
 

@@ -1,6 +1,6 @@
-// The loops over blocks, included once for each instruction set: MASKLLM_ISA names the instance and MASKLLM_TARGET is the function
-// attribute that selects it. Only functions with that attribute may use the set, so no header is compiled for it as a whole: an
-// inline function that the linker shares would carry its instructions to processors that lack them.
+// The loops over blocks, included once for each instruction set. MASKLLM_ISA names the set, and the function attribute MASKLLM_TARGET
+// selects it. No file is compiled for the set as a whole: the linker merges equal inline functions of all files, so one compiled for
+// AVX-512 could run on a processor without it.
 
 #include <algorithm>
 #include <type_traits>
@@ -16,8 +16,8 @@ namespace {
 
 constexpr int kLanes = 32;
 
-// While one lives, numbers below 1.2e-38 count as zero. Improbable candidates' gradients are that small, and x86 takes over a hundred
-// cycles for each.
+// While an object of this class exists, numbers below 1.2e-38 count as zero. The gradients of improbable candidates are that small, and
+// x86 needs over a hundred cycles for each operation on such a number.
 class FlushDenormals {
 #if defined(__x86_64__)
  public:
@@ -31,9 +31,9 @@ class FlushDenormals {
 #endif
 };
 
-// Between memory and lanes. A whole tile of 4 or 6 fp32 or 4 16-bit values a block goes through 64-bit words (little-endian): the
-// loops below are groups of one, two and three words, which the compiler turns into shuffles; element by element they would take as
-// long as the arithmetic. All else goes element by element.
+// Transfers between memory and lanes. A whole tile with 4 or 6 fp32 values or four 16-bit values per block goes through 64-bit words
+// (little-endian). The compiler turns these loops over groups of one, two or three words into shuffles. Element by element, the transfer
+// would take as long as the arithmetic. All other tiles go element by element.
 
 template <int Words>
 MASKLLM_TARGET void read_words(const float* from, float (*lanes)[kLanes]) {
@@ -94,7 +94,7 @@ MASKLLM_TARGET void write_fours(Half* to, const float (*lanes)[kLanes]) {
   std::memcpy(to, words, sizeof words);
 }
 
-// A tile of `count` blocks of `size` values each; lanes from `count` on become zero.
+// Reads a tile of `count` blocks with `size` values each. Lanes from `count` on become zero.
 template <class Value>
 MASKLLM_TARGET void read_as(const Value* from, int size, int count, float (*lanes)[kLanes]) {
   if constexpr (std::is_same_v<Value, float>) {
@@ -147,7 +147,7 @@ MASKLLM_TARGET void write(void* to, Type type, bool accumulate, int64_t block, i
   }
 }
 
-// Counter words of the tile that starts at local block `block`, row by row of the shard.
+// Philox counter words of the tile that starts at local block `block`. A tile may span several rows of the shard.
 MASKLLM_TARGET void counters(const Shard& shard, int64_t block, uint32_t (&low)[kLanes], uint32_t (&high)[kLanes]) {
   int64_t row = block / shard.blocks, column = block % shard.blocks;
   for (int filled = 0; filled < kLanes; ++row, column = 0) {
@@ -160,7 +160,7 @@ MASKLLM_TARGET void counters(const Shard& shard, int64_t block, uint32_t (&low)[
   }
 }
 
-// A tile of blocks with its probabilities and mask.
+// A tile of kLanes blocks with its probabilities and mask.
 template <class P>
 struct Tile {
   float weight[P::capacity_m][kLanes], logit[P::capacity][kLanes], y[P::capacity][kLanes], mask[P::capacity_m][kLanes];
@@ -218,7 +218,7 @@ MASKLLM_TARGET void backward_of(const P& p, const BackwardArgs& args, int64_t be
 
 bool is(const AnyPattern& p, int m, int candidates) { return p.m == m && p.candidates == candidates; }
 
-// 1:4 and 3:4 both have four candidates; only the first one's masks tell them apart.
+// 1:4 and 3:4 both have four candidates. Their first candidates differ.
 bool is_two_of_four(const AnyPattern& p) { return is(p, 4, 6); }
 bool is_one_of_four(const AnyPattern& p) { return is(p, 4, 4) && p.kept[0] == 1; }
 

@@ -1,4 +1,4 @@
-// The kernels in instructions that every processor of the architecture has.
+// The kernels without special instructions, for every processor.
 #define MASKLLM_ISA Portable
 #define MASKLLM_ISA_NAME "portable"
 #define MASKLLM_TARGET 

@@ -1,4 +1,4 @@
-// The masked-weight operators on the CPU, parallel over blocks on torch's own thread pool.
+// The masked-weight operators on the CPU, parallel over blocks in torch's thread pool.
 #include "../masked_weight.h"
 
 #include <ATen/Parallel.h>
@@ -14,8 +14,8 @@
 namespace maskllm {
 namespace {
 
-// Blocks of one chunk, a multiple of every kernel's lanes. Sums are added up chunk by chunk, so that they do not depend on the number
-// of threads.
+// Blocks in a chunk, a multiple of the kernels' lanes. Each chunk has its own sums, which are added in order, so the result does not
+// depend on the number of threads.
 constexpr int64_t kChunk = 4096;
 
 template <class Work>

@@ -1,4 +1,4 @@
-// Operators on finished matrices, on the CPU: winners to bits, the N:M check, 2:4 compression and back. Parallel over rows.
+// Matrix operators on the CPU: winner bits, the N:M check, 2:4 compression and decompression. Parallel over rows.
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/scalar_tensor.h>
@@ -27,7 +27,7 @@ at::Tensor index_of(const std::atomic<int64_t>& first) {
   return at::scalar_tensor(first.load() == kNone ? -1 : first.load(), at::kLong);
 }
 
-// Rows a thread takes at least, so that small matrices are not split.
+// The least number of rows per task, so that small matrices are not split.
 int64_t rows_a_task(int64_t columns) { return std::max<int64_t>(1, (1 << 16) / std::max<int64_t>(1, columns)); }
 
 at::Tensor winner_bits(const at::Tensor& mask_logits, int64_t n, int64_t m) {

@@ -1,7 +1,7 @@
-// 2:4 matrix products by cuSPARSELt's C API: compress a weight, multiply, search for the fastest algorithm.
+// 2:4 matrix products with cuSPARSELt's C API: compress a weight, multiply, search for the fastest algorithm.
 //
-// Row-major tensors throughout: weight A is [out, in]; the input [tokens, in] is cuSPARSELt's column-major B [in, tokens], and the
-// result [tokens, out] its column-major D [out, tokens]. That is the layout every type supports.
+// All tensors are row-major. The weight A is [out, in]. The input [tokens, in] is cuSPARSELt's column-major B [in, tokens]; the result
+// [tokens, out] is its column-major D [out, tokens]. cuSPARSELt supports this layout for every dtype.
 #if defined(MASKLLM_CUSPARSELT)
 
 #include <ATen/core/Tensor.h>
@@ -28,7 +28,7 @@ void check(cusparseStatus_t status, const char* call) {
 }
 #define MASKLLM_CHECK(call) check(call, #call)
 
-// One handle for each thread and device, as the library asks for.
+// One handle per thread and device, which the library requires.
 cusparseLtHandle_t& handle_of(int device) {
   struct Handle {
     cusparseLtHandle_t value;
@@ -61,7 +61,7 @@ Types types_of(const at::Tensor& tensor) {
   }
 }
 
-// Matrix descriptors, destroyed with the object that holds them.
+// A matrix descriptor that is destroyed with this object.
 class Matrix {
  public:
   static Matrix sparse(cusparseLtHandle_t& handle, int64_t rows, int64_t columns, cudaDataType type) {
@@ -92,11 +92,11 @@ class Matrix {
   bool live_ = false;
 };
 
-// A choice of algorithm, as `search` returns it: configuration, split-k, split-k mode, split-k buffers. Empty for the default.
+// The four numbers of an algorithm, as `search` returns them: configuration, split-k, split-k mode, split-k buffers.
 constexpr cusparseLtMatmulAlgAttribute_t kChoice[] = {CUSPARSELT_MATMUL_ALG_CONFIG_ID, CUSPARSELT_MATMUL_SPLIT_K,
                                                       CUSPARSELT_MATMUL_SPLIT_K_MODE, CUSPARSELT_MATMUL_SPLIT_K_BUFFERS};
 
-// Everything one product needs. The weight is compressed for its own shape only, so the product's other sizes may vary.
+// Everything that one product needs. The compressed weight depends on its own shape only, so the number of tokens may vary.
 class Product {
  public:
   Product(const at::Tensor& input, int64_t out, const std::optional<at::Tensor>& bias, const std::string& activation)
@@ -130,6 +130,7 @@ class Product {
   Product(const Product&) = delete;
   Product& operator=(const Product&) = delete;
 
+  // An empty `choice` means the library's default algorithm.
   void plan(at::IntArrayRef choice) {
     TORCH_CHECK(choice.empty() || choice.size() == std::size(kChoice), "cuSPARSELt: an algorithm is ", std::size(kChoice),
                 " numbers; got ", choice.size());
@@ -141,7 +142,7 @@ class Product {
     planned_ = true;
   }
 
-  // Multiplies, or searches for the fastest way to.
+  // Multiplies, or searches for the fastest algorithm.
   void run(const at::Tensor& compressed, const at::Tensor& input, at::Tensor& output, bool search) {
     size_t bytes = 0;
     MASKLLM_CHECK(cusparseLtMatmulGetWorkspace(&handle_, &plan_, &bytes));

@@ -1,5 +1,5 @@
-// Launches of the CUDA kernels, in plain types: neither this nor the .cu files need torch's headers. Nothing here synchronizes or
-// allocates, so that launches can be captured in a CUDA graph (which then repeats the draw of the sample it was captured with).
+// Launches of the CUDA kernels, in plain types: this header and the .cu files do not need torch's headers. No launch synchronizes or
+// allocates, so a CUDA graph can capture them. The graph then repeats the draw of the captured sample.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -9,23 +9,23 @@
 
 namespace maskllm {
 
-// Thread blocks of a masked-weight launch on a device with `processors` multiprocessors: a function of nothing else, so that the
-// order of the sums is always the same.
+// Thread blocks of a masked-weight launch on a device with `processors` multiprocessors. It depends on nothing else, so the order of
+// the sums is always the same.
 int masked_weight_grid(int64_t blocks, int processors);
 
-// `sums`, two for each thread block (squares, certainty), may be null.
+// `sums` holds two numbers per thread block (squares, certainty) and may be null.
 cudaError_t launch_forward(const AnyPattern& pattern, const ForwardArgs& args, int64_t blocks, int grid, double* sums,
                            cudaStream_t stream);
 cudaError_t launch_backward(const AnyPattern& pattern, const BackwardArgs& args, int64_t blocks, int grid, cudaStream_t stream);
 
-// 16-bit random numbers of blocks [first, first + count) of the shard, `candidates` for each.
+// 16-bit random numbers for blocks [first, first + count) of the shard, `candidates` per block.
 cudaError_t launch_rounding(const Key& key, const Shard& shard, int64_t first, int64_t count, int candidates, int32_t* to,
                             cudaStream_t stream);
 
 cudaError_t launch_winner_bits(const AnyPattern& pattern, const void* logits, Type type, int64_t rows, int64_t blocks, uint8_t* bits,
                                cudaStream_t stream);
 
-// `first`, which holds INT64_MAX, becomes the flat index of the first block with more than n non-zeros, if there is one.
+// `first` holds INT64_MAX before the launch. It becomes the flat index of the first block with more than n non-zeros, if any.
 cudaError_t launch_first_violation(const void* matrix, int element_size, Number number, int64_t blocks, int n, int m,
                                    unsigned long long* first, cudaStream_t stream);
 cudaError_t launch_compress24(const void* matrix, int element_size, Number number, int64_t rows, int64_t blocks, void* values,

@@ -1,5 +1,5 @@
-// The masked weight on CUDA, one pass each way: a thread draws two neighbouring blocks, so that with 2:4 all of its loads and stores
-// are of 8 or 16 bytes, and strides over the tensor.
+// The masked weight on CUDA, one pass forward and one backward. A thread processes two neighbouring blocks at a time, so for 2:4 all of
+// its loads and stores have 8 or 16 bytes. It strides over the tensor.
 #include <cstdint>
 #include <type_traits>
 
@@ -11,7 +11,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kPair = 2;
 
-// `Size` values of each of two blocks between memory and lanes. `whole`: both exist and the address is aligned to the vector.
+// Transfers `Size` values of two blocks between memory and lanes. `whole`: both blocks exist and the address is aligned for vectors.
 template <class Value, int Size>
 __device__ __forceinline__ void read_pair(const Value* from, bool whole, bool second, float (&lanes)[Size][kPair]) {
   using Vector = std::conditional_t<sizeof(Value) * Size * kPair % 16 == 0, uint4, uint2>;
@@ -79,7 +79,7 @@ __device__ __forceinline__ void counters(const Shard& shard, int64_t block, uint
   }
 }
 
-// Adds up the two sums of a thread block and writes them to its place in `sums`.
+// Reduces the two sums over a thread block and writes them to the block's place in `sums`.
 __device__ void write_sums(double squares, double certainty, double* sums) {
   __shared__ double shared[2][kThreads];
   shared[0][threadIdx.x] = squares;
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kThreads) backward_pairs(BackwardArgs args, in
   }
 }
 
-// Any pattern: a block a thread, tables and types looked up when it runs.
+// Any pattern: one block per thread; the pattern's table and the dtypes are looked up at run time.
 __device__ float load_at(const void* from, Type type, int64_t index) {
   switch (type) {
     case Type::kFloat32:

@@ -1,4 +1,4 @@
-// Finished matrices on CUDA: winners to bits, the N:M check, 2:4 compression and back. A byte or a block a thread.
+// Matrix operators on CUDA: winner bits, the N:M check, 2:4 compression and decompression. One byte or one block per thread.
 #include "../include/winner.h"
 #include "kernels.h"
 
@@ -13,7 +13,7 @@ int grid_for(int64_t items) {
   return static_cast<int>(needed < kMaxGrid ? needed : kMaxGrid);
 }
 
-// Indices this thread handles: `for (int64_t i = first(); i < items; i += step())`.
+// The indices of this thread are `for (int64_t i = first(); i < items; i += step())`.
 __device__ int64_t first() { return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; }
 __device__ int64_t step() { return static_cast<int64_t>(gridDim.x) * kThreads; }
 

@@ -1,4 +1,4 @@
-// The operators on CUDA tensors: checks, outputs and launches on torch's current stream.
+// The operators on CUDA tensors: check the arguments, allocate the outputs, launch on torch's current stream.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/full.h>

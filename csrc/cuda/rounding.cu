@@ -1,4 +1,4 @@
-// Random numbers for stochastic rounding on CUDA, a block a thread.
+// Random numbers for stochastic rounding on CUDA, one block per thread.
 #include "../include/rounding.h"
 #include "kernels.h"
 

@@ -1,21 +1,21 @@
-// One 2:4 block as two values and their positions, on the elements' bit patterns. maskllm/ops/compress24.py documents the layout.
+// A 2:4 block as two values and their positions. Works on the elements' bits. maskllm/ops/compress24.py documents the layout.
 #pragma once
 
 #include "platform.h"
 
 namespace maskllm {
 
-// What an element is besides its size: integers have one zero, floats have two.
+// The kind of the elements: integers have one zero, floats have two.
 enum class Number : int { kInteger, kFloat };
 
-// All bits but the sign's, or all: an element is zero where none of them is set.
+// The bits that make an element non-zero: all bits, for floats without the sign.
 template <class Bits>
 MASKLLM_INLINE Bits magnitude_bits(Number number) {
   return number == Number::kFloat ? static_cast<Bits>(static_cast<Bits>(~Bits{0}) >> 1) : static_cast<Bits>(~Bits{0});
 }
 
-// Positions (p0 | p1 << 2, p0 < p1) of the two elements kept: the non-zeros, then negative zeros, then the first positive ones.
-// 0xff where more than two are non-zero.
+// Positions (p0 | p1 << 2, p0 < p1) of the two kept elements: non-zeros first, then negative zeros, then positive zeros.
+// 0xff if more than two elements are non-zero.
 template <class Bits>
 MASKLLM_INLINE uint8_t positions_of(const Bits* block, Bits magnitude) {
   uint32_t kept = 0;
@@ -38,8 +38,8 @@ MASKLLM_INLINE uint8_t positions_of(const Bits* block, Bits magnitude) {
   return static_cast<uint8_t>(first | last << 2);
 }
 
-// One byte of metadata: blocks 2 * byte and, in the high half, 2 * byte + 1 of a row of `blocks`. False where one is not 2:4;
-// `violation` is then its index in the row.
+// Writes byte `byte` of a row's metadata, and the values of its blocks 2 * byte (low half) and 2 * byte + 1 (high half). Returns false
+// if one of them is not 2:4; `violation` is then its index in the row of `blocks` blocks.
 template <class Bits>
 MASKLLM_INLINE bool compress_pair(const Bits* row, int64_t blocks, int64_t byte, Bits magnitude, Bits* values, uint8_t* metadata,
                                   int64_t& violation) {
@@ -60,7 +60,7 @@ MASKLLM_INLINE bool compress_pair(const Bits* row, int64_t blocks, int64_t byte,
   return true;
 }
 
-// Block `block` of a row, from its two values and its metadata.
+// Restores block `block` of a row from its two values and its metadata.
 template <class Bits>
 MASKLLM_INLINE void decompress_block(const Bits* values, const uint8_t* metadata, int64_t block, Bits* row) {
   const uint8_t positions = metadata[block / 2] >> 4 * (block & 1) & 0xf;
@@ -69,7 +69,7 @@ MASKLLM_INLINE void decompress_block(const Bits* values, const uint8_t* metadata
   row[4 * block + (positions >> 2)] = values[2 * block + 1];
 }
 
-// Non-zeros of a block of any pattern's M elements.
+// The number of non-zeros in a block of m elements.
 template <class Bits>
 MASKLLM_INLINE int nonzeros(const Bits* block, int m, Bits magnitude) {
   int count = 0;

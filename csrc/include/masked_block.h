@@ -1,5 +1,5 @@
-// The method on W blocks side by side (MaskLLM, arXiv 2409.17481, section 3.2), forward and backward; maskllm/ops/reference.py is
-// the same in PyTorch operators.
+// The method on W blocks side by side (MaskLLM, arXiv 2409.17481, section 3.2), forward and backward. maskllm/ops/reference.py has the
+// same formulas in PyTorch operators.
 #pragma once
 
 #include "pattern.h"
@@ -16,8 +16,8 @@ struct Draw {
   bool hard;
 };
 
-// scale * (l - max l): shifting by the block's largest logit leaves the softmax as it is, and keeps large logits from overflowing or
-// drowning the noise in rounding. Returns in `score`, which may be `logit`.
+// score = scale * (l - max l). Subtracting the block's largest logit does not change the softmax. It prevents large logits from
+// overflowing and from losing the noise to rounding. `score` may be `logit`.
 template <class P, int W>
 MASKLLM_INLINE void scaled_scores(const P& p, float scale, const float (&logit)[P::capacity][W], float (&score)[P::capacity][W]) {
   float largest[W];
@@ -35,7 +35,7 @@ MASKLLM_INLINE void scaled_scores(const P& p, float scale, const float (&logit)[
   }
 }
 
-// score -> exp(score - max score), and its sum in `sum`.
+// Replaces score by exp(score - max score) and puts the sum into `sum`.
 template <class P, int W>
 MASKLLM_INLINE void exponentials(const P& p, float (&score)[P::capacity][W], float (&sum)[W]) {
   float largest[W];
@@ -98,7 +98,7 @@ MASKLLM_INLINE void certainty_of(const P& p, float scale, const float (&logit)[P
   for (int i = 0; i < W; ++i) certainty[i] = 1.0f / certainty[i];
 }
 
-// Index of the largest value, the lowest of equal ones.
+// Index of the largest value, the lowest index of equal values.
 template <class P, int W>
 MASKLLM_INLINE void first_argmax(const P& p, const float (&value)[P::capacity][W], int32_t (&best)[W]) {
   float largest[W];
@@ -118,7 +118,7 @@ MASKLLM_INLINE void first_argmax(const P& p, const float (&value)[P::capacity][W
   }
 }
 
-// m = y S, or the row of S of the most probable candidate.
+// m = y S; if `hard`, the row of S of the most probable candidate.
 template <class P, int W>
 MASKLLM_INLINE void mask_of(const P& p, bool hard, const float (&y)[P::capacity][W], float (&mask)[P::capacity_m][W]) {
   int32_t best[W];
@@ -144,7 +144,7 @@ MASKLLM_INLINE void mask_of(const P& p, bool hard, const float (&y)[P::capacity]
   }
 }
 
-// From the gradient of the masked weight (in `grad`), y and m: dL/dl in `y`, dL/dW in `grad`.
+// Takes the gradient of the masked weight in `grad`, y and m. Puts dL/dl into `y` and dL/dW into `grad`.
 // G = grad - 2 lambda W m; dL/dW = G m; with a = S (G W), dL/dl = kappa / tau * y (a - sum_c y_c a_c).
 template <class P, int W>
 MASKLLM_INLINE void gradients(const P& p, const Draw& d, const float (&weight)[P::capacity_m][W], const float (&mask)[P::capacity_m][W],

@@ -1,5 +1,5 @@
-// Arguments of the masked-weight kernels, in plain types. All tensors are contiguous, [out, in] and [out, in / M, C], so a block is
-// an index into the flattened rows.
+// Arguments of the masked-weight kernels, in plain types. All tensors are contiguous, [out, in] and [out, in / M, C]. A block is an
+// index into the flattened rows.
 #pragma once
 
 #include "masked_block.h"
@@ -10,7 +10,7 @@ namespace maskllm {
 struct MaskedWeightArgs {
   const void* weight;
   const void* logits;
-  Type weight_type;  // also of the masked weight and the gradients of both
+  Type weight_type;  // also the type of the masked weight and of the gradients of both
   Type logits_type;
   Shard shard;
   Draw draw;
@@ -28,7 +28,7 @@ struct BackwardArgs : MaskedWeightArgs {
   void* grad_weight;  // or null
 };
 
-// What a chunk of blocks adds to `stats`.
+// The contribution of a chunk of blocks to `stats`.
 struct Sums {
   double squares = 0, certainty = 0;
 };

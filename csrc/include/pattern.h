@@ -8,10 +8,10 @@ namespace maskllm {
 constexpr int kMaxM = 32;
 constexpr int kMaxCandidates = 128;
 
-// 2:4 and 1:4, known when compiled, so that loops over candidates unroll and their arrays live in registers.
+// 2:4 and 1:4 are known at compile time, so loops over candidates unroll and their arrays live in registers.
 struct TwoOfFour {
   static constexpr int m = 4, candidates = 6, capacity_m = 4, capacity = 6;
-  // Bit j of the c-th group of four: does candidate c keep position j? 1100, 1010, 1001, 0110, 0101, 0011.
+  // Bit j of the c-th group of four bits: candidate c keeps position j. 1100, 1010, 1001, 0110, 0101, 0011.
   MASKLLM_INLINE static constexpr bool keeps(int c, int j) { return 0xCA6953u >> (4 * c + j) & 1u; }
 };
 
@@ -24,7 +24,7 @@ struct OneOfFour {
 struct AnyPattern {
   static constexpr int capacity_m = kMaxM, capacity = kMaxCandidates;
   int m, candidates;
-  uint32_t kept[kMaxCandidates];  // bit j of entry c: does candidate c keep position j?
+  uint32_t kept[kMaxCandidates];  // bit j of entry c: candidate c keeps position j
 
   MASKLLM_INLINE bool keeps(int c, int j) const { return kept[c] >> j & 1u; }
 };

@@ -1,4 +1,4 @@
-// The noise: Philox-4x32-10 (Salmon et al., SC 2011) by counter. maskllm/ops/noise.py documents the counter and the fields.
+// The noise, from Philox-4x32-10 (Salmon et al., SC 2011). maskllm/ops/noise.py documents the counter and the bit fields.
 #pragma once
 
 #include "elementary.h"
@@ -12,7 +12,7 @@ struct Key {
   uint32_t sample_low, sample_high;  // of the global sample index
 };
 
-// k + 0.5, exactly, for k < 2^21: k as the low bits of 2^23 + k. GPUs convert integers at a small part of the rate they add.
+// k + 0.5, exact for k < 2^21: k becomes the low bits of 2^23 + k. On GPUs this is much faster than an integer conversion.
 MASKLLM_INLINE float draw_of(uint32_t k) { return float_of(0x4b000000u | k) - 8388607.5f; }
 
 struct Words {
@@ -32,7 +32,7 @@ MASKLLM_INLINE Words philox(Words c, uint32_t k0, uint32_t k1) {
   return c;
 }
 
-// One call for W blocks: the six 21-bit draws of candidates 6 * call to 6 * call + 5, as floats k + 0.5 (exact).
+// One call per block for W blocks: the six 21-bit draws of candidates 6 * call to 6 * call + 5, as floats k + 0.5 (exact).
 template <int W>
 MASKLLM_INLINE void draw_six(const Key& key, const uint32_t (&block_low)[W], const uint32_t (&block_high)[W], int call,
                              float (&draw)[kDrawsPerCall][W]) {
@@ -50,10 +50,10 @@ MASKLLM_INLINE void draw_six(const Key& key, const uint32_t (&block_low)[W], con
   }
 }
 
-// Standard Gumbel noise -log(-log u) of a draw k + 0.5, u = (k + 0.5) 2^-21.
+// Standard Gumbel noise -log(-log u) from a draw k + 0.5, with u = (k + 0.5) 2^-21.
 MASKLLM_INLINE float gumbel_of(float draw) { return -log_of(-log_of(draw * 4.76837158203125e-7f)); }
 
-// Where the blocks of a shard lie in the unsharded tensor (maskllm.ops.noise.ShardMap).
+// Maps the blocks of a shard to their places in the unsharded tensor (maskllm.ops.noise.ShardMap).
 struct Shard {
   int64_t blocks;  // in a local row
   int64_t blocks_per_row, block_offset, row_offset, split_row, split_offset;

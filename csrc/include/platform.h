@@ -1,7 +1,7 @@
-// What the arithmetic headers need to know about who compiles them: the host's compiler or nvcc.
+// Macros and bit casts that differ between the host's compiler and nvcc.
 //
-// Every function here and in the other headers works on W blocks side by side ("lanes"): a CUDA thread takes one (W = 1), the CPU
-// loops take enough to fill vector registers, and the innermost loops over lanes are what the host's compiler vectorizes.
+// The functions in these headers work on W blocks side by side ("lanes"). A CUDA thread has one or two lanes. The CPU loops have enough
+// to fill vector registers, and the host's compiler vectorizes the innermost loops over lanes.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@
 #define MASKLLM_UNROLL _Pragma("unroll")
 #else
 #define MASKLLM_INLINE inline __attribute__((always_inline))
-#define MASKLLM_LANES _Pragma("omp simd")  // with -fopenmp-simd: no OpenMP runtime is linked
+#define MASKLLM_LANES _Pragma("omp simd")  // vectorizes the loop; needs no OpenMP runtime
 #define MASKLLM_UNROLL _Pragma("GCC unroll 16")
 #endif
 

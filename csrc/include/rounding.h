@@ -1,4 +1,4 @@
-// Random 16-bit numbers for stochastic rounding, one a logit: eight come out of each Philox call of a block.
+// Random 16-bit numbers for stochastic rounding, one per logit. Each Philox call of a block gives eight.
 #pragma once
 
 #include "philox.h"

@@ -1,4 +1,4 @@
-// The winner of a block, straight to the bits of patterns.pack_mask: row by row, high bit first.
+// The winners of blocks, as the bits of patterns.pack_mask: row by row, high bit first.
 #pragma once
 
 #include "pattern.h"
@@ -6,7 +6,7 @@
 
 namespace maskllm {
 
-// Index of the largest logit, the lowest of equal ones.
+// Index of the largest logit, the lowest index of equal ones.
 template <class Value>
 MASKLLM_INLINE int winner_of(const Value* logits, int candidates) {
   int best = 0;
@@ -19,7 +19,7 @@ MASKLLM_INLINE int winner_of(const Value* logits, int candidates) {
   return best;
 }
 
-// Byte `byte` of a row of `blocks` blocks whose logits start at `row`.
+// Byte `byte` of the mask bits of a row with `blocks` blocks. `row` points to the row's logits.
 template <class Value>
 MASKLLM_INLINE uint8_t winner_byte(const AnyPattern& p, const Value* row, int64_t blocks, int64_t byte) {
   uint8_t bits = 0;

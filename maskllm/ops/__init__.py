@@ -1,4 +1,4 @@
-"""The kernels: mask sampling fused with the weight, winners, the N:M check, 2:4 compression and 2:4 products."""
+"""Operators with CPU and CUDA kernels: masked weight, winners, N:M check, stochastic rounding, 2:4 compression, 2:4 products."""
 
 from maskllm.ops.compress24 import compress24, decompress24
 from maskllm.ops.masked_weight import masked_weight

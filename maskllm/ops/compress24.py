@@ -1,11 +1,12 @@
-"""2:4 matrices at half size: the two kept values of each block, and where in the block they were.
+"""2:4 matrices at half size: the two kept values of each block, and their positions in the block.
 
 Layout. `values` [out, in / 2] holds the kept elements of each row in order. `metadata`, uint8 [out, ceil(in / 8)], holds 2 bits for
-each of them: byte b of a row describes blocks 2b (low half) and 2b + 1 (high half), and a half is `p0 | p1 << 2` with p0 < p1 the
-positions, 0 to 3, of the block's two values. The high half of the last byte is 0 where a row has an odd number of blocks.
+each of them. Byte b of a row describes block 2b in its low half and block 2b + 1 in its high half. A half is `p0 | p1 << 2`, where
+p0 < p1 are the positions (0 to 3) of the block's two values. If a row has an odd number of blocks, the high half of its last byte
+is 0.
 
-A block with fewer than two non-zeros keeps its negative zeros before positive ones, so that the round trip returns the same bits
-unless a block holds two non-zeros and a negative zero beside them; that zero comes back positive.
+A block with fewer than two non-zeros keeps negative zeros rather than positive ones. So the round trip returns the same bits, with
+one exception: a negative zero beside two non-zeros comes back positive.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ torch.library.define("maskllm::decompress24", "(Tensor values, Tensor metadata) 
 def compress24(weight: torch.Tensor, name: str = "weight") -> tuple[torch.Tensor, torch.Tensor]:
     """Compress a 2:4 matrix [out, in] (bf16, fp16, fp32 or int8) to (values [out, in / 2], metadata uint8 [out, ceil(in / 8)]).
 
-    Raises MaskLLMError, naming `name` and the first offending row and block, where a block has more than two non-zeros, and where
+    Raises MaskLLMError if a block has more than two non-zeros (the message gives `name` and the first such row and block), or if
     the dtype or shape does not fit.
     """
     if weight.dim() != 2 or weight.dtype not in _DTYPES:
@@ -41,15 +42,15 @@ def compress24(weight: torch.Tensor, name: str = "weight") -> tuple[torch.Tensor
 
 
 def decompress24(values: torch.Tensor, metadata: torch.Tensor) -> torch.Tensor:
-    """The matrix [out, in] of `compress24`'s values [out, in / 2] and metadata [out, ceil(in / 8)].
+    """The matrix [out, in] from `compress24`'s values [out, in / 2] and metadata uint8 [out, ceil(in / 8)].
 
-    Raises MaskLLMError where the shapes or dtypes do not belong together.
+    Raises MaskLLMError if the shapes or dtypes do not fit together.
     """
     wanted = [values.shape[0], -(-values.shape[1] // 4)] if values.dim() == 2 and values.shape[1] % 2 == 0 else None
     if wanted is None or values.dtype not in _DTYPES or metadata.dtype != torch.uint8 or list(metadata.shape) != wanted:
         raise MaskLLMError(
-            f"decompress24: values {values.dtype} {list(values.shape)} and metadata {metadata.dtype} {list(metadata.shape)}; wanted "
-            "[out, in / 2] of bfloat16, float16, float32 or int8 and uint8 [out, ceil(in / 8)]"
+            f"decompress24: values {values.dtype} {list(values.shape)} and metadata {metadata.dtype} {list(metadata.shape)}; "
+            "wanted [out, in / 2] of bfloat16, float16, float32 or int8 and uint8 [out, ceil(in / 8)]"
         )
     return torch.ops.maskllm.decompress24(values.contiguous(), metadata.contiguous())
 

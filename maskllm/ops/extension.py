@@ -1,4 +1,4 @@
-"""The compiled kernels, where they were built: loaded once, and refused with the torch they were not built for."""
+"""Loads the compiled kernels, and refuses kernels that were built for another torch."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _REBUILD = "rebuild it with `pip install --no-build-isolation -e .` in the sourc
 
 
 def check_built_for(path: Path, torch_version: str, cuda_version: str | None) -> None:
-    """Raise MaskLLMError unless the extension at `path` was built with the running torch (and CUDA, where it holds CUDA kernels).
+    """Raise MaskLLMError unless the extension at `path` was built with the running torch, and with its CUDA if it has CUDA kernels.
 
-    The version is read from the file without loading it: code built against another torch may crash the process.
+    The versions are read from the file without loading it: code built against another torch may crash the process.
     """
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         found = re.search(rb"maskllm kernels built with torch=([^;]*);(?:cuda=([^;]*);)?", content)
@@ -35,7 +35,10 @@ def check_built_for(path: Path, torch_version: str, cuda_version: str | None) ->
 
 @functools.cache
 def kernels() -> ModuleType | None:
-    """The extension module `maskllm.ops._kernels`, whose import registers the compiled operators, or None where it was not built."""
+    """The extension module `maskllm.ops._kernels`, or None if it was not built. Its import registers the compiled operators.
+
+    Raises MaskLLMError if it was built for another torch or cannot be loaded.
+    """
     spec = importlib.util.find_spec("maskllm.ops._kernels")
     if spec is None or spec.origin is None:
         return None
@@ -47,14 +50,14 @@ def kernels() -> ModuleType | None:
 
 
 def has_kernels(device_type: str) -> bool:
-    """Whether compiled kernels serve tensors on a "cpu" or "cuda" device."""
+    """Whether there are compiled kernels for tensors on a "cpu" or "cuda" device."""
     module = kernels()
     return module is not None and (device_type == "cpu" or (device_type == "cuda" and module.cuda_version is not None))
 
 
 @functools.cache
-def tell_if_reference(device_type: str) -> None:
-    """Warn, once, that operators on this kind of device run the PyTorch reference, and how to get the kernels."""
+def warn_if_reference(device_type: str) -> None:
+    """Warn once per kind of device if operators there run the PyTorch reference, and say how to build the kernels."""
     if not has_kernels(device_type) and device_type != "meta":
         option = "MASKLLM_BUILD_CUDA=1 " if device_type == "cuda" else ""
         warnings.warn(

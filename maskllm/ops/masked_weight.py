@@ -1,7 +1,8 @@
-"""The masked weight of a layer: draw a mask from its logits and apply it, in one pass each way (MaskLLM, section 3.2).
+"""The masked weight of a layer: draw a mask from its logits and apply it, in one pass forward and one backward (MaskLLM, section
+3.2).
 
-The two operators are registered with `torch.library`: schema, shapes for tracing, autograd, and the PyTorch reference for every
-device that no compiled kernel serves.
+The two operators are registered with `torch.library`: schema, shapes for tracing, autograd, and the PyTorch reference for devices
+without a compiled kernel.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import torch
 
 from maskllm.errors import MaskLLMError
 from maskllm.ops import reference
-from maskllm.ops.extension import kernels, tell_if_reference
+from maskllm.ops.extension import kernels, warn_if_reference
 from maskllm.ops.noise import NoiseKey, ShardMap
 from maskllm.patterns import Pattern
 
@@ -47,24 +48,25 @@ def masked_weight(
         weight: [out, in], bf16, fp16 or fp32, contiguous.
         mask_logits: [out, in / M, C(M, N)], fp32 or bf16, contiguous.
         pattern: N:M, whose candidate matrix is `S`.
-        key: what the Gumbel noise `g` is a function of; the same key draws the same mask, so that nothing is kept for the backward
-            pass but the two inputs.
+        key: determines the Gumbel noise `g`. The same key draws the same mask, so the backward pass redraws it and autograd saves
+            only the two inputs.
         scale, temperature: kappa and tau of the paper.
-        weight_reg: lambda of the sparse weight regularization: gradients are of the loss minus `weight_reg * ||weight * m||^2`.
-        hard: use the most probable candidate's row instead of `m`; the gradient is still the soft mask's (straight-through).
-        stats: fp32 [2] on the weight's device, to which this call adds the sum of squares of the masked weight and the sum over the
-            blocks of the largest entry of `softmax(scale * l)`.
+        weight_reg: lambda of the sparse weight regularization. Gradients are those of the loss minus
+            `weight_reg * ||weight * m||^2`.
+        hard: use the most probable candidate's row instead of `m`. The gradient is still the soft mask's (straight-through).
+        stats: fp32 [2] on the weight's device. This call adds two sums to it: the squares of the masked weight, and over the blocks
+            the largest entry of `softmax(scale * l)`.
 
     Returns:
-        [out, in] in `weight`'s dtype. In the backward pass the gradient of `mask_logits` is added to `mask_logits.main_grad`
-        (fp32, or the logits' dtype) where there is one, as Megatron's fused kernels do, and `mask_logits.grad_added_to_main_grad` is
-        set; else it goes to `.grad`.
+        [out, in] in `weight`'s dtype. If `mask_logits` has a `main_grad` (fp32, or the logits' dtype), the backward pass adds the
+        gradient to it and sets `mask_logits.grad_added_to_main_grad`, as Megatron's fused kernels do. Otherwise the gradient goes
+        to `.grad`.
 
     Raises:
-        MaskLLMError: shapes, dtypes, strides or the temperature do not fit.
+        MaskLLMError: shapes, dtypes, devices, strides, the temperature or the scale do not fit.
     """
     _check_inputs(weight, mask_logits, pattern, scale, temperature, stats)
-    tell_if_reference(weight.device.type)
+    warn_if_reference(weight.device.type)
     masked, sums = torch.ops.maskllm.masked_weight(
         weight,
         mask_logits,
@@ -180,4 +182,4 @@ def _backward(ctx, grad, _grad_stats):
 
 torch.library.register_autograd("maskllm::masked_weight", _backward, setup_context=_setup_context)
 
-kernels()  # registers the compiled operators for the devices they serve
+kernels()  # registers the compiled operators for their devices

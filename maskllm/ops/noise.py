@@ -1,7 +1,7 @@
-"""The noise of a mask draw: a pure function of seed, layer, block, candidate and sample, by a counter-based generator.
+"""The noise of a mask draw: a pure function of seed, layer, block, candidate and sample.
 
-Philox-4x32-10 is from Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3" (SC 2011). Nothing here depends on how a
-tensor is sharded: the counter holds the index of a block in the unsharded tensor.
+The generator is Philox-4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011). It maps a counter and a key
+to random bits. The counter holds the index of a block in the unsharded tensor, so the noise does not depend on the sharding.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ UNIFORM_BITS = 21
 """Bits of a uniform draw: three draws fit each half of a Philox call's 128 bits."""
 
 DRAWS_PER_CALL = 6
-"""Uniform draws one Philox call yields, so that a 2:4 block's six candidates cost one call."""
+"""Uniform draws of one Philox call. A 2:4 block has six candidates and costs one call."""
 
 ROUNDING_BITS = 16
-"""Bits of a random number for stochastic rounding: those of an fp32 that a bf16 lacks. A Philox call yields eight."""
+"""Bits of a random number for stochastic rounding: fp32 has 16 bits more than bf16. A Philox call yields eight numbers."""
 
 
 def philox_key(seed: int, layer_name: str) -> int:
-    """The 64-bit Philox key of a layer in a run: the first 8 bytes, little-endian, of BLAKE2b of "SEED:LAYER_NAME".
+    """The 64-bit Philox key of a layer in a run: the 8-byte BLAKE2b digest of "SEED:LAYER_NAME", little-endian.
 
     `layer_name` is the layer's name in the unsharded model, for example "decoder.layers.3.mlp.linear_fc1".
     """
@@ -36,10 +36,10 @@ def philox_key(seed: int, layer_name: str) -> int:
 
 @dataclass(frozen=True)
 class ShardMap:
-    """Where the blocks of a tensor-parallel shard lie in the unsharded tensor.
+    """Maps the blocks of a tensor-parallel shard to their places in the unsharded tensor.
 
-    Local row `r` is global row `row_offset + r`, or from `split_row` on `split_offset + (r - split_row)`: the shard of a gated
-    fc1 holds gate rows and then up rows. Local block column `b` is global block column `block_offset + b`, and the unsharded
+    Local row `r` is global row `row_offset + r`; from `split_row` on it is `split_offset + (r - split_row)`, since the shard of a
+    gated fc1 holds gate rows and then up rows. Local block column `b` is global block column `block_offset + b`. The unsharded
     tensor has `blocks_per_row` blocks in a row.
     """
 
@@ -50,30 +50,30 @@ class ShardMap:
     split_offset: int = 0
 
     def global_rows(self, rows: int, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Global row of each of `rows` local rows, int64 [rows]."""
+        """The global row of each of the first `rows` local rows, int64 [rows]."""
         return self.global_row(torch.arange(rows, dtype=torch.int64, device=device))
 
     def global_row(self, local: torch.Tensor) -> torch.Tensor:
-        """Global rows of local rows (int64)."""
+        """The global rows of the local rows `local` (int64, any shape)."""
         if self.split_row is None:
             return self.row_offset + local
         return torch.where(local < self.split_row, self.row_offset + local, self.split_offset - self.split_row + local)
 
     def numbers(self) -> list[int]:
-        """The five integers that the operators take, without the absence of a second segment."""
+        """The five integers that the operators take. Without a split, the split row is the largest int64."""
         if self.split_row is None:
             return [self.blocks_per_row, self.block_offset, self.row_offset, (1 << 63) - 1, 0]
         return [self.blocks_per_row, self.block_offset, self.row_offset, self.split_row, self.split_offset]
 
     def blocks(self, rows: int, blocks: int, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Index in the unsharded tensor of each local block, int64 [rows, blocks]."""
+        """The index of each local block in the flattened unsharded tensor, int64 [rows, blocks]."""
         columns = self.block_offset + torch.arange(blocks, dtype=torch.int64, device=device)
         return self.global_rows(rows, device).unsqueeze(1) * self.blocks_per_row + columns
 
 
 @dataclass(frozen=True)
 class NoiseKey:
-    """What a layer's mask draw is a function of: the Philox key, the global sample index and the shard's place."""
+    """Determines a layer's mask draw: the Philox key, the global sample index and the shard's place."""
 
     key: int
     sample: int
@@ -81,14 +81,14 @@ class NoiseKey:
 
     @property
     def signed_key(self) -> int:
-        """`key` as the operators take it: their integers are signed."""
+        """`key` as a signed 64-bit integer, which the operators take."""
         return self.key - (1 << 64) if self.key >> 63 else self.key
 
 
 def philox(counter: tuple[torch.Tensor, ...], key: int) -> tuple[torch.Tensor, ...]:
-    """Philox-4x32-10: four 32-bit words (in int64 tensors) for four 32-bit counter words and a 64-bit key.
+    """Philox-4x32-10: four 32-bit words (in int64 tensors) from four 32-bit counter words and a 64-bit key.
 
-    The products wrap modulo 2^64 in int64, which leaves their low and high words right.
+    The int64 products wrap modulo 2^64, which keeps their low and high words correct.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key & _WORD, key >> 32 & _WORD
@@ -102,8 +102,9 @@ def philox(counter: tuple[torch.Tensor, ...], key: int) -> tuple[torch.Tensor, .
 def uniform_bits(key: NoiseKey, rows: int, blocks: int, candidates: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """The 21-bit draws of a shard's blocks, int64 [rows, blocks, candidates].
 
-    Counter words: low word of the block's global index; its next 24 bits and the call in the top 8; low and high word of the
-    sample. The call for candidate c is c // 6, and its 128 bits hold two halves of three 21-bit fields each, low field first.
+    The counter's four words are: the low word of the block's global index; its next 24 bits, with the call's number in the top 8
+    bits; the low and the high word of the sample. Candidate c uses call c // 6. Each half of a call's 128 bits holds three 21-bit
+    fields, the lowest first.
     """
     block = key.shard.blocks(rows, blocks, device)
     low, high = block & _WORD, block >> 32 & 0xFFFFFF
@@ -121,10 +122,10 @@ def uniform_bits(key: NoiseKey, rows: int, blocks: int, candidates: int, device:
 def rounding_bits(
     key: NoiseKey, blocks: int, first: int, count: int, candidates: int, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """16-bit random numbers of `count` blocks of a shard from its block `first` on, int64 [count, candidates].
+    """16-bit random numbers for `count` blocks of a shard from its block `first` on, int64 [count, candidates].
 
-    `blocks` are those in a row of the shard. Counter words are those of `uniform_bits`, with candidate c in call c // 8; its number is
-    the low or, for odd c, the high half of word c % 8 // 2.
+    `blocks` is the number of blocks in a row of the shard. The counter is that of `uniform_bits`, with candidate c in call c // 8.
+    The number of candidate c is half of word c % 8 // 2: the low half for even c, the high half for odd c.
     """
     local = first + torch.arange(count, dtype=torch.int64, device=device)
     block = key.shard.global_row(local // blocks) * key.shard.blocks_per_row + key.shard.block_offset + local % blocks
@@ -141,7 +142,7 @@ def rounding_bits(
 def gumbel(key: NoiseKey, rows: int, blocks: int, candidates: int, dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
     """Standard Gumbel noise of a shard's blocks, `dtype` (fp32 or fp64) [rows, blocks, candidates].
 
-    `u = (k + 1/2) 2^-21` is exact in fp32 and strictly inside (0, 1), so that -log(-log u) lies in (-2.73, 15.3).
+    `u = (k + 1/2) 2^-21` is exact in fp32 and strictly inside (0, 1), so -log(-log u) lies in (-2.73, 15.3).
     """
     uniform = (uniform_bits(key, rows, blocks, candidates, device).to(dtype) + 0.5) * 2.0**-UNIFORM_BITS
     return -torch.log(-torch.log(uniform))

@@ -1,7 +1,7 @@
-"""The kernels' PyTorch reference: what they compute, in operators. Runs where no kernel was built, and the tests compare with it.
+"""The PyTorch reference of the kernels. It runs if no kernel was built, and the tests compare the kernels with it.
 
-All arithmetic is in fp32 (fp64 for fp64 logits). The scaled logits are taken relative to the block's largest one: the softmax does
-not change, and logits of any size neither overflow nor drown the noise in rounding.
+All arithmetic is in fp32 (fp64 for fp64 logits). The block's largest logit is subtracted before scaling. That does not change the
+softmax, and large logits neither overflow nor lose the noise to rounding.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def _compute_dtype(mask_logits: torch.Tensor) -> torch.dtype:
 
 
 def probabilities(mask_logits: torch.Tensor, key: NoiseKey | None, scale: float, temperature: float) -> torch.Tensor:
-    """`softmax((scale * l + g) / temperature)` over the last dimension, or of `scale * l` alone where `key` is None."""
+    """`softmax((scale * l + g) / temperature)` over the last dimension; if `key` is None, `softmax(scale * l)`."""
     logits = mask_logits.to(_compute_dtype(mask_logits))
     scores = scale * (logits - logits.amax(-1, keepdim=True))
     if key is None:
@@ -27,14 +27,14 @@ def probabilities(mask_logits: torch.Tensor, key: NoiseKey | None, scale: float,
 
 
 def first_argmax(values: torch.Tensor) -> torch.Tensor:
-    """Index of the largest value of the last dimension, the lowest of equal ones (`torch.argmax` promises no order)."""
+    """Index of the largest value in the last dimension, the lowest index of equal values (`torch.argmax` promises no order)."""
     index = torch.arange(values.shape[-1], device=values.device)
     best = torch.where(values == values.amax(-1, keepdim=True), index, values.shape[-1]).amin(-1)
     return best.clamp_(max=values.shape[-1] - 1)  # NaN equals nothing
 
 
 def mask_of(probability: torch.Tensor, pattern: Pattern, hard: bool) -> torch.Tensor:
-    """The mask `y @ S` [out, in / M, M], or the rows of `S` of the most probable candidates where `hard`."""
+    """The mask `y @ S` [out, in / M, M]; if `hard`, the rows of `S` of the most probable candidates."""
     candidates = pattern.candidates(dtype=probability.dtype, device=probability.device)
     if hard:
         return candidates[first_argmax(probability)]
@@ -51,7 +51,7 @@ def forward(
     hard: bool,
     with_stats: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The masked weight [out, in] in `weight`'s dtype, and the two sums of `masked_weight`'s `stats`: fp32 [2], or empty."""
+    """The masked weight [out, in] in `weight`'s dtype, and the two sums for `stats`: fp32 [2], or empty without `with_stats`."""
     mask = mask_of(probabilities(mask_logits, key, scale, temperature), pattern, hard)
     masked = weight.to(mask.dtype).view_as(mask) * mask
     stats = weight.new_empty(0, dtype=torch.float32)
@@ -75,7 +75,7 @@ def backward(
     """Gradients of the logits [out, in / M, C] and of the weight [out, in], both in the compute dtype.
 
     With y the probabilities, m the mask and `G = grad - 2 weight_reg W m`: dL/dW = G m and, with a = S (G W),
-    dL/dl = scale / temperature * y (a - sum_c y_c a_c). A hard mask passes its gradient on as if it were the soft one.
+    dL/dl = scale / temperature * y (a - sum_c y_c a_c). A hard mask's gradient passes straight through to the soft mask.
     """
     probability = probabilities(mask_logits, key, scale, temperature)
     mask = mask_of(probability, pattern, hard)
@@ -89,7 +89,7 @@ def backward(
 
 
 def winner_bits(mask_logits: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """Bits of the mask of each block's first largest logit, uint8 [out, ceil(in / 8)], for logits [out, in / M, C]."""
+    """The mask of each block's largest logit (the first of equal ones) as bits, uint8 [out, ceil(in / 8)]; logits [out, in / M, C]."""
     candidates = pattern.candidates(dtype=torch.bool, device=mask_logits.device)
     return pack_mask(candidates[first_argmax(mask_logits)].flatten(1))
 
@@ -105,7 +105,7 @@ def first_violation(matrix: torch.Tensor, pattern: Pattern) -> torch.Tensor:
 def compress24(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Values and metadata of a 2:4 matrix (`maskllm.ops.compress24` describes them)."""
     blocks = matrix.unflatten(1, (-1, 4))
-    # Rank of each element: non-zeros before negative zeros before positive ones, each in order of position.
+    # Order of the elements: non-zeros, then negative zeros, then positive zeros, each by position.
     negative_zero = (
         torch.signbit(blocks) & (blocks == 0) if matrix.is_floating_point() else torch.zeros_like(blocks, dtype=torch.bool)
     )

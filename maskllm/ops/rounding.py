@@ -1,6 +1,7 @@
-"""Stochastic rounding that does not depend on the layout: up with the probability of being nearer to the upper neighbour.
+"""Stochastic rounding of fp32 to bf16 that does not depend on the layout.
 
-The random numbers are a pure function of seed, layer, block, candidate and step, like the noise of a mask draw.
+A value is rounded to one of its two neighbours; the nearer one is the more probable, so that the mean is right. The random numbers
+are a pure function of seed, layer, block, candidate and step, like the noise of a mask draw.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import torch
 
 from maskllm.errors import MaskLLMError
 from maskllm.ops import noise
-from maskllm.ops.extension import kernels, tell_if_reference
+from maskllm.ops.extension import kernels, warn_if_reference
 from maskllm.ops.noise import ROUNDING_BITS, NoiseKey, ShardMap
 
 torch.library.define("maskllm::rounding", "(int blocks, int first, int key, int sample, int[] shard, Tensor(a!) out) -> ()")
@@ -18,27 +19,27 @@ torch.library.define("maskllm::rounding", "(int blocks, int first, int key, int 
 def rounding_bits(
     key: NoiseKey, blocks: int, first: int, count: int, candidates: int, device: torch.device | str = "cpu"
 ) -> torch.Tensor:
-    """Random numbers below 2^16 for `count` blocks of a shard, one a candidate.
+    """Random numbers below 2^16 for `count` blocks of a shard, one per candidate.
 
     Args:
-        key: what they are a function of, with the optimizer's step for the sample; `key.shard` says where the shard lies.
-        blocks: blocks in a row of the shard.
-        first: the first block's index in the flattened shard.
+        key: determines the numbers. Its sample is the optimizer's step, and its shard maps the blocks to the unsharded tensor.
+        blocks: number of blocks in a row of the shard.
+        first: index of the first block in the flattened shard.
 
     Returns:
         int32 [count, candidates].
     """
     out = torch.empty(count, candidates, dtype=torch.int32, device=device)
-    tell_if_reference(out.device.type)
+    warn_if_reference(out.device.type)
     torch.ops.maskllm.rounding(blocks, first, key.signed_key, key.sample, key.shard.numbers(), out)
     return out
 
 
 def stochastic_bf16(values: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
-    """`values` (fp32) as bf16: the neighbour away from zero with probability remainder / 2^16, else the one toward zero.
+    """Round `values` (fp32) to bf16: away from zero with probability remainder / 2^16, else toward zero.
 
-    `bits` are the int32 random numbers of `rounding_bits`, as many as there are values. A value that bf16 holds stays what it is;
-    infinities and NaN do too.
+    `bits` are int32 random numbers from `rounding_bits`, one per value. Values that bf16 represents exactly stay the same, and so
+    do infinities and NaN. Raises MaskLLMError if the dtype is another or the numbers do not match.
     """
     if values.dtype != torch.float32 or values.numel() != bits.numel():
         raise MaskLLMError(f"stochastic_bf16: {values.dtype} {list(values.shape)} with {bits.numel()} random numbers")

@@ -1,4 +1,4 @@
-"""Linear layers over 2:4 weights on NVIDIA GPUs (sm_80 and later): cuSPARSELt by its own C API, or torch's semi-structured tensors."""
+"""Linear layers with 2:4 weights on NVIDIA GPUs (sm_80 and later): cuSPARSELt's C API, or torch's semi-structured tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from maskllm.ops.extension import kernels
 from maskllm.ops.winner import check_mask
 from maskllm.patterns import Pattern
 
-# Sizes that cuSPARSELt takes: multiples for the sparse weight's dimensions and for the tokens of the dense input.
+# Sizes that cuSPARSELt accepts: multiples of these for the sparse weight's dimensions, and for the tokens of the dense input.
 _MULTIPLES = {torch.float16: (16, 8), torch.bfloat16: (16, 8), torch.float32: (8, 4), torch.int8: (32, 16)}
 
 torch.library.define("maskllm::cusparselt_compress", "(Tensor weight) -> Tensor")
@@ -37,8 +37,8 @@ def _linear_shape(input, compressed, out_features, bias, activation, algorithm):
 class AlgorithmCache:
     """The fastest cuSPARSELt algorithm of each product, in a JSON file that later runs read.
 
-    A key names everything the choice depends on: shape, dtype, bias, activation, GPU and library version. The file is
-    `$MASKLLM_CACHE_DIR/cusparselt.json`, by default in `~/.cache/maskllm`.
+    A key holds everything that the choice depends on: shape, dtype, bias, activation, GPU and library version. The file is
+    `$MASKLLM_CACHE_DIR/cusparselt.json`; the default folder is `~/.cache/maskllm`. Raises MaskLLMError if the file is damaged.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -52,52 +52,52 @@ class AlgorithmCache:
         try:
             choices = json.loads(self.path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise MaskLLMError(f"{self.path}: not JSON ({error}); delete it, searches will fill it again") from error
+            raise MaskLLMError(f"{self.path}: not JSON ({error}); delete it, and new searches will write it again") from error
         for key, choice in choices.items() if isinstance(choices, dict) else [("the file", choices)]:
             if not (isinstance(choice, list) and len(choice) == 4 and all(isinstance(number, int) for number in choice)):
                 raise MaskLLMError(
-                    f"{self.path}: {key}: wanted a list of four integers; delete the file, searches will fill it again"
+                    f"{self.path}: {key}: wanted a list of four integers; delete the file, and new searches will write it again"
                 )
         return choices
 
     def get(self, key: str) -> list[int]:
-        """The algorithm found for `key`, or an empty list: the library's default."""
+        """The algorithm found for `key`, or an empty list, which means the library's default."""
         return self._choices.get(key, [])
 
     def put(self, key: str, choice: list[int]) -> None:
-        """Remember an algorithm and write the file, with what other processes have added to it meanwhile."""
+        """Store an algorithm and write the file, including what other processes have added in the meantime."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+            fcntl.flock(lock, fcntl.LOCK_EX)  # closing the file releases the lock
             self._choices = self._read() | self._choices | {key: list(choice)}
             write_json(self.path, self._choices)
 
 
 def token_bucket(tokens: int, multiple: int) -> int:
-    """The size searches are made for: the next power of two that is a multiple of `multiple`, so that few searches serve all."""
+    """The number of tokens to search an algorithm for: the next power of two, at least `multiple`. Few searches serve all sizes."""
     return max(multiple, 1 << (tokens - 1).bit_length()) if tokens > 1 else multiple
 
 
 def algorithm_key(
     out_features: int, in_features: int, tokens: int, dtype: torch.dtype, bias: bool, activation: str, gpu: str, version: int
 ) -> str:
-    """Name of a product in the cache; `tokens` is a bucket."""
+    """The key of a product in the cache. `tokens` comes from `token_bucket`."""
     return f"{out_features}x{in_features}x{tokens} {dtype} bias={int(bias)} activation={activation or 'none'} {gpu} cuSPARSELt {version}"
 
 
 class Sparse24Linear(nn.Module):
-    """`activation(input @ weight.T + bias)` with a 2:4 weight, held compressed. For inference: it has no gradient.
+    """`activation(input @ weight.T + bias)` with a compressed 2:4 weight. For inference only: it has no gradient.
 
     Args:
-        weight: [out, in] on a CUDA device of compute capability 8.0 or later; fp16, bf16, fp32 (multiplied as TF32) or int8; at most
-            two non-zeros in every block of four.
+        weight: [out, in] on a CUDA device of compute capability 8.0 or later; fp16, bf16, fp32 (multiplied as TF32) or int8; at
+            most two non-zeros in every block of four.
         bias: [out] of the weight's dtype, or None.
         activation: "", "relu" or "gelu" (the tanh form), fused into the product.
-        name: the tensor's name, for messages.
-        cache: where `tune` keeps what it finds.
+        name: the tensor's name for error messages.
+        cache: where `tune` stores the algorithms that it finds.
 
     Raises:
-        MaskLLMError: the weight is not 2:4 (with the first offending row and block), or its device, dtype or sizes do not fit.
+        MaskLLMError: the weight is not 2:4 (the message gives the first such row and block), or device, dtype or sizes do not fit.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class Sparse24Linear(nn.Module):
         )
 
     def tune(self, tokens: int) -> None:
-        """Search for the fastest algorithm for inputs of about `tokens` tokens and keep it on disk. Synchronizes with the device."""
+        """Search the fastest algorithm for inputs of about `tokens` tokens and put it into the cache. Synchronizes the device."""
         if not self.uses_cusparselt or self.cache.get(self._key(tokens)):
             return
         bucket = token_bucket(tokens, _MULTIPLES[self.dtype][1])
@@ -148,7 +148,7 @@ class Sparse24Linear(nn.Module):
         self.cache.put(self._key(tokens), choice)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """`input` [..., in] of the weight's dtype to [..., out]."""
+        """Map `input` [..., in] of the weight's dtype to [..., out]."""
         rows = input.reshape(-1, self.in_features)
         if not self.uses_cusparselt:
             result = nn.functional.linear(rows, self.compressed, self.bias)

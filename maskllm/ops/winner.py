@@ -1,4 +1,4 @@
-"""The mask training ends with: each block's most probable candidate; and the check that a matrix follows its pattern."""
+"""The winners, each block's most probable candidate, and the check that a matrix follows its pattern."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ torch.library.define("maskllm::first_violation", "(Tensor matrix, int n, int m) 
 
 
 def winner_bits(mask_logits: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """The mask of each block's largest logit as bits: uint8 [out, ceil(in / 8)], laid out as `patterns.pack_mask` does.
+    """The mask of each block's largest logit as bits: uint8 [out, ceil(in / 8)] in the layout of `patterns.pack_mask`.
 
-    `mask_logits` is [out, in / M, C(M, N)], fp32, bf16 or fp16. Of equal logits the lowest candidate wins. Raises MaskLLMError where
-    the shape is another or a logit is NaN.
+    `mask_logits` is [out, in / M, C(M, N)], fp32, bf16 or fp16. Of equal logits the lowest candidate wins. Raises MaskLLMError if
+    the shape is wrong or a logit is NaN.
     """
     if mask_logits.dim() != 3 or mask_logits.shape[-1] != pattern.num_candidates:
         raise MaskLLMError(
@@ -31,14 +31,14 @@ def winner_bits(mask_logits: torch.Tensor, pattern: Pattern) -> torch.Tensor:
 
 
 def winner_mask(mask_logits: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """`winner_bits` as a boolean mask [out, in]."""
+    """`winner_bits` as a bool mask [out, in]."""
     return unpack_mask(winner_bits(mask_logits, pattern), mask_logits.shape[1] * pattern.m)
 
 
 def check_mask(weight_or_mask: torch.Tensor, pattern: Pattern, name: str) -> None:
     """Raise MaskLLMError unless every block of `weight_or_mask` [out, in] has at most N non-zeros.
 
-    Zeros of either sign are zeros, NaN is not. The message names `name` and the first offending row and block.
+    Zeros of both signs count as zero, NaN does not. The message gives `name` and the first row and block with too many.
     """
     if weight_or_mask.dim() != 2:
         raise MaskLLMError(f"{name}: shape {list(weight_or_mask.shape)}; wanted [out, in]")

@@ -1,4 +1,4 @@
-"""Runs a test on every CPU instruction set that was built and that this processor has, and on the PyTorch reference."""
+"""A fixture that runs a test with every CPU instruction set that was built and that this processor has."""
 
 import pytest
 
@@ -12,7 +12,7 @@ def _sets() -> list[str]:
 
 @pytest.fixture(params=_sets() or [pytest.param(None, marks=pytest.mark.skip(reason="the kernels were not built"))])
 def instruction_set(request):
-    """Each instruction set in turn; the widest one is put back."""
+    """Each instruction set in turn. Afterwards the widest one is in use again."""
     kernels().use_instruction_set(request.param)
     yield request.param
     kernels().use_instruction_set(_sets()[0])

@@ -1,4 +1,4 @@
-"""2:4 compression: round trips, the documented layout, and refusals."""
+"""2:4 compression: round trips, the documented layout, and what is refused."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
 
 
 def _matrix(dtype, out=5, blocks=7, seed=0):
-    """Random 2:4 blocks, among them some with three and four zeros."""
+    """Random 2:4 blocks; some have three or four zeros."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randint(-128, 128, (out, blocks, 4), generator=generator)
     order = torch.rand(out, blocks, 4, generator=generator).argsort(-1)
@@ -49,20 +49,20 @@ def test_layout_is_the_documented_one():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_negative_zeros_and_nan_keep_their_bits_where_there_is_room(dtype):
+def test_negative_zeros_and_nan_keep_their_bits_unless_two_non_zeros_are_beside_them(dtype):
     fits = torch.tensor([[0.0, -0.0, 3.0, 0.0, -0.0, 0.0, 0.0, -0.0, torch.nan, 0.0, 0.0, torch.inf]], dtype=dtype)
     assert torch.equal(_bits(decompress24(*compress24(fits))), _bits(fits))
     crowded = torch.tensor([[1.0, -0.0, 3.0, -0.0]], dtype=dtype)
     assert torch.equal(_bits(decompress24(*compress24(crowded))), _bits(crowded.abs()))
 
 
-def test_int8s_smallest_number_is_no_zero():
+def test_the_smallest_int8_counts_as_a_non_zero():
     matrix = torch.tensor([[-128, 0, -128, 0]], dtype=torch.int8)
     assert torch.equal(decompress24(*compress24(matrix)), matrix)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_is_not_2_of_4_is_refused_with_its_place(dtype):
+def test_a_block_with_three_non_zeros_is_refused_with_its_place(dtype):
     matrix = _matrix(dtype, out=40, blocks=600)
     matrix[31, 4:8] = 1
     matrix[11, 2000:2003] = 1
@@ -71,7 +71,7 @@ def test_what_is_not_2_of_4_is_refused_with_its_place(dtype):
         compress24(matrix, "fc1")
 
 
-def test_what_does_not_fit_is_refused():
+def test_wrong_shapes_and_dtypes_are_refused():
     with pytest.raises(MaskLLMError, match="not a multiple of 4"):
         compress24(torch.zeros(2, 6))
     with pytest.raises(MaskLLMError, match="int64"):

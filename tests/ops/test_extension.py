@@ -1,4 +1,4 @@
-"""The compiled extension: its arithmetic against Python's, refusal with another torch, one OpenMP runtime, life without it."""
+"""The compiled extension: its arithmetic against Python's, another torch, one OpenMP runtime, and a process without it."""
 
 import itertools
 import subprocess
@@ -18,7 +18,7 @@ needs_kernels = pytest.mark.skipif(kernels() is None, reason="the kernels were n
 
 @needs_kernels
 @pytest.mark.parametrize(("key", "sample"), itertools.product([0, 0xFEDCBA9876543210], [0, (1 << 40) + 3]))
-def test_integer_stream_is_bit_identical(key, sample):
+def test_the_kernels_draw_the_same_integers_as_python(key, sample):
     for block, candidates in ((0, 6), (5, 4), ((1 << 55) + 12345, 70), ((1 << 32) - 1, 128)):
         expected = uniform_bits(NoiseKey(key, sample, ShardMap(1, block_offset=block)), 1, 1, candidates)
         assert kernels().draws(key, sample, block, candidates) == expected.flatten().tolist()
@@ -72,8 +72,8 @@ def test_another_torch_or_cuda_is_refused(tmp_path):
         check_built_for(extension, "2.12.0", None)
 
 
-def test_without_kernels_the_reference_is_used_and_said_once():
-    """As if the extension had not been built: its module cannot be found."""
+def test_without_kernels_the_reference_runs_and_one_warning_says_so():
+    """The process cannot find the extension module, as if it had not been built."""
     code = """
 import importlib.util, warnings
 find = importlib.util.find_spec

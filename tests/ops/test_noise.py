@@ -1,4 +1,4 @@
-"""The noise against published vectors, and its independence of the layout."""
+"""The noise against published vectors, its distribution, and its independence of the layout."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import torch
 from maskllm.ops import NoiseKey, ShardMap, philox_key
 from maskllm.ops.noise import gumbel, philox, uniform_bits
 
-# Known answers of Philox-4x32-10, published with its authors' Random123 library: counter, key, words.
+# Known answers for Philox-4x32-10 from its authors' Random123 library: counter, key, words.
 VECTORS = [
     ([0, 0, 0, 0], [0, 0], [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
     ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
@@ -26,7 +26,7 @@ def test_philox_gives_the_published_vectors(counter, key, words):
 
 
 def _one_draw(key: NoiseKey, block: int, candidate: int) -> int:
-    """One 21-bit draw by Python's own integers."""
+    """One 21-bit draw, with the bits taken apart in Python integers."""
     counter = [block & 0xFFFFFFFF, block >> 32 & 0xFFFFFF | candidate // 6 << 24, key.sample & 0xFFFFFFFF, key.sample >> 32]
     words = [word.item() for word in philox(tuple(torch.tensor([word]) for word in counter), key.key)]
     bits = (words[0] | words[1] << 32) | (words[2] | words[3] << 32) << 64
@@ -34,7 +34,7 @@ def _one_draw(key: NoiseKey, block: int, candidate: int) -> int:
     return bits >> (field // 3 * 64 + field % 3 * 21) & (1 << 21) - 1
 
 
-def test_draws_follow_the_documented_counter():
+def test_draws_use_the_documented_counter():
     key = NoiseKey(0xFEDCBA9876543210, (5 << 32) + 7, ShardMap(1 << 33, block_offset=3, row_offset=2, split_row=1, split_offset=9))
     drawn = uniform_bits(key, 3, 2, 8)
     for row, global_row in enumerate((2, 9, 10)):
@@ -67,7 +67,7 @@ def test_gumbel_is_finite_over_every_draw():
     assert 15.2 < noise.max() < 15.3
 
 
-def test_gumbel_has_its_distributions_mean_and_variance():
+def test_the_noise_has_the_gumbel_distributions_mean_and_variance():
     noise = gumbel(NoiseKey(philox_key(3, "layer"), 0, ShardMap(256)), 512, 256, 6, torch.float64, "cpu")
     assert abs(noise.mean().item() - np.euler_gamma) < 5 * (np.pi / 6**0.5) / noise.numel() ** 0.5
     assert abs(noise.var().item() / (np.pi**2 / 6) - 1) < 0.02

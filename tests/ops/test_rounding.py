@@ -1,4 +1,4 @@
-"""Stochastic rounding: the random numbers' distribution, their place in the unsharded tensor, and what is rounded to."""
+"""Stochastic rounding: the distribution of the random numbers, their independence of the layout, and the rounded values."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def bits(shard: ShardMap, rows: int, blocks: int, candidates: int = 6, step: int
 
 
 @pytest.mark.parametrize("candidates", [4, 6, 8, 20])
-def test_kernels_draw_what_the_reference_draws(candidates):
+def test_kernels_draw_the_references_numbers(candidates):
     shard = ShardMap(40, block_offset=7, row_offset=1 << 20, split_row=3, split_offset=1 << 31)
     key = NoiseKey(KEY, 1 << 35, shard)
     found = rounding_bits(key, 9, 4, 41, candidates)
@@ -30,14 +30,14 @@ def test_numbers_are_uniform_and_differ_by_step():
     assert torch.corrcoef(torch.stack([numbers, other]))[0, 1].abs() < 4 / len(numbers) ** 0.5
 
 
-def test_a_shard_draws_its_part_of_the_whole():
+def test_a_shard_draws_its_part_of_the_whole_tensors_numbers():
     whole = bits(ShardMap(10), 6, 10)
     assert torch.equal(whole[:, 5:], bits(ShardMap(10, block_offset=5), 6, 5))
     assert torch.equal(whole[[1, 4]], bits(ShardMap(10, row_offset=1, split_row=1, split_offset=4), 2, 10))
     assert torch.equal(whole.view(60, 6)[13:29], rounding_bits(NoiseKey(KEY, 7, ShardMap(10)), 10, 13, 16, 6))
 
 
-def test_rounding_is_to_a_neighbour_and_right_on_average():
+def test_rounding_picks_a_neighbour_and_is_unbiased():
     torch.manual_seed(0)
     values = torch.randn(1 << 16) * torch.logspace(-30, 30, 1 << 16)
     numbers = bits(ShardMap(1 << 14), 1, 1 << 14, candidates=4).flatten()
@@ -48,10 +48,10 @@ def test_rounding_is_to_a_neighbour_and_right_on_average():
     assert error.abs().max() < 1
     assert (rounded != nearest).float().mean() == pytest.approx(0.25, abs=0.02)
     assert error.mean().abs() < 4 * error.std() / len(values) ** 0.5
-    assert torch.equal(stochastic_bf16(nearest.float(), numbers), nearest), "what bf16 holds must stay"
+    assert torch.equal(stochastic_bf16(nearest.float(), numbers), nearest), "a value that bf16 represents must not change"
 
 
-def test_a_value_is_rounded_up_as_often_as_it_is_near():
+def test_a_value_is_rounded_up_in_proportion_to_its_distance():
     low, high = torch.tensor(1.0), torch.tensor(1.0 + 2**-7)
     for share in (0.1, 0.5, 0.9):
         values = torch.full((1 << 16,), float(low + (high - low) * share))
@@ -60,7 +60,7 @@ def test_a_value_is_rounded_up_as_often_as_it_is_near():
         assert (rounded == high).float().mean() == pytest.approx(share, abs=0.01)
 
 
-def test_values_that_are_not_finite_stay():
+def test_infinities_and_nan_do_not_change():
     values = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0])
     rounded = stochastic_bf16(values, torch.full((4,), 0xFFFF, dtype=torch.int32))
     assert torch.equal(rounded[[0, 1, 3]], values[[0, 1, 3]].bfloat16())

@@ -1,4 +1,4 @@
-"""What of the 2:4 products needs no GPU: the algorithm cache, and refusals."""
+"""The parts of the 2:4 products that need no GPU: the algorithm cache, and what is refused."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,7 +10,7 @@ from maskllm.ops import Sparse24Linear
 from maskllm.ops.sparse24 import AlgorithmCache, algorithm_key, token_bucket
 
 
-def test_cache_survives_and_merges_what_other_processes_wrote(tmp_path):
+def test_the_cache_keeps_entries_that_another_process_wrote(tmp_path):
     path = tmp_path / "folder" / "cusparselt.json"
     first, second = AlgorithmCache(path), AlgorithmCache(path)
     assert first.get("a") == []
@@ -20,7 +20,7 @@ def test_cache_survives_and_merges_what_other_processes_wrote(tmp_path):
     assert (third.get("a"), third.get("b")) == ([1, 2, 3, 4], [5, 6, 7, 8])
 
 
-def test_cache_keeps_what_many_write_at_once(tmp_path):
+def test_the_cache_keeps_the_entries_of_many_writers(tmp_path):
     path = tmp_path / "cusparselt.json"
 
     def fill(writer: int) -> None:
@@ -35,7 +35,7 @@ def test_cache_keeps_what_many_write_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", '{"key": [1, 2]}', "[1]", '{"key": ["a", 1, 2, 3]}'])
-def test_damaged_cache_is_named(tmp_path, content):
+def test_a_damaged_cache_file_is_named(tmp_path, content):
     path = tmp_path / "cusparselt.json"
     path.write_text(content)
     with pytest.raises(MaskLLMError, match=r"cusparselt\.json: .*delete"):
@@ -59,6 +59,6 @@ def test_buckets_are_powers_of_two(tokens, bucket):
     assert token_bucket(tokens, 8) == bucket
 
 
-def test_weights_elsewhere_than_on_a_gpu_are_refused():
+def test_a_weight_on_the_cpu_is_refused():
     with pytest.raises(MaskLLMError, match="fc1: on cpu; 2:4 products need an NVIDIA GPU"):
         Sparse24Linear(torch.zeros(16, 16), name="fc1")

@@ -13,7 +13,7 @@ PATTERNS = ["2:4", "1:4", "3:4", "2:5", "4:8", "1:32", "14:16"]
 
 
 def _brute_force(logits, pattern):
-    """Python's own max (which takes the first of equal values) and itertools' lexicographic order."""
+    """The winners from Python's max, which takes the first of equal values, and itertools' lexicographic order."""
     kept = list(itertools.combinations(range(pattern.m), pattern.n))
     mask = torch.zeros(logits.shape[0], logits.shape[1] * pattern.m, dtype=torch.bool)
     for row, block in itertools.product(*map(range, logits.shape[:2])):
@@ -35,7 +35,7 @@ def test_winners_are_the_largest_logits_first_of_equals(pattern, dtype):
     assert (expected.unflatten(1, (-1, pattern.m)).sum(-1) == pattern.n).all()
 
 
-def test_winner_refuses_nan_and_other_shapes():
+def test_nan_and_wrong_shapes_are_refused():
     logits = torch.zeros(3, 4, 6)
     logits[2, 1, 5] = torch.nan
     with pytest.raises(MaskLLMError, match="NaN in row 2, block 1"):
@@ -56,7 +56,7 @@ def test_check_names_the_first_block_with_too_many(dtype):
     check_mask(matrix, Pattern(3, 4), "w")
 
 
-def test_check_takes_negative_zeros_for_zeros_and_nan_for_a_value():
+def test_the_check_counts_negative_zeros_as_zeros_and_nan_as_a_value():
     matrix = torch.tensor([[1.0, -0.0, 2.0, -0.0], [torch.nan, 1.0, 2.0, 0.0]])
     check_mask(matrix[:1], Pattern(2, 4), "w")
     with pytest.raises(MaskLLMError, match="row 1, block 0"):
