@@ -38,6 +38,7 @@ PRELOADED = (
     "maskllm.pruning.megatron",
     "maskllm.training.loop",
     "maskllm.training.surviving.watchdog",
+    "torch.distributed.run",
     "torch.utils.tensorboard",
     "transformers.models.auto.modeling_auto",
     "transformers.models.gpt2.modeling_gpt2",
@@ -49,6 +50,8 @@ ROOT = Path(__file__).parents[1]
 MONITOR_SECONDS = 0.1
 GRACE_SECONDS = 30
 """torchrun waits this long between a rank's failure and SIGTERM to the others, and between SIGTERM and SIGKILL."""
+_ON_CPU = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+_TORCHRUN = ["-m", "torch.distributed.run"]
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
@@ -99,14 +102,15 @@ class Job:
             os.kill(self.pid, number)
 
     def pass_signal(self, number: int) -> None:
-        """Have the launcher send a signal to the ranks."""
-        self._connection.send(str(number).encode())
+        """Have the launcher send a signal to the ranks, if it has not ended."""
+        with contextlib.suppress(OSError):
+            self._connection.send(str(number).encode())
 
     def kill(self) -> None:
-        """Kill the ranks: their launcher does so when this end of the connection closes."""
+        """Kill the ranks and wait for their end."""
         if self.returncode is None:
-            self._connection.close()
-            self.returncode = -signal.SIGKILL
+            self.pass_signal(signal.SIGKILL)
+            self.wait(60)
 
 
 class Pool:
@@ -131,16 +135,19 @@ class Pool:
         assert not check or status == 0, output
         return subprocess.CompletedProcess(words, status, "", output)
 
-    def start(self, ranks: int | None, words: Sequence[str], outputs: Sequence[int]) -> Job:
-        """Start a `Job`, with one thread a rank and no GPU."""
-        return Job(self._socket(), words, ranks, outputs, os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    def start(self, ranks: int | None, words: Sequence[str], outputs: Sequence[int], **environment: str) -> Job:
+        """Start a `Job` with one thread a rank, no GPU and further variables of its environment."""
+        return Job(self._socket(), words, ranks, outputs, os.environ | _ON_CPU | environment)
 
     def programs(self, folder: Path) -> Path:
-        """Write stand-ins for python, maskllm and torchrun into `folder`, which start jobs; returns the path of python's."""
+        """Write stand-ins for python, maskllm and torchrun, which start jobs, into `folder`; returns the path of python's.
+
+        The real torchrun starts its ranks through it if PYTHON_EXEC names that path.
+        """
         for name, first in {"python": [], "maskllm": ["-m", "maskllm"], "torchrun": _TORCHRUN}.items():
             (folder / name).write_text(
                 f"#!{sys.executable} -ISE\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-                f"from tests.ranks import python\nsys.exit(python({self._socket()!r}, {first} + sys.argv[1:]))\n"
+                f"from tests.ranks import python\npython({self._socket()!r}, {first} + sys.argv[1:])\n"
             )
             (folder / name).chmod(0o755)
         return folder / "python"
@@ -166,7 +173,7 @@ class Pool:
                     pass_fds=[listener.fileno()],
                     preexec_fn=heed_interrupts,
                     cwd=ROOT,
-                    env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+                    env=os.environ | _ON_CPU,
                 )
         assert self._server.poll() is None, (self._folder / "log").read_text()
         return str(self._folder / "socket")
@@ -181,21 +188,24 @@ def heed_interrupts() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-_TORCHRUN = ["-m", "torch.distributed.run"]
-
-
-def python(server: str, words: list[str]) -> int:
-    """`python WORDS` as a job of its own, or of as many ranks as `words` tell torchrun to start; returns the exit status."""
+def python(server: str, words: list[str]) -> None:
+    """Be `python WORDS`: a job of one process, or of as many ranks as `words` tell torchrun to start."""
+    _end_with_parent()
     ranks = None
     if words[:2] == _TORCHRUN:
         program = words.index("-m", 2)
         options = " ".join(words[2:program]).replace("=", " ").split()
         ranks, words = int(options[options.index("--nproc-per-node") + 1]), words[program:]
-    job = Job(server, words, ranks, [1, 2], dict(os.environ))
+    job = Job(server, [word for word in words if word != "-u"], ranks, [1, 2], dict(os.environ))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda received, _: job.pass_signal(received))
-    return job.wait() % 256
+    status = job.wait()
+    if status < 0:  # end by the signal that ended the program
+        with contextlib.suppress(OSError):  # SIGKILL has no other handler
+            signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    sys.exit(status)
 
 
 def main(descriptor: int) -> None:
@@ -263,6 +273,8 @@ def _launch(connection: socket.socket) -> list[str]:
     processes: list[int] = []
     for rank in range(ranks):
         processes.append(os.fork())
+        with contextlib.suppress(PermissionError):  # both sides do it, because either may be first
+            os.setpgid(processes[-1], 0)
         if processes[-1] == 0:
             _end_with_parent(launcher)
             connection.close()
@@ -292,14 +304,16 @@ def _launch(connection: socket.socket) -> list[str]:
 def _wait_for_ranks(connection: socket.socket, processes: list[int]) -> int:
     """Wait for the ranks as torchrun does: after the first failure the others get SIGTERM. Returns that failure's status, or 0.
 
-    Signals to this process, and those whose numbers come over the connection, go to the ranks. The ranks die when the connection closes.
+    A signal to this process, or a signal's number from the connection, goes to each rank's process group. The ranks die when the
+    connection closes.
     """
     running = {os.pidfd_open(process): process for process in processes}
     first_failure, deadline = 0, None
 
     def send(number: int) -> None:
         for process in running.values():
-            os.kill(process, number)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process, number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda received, _: send(received))

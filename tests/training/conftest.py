@@ -1,13 +1,10 @@
-"""What the tests of resuming and of faults share: a short run, its uninterrupted end, and ways to start, watch and kill one."""
+"""What the tests of resuming and of faults share: a short run, its uninterrupted end, and ways to start, watch and kill a run."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -15,6 +12,7 @@ import pytest
 import torch
 
 from maskllm.checkpoints.reading import resolve
+from tests.ranks import Job, Pool
 
 STEPS = 6
 
@@ -33,25 +31,23 @@ def arguments(save: Path, dataset: str, start: Path, steps: int = STEPS, **optio
 
 
 class Run:
-    """A run in the background, its console in a file."""
+    """A run in the background with its console in a file."""
 
-    def __init__(self, log: Path, processes: int | None, values: list[str], *launcher: str, **popen: object) -> None:
-        """`processes` ranks under torchrun with the options `launcher`, or, if None, one process without it."""
-        if processes is None:
-            command = [sys.executable, "-m", "maskllm.train"]
-        else:
-            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-            command = [*torchrun, *launcher, "-m", "maskllm.train"]
-        self.log = log
-        with log.open("w") as file:
-            self.process = subprocess.Popen(
-                [*command, *values], stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"}, **popen
-            )
+    def __init__(self, console: Path, save: Path, process: Job) -> None:
+        self._console = console
+        self.save = save
+        self.process = process
 
     @property
     def console(self) -> str:
         """What it has printed."""
-        return self.log.read_text()
+        return self._console.read_text()
+
+    @property
+    def error(self) -> str:
+        """The one line that says why it failed."""
+        (line,) = [line for line in self.console.splitlines() if line.startswith("maskllm.train: error:")]
+        return line
 
     def wait_for(self, condition: Callable[[], object], seconds: float = 200) -> None:
         """Poll until `condition` holds; fail if the run ends before."""
@@ -61,22 +57,18 @@ class Run:
             assert time.monotonic() < deadline, self.console[-4000:]
             time.sleep(0.005)
 
+    def log(self, rank: int) -> Path:
+        """Where everything that a rank prints goes, but for the progress and the run's failure."""
+        return self.save / "logs" / f"rank_{rank:05d}.log"
+
     def rank(self, number: int) -> psutil.Process:
-        """The process of a rank."""
-        for child in psutil.Process(self.process.pid).children():
-            with contextlib.suppress(psutil.Error):
-                if "maskllm.train" in child.cmdline() and child.environ().get("RANK") == str(number):
-                    return child
-        raise AssertionError(f"no rank {number}")
+        """The process of a rank that has written to its log, by the last line there that names it."""
+        (*_, line) = [line for line in self.log(number).read_text().splitlines() if line.startswith(f"--- rank {number}, process ")]
+        return psutil.Process(int(line.split()[4]))
 
     def kill_all(self) -> None:
-        """SIGKILL to torchrun and every rank; torchrun puts each rank in a session of its own."""
-        launcher = psutil.Process(self.process.pid)
-        launcher.suspend()  # or it may start one more while it is killed
-        for one in [*launcher.children(recursive=True), launcher]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                one.kill()
-        self.process.wait()
+        """SIGKILL to all ranks at once, and to what started them."""
+        self.process.kill()
 
     def end(self, seconds: float = 200) -> int:
         """Wait for the end; returns the exit status."""
@@ -87,18 +79,28 @@ class Run:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
-    """Starts runs; what is left of them at the end of the test is killed."""
+def start(tmp_path: Path, ranks: Pool) -> Iterator[Callable[..., Run]]:
+    """Starts runs in the background; what is left of them at the end of the test is killed.
+
+    `start(2, VALUES)` starts two ranks as torchrun does, `start(None, VALUES)` one process without it, and `start(2, VALUES, OPTION...)`
+    the real torchrun with these options. `program` is another program than maskllm.train.
+    """
     runs: list[Run] = []
 
-    def begin(processes: int | None, values: list[str], *launcher: str, **popen: object) -> Run:
-        runs.append(Run(tmp_path / f"console{len(runs)}", processes, values, *launcher, **popen))
+    def begin(processes: int | None, values: list[str], *torchrun: str, program: Sequence[str] = ("-m", "maskllm.train")) -> Run:
+        words, environment = [*program, *values], {}
+        if torchrun:
+            words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *torchrun, *words]
+            processes, environment = None, {"PYTHON_EXEC": str(ranks.programs(tmp_path))}
+        console = tmp_path / f"console{len(runs)}"
+        with console.open("w") as file:
+            process = ranks.start(processes, words, [file.fileno()] * 2, **environment)
+        runs.append(Run(console, Path(values[values.index("--save") + 1]), process))
         return runs[-1]
 
     yield begin
     for run in runs:
-        if run.process.poll() is None:
-            run.kill_all()
+        run.kill_all()
 
 
 @pytest.fixture(scope="session")
@@ -122,3 +124,15 @@ def assert_bit_identical(one: Path, other: Path) -> None:
     assert any(key.startswith("optimizer.state.exp_avg_sq") for key in expected), sorted(expected)
     for key, tensor in expected.items():
         assert torch.equal(tensor, found[key]), key
+
+
+def assert_close(one: Path, other: Path) -> None:
+    """The two checkpoints hold the same logits and optimizer states to rounding.
+
+    An entry whose gradient is nearly zero may go either way; all others agree.
+    """
+    expected, found = learned_tensors(one), learned_tensors(other)
+    assert expected.keys() == found.keys()
+    for key, tensor in expected.items():
+        close = torch.isclose(tensor.double(), found[key].double(), rtol=1e-3, atol=1e-4)
+        assert close.double().mean() > 0.999, key

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import psutil
@@ -15,15 +14,13 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
-from maskllm.checkpoints.checksums import MANIFEST
 from maskllm.checkpoints.convert import convert
 from maskllm.checkpoints.finding import LATEST, is_complete, iterations
 from maskllm.checkpoints.reading import resolve
 from maskllm.patterns import Pattern
 from maskllm.pruning.megatron import prune_by_magnitude
 from maskllm.pruning.solve import PruneSettings
-from tests.conftest import torchrun
-from tests.training.conftest import STEPS, arguments, assert_bit_identical, learned_tensors
+from tests.training.conftest import STEPS, arguments, assert_bit_identical, assert_close, learned_tensors
 
 
 def steps_done(save: Path) -> int:
@@ -49,16 +46,20 @@ def iterations_logged(save: Path) -> list[int]:
 
 
 @pytest.mark.slow
-def test_all_ranks_killed_in_the_first_step_and_during_a_save_and_a_damaged_checkpoint(
-    start, tmp_path, whole, tiny_dataset, tiny_pruned
+def test_a_run_that_is_killed_twice_and_damaged_ends_as_the_uninterrupted_one(
+    start, ranks, tmp_path, whole, tiny_dataset, tiny_pruned
 ):
-    """One run meets four accidents, one after the other, and ends as if there had been none."""
+    """One run has four accidents, one after the other."""
     save = tmp_path / "run"
     values = arguments(save, tiny_dataset, tiny_pruned, async_save=True)
 
     run = start(2, values)
-    run.wait_for((save / "metrics.jsonl").is_file)  # it is opened right before the first step
-    run.kill_all()
+    run.wait_for(lambda: (save / "metrics.jsonl").is_file() and catches_sigterm(run.rank(0)))  # right before the first step
+    killed = run.rank(1)
+    killed.kill()
+    assert run.end() == 1
+    assert "lost the connection to another rank" in run.error
+    assert f"rank 1 (process {killed.pid}) has died" in run.error
     assert not (save / LATEST).exists(), "the first step was over too soon"
 
     run = start(2, values)
@@ -69,12 +70,12 @@ def test_all_ranks_killed_in_the_first_step_and_during_a_save_and_a_damaged_chec
 
     newest = max((save / f"iter_{STEPS - 2:07d}").glob("*.distcp"))
     newest.write_bytes(newest.read_bytes()[:-1] + b"\1")
-    refused = torchrun(2, "maskllm.train", *values, check=False)
+    refused = ranks(2, "maskllm.train", *values, check=False)
     assert refused.returncode == 1
-    assert refused.stderr.count(f"{newest}: found checksum") == 2, "once by the job and once in torchrun's summary"
+    assert refused.stderr.count(f"{newest}: found checksum") == 1
     assert "(--auto-fallback goes on from iter_0000002)" in refused.stderr
 
-    done = torchrun(2, "maskllm.train", *values, "--auto-fallback")
+    done = ranks(2, "maskllm.train", *values, "--auto-fallback")
     assert f"{newest}: found checksum" in done.stderr
     assert "--auto-fallback: going on from iter_0000002" in done.stderr
     assert iterations_logged(save) == list(range(1, STEPS + 1))
@@ -85,8 +86,8 @@ def test_all_ranks_killed_in_the_first_step_and_during_a_save_and_a_damaged_chec
 
 
 @pytest.mark.slow
-def test_what_writes_in_the_background_ends_with_its_rank(start, tmp_path, tiny_dataset, tiny_pruned):
-    """Else it could wait for ever for a process that is gone, and hold the lock of the directory meanwhile.
+def test_a_process_that_writes_a_checkpoint_ends_with_its_rank(start, tmp_path, tiny_dataset, tiny_pruned):
+    """Otherwise it could wait for ever for a process that is gone, and hold the lock of the directory meanwhile.
 
     Up to megatron-core 0.18 a writer starts processes of its own, from 0.19 on threads.
     """
@@ -120,14 +121,14 @@ def test_what_writes_in_the_background_ends_with_its_rank(start, tmp_path, tiny_
 
 
 @pytest.mark.slow
-def test_a_rank_killed_under_max_restarts_comes_back(start, tmp_path, whole, tiny_dataset, tiny_pruned):
-    """Killed in the first step, and again after a save."""
+def test_torchrun_restarts_a_killed_rank(start, tmp_path, whole, tiny_dataset, tiny_pruned):
+    """A rank is killed in the first step, and again after a save."""
     save = tmp_path / "run"
     values = arguments(save, tiny_dataset, tiny_pruned, async_save=True, keep_last=1)
     run = start(2, values, "--max-restarts=2")
 
     def in_the_first_step() -> bool:
-        """Torchrun ends rank 0 by SIGTERM, which before it is caught would end it without a word."""
+        """Whether SIGTERM, which torchrun sends to rank 0 when rank 1 has died, does not end rank 0 without a message."""
         return (save / "metrics.jsonl").is_file() and catches_sigterm(run.rank(0))
 
     killed = []
@@ -148,7 +149,7 @@ def test_a_rank_killed_under_max_restarts_comes_back(start, tmp_path, whole, tin
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_ends_with_its_own_status(start, tmp_path, tiny_dataset, tiny_pruned):
+def test_sigterm_saves_and_ends_with_status_75(start, tmp_path, tiny_dataset, tiny_pruned):
     save = tmp_path / "run"
     values = arguments(save, tiny_dataset, tiny_pruned, steps=2000, keep_last=2)
     run = start(None, values)
@@ -167,7 +168,7 @@ def test_sigterm_saves_and_ends_with_its_own_status(start, tmp_path, tiny_datase
     assert f"stopped by a signal after iteration {stopped}; saved at iteration {stopped}" in run.console
     assert "Traceback" not in run.console
 
-    run = start(2, values)  # the same, of torchrun and more than one rank
+    run = start(2, values)  # the same with more than one rank
     run.wait_for(lambda: steps_done(save) > stopped)
     assert f"iter_{stopped:07d} after iteration {stopped} of 2000" in run.console
     run.process.send_signal(signal.SIGTERM)
@@ -180,21 +181,24 @@ def test_sigterm_saves_and_ends_with_its_own_status(start, tmp_path, tiny_datase
 
 
 @pytest.mark.slow
-def test_a_closed_terminal_stops_the_run_as_sigterm_does_and_a_closed_pipe_does_not(start, tmp_path, tiny_dataset, tiny_pruned):
+def test_a_closed_terminal_stops_the_run_as_sigterm_does(start, tmp_path, tiny_dataset, tiny_pruned):
     save = tmp_path / "run"
-    values = arguments(save, tiny_dataset, tiny_pruned, steps=2000, save_interval=1000)
-    run = start(None, values)
+    run = start(None, arguments(save, tiny_dataset, tiny_pruned, steps=2000, save_interval=1000))
     run.wait_for(lambda: "train iteration 2 " in run.console)
     run.process.send_signal(signal.SIGHUP)
     assert run.end() == 75
     assert f"saved at iteration {steps_done(save)}; run the same command" in run.console
 
-    piped = arguments(tmp_path / "piped", tiny_dataset, tiny_pruned)
-    with subprocess.Popen([sys.executable, "-m", "maskllm.train", *piped], stderr=subprocess.PIPE) as process:
-        assert any(b"train iteration 1 " in line for line in process.stderr)
-        process.stderr.close()
-        assert process.wait(200) == 0
-    assert steps_done(tmp_path / "piped") == STEPS
+
+@pytest.mark.slow
+def test_a_closed_pipe_does_not_stop_the_run(ranks, tmp_path, tiny_dataset, tiny_pruned):
+    ours, its = os.pipe()
+    job = ranks.start(None, ["-m", "maskllm.train", *arguments(tmp_path / "run", tiny_dataset, tiny_pruned)], [its, its])
+    os.close(its)
+    with os.fdopen(ours) as pipe:
+        assert any("train iteration 1 " in line for line in pipe)
+    assert job.wait(200) == 0
+    assert steps_done(tmp_path / "run") == STEPS
 
 
 def copy_of_step_2(whole: Path, save: Path) -> Path:
@@ -215,53 +219,46 @@ def test_another_layout_goes_on_to_the_same_end(processes, layout, ranks, tmp_pa
     assert "iter_0000002 after iteration 2 of 6" in done.stderr
     losses = dict(metrics(whole, "iteration", "loss"))
     assert dict(metrics(save, "iteration", "loss")) == pytest.approx({step: losses[step] for step in range(3, STEPS + 1)}, rel=1e-5)
-    expected, found = learned_tensors(whole), learned_tensors(save)
-    before = learned_tensors(save / "iter_0000002")
-    assert expected.keys() == found.keys()
-    for key, tensor in expected.items():
-        # Rounding differs, and an entry whose gradient is nearly zero may go either way; all others agree.
-        close = torch.isclose(tensor.double(), found[key].double(), rtol=1e-3, atol=1e-4)
-        assert close.double().mean() > 0.999, key
-        if key.endswith("mlp.linear_fc1.mask_logits") and not key.startswith("optimizer"):
-            assert not torch.equal(before[key], found[key])
+    assert_close(whole, save)
+    before, after = learned_tensors(save / "iter_0000002"), learned_tensors(save)
+    fc1 = [key for key in after if key.endswith("mlp.linear_fc1.mask_logits") and not key.startswith("optimizer")]
+    assert fc1 and not any(torch.equal(before[key], after[key]) for key in fc1)
+
+
+@pytest.fixture(scope="module")
+def whole_distributed(tmp_path_factory, ranks, tiny_dataset, tiny_pruned) -> Path:
+    """As `whole`, with Megatron's distributed optimizer."""
+    save = tmp_path_factory.mktemp("whole_distributed") / "run"
+    ranks(2, "maskllm.train", *arguments(save, tiny_dataset, tiny_pruned, use_distributed_optimizer=True))
+    return save
 
 
 @pytest.mark.slow
-def test_a_distributed_optimizer_goes_on_exactly_and_on_another_number_of_ranks(ranks, tmp_path, tiny_dataset, tiny_pruned):
-    options = {"use_distributed_optimizer": True, "steps": 4}
-    whole = tmp_path / "whole"
-    ranks(2, "maskllm.train", *arguments(whole, tiny_dataset, tiny_pruned, **options))
+def test_a_distributed_optimizer_goes_on_exactly_and_on_another_number_of_ranks(
+    ranks, tmp_path, whole_distributed, tiny_dataset, tiny_pruned
+):
     for processes in (2, 1):
-        save = copy_of_step_2(whole, tmp_path / f"on_{processes}")
-        done = ranks(processes, "maskllm.train", *arguments(save, tiny_dataset, tiny_pruned, **options))
-        assert "iter_0000002 after iteration 2 of 4" in done.stderr
-    assert_bit_identical(whole, tmp_path / "on_2")
-    expected, found = learned_tensors(whole), learned_tensors(tmp_path / "on_1")
-    assert expected.keys() == found.keys()
-    for key, tensor in expected.items():
-        close = torch.isclose(tensor.double(), found[key].double(), rtol=1e-3, atol=1e-4)
-        assert close.double().mean() > 0.999, key
+        save = copy_of_step_2(whole_distributed, tmp_path / f"on_{processes}")
+        done = ranks(processes, "maskllm.train", *arguments(save, tiny_dataset, tiny_pruned, use_distributed_optimizer=True))
+        assert f"iter_0000002 after iteration 2 of {STEPS}" in done.stderr
+    assert_bit_identical(whole_distributed, tmp_path / "on_2")
+    assert_close(whole_distributed, tmp_path / "on_1")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("distributed", [False, True])
-def test_another_adam_goes_on_to_the_same_end(distributed, ranks, tmp_path, tiny_dataset, tiny_pruned):
+def test_another_adam_goes_on_to_the_same_end(distributed, request, ranks, tmp_path, tiny_dataset, tiny_pruned):
     """As from a container with Transformer Engine to a machine without it, and back."""
     options = {"use_distributed_optimizer": True} if distributed else {}
-    whole, save = tmp_path / "whole", tmp_path / "run"
-    ranks(1, "maskllm.train", *arguments(whole, tiny_dataset, tiny_pruned, **options))
-    copy_of_step_2(whole, save)
+    whole = request.getfixturevalue("whole_distributed" if distributed else "whole")
+    save = copy_of_step_2(whole, tmp_path / "run")
     for first, module in ((2, "tests.training.fused_adam_worker"), (4, "maskllm.train")):
         done = ranks(1, module, *arguments(save, tiny_dataset, tiny_pruned, **options))
         assert f"after iteration {first} of {STEPS}" in done.stderr
         if first == 2:
             shutil.rmtree(save / f"iter_{STEPS:07d}")
             (save / LATEST).write_text("4\n")
-    expected, found = learned_tensors(whole), learned_tensors(save)
-    assert expected.keys() == found.keys()
-    for key, tensor in expected.items():
-        close = torch.isclose(tensor.double(), found[key].double(), rtol=1e-3, atol=1e-4)
-        assert close.double().mean() > 0.999, key
+    assert_close(whole, save)
 
 
 @pytest.mark.slow
@@ -278,17 +275,6 @@ def test_other_data_are_refused_but_the_same_may_lie_elsewhere(ranks, tmp_path, 
     assert resolve(save).iteration == 2
     ranks(2, "maskllm.train", *arguments(save, moved, tiny_pruned))
     assert_bit_identical(whole, save)
-
-
-@pytest.mark.slow
-def test_a_contradicting_setting_is_refused(ranks, tmp_path, whole, tiny_dataset, tiny_pruned):
-    save = copy_of_step_2(whole, tmp_path / "run")
-    done = ranks(1, "maskllm.train", *arguments(save, tiny_dataset, tiny_pruned, seed=7), check=False)
-    assert done.returncode != 0
-    assert "--seed 7: the run in" in done.stderr
-    assert "has 1234" in done.stderr
-    assert resolve(save).iteration == 2
-    assert (save / "iter_0000002" / MANIFEST).is_file()
 
 
 @pytest.mark.slow
