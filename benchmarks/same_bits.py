@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import pydoc_data.topics
+import re
 import shutil
 import subprocess
 import sys
@@ -175,7 +176,7 @@ class Runner:
         else:
             torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
             self._run([sys.executable, "-m", *torchrun, *commands[0].split()])
-        lines = f"\n{'':16}".join(command[:110] for command in commands)
+        lines = f"\n{'':16}".join(re.split(" --(data|calib|seq)", command)[0] for command in commands)
         print(f"{self.name:6} {time.monotonic() - started:6.1f} s {lines}", flush=True)
 
     def train(self, name: str) -> None:
