@@ -1,14 +1,17 @@
-"""Faults in real processes: a hung rank, a full disk, data that disappear, numbers that are not finite. Killed ones: test_resume.py."""
+"""Faults in real processes: a hung rank, a full disk, data that disappear, numbers that are not finite.
+
+Killed ranks are in test_resume.py.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -39,37 +42,39 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_a_fault_of_every_rank_is_said_once_and_its_tracebacks_are_in_their_logs(tmp_path, tiny_dataset, tiny_pruned):
+def test_a_fault_of_every_rank_is_reported_once_with_its_tracebacks_in_the_logs(start, tmp_path, tiny_dataset, tiny_pruned):
+    """Under torchrun itself, which ends with a summary of its own."""
     (tmp_path / "faulty.py").write_text(FAULTY)
-    save = tmp_path / "run"
-    job = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", tmp_path / "faulty.py"]
-    done = subprocess.run([*job, *arguments(save, tiny_dataset, tiny_pruned)], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    console = done.stdout + done.stderr
-    (line,) = [line for line in console.splitlines() if line.startswith("maskllm.train: error:")]
-    rank = line.split()[3]
-    log = f"logs/rank_0000{rank}.log"
-    assert (
-        line
-        == f"maskllm.train: error: rank {rank} failed in iteration 3: RuntimeError: a fault of the program; its traceback is in {log}"
+    values = arguments(tmp_path / "run", tiny_dataset, tiny_pruned)
+    run = start(2, values, "--max-restarts=0", program=[str(tmp_path / "faulty.py")])
+    assert run.end() == 1
+    rank = int(run.error.split()[3])
+    assert run.error == (
+        f"maskllm.train: error: rank {rank} failed in iteration 3: RuntimeError: a fault of the program; its traceback is in "
+        f"logs/rank_{rank:05d}.log"
     )
-    assert console.count("a fault of the program") == 2, "once by the job and once in torchrun's summary"
-    assert 'faulty.py", line' not in console
-    assert 'faulty.py", line 10, in faulty' in (save / log).read_text()
+    assert run.console.count("a fault of the program") == 2, "once by the job and once in torchrun's summary"
+    assert 'faulty.py", line' not in run.console
+    assert 'faulty.py", line 10, in faulty' in run.log(rank).read_text()
 
-    steps = [line.split(" | ")[0] for line in console.splitlines() if " iteration " in line and " | " in line]
+    steps = [line.split(" | ")[0] for line in run.console.splitlines() if " iteration " in line and " | " in line]
     assert steps == ["train iteration 1", "train iteration 2"]
     for number in range(2):
-        text = (save / "logs" / f"rank_0000{number}.log").read_text()
+        text = run.log(number).read_text()
         assert text.startswith(f"--- rank {number}, process ")
         assert "train iteration" not in text
 
 
 @pytest.mark.slow
 def test_a_hung_rank_is_named_with_its_last_iteration(start, tmp_path, tiny_dataset, tiny_pruned):
-    save = tmp_path / "run"
     values = arguments(
-        save, tiny_dataset, tiny_pruned, steps=2000, save_interval=1000, distributed_timeout_minutes=0.15, log_interval=10
+        tmp_path / "run",
+        tiny_dataset,
+        tiny_pruned,
+        steps=2000,
+        save_interval=1000,
+        distributed_timeout_minutes=0.15,
+        log_interval=10,
     )
     run = start(2, values)
     run.wait_for(lambda: "train iteration 10 " in run.console)
@@ -77,75 +82,78 @@ def test_a_hung_rank_is_named_with_its_last_iteration(start, tmp_path, tiny_data
     hung.send_signal(signal.SIGSTOP)
     run.wait_for(lambda: "no sign of life" in run.console, seconds=60)
     logged = max(int(line.split()[2]) for line in run.console.splitlines() if line.startswith("train iteration"))
-    hung.send_signal(signal.SIGCONT)  # or torchrun would wait half a minute before it kills it; until it does, both ranks go on
+    hung.send_signal(signal.SIGCONT)  # so that SIGTERM, which follows, ends it
     assert run.end() == 1
-    (line,) = [line for line in run.console.splitlines() if line.startswith("maskllm.train: error:")]
-    assert "no progress for 9 s (--distributed-timeout-minutes 0.15)" in line
-    assert f"no sign of life from rank 1 (process {hung.pid} on " in line
-    last_heard, waits = (int(part.split()[0].strip(";")) for part in line.split(" in iteration ")[1:])
+    assert "no progress for 9 s (--distributed-timeout-minutes 0.15)" in run.error
+    assert f"no sign of life from rank 1 (process {hung.pid} on " in run.error
+    last_heard, waits = (int(part.split()[0].strip(";")) for part in run.error.split(" in iteration ")[1:])
     assert logged - 20 <= last_heard <= waits + 1 <= logged + 12
-    assert "_one_step" in (save / "logs" / "rank_00000.log").read_text(), "where the waiting rank stood is not in its log"
+    assert "_one_step" in run.log(0).read_text(), "the log does not say where the waiting rank was"
 
 
 @pytest.mark.slow
-def test_a_rank_that_lives_but_waits_for_the_file_system_is_named(start, tmp_path, tiny_dataset, tiny_pruned):
+def test_a_rank_that_waits_for_the_file_system_is_named(start, tmp_path, tiny_dataset, tiny_pruned):
     save = tmp_path / "run"
     save.mkdir()
-    os.mkfifo(save / "metrics.jsonl")  # to open it waits for a reader, as a file server that does not answer does
+    os.mkfifo(save / "metrics.jsonl")  # opening it waits for a writer, as with a file server that does not answer
     run = start(2, arguments(save, tiny_dataset, tiny_pruned, distributed_timeout_minutes=0.15))
-    run.wait_for((save / "logs" / "rank_00000.log").exists)
-    stuck = run.rank(0).pid
+    run.wait_for(lambda: run.log(0).exists() and run.log(0).read_text())
+    stuck = run.rank(0)
+    run.wait_for(lambda: "the others wait" in run.console)
+    stuck.kill()  # SIGTERM, which follows, would not wake it
     assert run.end() == 1
-    (line,) = [line for line in run.console.splitlines() if line.startswith("maskllm.train: error:")]
-    assert f"the others wait for rank 0 (process {stuck} on " in line
-    assert " which is at metrics.py:" in line or " which is at pathlib.py:" in line
-    assert line.endswith("rank 1 waits in iteration 1")
+    assert f"the others wait for rank 0 (process {stuck.pid} on " in run.error
+    assert re.search(r" which is at (log|pathlib)\.py:\d+ ", run.error)
+    assert run.error.endswith("rank 1 waits in iteration 1")
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[tuple[Path, dict]]:
-    """A directory with room for one checkpoint and no second one, and what `Popen` needs for it to be so: a small file system where this
-    user may mount one, else a limit on the size of files that only the second checkpoint would exceed."""
+def small_disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[[int], None]]]:
+    """A directory that has room for one checkpoint but not for two, and a function that makes it so for a process.
+
+    It is a small file system if this user may mount one. If not, the size of the process's files is limited so that only the second
+    checkpoint's exceed it.
+    """
     path = tmp_path / "disk"
     path.mkdir()
     mount = shutil.which("mount")
     if mount and subprocess.run([mount, "-t", "tmpfs", "-o", "size=5m", "tmpfs", path], capture_output=True).returncode == 0:
         try:
-            yield path, {}
+            yield path, lambda _: None
         finally:
             subprocess.run(["umount", path], check=True)
         return
-    if resource.getrlimit(resource.RLIMIT_FSIZE)[1] not in (resource.RLIM_INFINITY,):
-        pytest.skip("neither may mount a file system nor set a limit on the size of files")
-    yield path, {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))}
+    if resource.getrlimit(resource.RLIMIT_FSIZE)[1] != resource.RLIM_INFINITY:
+        pytest.skip("this user may neither mount a file system nor limit the size of files")
+    yield path, lambda process: resource.prlimit(process, resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
 
 
 @pytest.mark.slow
 def test_a_full_disk_during_a_save_leaves_the_checkpoint_before_it(start, whole, small_disk, tiny_dataset, tiny_pruned):
-    disk, limits = small_disk
+    disk, limit = small_disk
     save = disk / "run"
     shutil.copytree(whole / "iter_0000002", save / "iter_0000002")
     (save / LATEST).write_text("2\n")
     before = learned_tensors(save)
-    run = start(None, arguments(save, tiny_dataset, tiny_pruned, async_save=True), **limits)
+    run = start(None, arguments(save, tiny_dataset, tiny_pruned, async_save=True))
+    limit(run.process.pid)
     assert run.end() == 1
-    (line,) = [line for line in run.console.splitlines() if "error" in line]
-    if line.startswith(f"maskllm.train: error: {save}/metrics.jsonl: cannot be written"):
-        # The next step has met the full disk before the writer has told of it.
-        assert "No space left on device" in line
+    if run.error.startswith(f"maskllm.train: error: {save}/metrics.jsonl: cannot be written"):
+        # The next step met the full disk before the checkpoint's writer reported it.
+        assert "No space left on device" in run.error
     else:
-        assert line.startswith(f"maskllm.train: error: {save}/iter_0000004")
-        assert any(words in line for words in ("No space left on device", "File too large", "the disk is probably full"))
-        assert line.endswith("older checkpoints are as they were")
+        assert run.error.startswith(f"maskllm.train: error: {save}/iter_0000004")
+        assert any(words in run.error for words in ("No space left on device", "File too large", "the disk is probably full"))
+        assert run.error.endswith("older checkpoints are as they were")
     assert "Traceback" not in run.console
     assert steps_done(save) == 2
-    assert not list(save.glob(".iter*")), "what was half-written still fills the disk"
+    assert not list(save.glob(".iter*")), "a half-written checkpoint still fills the disk"
     after = learned_tensors(save)
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
 @pytest.mark.slow
-def test_a_dataset_file_that_disappears_is_named_and_nothing_is_lost(start, tmp_path, tiny_dataset, tiny_pruned):
+def test_a_dataset_file_that_disappears_ends_the_run_after_a_save(start, tmp_path, tiny_dataset, tiny_pruned):
     for suffix in (".bin", ".idx"):
         shutil.copy(tiny_dataset + suffix, tmp_path / f"data{suffix}")
     save = tmp_path / "run"
@@ -155,18 +163,17 @@ def test_a_dataset_file_that_disappears_is_named_and_nothing_is_lost(start, tmp_
     assert run.end() == 1
     stopped = steps_done(save)
     assert 2 <= stopped < 2000
-    (line,) = [line for line in run.console.splitlines() if line.startswith("maskllm.train: error:")]
-    assert f"{tmp_path / 'data.bin'} has disappeared (No such file or directory); put it back; saved at iteration" in line
-    assert line.endswith(f"saved at iteration {stopped}; run the same command to go on")
+    assert f"{tmp_path / 'data.bin'} has disappeared (No such file or directory); put it back; saved at iteration" in run.error
+    assert run.error.endswith(f"saved at iteration {stopped}; run the same command to go on")
     assert json.loads((save / "metrics.jsonl").read_text().splitlines()[-1])["iteration"] == stopped
 
 
 POISON = 7
-"""A token that the text does not hold and whose embedding is not a number."""
+"""A token that the text does not contain. Its embedding is NaN in `poisoned_model`."""
 
 
 def pruned_after(folder: Path, damage: Callable[[torch.nn.Module], None]) -> Path:
-    """A pruned tiny model, damaged before."""
+    """A tiny model, changed by `damage` and then pruned."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from maskllm.checkpoints.convert import convert
@@ -212,9 +219,7 @@ STEPS_WITH_POISON, BATCH, ROW = 24, 2, 3
 
 
 @pytest.mark.slow
-def test_steps_that_are_not_finite_are_skipped_on_every_rank_and_a_row_of_them_ends_the_run(
-    start, tmp_path, poisoned_model, poisoned_dataset
-):
+def test_bad_steps_are_skipped_on_every_rank_and_several_in_a_row_end_the_run(start, tmp_path, poisoned_model, poisoned_dataset):
     from maskllm.cli.train_options import parse_arguments
     from maskllm.training.data import build_batches
 
@@ -222,17 +227,17 @@ def test_steps_that_are_not_finite_are_skipped_on_every_rank_and_a_row_of_them_e
     values = arguments(
         save, poisoned_dataset, poisoned_model, steps=STEPS_WITH_POISON, global_batch_size=BATCH, save_interval=1, max_bad_steps=ROW
     )
-    # Which steps see the token, from the data alone; one data-parallel rank has it where the other has not.
+    # The data alone say which steps see the token. In some steps only one of the two data-parallel ranks has it.
     batches, _ = build_batches(parse_arguments(values), 256, torch.device("cpu"))
     poisoned = [
         [bool((batches[step * BATCH + rank].tokens == POISON).any()) for rank in range(BATCH)] for step in range(STEPS_WITH_POISON)
     ]
     bad = [any(step) for step in poisoned]
     last = next(step for step in range(ROW - 1, STEPS_WITH_POISON) if all(bad[step - ROW + 1 : step + 1]))
-    assert any(bad[: last - ROW + 1]), "the first bad steps are the ones in a row"
-    assert not all(bad[:last]), "no step is good"
+    assert any(bad[: last - ROW + 1]), "there is no bad step before those in a row"
+    assert not all(bad[:last]), "there is no good step"
     for one_rank in ([True, False], [False, True]):
-        assert one_rank in poisoned[: last + 1], "no step is bad on that rank alone"
+        assert one_rank in poisoned[: last + 1], "there is no step that is bad on that rank alone"
 
     run = start(2, values)
     assert run.end() == 1
@@ -242,18 +247,18 @@ def test_steps_that_are_not_finite_are_skipped_on_every_rank_and_a_row_of_them_e
 
     first = bad.index(False) + 1
     kept = [f"iter_{step + 1:07d}" for step in range(last) if not bad[step]]
-    assert sorted(path.name for path in save.glob("iter_*")) == kept, "wanted one of each good step"
-    assert kept[0] == f"iter_{first:07d}", "there was nothing to save before"
+    assert sorted(path.name for path in save.glob("iter_*")) == kept, "wanted one after each good step"
+    assert kept[0] == f"iter_{first:07d}", "a bad step before the first good one was saved"
 
     file = save / f"bad_batch_iter_{last + 1:07d}.safetensors"
-    assert run.console.count(f"loss or gradient not finite in {ROW} steps in a row (--max-bad-steps); its batch is in {file}") == 2
+    assert run.console.count(f"loss or gradient not finite in {ROW} steps in a row (--max-bad-steps); its batch is in {file}") == 1
     with safe_open(file, "pt") as saved:
         assert saved.metadata() == {"iteration": str(last + 1), "first_sample": str(last * BATCH)}
         expected = torch.cat([batches[last * BATCH + index].tokens for index in range(BATCH)])
         assert torch.equal(saved.get_tensor("tokens"), expected)
         assert torch.equal(saved.get_tensor("losses").isnan(), (expected == POISON).any(1))
     assert resolve(save).iteration == last + 1 - ROW
-    assert "not finite on this rank" in (save / "logs" / "rank_00001.log").read_text()
+    assert "not finite on this rank" in run.log(1).read_text()
 
     seldom = tmp_path / "seldom"
     values[values.index("--save-interval") + 1] = "1000"
@@ -289,8 +294,10 @@ def test_a_skipped_step_changes_nothing_and_counts_at_the_end(start, tmp_path, p
 
 @pytest.fixture(scope="module")
 def steep_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pruned model whose loss is finite and its gradients are not: one output has enormous weights, and tiny embeddings make the
-    norms' gradients large."""
+    """A pruned model with finite losses and infinite gradients.
+
+    One output has enormous weights, and tiny embeddings make the norms' gradients large.
+    """
 
     def steepen(model: torch.nn.Module) -> None:
         model.lm_head.weight[POISON].mul_(1e36)
@@ -300,12 +307,12 @@ def steep_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_gradient_that_is_not_finite_ends_the_run_too_though_the_loss_is(start, tmp_path, steep_model, tiny_dataset):
+def test_bad_gradients_end_the_run_even_if_the_loss_is_finite(start, tmp_path, steep_model, tiny_dataset):
     save = tmp_path / "run"
     run = start(None, arguments(save, tiny_dataset, steep_model, max_bad_steps=2, save_interval=1))
     assert run.end() == 1
     assert not list(save.glob("iter_*")), "there is no optimizer state to save yet"
-    assert "iteration 1: a gradient is not finite on this rank" in run.console + (save / "logs" / "rank_00000.log").read_text()
+    assert "iteration 1: a gradient is not finite on this rank" in run.console + run.log(0).read_text()
     assert "iteration 2: loss or gradient not finite in 2 steps in a row" in run.console
     assert "there was no good step to save" in run.console
     with safe_open(save / "bad_batch_iter_0000002.safetensors", "pt") as saved:

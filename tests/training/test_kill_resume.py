@@ -1,4 +1,4 @@
-"""The benchmark of killing and resuming, a few cycles of it."""
+"""The benchmark that kills and resumes a run at random moments (benchmarks/kill_resume.py), with a few cycles."""
 
 from __future__ import annotations
 
@@ -6,20 +6,37 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "kill_resume.py"
+from benchmarks import kill_resume
+from tests.ranks import Job
+
+
+def check(report: dict[str, Any], cycles: int) -> None:
+    assert report["tensors_that_differ"] == []
+    assert report["tensors_in_each"] > 8
+    assert len(report["history"]) == cycles
+    assert report["runs_compared"] >= 1
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_moments_ends_as_the_uninterrupted_one(tmp_path):
+def test_a_run_killed_at_random_moments_ends_as_the_uninterrupted_one(ranks, tmp_path, monkeypatch):
+    """The ranks are forked from the server of tests.ranks instead of started by torchrun."""
+
+    def start(words: list[str], log: Path) -> Job:
+        with log.open("a") as file:
+            return ranks.start(2, words[words.index("maskllm.train") - 1 :], [file.fileno()] * 2)
+
+    monkeypatch.setattr(kill_resume, "start", start)
+    check(kill_resume.measure(cycles=4, steps=12, ranks=2, seed=1234, folder=tmp_path), 4)
+
+
+@pytest.mark.long
+def test_the_benchmark_under_torchrun(tmp_path):
     report = tmp_path / "report.json"
-    command = [sys.executable, BENCHMARK, "--cycles", "3", "--train-iters", "20", "--json", report]
+    command = [sys.executable, kill_resume.__file__, "--cycles", "3", "--train-iters", "20", "--json", report]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    found = json.loads(report.read_text())
-    assert found["tensors_that_differ"] == []
-    assert found["tensors_in_each"] > 8
-    assert len(found["history"]) == 3
-    assert found["runs_compared"] >= 1
+    check(json.loads(report.read_text()), 3)
