@@ -1,17 +1,17 @@
-"""The floating-point types by all their names: on the command line, in `config.json` and in safetensors files."""
+"""The names of floating-point dtypes: on the command line, in `config.json` and in safetensors files."""
 
 from __future__ import annotations
 
 import torch
 
 BY_FLAG = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""As options spell them."""
+"""Names in command-line options."""
 
 COMPUTE = ("bf16", "fp32")
-"""The names in BY_FLAG that training and pruning compute in."""
+"""The names of the dtypes that training and pruning can compute in."""
 
 BY_SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""As safetensors files spell the types that a weight may have."""
+"""Names in safetensors files, for the dtypes that a weight may have."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -20,4 +20,4 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 BY_NAME = {dtype_name(dtype): dtype for dtype in BY_SAFETENSORS.values()}
-"""As `config.json` spells them."""
+"""Names in `config.json`."""

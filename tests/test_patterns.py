@@ -1,4 +1,4 @@
-"""Patterns against brute force."""
+"""Patterns against brute force, and mask bits against NumPy."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ def test_candidates_are_all_binary_rows_with_n_ones(n, m):
 @pytest.mark.parametrize(
     "text", ["", "2", "2:", "4:2", "4:4", "0:4", "2:33", "2/4", "-1:4", "2:4:8", "None", "02:4", " 2:4", "2:4\r", "٢:٤", "²:4"]
 )
-def test_refuses_what_is_not_a_pattern(text):
+def test_text_that_is_not_a_pattern_is_refused(text):
     with pytest.raises(MaskLLMError, match="wanted N:M"):
         Pattern.parse(text)
 
 
-def test_refuses_to_learn_too_many_candidates():
+def test_a_pattern_with_too_many_candidates_cannot_be_learned():
     Pattern.parse("4:8").require_learnable()
     with pytest.raises(MaskLLMError, match="12870 candidate masks"):
         Pattern.parse("8:16").require_learnable()
 
 
-def test_refuses_a_width_that_is_no_multiple():
+def test_a_width_that_is_not_a_multiple_of_m_is_refused():
     with pytest.raises(MaskLLMError, match=r"layer\.weight.*18.*multiple of 4"):
         Pattern(2, 4).check_divides(18, "layer.weight")
 
 
 @pytest.mark.parametrize("width", [4, 8, 12, 33])
-def test_bits_round_trip_as_numpy_packs_them(width):
+def test_mask_bits_are_those_of_numpy_and_round_trip(width):
     mask = torch.rand(5, width, generator=torch.Generator().manual_seed(width)) > 0.5
     bits = pack_mask(mask)
     assert np.array_equal(bits.numpy(), np.packbits(mask.numpy(), axis=1))

@@ -1,4 +1,4 @@
-"""Perplexity of a Hugging Face model, dense, sparse, or dense with a mask file applied."""
+"""Perplexity of a Hugging Face model: dense, sparse, or with a mask file."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from maskllm.huggingface.directory import FILES, find_source
 
 @dataclass(frozen=True)
 class Evaluation(Perplexity):
-    """What `evaluate_hf` found."""
+    """The perplexity of a model on a text, and what was evaluated."""
 
     text_tokens: int
-    """Tokens of the whole text, those outside of the evaluated windows included."""
+    """Tokens in the whole text, including those outside of the evaluated windows."""
     data_kind: str
     """How the text was read; see `read_evaluation_text`."""
     dtype: str
-    """What the model computed in."""
+    """The dtype that the model computed in."""
     device: str
     zeros: float
-    """Share of zeros among the weights of the transformer blocks' linear layers."""
+    """The share of zeros among the weights of the transformer blocks' linear layers."""
 
 
 def evaluate_hf(
@@ -52,16 +52,20 @@ def evaluate_hf(
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
 ) -> Evaluation:
-    """Perplexity of a model, a local directory or hub id, on a text file that its own tokenizer reads.
+    """Perplexity of a model on a text file, with the model's own tokenizer.
 
     Args:
+        model: a local directory or hub id.
+        data: see `read_evaluation_text`.
         seq_length, max_windows: see `cut_windows`.
-        mask_file: masks (`maskllm.export.mask_file`) to apply to the model's weights first.
-        dtype: what to compute in; by default the checkpoint's own, but fp32 on a CPU without bf16 (fp16) instructions, which
-            is the same model, computed faster and more exactly.
-        device: by default the GPU if there is one.
+        mask_file: masks (`maskllm.export.mask_file`) to apply to the weights first.
+        dtype: dtype to compute in. The default is the checkpoint's dtype, but fp32 on a CPU without instructions for it: that is
+            faster and more exact, with the same weights.
+        device: the default is the GPU if there is one.
+        trust_remote_code: allow code from the model's directory.
 
-    Raises MaskLLMError for what cannot be read, for masks that do not fit, and for windows longer than the model's context.
+    Raises MaskLLMError if an input cannot be read, the masks do not fit, the device cannot be used, or the windows are longer than
+    the model's context.
     """
     if mask_file is not None:
         check_mask_file(mask_file)
@@ -89,9 +93,9 @@ def evaluate_hf(
 def load_hf_model(
     directory: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A causal language model in evaluation mode on `device`; `dtype` as in `evaluate_hf`.
+    """A causal language model in evaluation mode on `device`. `dtype` is as in `evaluate_hf`.
 
-    Raises MaskLLMError where it cannot be loaded, or lacks a tensor.
+    Raises MaskLLMError if it cannot be loaded, or if a tensor is missing.
     """
     try:
         with _quiet_transformers():
@@ -102,9 +106,9 @@ def load_hf_model(
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
             )
-    except Exception as error:  # transformers raises all sorts for files that are missing, damaged or of unknown architectures
+    except Exception as error:  # missing or damaged files and unknown architectures raise many types
         raise MaskLLMError(f"{directory}: transformers cannot load it: {first_line(error, with_type=False)}") from error
-    if missing := sorted(loading["missing_keys"]):  # which transformers makes up at random
+    if missing := sorted(loading["missing_keys"]):  # transformers would initialize these at random
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise MaskLLMError(f"{directory}: has no tensor {missing[0]}{more}, which the model in its config.json has")
     if dtype is None and device.type == "cpu" and not computes_natively(model.dtype):
@@ -114,7 +118,7 @@ def load_hf_model(
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """A block in which transformers says nothing but errors, and shows progress on a terminal only."""
+    """A block in which transformers reports errors only, and shows progress only on a terminal."""
     verbosity, has_progress = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     if not sys.stderr.isatty():
@@ -128,7 +132,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 
 def usable_device(device: str | torch.device) -> torch.device:
-    """`device` as torch has it. Raises MaskLLMError where this machine or this build of torch cannot compute there."""
+    """`device` as a `torch.device`. Raises MaskLLMError if this machine or this build of torch cannot use it."""
     try:
         found = torch.device(device)
         torch.empty(1, device=found).item()
@@ -140,7 +144,7 @@ def usable_device(device: str | torch.device) -> torch.device:
 
 
 def hf_window_nll(model: PreTrainedModel) -> WindowNLL:
-    """The model as `perplexity` takes it."""
+    """The model as a function for `perplexity`."""
 
     @torch.inference_mode()
     def window_nll(tokens: torch.Tensor) -> float:
@@ -151,16 +155,16 @@ def hf_window_nll(model: PreTrainedModel) -> WindowNLL:
 
 
 def block_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Parameter name -> weight, as it is stored, of every linear of the transformer blocks; embedding and output layer left out.
+    """Parameter name -> stored weight, for every linear of the transformer blocks, without embedding and output layer.
 
-    Raises MaskLLMError where the model's blocks are not to be found.
+    Raises MaskLLMError if the model's blocks cannot be found.
     """
     prefix, blocks = transformer_blocks(model)
     return {f"{name}.weight": linear.weight.data for name, linear in linears_of(blocks, prefix).items()}
 
 
 def zero_share(weights: dict[str, torch.Tensor]) -> float:
-    """Share of zeros among all elements of `weights`."""
+    """The share of zeros among all elements of `weights`."""
     zeros = sum(int((weight == 0).sum()) for weight in weights.values())
     return zeros / sum(weight.numel() for weight in weights.values())
 

@@ -1,4 +1,4 @@
-"""Perplexity of a Megatron checkpoint at any stage, with Megatron's own model."""
+"""Perplexity of a Megatron checkpoint of any stage, with Megatron's model."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def evaluate_checkpoint(
     max_windows: int | None = None,
     params_dtype: torch.dtype | None = None,
 ) -> Evaluation:
-    """Perplexity of a checkpoint on a text that its own tokenizer reads: dense, with its one-shot mask, or with its learned winners.
+    """Perplexity of a checkpoint on a text, with the checkpoint's tokenizer: dense, with its one-shot mask, or with its winners.
 
-    Call it inside of `maskllm.megatron.process_groups.parallel_processes`, all ranks in one tensor-parallel group. Arguments and errors
-    are those of `evaluate_hf`; `params_dtype` is fp32 on the CPU and bf16 on a GPU by default.
+    Call it inside of `maskllm.megatron.process_groups.parallel_processes`, with all ranks in one tensor-parallel group. Arguments
+    and errors are those of `evaluate_hf`. The default of `params_dtype` is fp32 on a CPU and bf16 on a GPU.
     """
     checkpoint = resolve(load)
     text = read_evaluation_text(data)
@@ -57,7 +57,7 @@ def evaluate_checkpoint(
 
 
 def load_masked_model(checkpoint: Checkpoint, params_dtype: torch.dtype) -> FrozenVocabularyGPTModel:
-    """This rank's part of the model as it would be used: with the winners of its logits, else with its fixed mask, else dense."""
+    """This rank's part of the model: with the winners of its logits if it has logits, else with its fixed mask, else dense."""
     model = build_model(checkpoint.model_config, params_dtype=params_dtype).eval()
     if checkpoint.info.stage == "trained":
         first = masked_parameters(model)[0]
@@ -70,7 +70,7 @@ def load_masked_model(checkpoint: Checkpoint, params_dtype: torch.dtype) -> Froz
 
 
 def megatron_window_nll(model: FrozenVocabularyGPTModel) -> WindowNLL:
-    """The model as `perplexity` takes it."""
+    """The model as a function for `perplexity`."""
 
     @torch.inference_mode()
     def window_nll(tokens: torch.Tensor) -> float:
@@ -84,7 +84,7 @@ def megatron_window_nll(model: FrozenVocabularyGPTModel) -> WindowNLL:
 
 @torch.inference_mode()
 def zero_share(model: FrozenVocabularyGPTModel) -> float:
-    """Share of zeros among the weights that the masked linears use, over all tensor-parallel ranks."""
+    """The share of zeros among the masked linears' effective weights, over all tensor-parallel ranks."""
     counts = torch.zeros(2, dtype=torch.float64, device=device())
     for parameter in masked_parameters(model):
         weight = parameter.effective_weight()

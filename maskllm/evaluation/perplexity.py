@@ -1,13 +1,13 @@
-"""Perplexity by the protocol of the pruning papers (GPTQ, SparseGPT, Wanda, MaskLLM).
+"""Perplexity with the protocol of the pruning papers (GPTQ, SparseGPT, Wanda, MaskLLM).
 
-The text is tokenized as one string and cut into n = tokens // S windows of S tokens that do not overlap; the rest is dropped. In a
-window the model predicts tokens 2..S, each from those before it in the window: S - 1 predictions. With l(i, t) the negative
-log-likelihood, in nats, of token t of window i,
+The text is tokenized as one string and cut into n = tokens // S windows of S tokens without overlap. The rest is dropped. In each
+window the model predicts tokens 2..S from the tokens before them in the window: S - 1 predictions. Let l(i, t) be the negative
+log-likelihood, in nats, of token t in window i. Then
 
     perplexity = exp( 1/n * sum over i of ( 1/(S-1) * sum over t of l(i, t) ) ).
 
-The papers' code multiplies each window's mean by S and divides the total by n * S, which is the same number. It is not the
-perplexity with a sliding window of overlapping contexts, which is lower.
+The papers' code multiplies each window's mean by S and divides the total by n * S, which gives the same number. Perplexity with a
+sliding window of overlapping contexts is another measure, and lower.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from tqdm import tqdm
 from maskllm.errors import MaskLLMError
 
 WindowNLL = Callable[[torch.Tensor], float]
-"""A model: int64 tokens [S], on the CPU, to the sum of the negative log-likelihoods, in nats, of its S - 1 predictions."""
+"""A model: maps int64 tokens [S] on the CPU to the sum of the negative log-likelihoods, in nats, of its S - 1 predictions."""
 
 CHUNK_PREDICTIONS = 256
-"""Predictions whose fp32 log-softmax over the vocabulary is in memory at a time."""
+"""The number of predictions for which the fp32 log-softmax over the vocabulary is in memory at a time."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Perplexity:
 
     perplexity: float
     nll: float
-    """Mean negative log-likelihood of a prediction, in nats."""
+    """The mean negative log-likelihood of a prediction, in nats."""
     windows: int
     seq_length: int
     seconds: float
@@ -45,7 +45,7 @@ class Perplexity:
 def cut_windows(tokens: np.ndarray | torch.Tensor, seq_length: int, max_windows: int | None = None) -> torch.Tensor:
     """The first `max_windows` (default: all) windows of `tokens` [text tokens], int64 [windows, seq_length].
 
-    Raises MaskLLMError where there is none.
+    Raises MaskLLMError if there is no window, or if an argument is too small.
     """
     if seq_length < 2:
         raise MaskLLMError(f"--seq-length {seq_length}: a window needs at least 2 tokens")
@@ -59,7 +59,7 @@ def cut_windows(tokens: np.ndarray | torch.Tensor, seq_length: int, max_windows:
 
 
 def perplexity(window_nll: WindowNLL, windows: torch.Tensor) -> Perplexity:
-    """Evaluate a model on windows as `cut_windows` makes them. Raises MaskLLMError where its likelihood is not a number."""
+    """Evaluate a model on the windows of `cut_windows`. Raises MaskLLMError if its likelihood is not a number."""
     seq_length = windows.shape[1]
     started = time.perf_counter()
     total = 0.0
@@ -76,10 +76,12 @@ def perplexity(window_nll: WindowNLL, windows: torch.Tensor) -> Perplexity:
 
 
 def next_token_nll(logits: torch.Tensor, tokens: torch.Tensor) -> float:
-    """The sum over positions t < S of -log softmax(logits[t])[tokens[t + 1]], in fp32 a chunk of positions, summed in fp64.
+    """The sum over positions t < S of -log softmax(logits[t])[tokens[t + 1]].
+
+    The log-softmax is computed in fp32, a chunk of positions at a time, and summed in fp64.
 
     Args:
-        logits: any floating-point type, [S, vocabulary].
+        logits: [S, vocabulary] of any floating-point dtype.
         tokens: int64 [S], on the same device.
     """
     total = torch.zeros((), dtype=torch.float64, device=logits.device)

@@ -1,4 +1,4 @@
-"""Held-out text for perplexity, as one string."""
+"""Reads held-out text for perplexity as one string."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from maskllm.data.json_lines import check_inputs, document, every_line, read_lin
 from maskllm.errors import MaskLLMError
 
 _JSON = re.compile(rb'\s*(\{\s*("|\}|$)|\[\s*("|\{|$))')
-"""How a line of JSON begins that is an object, or an array of objects or strings."""
+"""The start of a JSON line that is an object, or an array of objects or strings."""
 
 
 @dataclass(frozen=True)
 class EvaluationText:
-    """What a model is evaluated on."""
+    """A held-out text."""
 
     text: str
     kind: str
@@ -24,16 +24,16 @@ class EvaluationText:
 
 
 def read_evaluation_text(path: str | os.PathLike) -> EvaluationText:
-    """Read a held-out text, plain or gzip. The kind is told by the contents, not the name.
+    """Read a held-out text, plain or gzip. The contents decide the kind, not the file's name.
 
-    * JSON lines, where the first line that is not blank begins as a JSON object does: the `text` of every line, joined by blank lines
-      ("\\n\\n"). So JSON of another form is refused by line, and no model is ever judged on JSON syntax.
-    * WikiText's raw form, a file in which every line begins and ends with a space: its rows joined by "\\n\\n", as every pruning
-      paper's loader joins `load_dataset("wikitext", "wikitext-2-raw-v1")["text"]`. A line of one space is an empty row, every other
-      row keeps its line end. The test split is 341469 tokens to the Llama-2 tokenizer, BOS included.
-    * Any other file: as it is (UTF-8, line ends made "\\n").
+    * JSON lines, if the first line that is not blank begins like JSON: the `text` of every line, joined by blank lines ("\\n\\n").
+      JSON of another form is refused with its line number, so no model is evaluated on JSON syntax.
+    * WikiText's raw form, if every line begins and ends with a space: its rows joined by "\\n\\n", as the pruning papers' loaders
+      join `load_dataset("wikitext", "wikitext-2-raw-v1")["text"]`. A line of one space is an empty row. Every other row keeps its
+      line end. With the Llama-2 tokenizer and BOS, the test split has 341469 tokens.
+    * Any other file: its contents (UTF-8, with line ends converted to "\\n").
 
-    Raises MaskLLMError where the file cannot be read, is empty, or is JSON without a `text` in every line.
+    Raises MaskLLMError if the file cannot be read, is empty, or is JSON without a `text` in every line.
     """
     (path,) = check_inputs([path])
     first = next(read_lines([path]), None)

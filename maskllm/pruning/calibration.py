@@ -1,7 +1,7 @@
 """Calibration samples: windows of tokens from an indexed dataset or from JSON lines.
 
-As in the papers (Wanda, section 4; SparseGPT, section 4): random windows from documents longer than a window. Where documents are
-short, `pack` makes one stream of them and cuts it into windows.
+As in the papers (Wanda, section 4; SparseGPT, section 4), windows are random parts of documents that are longer than a window. For
+short documents, `pack` joins all documents into one stream and cuts that into windows.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from maskllm.errors import MaskLLMError
 
 
 class IndexedDocuments(Sequence[np.ndarray]):
-    """The documents of a Megatron indexed dataset, int64 [tokens] each."""
+    """The documents of a Megatron indexed dataset, each int64 [tokens]."""
 
     def __init__(self, prefix: str | Path) -> None:
-        """Open PREFIX.bin and PREFIX.idx. Raises MaskLLMError where they are damaged, cut off or empty."""
+        """Open PREFIX.bin and PREFIX.idx. Raises MaskLLMError if they are damaged, truncated or empty."""
         self._dataset = open_indexed(prefix)
         self._bounds = self._dataset.document_indices
 
@@ -40,12 +40,12 @@ class IndexedDocuments(Sequence[np.ndarray]):
 
 
 class JsonLinesDocuments(Sequence[np.ndarray]):
-    """The `text` fields of a JSON-lines file, plain or gzip, tokenized when asked for, int64 [tokens] each."""
+    """The `text` fields of a JSON-lines file (plain or gzip), each int64 [tokens]. A document is tokenized when it is read."""
 
     def __init__(self, path: str | Path, tokenizer: Tokenizer, *, append_eod: bool) -> None:
-        """Read the file into memory. `append_eod` ends documents with the tokenizer's end-of-sequence token, where it has one.
+        """Read the file into memory. `append_eod` adds the tokenizer's end-of-sequence token, if it has one, to each document.
 
-        Raises MaskLLMError where the file cannot be read.
+        Raises MaskLLMError if the file cannot be read.
         """
         self._lines = list(read_lines(check_inputs([path])))
         self._tokenizer = tokenizer
@@ -60,16 +60,17 @@ class JsonLinesDocuments(Sequence[np.ndarray]):
 
 
 def open_documents(path: str | Path, tokenizer: str | Path, *, append_eod: bool = False) -> Sequence[np.ndarray]:
-    """The documents at `path`: an indexed dataset's prefix, or a JSON-lines file, which the tokenizer in `tokenizer` reads.
+    """The documents at `path`: the prefix of an indexed dataset, or a JSON-lines file, which the tokenizer at `tokenizer`
+    tokenizes.
 
-    Raises MaskLLMError where it is neither, or the tokenizer cannot be read.
+    Raises MaskLLMError if `path` is neither, or if the tokenizer cannot be read.
     """
     if IndexedDataset.exists(str(path)):
         return IndexedDocuments(path)
     if Path(path).suffix in SUFFIXES and IndexedDataset.exists(prefix := str(Path(path).with_suffix(""))):
         raise MaskLLMError(f"{path}: is a file of an indexed dataset; wanted its prefix, {prefix}")
     if Path(path).is_file():
-        # Few documents are read: the tokenizer's own library will do.
+        # Only a few documents are tokenized, so gigatoken's start-up is not worth its speed.
         return JsonLinesDocuments(path, load_tokenizer(tokenizer, use_gigatoken=False), append_eod=append_eod)
     raise MaskLLMError(
         f"{path}: wanted an indexed dataset's prefix ({path}{SUFFIXES[0]} and {SUFFIXES[1]} are not there) or a JSON-lines file"
@@ -79,11 +80,11 @@ def open_documents(path: str | Path, tokenizer: str | Path, *, append_eod: bool 
 def sample_windows(
     documents: Sequence[np.ndarray], samples: int, seq_length: int, *, seed: int, pack: bool = False
 ) -> torch.Tensor:
-    """`samples` windows of `seq_length` tokens, int64 [samples, seq_length], the same for the same arguments.
+    """Draw `samples` windows of `seq_length` tokens, int64 [samples, seq_length]. The same arguments give the same windows.
 
-    Documents are drawn in random order, each again only when all have been, and the window of a document longer than `seq_length`
-    starts at random; shorter ones are passed over. With `pack` the drawn documents follow each other in one stream that is cut into
-    windows. Raises MaskLLMError where no document is long enough, or with `pack` where there is no token at all.
+    Documents are drawn in random order. No document is drawn twice before all have been drawn once. The window starts at a random
+    place in a document longer than `seq_length`; other documents are skipped. With `pack`, the drawn documents form one stream that
+    is cut into windows. Raises MaskLLMError if no document is long enough, or with `pack` if there are no tokens.
     """
     generator = np.random.default_rng(seed)
     windows = _packed(documents, seq_length, generator) if pack else _within(documents, seq_length, generator)
@@ -102,7 +103,7 @@ def sample_windows(
 
 
 def _within(documents: Sequence[np.ndarray], seq_length: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
-    """Windows of documents longer than `seq_length`, without end unless there are none."""
+    """Endless windows, each within a document longer than `seq_length`. Ends only if there is no such document."""
     candidates = np.arange(len(documents))
     while len(candidates):
         long_enough = []
@@ -116,7 +117,7 @@ def _within(documents: Sequence[np.ndarray], seq_length: int, generator: np.rand
 
 
 def _packed(documents: Sequence[np.ndarray], seq_length: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
-    """Consecutive windows of all documents in random order, without end unless they are empty."""
+    """Endless consecutive windows of the documents in random order. Ends only if all documents are empty."""
     pending: list[np.ndarray] = []
     length = 0
     while True:

@@ -1,4 +1,4 @@
-"""Prune a Hugging Face model in memory."""
+"""One-shot pruning of a Hugging Face model in memory."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PruneResult:
-    """What `prune_hf` found."""
+    """The result of `prune_hf`."""
 
     masks: dict[str, torch.Tensor]
-    """Parameter name -> `patterns.pack_mask` bits of the mask [out, in], also where the parameter is stored [in, out] (GPT-2)."""
+    """Parameter name -> `patterns.pack_mask` bits of the mask [out, in], also for GPT-2, which stores parameters as [in, out]."""
     report: dict[str, Any]
-    """JSON values: the settings and, by layer and matrix, the relative output error."""
+    """JSON values: the settings, and the relative output error of each layer's matrices."""
 
 
 @torch.no_grad()
 def prune_hf(model: PreTrainedModel, input_ids: torch.Tensor, settings: PruneSettings | None = None) -> PruneResult:
-    """Prune every linear of a decoder's layers in place; embedding and output layer stay dense.
+    """Prune every linear of the decoder layers in place. The embedding and the output layer stay dense.
 
     Args:
-        model: on any device, each layer on one.
+        model: on any devices, but each layer on one device.
         input_ids: int64 [samples, sequence], the calibration tokens (`calibration.sample_windows`).
-        settings: None for the defaults, 2:4 by SparseGPT without weight update.
+        settings: None for the defaults: 2:4, SparseGPT without weight update.
 
-    Raises MaskLLMError for a model without decoder layers, a weight that is not finite, and a pattern that does not fit.
+    Raises MaskLLMError if the model has no decoder layers, a weight is not finite, the pattern does not fit, or `input_ids` has
+    another shape.
     """
     settings = settings or PruneSettings()
     _, layers = transformer_blocks(model)
@@ -51,7 +52,7 @@ def prune_hf(model: PreTrainedModel, input_ids: torch.Tensor, settings: PruneSet
     was_training = model.training
     model.eval()
     try:
-        # The whole model, once: each layer may get other arguments (rotary embeddings, attention masks).
+        # One pass of the whole model: layers may get different arguments (rotary embeddings, attention masks).
         calls = layer_calls(model, layers, input_ids[:1])
         hidden = [layer_calls(model, layers[:1], ids)[0].hidden.cpu() for ids in input_ids.split(1)]
         store = _Memory()
@@ -66,7 +67,7 @@ def prune_hf(model: PreTrainedModel, input_ids: torch.Tensor, settings: PruneSet
 
 
 class _Memory:
-    """Keeps the masks; there is nothing to resume."""
+    """A `LayerStore` that keeps the masks in memory and resumes nothing."""
 
     def __init__(self) -> None:
         self.finished: frozenset[int] = frozenset()
@@ -81,7 +82,7 @@ class _Memory:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What a decoder layer is called with."""
+    """The arguments of a decoder layer's forward pass."""
 
     hidden: torch.Tensor
     """[batch, sequence, hidden size]"""
@@ -91,9 +92,9 @@ class LayerCall:
 
 
 def layer_forward(layer: torch.nn.Module, call: LayerCall) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The layer as a function of the hidden states alone, all else as in `call`.
+    """The layer as a function of the hidden states. The other arguments are those of `call`.
 
-    Before version 5, transformers' layers return a tuple.
+    In transformers before version 5, layers return a tuple.
     """
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
@@ -104,13 +105,13 @@ def layer_forward(layer: torch.nn.Module, call: LayerCall) -> Callable[[torch.Te
 
 
 class _Reached(Exception):  # noqa: N818 - not an error
-    """The forward pass has come to the last layer asked for."""
+    """Stops a forward pass at the last layer of interest."""
 
 
 def layer_calls(model: PreTrainedModel, layers: Sequence[torch.nn.Module], input_ids: torch.Tensor) -> list[LayerCall]:
-    """What each of the model's first `layers` is called with.
+    """The arguments of each of the model's first `layers` in a forward pass of `input_ids`, int64 [batch, sequence].
 
-    `input_ids` are int64 [batch, sequence]. The forward pass stops before the last of `layers` runs.
+    The pass stops before the last of `layers` runs.
     """
     calls: list[LayerCall] = []
 

@@ -1,10 +1,10 @@
-"""Prune a model one transformer layer at a time: calibrate, solve, go on with the layer's outputs.
+"""Prune a model one transformer layer at a time: calibrate the layer, solve its matrices, pass its outputs to the next layer.
 
-Every driver comes down to `prune_layers`. Memory: the statistics of one layer, its inputs for one sample, and the hidden states between
-two layers of all samples, which stay on the host in the model's dtype.
+`prune_layers` serves models in memory and checkpoints. It needs memory for the statistics of one layer, the layer's inputs for one
+sample, and the hidden states of all samples between two layers. Those stay on the host in the model's dtype.
 
-Parallel ranks each hold the whole layer under work. They split the samples, sum the statistics, and solve different matrices. A sample
-goes through a layer by itself and a matrix is solved by one rank, so that the masks do not depend on the number of ranks.
+Each parallel rank holds the whole current layer. The ranks split the samples, sum the statistics, and solve different matrices. A
+sample passes through a layer alone and one rank solves a matrix, so the masks do not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -31,36 +31,36 @@ logger = logging.getLogger(__name__)
 class Layer:
     """A transformer layer: `forward` maps one sample's hidden states to the next layer's, `linears` are the modules to prune.
 
-    A linear is one of those `maskllm.huggingface.blocks.matrix` knows, called with its input as first argument; the keys are the names
-    reports use.
+    The keys of `linears` are the names in reports. The modules are of the kinds that `maskllm.huggingface.blocks.matrix` supports;
+    their first positional argument is their input.
     """
 
     forward: Callable[[torch.Tensor], torch.Tensor]
     linears: dict[str, torch.nn.Module]
     dtype: torch.dtype | None = None
-    """The dtype in which weights are stored, where it is not the one they compute in."""
+    """The dtype of the stored weights, if the layer computes in another dtype."""
 
     @property
     def device(self) -> torch.device:
-        """Where the layer computes."""
+        """The device that the layer computes on."""
         return next(iter(self.linears.values())).weight.device
 
     def weight(self, name: str) -> torch.Tensor:
-        """A linear's weight [out, in]; to write to it is to change the layer."""
+        """A view [out, in] of a linear's weight. Writing to it changes the layer."""
         return matrix(self.linears[name])
 
 
 class LayerStore(Protocol):
-    """Where finished layers are kept, so that an interrupted run goes on after the last of them."""
+    """Stores finished layers, so that an interrupted run can continue after the last one."""
 
     finished: Set[int]
-    """Layers that an earlier run has saved."""
+    """The layers that an earlier run has saved."""
 
     def load(self, index: int) -> dict[str, PrunedMatrix]:
-        """What `save` was given for a finished layer."""
+        """The matrices of a finished layer, as `save` got them."""
 
     def save(self, index: int, pruned: dict[str, PrunedMatrix]) -> None:
-        """Keep a finished layer."""
+        """Store the matrices of a finished layer."""
 
 
 @torch.no_grad()
@@ -73,11 +73,16 @@ def prune_layers(
     store: LayerStore,
     group: dist.ProcessGroup | None = None,
 ) -> list[dict[str, Any]]:
-    """Prune each layer in place and hand it to `store`; returns a report per layer.
+    """Prune each layer in place and store it; returns a report (JSON values) per layer.
 
-    `hidden` are this rank's samples as the first layer reads them, on the host; they are overwritten. `group` are the ranks that work
-    together. `layers` may yield its layers as it loads them. With `settings.sequential` a layer's inputs come from pruned
-    predecessors, as in the papers, else from the dense model.
+    Args:
+        layers: may load its layers one at a time.
+        num_layers: the number of layers.
+        hidden: this rank's samples as inputs of the first layer, [1, sequence, hidden size] each, on the host; overwritten.
+        settings: with `sequential`, a layer's inputs come from the pruned layers before it, as in the papers; otherwise from the
+            dense model.
+        store: where finished layers are stored.
+        group: the ranks that work together; None for one process.
     """
     reports = []
     last_to_solve = max((index for index in range(num_layers) if index not in store.finished), default=-1)
@@ -100,7 +105,7 @@ def _prune_layer(
     *,
     outputs_wanted: bool,
 ) -> dict[str, Any]:
-    """Prune one layer; with `outputs_wanted` the samples in `hidden` are replaced by its outputs."""
+    """Prune one layer. With `outputs_wanted`, its outputs replace the samples in `hidden`."""
     started = time.perf_counter()
     solve_seconds = 0.0
     resumed = index in store.finished
@@ -128,9 +133,10 @@ def _prune_layer(
 
 
 def calibrate(layer: Layer, hidden: list[torch.Tensor], *, keep_outputs: bool) -> dict[tuple[str, ...], InputStatistics]:
-    """The input statistics of a layer's linears over this rank's samples; linears that read the same tensor share theirs.
+    """The input statistics of a layer's linears over this rank's samples.
 
-    With `keep_outputs` the samples in `hidden` are replaced by the layer's outputs.
+    The keys are tuples of names: linears that read the same tensor share their statistics. With `keep_outputs`, the layer's outputs
+    replace the samples in `hidden`.
     """
     inputs: dict[str, torch.Tensor] = {}
 
@@ -163,6 +169,7 @@ def calibrate(layer: Layer, hidden: list[torch.Tensor], *, keep_outputs: bool) -
 
 
 def _advance(layer: Layer, hidden: list[torch.Tensor]) -> None:
+    """Replace the samples in `hidden` by the layer's outputs."""
     for index, sample in enumerate(hidden):
         hidden[index] = layer.forward(sample.to(layer.device)).cpu()
 
@@ -173,10 +180,10 @@ def _solve(
     settings: PruneSettings,
     group: dist.ProcessGroup | None,
 ) -> dict[str, PrunedMatrix]:
-    """Prune the layer's matrices, those that share an input together, the work of finding them split over the ranks."""
+    """Prune the layer's matrices. Matrices with the same input are solved together, on one of the ranks."""
     pruned: dict[str, PrunedMatrix] = {}
     ranks = 1 if group is None else group.size()
-    # Largest first: the cost of a matrix grows with the cube of its inputs.
+    # Largest first: the cost grows with the cube of the number of inputs.
     order = sorted(statistics, key=lambda names: -len(statistics[names].gram))
     for position, names in enumerate(order):
         if group is not None:
@@ -197,7 +204,7 @@ def _solve(
 def _broadcast(
     weight: torch.Tensor, solved: PrunedMatrix | None, source: int, settings: PruneSettings, group: dist.ProcessGroup
 ) -> PrunedMatrix:
-    """Give every rank the `solved` matrix that rank `source` has."""
+    """Send the matrix that rank `source` has `solved` to every rank."""
     out_features, in_features = weight.shape
     bits = pack_mask(solved.mask) if solved else weight.new_empty(out_features, -(-in_features // 8), dtype=torch.uint8)
     report = [solved.report if solved else None]

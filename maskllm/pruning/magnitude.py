@@ -1,4 +1,4 @@
-"""Magnitude pruning: the largest weights stay."""
+"""Magnitude pruning: keep the largest weights."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from maskllm.pruning.selection import Sparsity, check_sparsity, keep_of_all, kee
 def magnitude_mask(weight: torch.Tensor, sparsity: Sparsity) -> torch.Tensor:
     """The mask, bool [out, in], that keeps the largest |weight| [out, in].
 
-    `sparsity` is an N:M pattern (exactly N of every M consecutive weights of a row stay; `in` a multiple of M) or a share to
-    remove from the whole matrix. Of equal magnitudes the lower index stays. Raises MaskLLMError where the pattern does not fit.
+    `sparsity` is an N:M pattern, which keeps exactly N of every M consecutive weights of a row, or the share of weights to remove
+    from the whole matrix. Of equal magnitudes the one with the lower index is kept. Raises MaskLLMError if the pattern does not
+    fit.
     """
     check_sparsity(sparsity)
     if isinstance(sparsity, Pattern):

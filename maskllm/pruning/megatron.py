@@ -1,4 +1,4 @@
-"""`maskllm prune`: a Megatron checkpoint to the same checkpoint with a one-shot mask beside every masked weight."""
+"""`maskllm prune`: copy a Megatron checkpoint and add a one-shot mask to every masked weight."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ from maskllm.pruning.stream import LayerStream
 
 
 def open_for_pruning(load: str | Path, output: str | Path, settings: PruneSettings) -> Checkpoint:
-    """The checkpoint `load`, with its shapes, those of its masks, and `output` checked before any work is done.
+    """Open the checkpoint `load`, and check it, the settings and `output` before any work.
 
-    Raises MaskLLMError where it has masks already, a tensor has another shape than its config says, the pattern does not fit, or, as
-    `release_directory` does, where `output` cannot be written.
+    Raises MaskLLMError if the checkpoint already has masks, a tensor does not have its config's shape, the pattern does not fit, or
+    `output` cannot be written (`release_directory`).
     """
     checkpoint = resolve(load)
     if checkpoint.info.stage != "dense":
@@ -60,13 +60,13 @@ def open_for_pruning(load: str | Path, output: str | Path, settings: PruneSettin
 def prune_by_magnitude(load: str | Path, output: str | Path, settings: PruneSettings) -> Path:
     """Write the dense checkpoint `load` to OUTPUT/release with magnitude masks; returns that directory.
 
-    One tensor is in memory at a time and no model is built. Raises MaskLLMError as `open_for_pruning` does, and for a weight that is
+    It holds one tensor in memory at a time and builds no model. Raises MaskLLMError as `open_for_pruning` does, and if a weight is
     not finite.
     """
     checkpoint = open_for_pruning(load, output, settings)
 
     def bits(mapping: Mapping) -> torch.Tensor:
-        # A share is counted over each Hugging Face matrix, as in a model in memory, not over Megatron's fused one.
+        # A share applies to each Hugging Face matrix, as in `prune_hf`, not to Megatron's fused matrix.
         config = checkpoint.model_config
         parts = mapping.split(checkpoint.tensors[mapping.megatron].load(), config)
         for name, part in zip(mapping.hf, parts, strict=True):
@@ -78,10 +78,10 @@ def prune_by_magnitude(load: str | Path, output: str | Path, settings: PruneSett
 
 @dataclass(frozen=True)
 class Calibration:
-    """Which tokens calibrate, as `sample_windows` draws them from `data`, and the dtype the layers compute in."""
+    """The calibration tokens, which `sample_windows` draws from `data`, and the dtype that the layers compute in."""
 
     data: str
-    """An indexed dataset's prefix or a JSON-lines file."""
+    """The prefix of an indexed dataset, or a JSON-lines file."""
     samples: int = 128
     seq_length: int = 2048
     seed: int = 1234
@@ -89,7 +89,7 @@ class Calibration:
     params_dtype: torch.dtype = torch.bfloat16
 
     def tokens(self, checkpoint: Checkpoint) -> torch.Tensor:
-        """int64 [samples, seq_length]. Raises MaskLLMError where the data do not fit the checkpoint's model."""
+        """Draw the tokens, int64 [samples, seq_length]. Raises MaskLLMError if the data do not fit the checkpoint's model."""
         check_context(self.seq_length, checkpoint.model_config.max_position_embeddings)
         documents = open_documents(self.data, checkpoint.hf_directory, append_eod=self.pack)
         tokens = sample_windows(documents, self.samples, self.seq_length, seed=self.seed, pack=self.pack)
@@ -104,12 +104,12 @@ class Calibration:
 def prune_calibrated(
     load: str | Path, output: str | Path, settings: PruneSettings, calibration: Calibration
 ) -> tuple[Path, dict[str, Any]]:
-    """Write the dense checkpoint `load` to OUTPUT/release with masks chosen on calibration data, on all ranks of the job.
+    """Write the dense checkpoint `load` to OUTPUT/release with masks chosen on calibration data, using all ranks of the job.
 
-    Call it inside of `maskllm.megatron.process_groups.parallel_processes`. The ranks share `output`'s file system, and each works on
-    `maskllm.distributed.device`. Finished layers are kept beside `output`: after an interruption the same call continues after the last of
-    them. Returns the written directory and the report (JSON values). Raises MaskLLMError as `open_for_pruning` does, if there are fewer
-    samples than ranks, and for calibration data or weights that cannot be used.
+    Call it inside of `maskllm.megatron.process_groups.parallel_processes`. The ranks share the file system of `output`, and each
+    uses its `maskllm.distributed.device`. Finished layers are stored next to `output`, so after an interruption the same call
+    continues after the last one. Returns the written directory and the report (JSON values). Raises MaskLLMError as
+    `open_for_pruning` does, if there are fewer samples than ranks, and if the calibration data or the weights cannot be used.
     """
     checkpoint = open_for_pruning(load, output, settings)
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -122,7 +122,7 @@ def prune_calibrated(
         "settings": settings.as_dict(),
         "calibration": {**calibration.as_dict(), "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()},
     }
-    output = Path(os.path.realpath(output))  # "." has no name to put one beside
+    output = Path(os.path.realpath(output))  # "." has no name
     store = DirectoryStore(output.with_name(f".{output.name}.layers"), run)
     stream = LayerStream(checkpoint, device(), calibration.params_dtype)
     hidden = stream.first_hidden(tokens[rank::ranks])
@@ -168,9 +168,10 @@ def write_pruned(
     weight: Callable[[Mapping], torch.Tensor] | None = None,
     details: dict[str, Any] | None = None,
 ) -> Path:
-    """Write OUTPUT/release: the checkpoint's tensors and, for every masked weight, the mask bits that `bits` makes for its mapping.
+    """Write OUTPUT/release: the checkpoint's tensors, and for every masked weight the mask bits that `bits` returns for its
+    mapping.
 
-    Weights stay as they are, without zeros, unless `weight` makes others. `details` go into the checkpoint's info.
+    The weights stay dense and unchanged, unless `weight` returns new ones. `details` are added to the checkpoint's info.
     """
     tensors: dict[str, LazyTensor] = {}
     for mapping in parameter_map(checkpoint.model_config):

@@ -1,6 +1,6 @@
-"""Which scores to keep: the largest N of each M, or the largest share of a row or of a matrix.
+"""Select the largest scores: N of each M, or a share of each row or of the whole matrix.
 
-Every choice is deterministic: of equal scores the one with the lower index is kept.
+The selection is deterministic: of equal scores the one with the lower index is kept.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from maskllm.errors import MaskLLMError
 from maskllm.patterns import Pattern
 
 Sparsity = Pattern | float
-"""What a pruner aims at: an N:M pattern, or the share of weights to remove wherever they are (unstructured)."""
+"""The target of a pruning method: an N:M pattern, or the share of weights to remove (unstructured)."""
 
 
 def check_sparsity(sparsity: Sparsity) -> None:
-    """Raise MaskLLMError for an unstructured sparsity that is not a share strictly between 0 and 1."""
+    """Raise MaskLLMError if an unstructured sparsity is not strictly between 0 and 1."""
     if not isinstance(sparsity, Pattern) and not 0 < sparsity < 1:
         raise MaskLLMError(f"sparsity {sparsity}: wanted the share of weights to remove, between 0 and 1, for example 0.5")
 

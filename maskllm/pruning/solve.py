@@ -1,4 +1,4 @@
-"""Prune the matrices that read one input: the step every driver shares."""
+"""Prune the matrices of a layer that have the same input."""
 
 from __future__ import annotations
 
@@ -24,19 +24,24 @@ METHODS = ("magnitude", "wanda", "sparsegpt")
 
 @dataclass(frozen=True)
 class PruneSettings:
-    """How to prune. `sparsity` is an N:M pattern or a share to remove; `sequential` calibrates a layer on pruned predecessors."""
+    """How to prune. Raises MaskLLMError if the values are invalid or do not fit together."""
 
     method: str = "sparsegpt"
+    """One of METHODS."""
     sparsity: Sparsity = Pattern(2, 4)
+    """An N:M pattern, or the share of weights to remove."""
     update_weights: bool = False
+    """Keep SparseGPT's updated weights."""
     sequential: bool = True
+    """Calibrate a layer on the outputs of the pruned layers before it; otherwise on the dense model's."""
     damping: float = DAMPING
+    """SparseGPT's damping, as a share of the Hessian's mean diagonal."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise MaskLLMError(f"prune method {self.method!r}: wanted one of {', '.join(METHODS)}")
         if self.update_weights and self.method != "sparsegpt":
-            raise MaskLLMError(f"method {self.method} chooses a mask only; updating the weights takes sparsegpt")
+            raise MaskLLMError(f"method {self.method} chooses a mask only; updating the weights needs sparsegpt")
         if not 0 < self.damping < math.inf:
             raise MaskLLMError(f"damping {self.damping}: wanted a positive number")
         check_sparsity(self.sparsity)
@@ -48,19 +53,20 @@ class PruneSettings:
 
 @dataclass(frozen=True)
 class PrunedMatrix:
-    """What pruning makes of a matrix.
+    """A pruned matrix.
 
-    The report's `relative_error` is ||(W - W_hat) X|| / ||W X|| over the calibration tokens.
+    `relative_error` in the report is ||(W - W_hat) X|| / ||W X|| over the calibration tokens.
     """
 
     mask: torch.Tensor
     """bool [out, in]"""
     weight: torch.Tensor | None
-    """The compensated weight [out, in] in the old one's dtype, 0 where the mask is; None where the kept weights stay as they are."""
+    """The updated weight [out, in] in the original dtype, 0 for removed weights. None if the kept weights do not change."""
     report: dict[str, Any]
+    """JSON values: errors and counts."""
 
     def apply(self, weight: torch.Tensor) -> None:
-        """Make `weight` [out, in], on any device, the sparse one."""
+        """Overwrite `weight` [out, in], on any device, with the sparse weight."""
         if self.weight is not None:
             weight.copy_(self.weight)
         weight.masked_fill_(~self.mask.to(weight.device), 0)
@@ -70,10 +76,10 @@ class PrunedMatrix:
 def prune_matrices(
     weights: dict[str, torch.Tensor], statistics: InputStatistics, settings: PruneSettings, *, dtype: torch.dtype | None = None
 ) -> dict[str, PrunedMatrix]:
-    """Prune `weights`, name -> [out, in] of any float dtype, which all read the inputs of `statistics`.
+    """Prune `weights` (name -> [out, in] of any float dtype), which all have the inputs of `statistics`.
 
-    They share one factorization. Updated weights are rounded to `dtype`, the one in which they will be stored, where it is not that of
-    `weights`. Raises MaskLLMError for a weight that is not finite and for a pattern that does not fit.
+    They share one factorization of the Hessian. Updated weights are rounded to `dtype`, the dtype for storing them; the default is
+    the dtype of `weights`. Raises MaskLLMError if a weight is not finite or the pattern does not fit.
     """
     first = next(iter(weights))
     for name, weight in weights.items():
@@ -81,9 +87,9 @@ def prune_matrices(
     dead = int((statistics.gram.diagonal() == 0).sum())
     note = {"calibration_tokens": statistics.tokens, "skipped_tokens": statistics.skipped_tokens, "dead_inputs": dead}
     if statistics.skipped_tokens:
-        logger.warning("%s: left %d tokens with non-finite inputs out", ", ".join(weights), statistics.skipped_tokens)
+        logger.warning("%s: skipped %d tokens with non-finite inputs", ", ".join(weights), statistics.skipped_tokens)
     if statistics.tokens == 0:
-        logger.warning("%s: no calibration token has finite inputs; every input counts the same", ", ".join(weights))
+        logger.warning("%s: no calibration token has finite inputs; all inputs get the same weight", ", ".join(weights))
     elif dead:
         logger.warning("%s: %d of %d inputs are 0 for every token", ", ".join(weights), dead, len(statistics.gram))
 
@@ -104,7 +110,7 @@ def prune_matrices(
         return mask, weight * mask
 
     if isinstance(settings.sparsity, Pattern):
-        # Rows do not depend on each other: one sweep over all of them.
+        # Rows are independent, so one sweep serves all matrices.
         rows = [len(weight) for weight in weights.values()]
         masks, sparse = (tensor.split(rows) for tensor in solve(torch.cat(list(weights.values()))))
         solved = list(zip(masks, sparse, strict=True))
@@ -120,12 +126,12 @@ def prune_matrices(
 
 
 def output_norm(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """||weight X||, up to the common factor between `hessian` and X X^T: the square root of trace(W H W^T)."""
+    """||weight X|| up to a constant factor: the square root of trace(W H W^T), with `hessian` proportional to X X^T."""
     return ((weight @ hessian) * weight).sum(dtype=torch.float64).clamp(min=0).sqrt()
 
 
 def check_matrix(weight: torch.Tensor, name: str, sparsity: Sparsity) -> None:
-    """Raise MaskLLMError where the pattern does not fit `weight` [out, in] or it holds NaN or infinity."""
+    """Raise MaskLLMError if the pattern does not fit `weight` [out, in], or if the weight contains NaN or infinity."""
     if isinstance(sparsity, Pattern):
         sparsity.check_divides(weight.shape[1], name)
     if not weight.isfinite().all():

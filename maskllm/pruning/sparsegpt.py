@@ -14,33 +14,36 @@ from maskllm.pruning.selection import Sparsity, check_sparsity, keep_of_all, kee
 logger = logging.getLogger(__name__)
 
 BLOCK_SIZE = 128
-"""Columns swept before their errors are propagated to the columns that follow (the paper's B)."""
+"""Columns that are swept before their errors are propagated to all later columns (the paper's B)."""
 
 DAMPING = 0.01
-"""Share of the Hessian's mean diagonal added to its diagonal (appendix A of the paper)."""
+"""Share of the Hessian's mean diagonal that is added to its diagonal (appendix A of the paper)."""
 
 _MAX_DAMPING = 1e3
-"""With this much of the mean diagonal added, a positive semi-definite Hessian of any width has a Cholesky factor in fp32."""
+"""With this damping, a positive semi-definite Hessian of any width has a Cholesky factor in fp32."""
 
 _UNSTRUCTURED_STEP = 16
-"""Columns of a block swept between updates of the block's rest where no pattern sets it (speed only)."""
+"""Without a pattern: columns of a block that are swept between updates of the rest of the block. It affects speed only."""
 
 
 @dataclass(frozen=True)
 class HessianFactor:
-    """What the sweep needs of a Hessian: `upper` fp32 [in, in] with H^-1 = upper^T upper, and `dead` bool [in], inputs always 0."""
+    """The parts of a Hessian that the sweep needs."""
 
     upper: torch.Tensor
+    """fp32 [in, in], upper triangular, with H^-1 = upper^T upper."""
     dead: torch.Tensor
+    """bool [in]: inputs that are 0 for every token."""
     damping: float
+    """The damping that was used."""
 
 
 def factor_hessian(hessian: torch.Tensor, name: str, *, damping: float = DAMPING) -> HessianFactor:
-    """The upper Cholesky factor of the inverse of the damped `hessian`, fp32 [in, in] and finite, which is overwritten.
+    """The upper Cholesky factor of the inverse of the damped `hessian`, fp32 [in, in], which is overwritten.
 
-    Inputs that are always 0 get 1 on the diagonal. Where the Hessian is too close to singular for fp32, it is tried again with ten
-    times the damping, and the log says so with `name`, the layer's; `HessianFactor.damping` is what was used. Raises MaskLLMError
-    for a Hessian with a non-finite or negative diagonal.
+    Inputs that are always 0 get 1 on the diagonal. If the Hessian is too close to singular for fp32, the damping is multiplied by
+    ten and the factorization repeated; a warning gives `name`, the matrix's. Raises MaskLLMError if the diagonal is not finite and
+    non-negative, or if the Hessian has no factor with the largest damping either.
     """
     diagonal = hessian.diagonal()
     if not (diagonal.isfinite().all() and (diagonal >= 0).all()):
@@ -52,13 +55,13 @@ def factor_hessian(hessian: torch.Tensor, name: str, *, damping: float = DAMPING
     undamped, mean = diagonal.clone(), diagonal.mean()
     while True:
         diagonal.copy_(undamped + damping * mean)
-        # With J the reversal of the order, J H J = L L^T gives H = U U^T for the upper U = J L J, hence H^-1 = (U^-1)^T U^-1: the
-        # factor the paper gets by inverting H and factoring the inverse, in half the work and with one factorization's error.
+        # Let J reverse the order of the inputs. J H J = L L^T gives H = U U^T for the upper triangular U = J L J, so H^-1 is
+        # (U^-1)^T U^-1. The paper inverts H and factors the inverse. This takes half the work and only one factorization's error.
         root, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
         if not failed:
             root = root.flip(0, 1)
             upper = torch.linalg.solve_triangular(root, torch.eye(len(hessian), device=hessian.device), upper=True)
-            if torch.stack(upper.aminmax()).isfinite().all():  # NaN comes through; no copies
+            if torch.stack(upper.aminmax()).isfinite().all():  # aminmax propagates NaN and makes no copies
                 return HessianFactor(upper, dead, damping)
         if damping >= _MAX_DAMPING:
             raise MaskLLMError(f"{name}: its inputs' Hessian has no Cholesky factor; it is not positive semi-definite")
@@ -67,11 +70,11 @@ def factor_hessian(hessian: torch.Tensor, name: str, *, damping: float = DAMPING
 
 
 def sparsegpt(weight: torch.Tensor, factor: HessianFactor, sparsity: Sparsity) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sweep `weight` [out, in] from left to right; returns the mask, bool [out, in], and the compensated weight, fp32 [out, in].
+    """Sweep `weight` [out, in] from left to right; returns the mask, bool [out, in], and the updated weight, fp32 [out, in].
 
-    The mask of each block of M columns keeps the N largest W^2 / diag(upper)^2 of each row, chosen when the sweep reaches it, so that
-    all compensation by the columns before is in W. With a share instead of a pattern, it is chosen for 128 columns of all rows at
-    once. The compensated weight is 0 where the mask is. Raises MaskLLMError where the pattern does not fit.
+    In each block of M columns, the mask keeps the N largest W^2 / diag(upper)^2 of each row. It is chosen when the sweep reaches
+    the block, so W includes the updates from all columns before. With a share instead of a pattern, the mask is chosen for 128
+    columns of all rows at once. Removed weights are 0 in the updated weight. Raises MaskLLMError if the pattern does not fit.
     """
     check_sparsity(sparsity)
     out_features, in_features = weight.shape
@@ -82,7 +85,7 @@ def sparsegpt(weight: torch.Tensor, factor: HessianFactor, sparsity: Sparsity) -
         step = _UNSTRUCTURED_STEP
     width = BLOCK_SIZE // step * step
 
-    # Columns are rows here, so that a column is contiguous.
+    # Work on the transpose, so that a column is contiguous.
     columns = weight.t().float().clone(memory_format=torch.contiguous_format)
     columns[factor.dead] = 0
     keep = torch.empty(in_features, out_features, dtype=torch.bool, device=weight.device)

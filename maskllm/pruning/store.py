@@ -1,4 +1,4 @@
-"""Finished layers on disk, so that an interrupted run goes on after the last of them."""
+"""Stores finished layers on disk, so that an interrupted run can continue after the last one."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ _RUN = "run.json"
 
 
 class DirectoryStore:
-    """One safetensors file a layer in a directory: mask bits, updated weights, report.
+    """A directory with one safetensors file per layer: mask bits, updated weights, report.
 
-    The ranks of a job share it: rank 0 writes, all read.
+    The ranks of a job share it: rank 0 writes, all ranks read.
     """
 
     def __init__(self, directory: Path, run: dict[str, Any]) -> None:
-        """Open `directory` for the run that the JSON values `run` describe; what another run left there is removed.
+        """Open `directory` for the run that the JSON values `run` describe. Layers of any other run are deleted.
 
-        Called by all ranks of the default process group.
+        All ranks of the default process group must call it.
         """
         self.directory = directory
         finished: list[list[int]] = [[]]
         if dist.get_rank() == 0:
             if (directory / _RUN).is_file() and read_json_object(directory / _RUN) == run:
                 finished[0] = sorted(int(file.stem.split("_")[1]) for file in directory.glob("layer_*.safetensors"))
-                logger.info("%s: going on with %d finished layers", directory, len(finished[0]))
+                logger.info("%s: continuing after %d finished layers", directory, len(finished[0]))
             else:
                 shutil.rmtree(directory, ignore_errors=True)
                 directory.mkdir(parents=True)
@@ -48,7 +48,7 @@ class DirectoryStore:
         self.finished = frozenset(finished[0])
 
     def load(self, index: int) -> dict[str, PrunedMatrix]:
-        """A finished layer's matrices. Raises MaskLLMError where its file cannot be read."""
+        """The matrices of a finished layer. Raises MaskLLMError if its file cannot be read."""
         path = self._path(index)
         try:
             with safe_open(path, framework="pt") as file:
@@ -63,7 +63,7 @@ class DirectoryStore:
             raise MaskLLMError(f"{path}: cannot be read ({error}); delete {self.directory} to start over") from None
 
     def save(self, index: int, pruned: dict[str, PrunedMatrix]) -> None:
-        """Keep a finished layer. Raises MaskLLMError where its file cannot be written."""
+        """Write a finished layer. Raises MaskLLMError if its file cannot be written."""
         if dist.get_rank() != 0:
             return
         tensors: dict[str, torch.Tensor] = {}
@@ -78,7 +78,7 @@ class DirectoryStore:
             save_file(tensors, temporary, metadata={"matrices": json.dumps(entries)})
 
     def tensor(self, index: int, name: str) -> torch.Tensor:
-        """One tensor of a finished layer: MATRIX.mask_bits, or MATRIX.weight where weights were updated."""
+        """One tensor of a finished layer: MATRIX.mask_bits, or MATRIX.weight if the weights were updated."""
         with safe_open(self._path(index), framework="pt") as file:
             return file.get_tensor(name)
 

@@ -1,7 +1,7 @@
-"""A Megatron checkpoint as a stream of Hugging Face decoder layers, one of which is in memory at a time.
+"""A Megatron checkpoint as a stream of Hugging Face decoder layers. One layer is in memory at a time.
 
-Pruning does not build the Megatron model: a layer at a time, whole, on every rank, needs less memory than any split of the model, and
-gives every layout the same arithmetic.
+Pruning does not build the Megatron model. Each rank holds one whole layer at a time. That needs less memory than any split of the
+model, and the arithmetic is the same for every layout.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from maskllm.pruning.layerwise import Layer
 
 
 class LayerStream:
-    """The decoder layers of `checkpoint`, computing on `device` in `dtype`."""
+    """The decoder layers of `checkpoint`, which compute on `device` in `dtype`."""
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
         self._checkpoint = checkpoint
@@ -33,23 +33,23 @@ class LayerStream:
 
     @torch.no_grad()
     def first_hidden(self, input_ids: torch.Tensor) -> list[torch.Tensor]:
-        """The hidden states [1, sequence, hidden size] that the first layer reads, on the host, for each row of `input_ids`."""
+        """The first layer's input for each row of `input_ids`, int64 [samples, sequence]: [1, sequence, hidden size] on the host."""
         model = self._one_layer_model()
         self._prefix, (self._layer,) = transformer_blocks(model)
         hidden = []
         for ids in input_ids.split(1):
             (call,) = layer_calls(model, [self._layer], ids)
             hidden.append(call.hidden)
-        # Rotary embeddings and the attention mask depend on the positions alone, and are the same for every layer.
+        # Rotary embeddings and the attention mask depend only on the positions, so they are the same for every layer.
         others = {"args": call.args, "kwargs": call.kwargs}
         others = _pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(self._device), others)
         self._call = dataclasses.replace(call, **others)
         return hidden
 
     def __iter__(self) -> Iterator[Layer]:
-        """Each layer in turn; the one before is gone. To be called after `first_hidden`."""
+        """Each layer in turn. Loading a layer frees the one before. Call `first_hidden` first."""
         for index in range(self._checkpoint.model_config.num_layers):
-            self._layer.to("meta")  # lets go of the weights of the layer before
+            self._layer.to("meta")  # frees the weights of the layer before
             prefix, state, stored = f"{self._prefix}.{index}", {}, None
             for name, tensor in self._tensors(f"{prefix}."):
                 stored = tensor.dtype
@@ -59,10 +59,10 @@ class LayerStream:
             yield Layer(layer_forward(self._layer, self._call), linears_of(self._layer, prefix), stored)
 
     def _one_layer_model(self) -> PreTrainedModel:
-        """The model on the host with its real embeddings and one layer, whose weights are still random."""
+        """The model on the host with the real embeddings and one layer with random weights."""
         config = AutoConfig.from_pretrained(self._checkpoint.hf_directory)
         config.num_hidden_layers = 1
-        config.vocab_size, config.pad_token_id = 1, None  # the real embedding follows; this one would only be drawn in vain
+        config.vocab_size, config.pad_token_id = 1, None  # a small random embedding; the real one replaces it below
         model = AutoModel.from_config(config).eval()
         for mapping in parameter_map(self._checkpoint.model_config):
             if mapping.megatron.startswith("embedding."):
@@ -73,7 +73,7 @@ class LayerStream:
         return model
 
     def _tensors(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """The checkpoint's tensors whose Hugging Face name starts with `prefix`, under the rest of that name."""
+        """The tensors with Hugging Face names that start with `prefix`: (the rest of the name, tensor)."""
         for mapping in parameter_map(self._checkpoint.model_config):
             if mapping.hf[0].startswith(prefix):
                 parts = mapping.to_hf(self._checkpoint.tensors[mapping.megatron].load(), self._checkpoint.model_config)

@@ -1,4 +1,4 @@
-"""Wanda: weights weighed by the size of their inputs (arXiv 2306.11695, section 3)."""
+"""Wanda: magnitude times the norm of the input (arXiv 2306.11695, section 3)."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from maskllm.pruning.selection import Sparsity, check_sparsity, keep_of_each_blo
 def wanda_mask(weight: torch.Tensor, input_squares: torch.Tensor, sparsity: Sparsity) -> torch.Tensor:
     """The mask, bool [out, in], that keeps the largest scores |W_ij| * ||X_j||_2 of each block of M, or of each output row.
 
-    `weight` is [out, in]; `input_squares` [in] is the sum over all calibration tokens of each input's square (any common factor
-    cancels). `sparsity` is an N:M pattern, or the share that every output row loses (section 3, "comparison group"). Raises
-    MaskLLMError where the pattern does not fit.
+    `weight` is [out, in]. `input_squares` [in] is the sum of each input's squares over all calibration tokens; a common factor has
+    no effect. `sparsity` is an N:M pattern, or the share of weights to remove from every output row (section 3, "comparison
+    group"). Raises MaskLLMError if the pattern does not fit.
     """
     check_sparsity(sparsity)
     scores = weight.abs().float() * input_squares.sqrt().float()

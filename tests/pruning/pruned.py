@@ -1,4 +1,4 @@
-"""What tests read from a pruned checkpoint."""
+"""Read masks and weights of a pruned checkpoint, for tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from maskllm.patterns import unpack_mask
 
 
 def hf_masks(path: Path) -> dict[str, torch.Tensor]:
-    """Its masks, Hugging Face name -> bool [out, in]."""
+    """The masks of a checkpoint: Hugging Face name -> bool [out, in]."""
     checkpoint = resolve(path)
     masks = {}
     for mapping in parameter_map(checkpoint.model_config):
@@ -25,7 +25,7 @@ def hf_masks(path: Path) -> dict[str, torch.Tensor]:
 
 
 def hf_weights(path: Path) -> dict[str, torch.Tensor]:
-    """All its weights under their Hugging Face names."""
+    """All weights of a checkpoint: Hugging Face name -> tensor."""
     checkpoint = resolve(path)
     weights = {}
     for mapping in parameter_map(checkpoint.model_config):
@@ -35,6 +35,6 @@ def hf_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def calibrated(dataset: str | Path, method: str, *options: object) -> list[str]:
-    """Options for few and short samples, computed in fp32 where `options` do not say otherwise."""
+    """Options of `maskllm prune` for few and short samples in fp32. `options` come last and override them."""
     few = ["--calibration-samples", "6", "--seq-length", "48", "--seed", "3", "--params-dtype", "fp32"]
     return ["--method", method, "--calibration-data", str(dataset), *few, *map(str, options)]

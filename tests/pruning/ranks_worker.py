@@ -1,9 +1,9 @@
-"""Run under torchrun by test_ranks: write a checkpoint under several layouts, then run commands of the console program, all in one job.
+"""test_ranks runs this under torchrun: write a checkpoint under several layouts, then run `maskllm` commands, all in one job.
 
 usage: python -m tests.pruning.ranks_worker DENSE JOB.json
 
-JOB.json holds "layouts", a directory -> [tensor, pipeline] parallel sizes, and "commands", a list of command lines. The ranks' exit
-statuses go to JOB.RANK, and each rank prints a line between commands.
+JOB.json holds "layouts", a map of directory -> [tensor, pipeline] parallel sizes, and "commands", a list of command lines. Each
+rank writes its exit statuses to JOB.json.RANK.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from maskllm.megatron.process_groups import parallel_processes  # noqa: E402
 
 
 def write_under(dense: str, directory: str, tensor: int, pipeline: int) -> None:
-    """Load `dense` into a model under a layout, which is data-parallel over what the sizes leave, and save it from there."""
+    """Load `dense` into a model under a layout and save it. The remaining ranks are data-parallel."""
     with parallel_processes(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline):
         checkpoint = resolve(dense)
         model = build_model(checkpoint.model_config, params_dtype=torch.bfloat16)
@@ -37,7 +37,7 @@ def write_under(dense: str, directory: str, tensor: int, pipeline: int) -> None:
 
 
 def main(dense: str, path: str) -> None:
-    """Do all of it."""
+    """Write the layouts, then run the commands."""
     job = json.loads(Path(path).read_text())
     for directory, (tensor, pipeline) in job["layouts"].items():
         write_under(dense, directory, tensor, pipeline)

@@ -1,3 +1,5 @@
+"""Calibration windows: where they come from, and their order."""
+
 import gzip
 import json
 
@@ -13,7 +15,7 @@ from maskllm.pruning.calibration import IndexedDocuments, open_documents, sample
 
 
 def documents(lengths):
-    """Document d holds the tokens 1000 d, 1000 d + 1, ... so that a window tells where it is from."""
+    """Document d holds the tokens 1000 d, 1000 d + 1, ..., so a window shows its document and place."""
     return [1000 * d + np.arange(length) for d, length in enumerate(lengths)]
 
 
@@ -31,19 +33,19 @@ def test_windows_lie_within_documents_longer_than_the_window():
     assert (windows.diff(dim=1) == 1).all()
     sources = windows[:, 0] // 1000
     assert sources.unique().tolist() == [0, 2, 3]
-    assert sources.bincount().max() - sources.bincount()[[0, 2, 3]].min() <= 1  # each again only when all have been
+    assert sources.bincount().max() - sources.bincount()[[0, 2, 3]].min() <= 1  # no document comes twice before all have come once
     assert windows[sources == 3, 0].unique().numel() > 10  # starts differ
     assert (windows[sources == 2, 0] == 2000).all()
 
 
-def test_the_seed_decides():
+def test_the_seed_selects_the_windows():
     docs = documents([40, 50, 60])
     first = sample_windows(docs, 5, 8, seed=1)
     assert torch.equal(first, sample_windows(docs, 5, 8, seed=1))
     assert not torch.equal(first, sample_windows(docs, 5, 8, seed=2))
 
 
-def test_packing_uses_every_token_once_before_any_twice():
+def test_packing_uses_every_token_once_before_it_repeats():
     docs = documents([5, 3, 6, 2])
     windows = sample_windows(docs, 4, 4, seed=0, pack=True)
     assert sorted(windows.flatten().tolist()) == sorted(np.concatenate(docs).tolist())
@@ -54,7 +56,7 @@ def test_packing_uses_every_token_once_before_any_twice():
         assert windows.flatten()[start : start + len(doc)].tolist() == doc.tolist(), d
 
 
-def test_too_short_documents_are_an_error_that_says_what_helps():
+def test_the_error_for_short_documents_suggests_a_remedy():
     with pytest.raises(MaskLLMError, match=r"none of the 2 .* longer than 8 .*--pack"):
         sample_windows(documents([8, 4]), 2, 8, seed=0)
     with pytest.raises(MaskLLMError, match="no tokens"):
@@ -63,7 +65,7 @@ def test_too_short_documents_are_an_error_that_says_what_helps():
 
 
 def write_tokenizer(folder):
-    """A tokenizer for which the word "n" is the token n, and "." ends a document."""
+    """A tokenizer that maps the word "n" to the token n, and "." to the end of a document."""
     vocabulary = {str(n): n for n in range(100)} | {".": 100}
     tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="."))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

@@ -1,4 +1,4 @@
-"""`prune_hf` on small Llama models, against statistics taken by hooks on the whole model."""
+"""`prune_hf` on small models, against statistics from hooks on the whole model."""
 
 import copy
 import logging
@@ -34,7 +34,7 @@ def tokens(samples=6, length=20):
 
 
 def linear_inputs(model, input_ids, layer):
-    """Each linear's inputs [tokens, in] in one layer, from a plain forward pass of the whole model over the whole batch."""
+    """The inputs [tokens, in] of one layer's linears, from a forward pass of the whole model over the whole batch."""
     seen, handles = {}, []
     for name in MATRICES:
         module = model.model.layers[layer].get_submodule(name)
@@ -61,7 +61,7 @@ def test_wanda_calibrates_each_layer_on_pruned_or_dense_predecessors(sequential)
     result = prune_hf(model, input_ids, PruneSettings("wanda", PATTERN, sequential=sequential))
     for layer in range(3):
         reference = copy.deepcopy(dense)
-        if sequential:  # all layers before this one as they were pruned
+        if sequential:  # the layers before this one are pruned
             for before in range(layer):
                 reference.model.layers[before].load_state_dict(model.model.layers[before].state_dict())
         inputs = linear_inputs(reference, input_ids, layer)
@@ -93,7 +93,7 @@ def test_reports_the_relative_output_error(method, update):
 
 @pytest.mark.parametrize("sparsity", [PATTERN, 0.5])
 def test_gpt2_is_pruned_along_its_inputs(sparsity):
-    """Its weights are [in, out]: an input is a row, and a block of 2:4 runs down a column."""
+    """GPT-2 stores weights as [in, out]: an input is a row, and a 2:4 block is part of a column."""
     torch.manual_seed(0)
     config = GPT2Config(
         n_layer=2,
@@ -131,7 +131,7 @@ def test_gpt2_is_pruned_along_its_inputs(sparsity):
         assert matrix["relative_error"] < plain["layers"][0]["matrices"][name]["relative_error"]
 
 
-def test_updated_weights_reproduce_the_outputs_better():
+def test_updated_weights_have_a_smaller_output_error():
     errors = {}
     for update in (False, True):
         model = tiny_llama(2)
@@ -141,7 +141,7 @@ def test_updated_weights_reproduce_the_outputs_better():
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
-def test_unstructured_sparsity_reaches_its_share(method):
+def test_unstructured_sparsity_removes_its_share(method):
     model = tiny_llama()
     report = prune_hf(model, tokens(), PruneSettings(method, 0.75)).report
     assert report["sparsity"] == 0.75
@@ -149,7 +149,7 @@ def test_unstructured_sparsity_reaches_its_share(method):
         assert all(matrix["kept"] == pytest.approx(0.25, abs=0.01) for matrix in layer["matrices"].values())
 
 
-def test_bf16_weights_stay_bf16_and_nothing_else_changes():
+def test_bf16_weights_stay_bf16_and_no_other_parameter_changes():
     model = tiny_llama().bfloat16().train()
     before = copy.deepcopy(model.state_dict())
     prune_hf(model, tokens(), PruneSettings("sparsegpt", PATTERN, update_weights=True))
@@ -160,7 +160,7 @@ def test_bf16_weights_stay_bf16_and_nothing_else_changes():
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
-def test_a_token_with_nan_is_left_out_and_named(method, caplog):
+def test_a_token_with_nan_is_skipped_and_reported(method, caplog):
     model, input_ids = tiny_llama(), tokens()
     input_ids[input_ids == 7] = 8
     clean = masks_of(prune_hf(copy.deepcopy(model), input_ids[1:], PruneSettings(method, PATTERN)), 0)
@@ -178,7 +178,7 @@ def test_a_token_with_nan_is_left_out_and_named(method, caplog):
             assert torch.equal(bits, clean[name]), name
 
 
-def test_without_a_finite_token_sparsegpt_compares_magnitudes(caplog):
+def test_without_a_finite_token_sparsegpt_uses_magnitudes(caplog):
     model = tiny_llama()
     weights = {name: weight_of(model, 0, name).clone() for name in MATRICES}
     model.model.embed_tokens.weight.data.fill_(float("nan"))
@@ -191,7 +191,7 @@ def test_without_a_finite_token_sparsegpt_compares_magnitudes(caplog):
         torch.testing.assert_close(weight_of(model, 0, name), weights[name] * expected)
 
 
-def test_dead_inputs_are_counted_and_named(caplog):
+def test_dead_inputs_are_counted_and_reported(caplog):
     model = tiny_llama()
     model.model.layers[1].input_layernorm.weight.data[[4, 9]] = 0
     with caplog.at_level(logging.WARNING):
@@ -203,7 +203,7 @@ def test_dead_inputs_are_counted_and_named(caplog):
     assert (weight_of(model, 1, "self_attn.q_proj")[:, [4, 9]] == 0).all()
 
 
-def test_refuses_what_it_cannot_prune():
+def test_models_and_settings_that_cannot_be_pruned_are_refused():
     model = tiny_llama()
     with pytest.raises(MaskLLMError, match=r"no list of transformer blocks at model\.layers or model\.h"):
         prune_hf(
@@ -223,5 +223,5 @@ def test_refuses_what_it_cannot_prune():
         prune_hf(model, tokens())
     with pytest.raises(MaskLLMError, match="wanted one of magnitude, wanda, sparsegpt"):
         PruneSettings("random")
-    with pytest.raises(MaskLLMError, match="takes sparsegpt"):
+    with pytest.raises(MaskLLMError, match="needs sparsegpt"):
         PruneSettings("wanda", update_weights=True)

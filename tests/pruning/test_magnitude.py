@@ -1,3 +1,5 @@
+"""Magnitude masks against a search over all candidates."""
+
 import itertools
 
 import pytest
@@ -20,7 +22,7 @@ def test_keeps_the_candidate_with_the_largest_sum_of_magnitudes(text):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_of_equal_weights_the_lower_index_stays(dtype):
+def test_of_equal_weights_the_lower_index_is_kept(dtype):
     weight = torch.tensor([[1, -1, 1, 1, 0, 2, -2, 2, 0, 0, 0, 0]], dtype=dtype)
     mask = magnitude_mask(weight, Pattern(2, 4))
     assert mask.int().tolist() == [[1, 1, 0, 0, 0, 1, 1, 0, 1, 1, 0, 0]]

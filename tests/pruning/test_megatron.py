@@ -1,11 +1,10 @@
-"""`maskllm prune` from checkpoint to checkpoint, against `prune_hf` on the same model in memory."""
+"""`maskllm prune` on checkpoints, against `prune_hf` on the same model in memory."""
 
 import gc
 import json
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -53,7 +52,7 @@ def test_magnitude_needs_no_data_and_keeps_the_weights(tiny_hf, tiny_dense, tmp_
 
 
 def in_memory(hf, dataset, settings):
-    """The pruned model and the masks, Hugging Face name -> bool [out, in], of `prune_hf`."""
+    """The results of `prune_hf`: the pruned model, the masks (Hugging Face name -> bool [out, in]) and the report."""
     model = LlamaForCausalLM.from_pretrained(hf, dtype=torch.float32)
     tokens = sample_windows(open_documents(dataset, hf), 6, 48, seed=3)
     result = prune_hf(model, tokens, settings)
@@ -70,7 +69,7 @@ def in_memory(hf, dataset, settings):
         ("sparsegpt", ["--sparsity", "0.5"], PruneSettings("sparsegpt", 0.5)),
     ],
 )
-def test_is_the_same_as_in_memory(tiny_hf, tiny_dense, tiny_dataset, tmp_path, method, options, settings):
+def test_the_masks_are_those_of_the_model_in_memory(tiny_hf, tiny_dense, tiny_dataset, tmp_path, method, options, settings):
     assert prune(tiny_dense, tmp_path / "out", *calibrated(tiny_dataset, method, *options, "--json", tmp_path / "report.json")) == 0
     _, expected, expected_report = in_memory(tiny_hf, tiny_dataset, settings)
     masks, weights, dense = hf_masks(tmp_path / "out"), hf_weights(tmp_path / "out"), hf_weights(tiny_dense)
@@ -83,12 +82,19 @@ def test_is_the_same_as_in_memory(tiny_hf, tiny_dense, tiny_dataset, tmp_path, m
     for layer, expected_layer in zip(report["layers"], expected_report["layers"], strict=True):
         for name, matrix in layer["matrices"].items():
             assert matrix["relative_error"] == pytest.approx(expected_layer["matrices"][name]["relative_error"], rel=1e-4)
-    assert list(tmp_path.glob(".*")) == []  # nothing of the work is left
+    assert list(tmp_path.glob(".*")) == []  # no intermediate files are left
 
 
-def test_updated_weights_are_stored_in_the_checkpoints_dtype(tiny_hf, tiny_dense, tiny_dataset, tmp_path):
-    assert prune(tiny_dense, tmp_path / "out", *calibrated(tiny_dataset, "sparsegpt", "--update-weights")) == 0
-    masks, weights, dense = hf_masks(tmp_path / "out"), hf_weights(tmp_path / "out"), hf_weights(tiny_dense)
+@pytest.fixture(scope="module")
+def updated(tiny_dense, tiny_dataset, tmp_path_factory):
+    """`tiny_dense`, pruned by SparseGPT with updated weights."""
+    path = tmp_path_factory.mktemp("updated") / "out"
+    assert prune(tiny_dense, path, *calibrated(tiny_dataset, "sparsegpt", "--update-weights")) == 0
+    return path
+
+
+def test_updated_weights_are_stored_in_the_checkpoints_dtype(updated, tiny_hf, tiny_dense, tiny_dataset):
+    masks, weights, dense = hf_masks(updated), hf_weights(updated), hf_weights(tiny_dense)
     model, _, _ = in_memory(tiny_hf, tiny_dataset, PruneSettings("sparsegpt", Pattern(2, 4), update_weights=True))
     for name, weight in weights.items():
         assert weight.dtype == torch.bfloat16
@@ -97,32 +103,39 @@ def test_updated_weights_are_stored_in_the_checkpoints_dtype(tiny_hf, tiny_dense
             assert (weight[masks[name]] != dense[name][masks[name]]).float().mean() > 0.5
         else:
             assert torch.equal(weight, dense[name])
-    # The first layer's inputs are the same; later ones follow the weights as they are stored, rounded to bf16.
+    # Only the first layer has the same inputs: here the later ones see weights that were rounded to bf16.
     first = "model.layers.0.mlp.up_proj.weight"
     assert torch.equal(weights[first], model.get_parameter(first).bfloat16())
-    assert resolve(tmp_path / "out").info.details["update_weights"] is True
+    assert resolve(updated).info.details["update_weights"] is True
 
 
+@pytest.fixture
 def live_bytes():
-    """The bytes of all tensors that are alive, each storage once."""
-    storages = {}
-    for thing in gc.get_objects():
-        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type != "meta":
-            storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
-    return sum(storages.values())
+    """A function that returns the bytes of all tensors created since the test began that are still alive, each storage once."""
 
+    def count() -> int:
+        storages = {}
+        for thing in gc.get_objects():
+            if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type != "meta":
+                storages[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+        return sum(storages.values())
 
-def test_memory_is_one_layers(tiny_dense, tiny_dataset, tmp_path, monkeypatch):
-    """While statistics are taken: a layer's weights, its Gram matrices, its inputs for one sample, and all hidden states."""
-    hidden, ffn, qkv, tokens, samples = 64, 128, 128, 48, 6
     gc.collect()
-    before, seen = live_bytes(), []
+    gc.freeze()  # the collector then lists new objects only
+    yield count
+    gc.unfreeze()
+
+
+def test_memory_holds_one_layer(tiny_dense, tiny_dataset, tmp_path, monkeypatch, live_bytes):
+    """While statistics are collected: a layer's weights, its Gram matrices, its inputs for one sample, and all hidden states."""
+    hidden, ffn, qkv, tokens, samples = 64, 128, 128, 48, 6
+    seen = []
     add = InputStatistics.add
 
     def measured(self, inputs):
         add(self, inputs)
         if self.samples == samples:
-            seen.append(live_bytes() - before)
+            seen.append(live_bytes())
 
     monkeypatch.setattr(InputStatistics, "add", measured)
     assert prune(tiny_dense, tmp_path / "out", *calibrated(tiny_dataset, "sparsegpt")) == 0
@@ -131,15 +144,22 @@ def test_memory_is_one_layers(tiny_dense, tiny_dataset, tmp_path, monkeypatch):
     one_sample = 4 * tokens * (3 * hidden + ffn + 2 * hidden)  # the inputs of the linears, the layer's input and output
     between_layers = 4 * samples * tokens * hidden + 8 * samples * tokens  # and the tokens themselves
     rotary = 2 * 4 * tokens * 16
-    assert max(seen) <= weights + grams + one_sample + between_layers + rotary + 4096
+    expected = weights + grams + one_sample + between_layers + rotary
+    assert 0.8 * expected <= max(seen) <= expected + 4096
     assert len(seen) == 4 * 4
     per_layer = [max(seen[i : i + len(seen) // 4]) for i in range(0, len(seen), len(seen) // 4)]
-    assert max(per_layer[1:]) - min(per_layer[1:]) < 4096  # nothing piles up
+    assert max(per_layer[1:]) - min(per_layer[1:]) < 4096, "memory accumulates from layer to layer"
 
 
-def test_an_interrupted_run_goes_on_after_its_last_layer(tiny_dense, tiny_dataset, tmp_path, monkeypatch):
+def assert_same(one, other):
+    for read in (hf_masks, hf_weights):
+        expected, found = read(one), read(other)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_an_interrupted_run_continues_after_its_last_layer(updated, tiny_dense, tiny_dataset, tmp_path, monkeypatch):
     arguments = calibrated(tiny_dataset, "sparsegpt", "--update-weights", "--json", tmp_path / "report.json")
-    assert prune(tiny_dense, tmp_path / "whole", *arguments) == 0
     save = DirectoryStore.save
 
     def stop_at_layer_2(self, index, pruned):
@@ -154,37 +174,46 @@ def test_an_interrupted_run_goes_on_after_its_last_layer(tiny_dense, tiny_datase
     assert prune(tiny_dense, tmp_path / "out", *arguments) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     assert [layer["resumed"] for layer in report["layers"]] == [True, True, False, False]
-    for read in (hf_masks, hf_weights):
-        whole, resumed = read(tmp_path / "whole"), read(tmp_path / "out")
-        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert_same(updated, tmp_path / "out")
+
+
+KILL_WHILE_WRITING_LAYER_1 = """
+import os, signal, sys
+import megatron_patches
+megatron_patches.import_megatron()
+from maskllm.cli import main
+from maskllm.pruning import store
+save_file = store.save_file
+def save_and_kill(tensors, path, **options):
+    save_file(tensors, path, **options)
+    if "layer_00001" in str(path):
+        os.kill(os.getpid(), signal.SIGKILL)
+store.save_file = save_and_kill
+main(sys.argv[1:])
+"""
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_after_its_last_layer(tiny_dense, tiny_dataset, tmp_path):
+def test_a_killed_run_continues_after_its_last_layer(updated, tiny_dense, tiny_dataset, tmp_path):
+    """SIGKILL arrives when the second layer's file is complete, but still has its temporary name."""
     report = tmp_path / "report.json"
-    arguments = calibrated(tiny_dataset, "sparsegpt", "--update-weights", "--calibration-samples", "40", "--json", report)
-    assert prune(tiny_dense, tmp_path / "whole", *arguments) == 0
+    arguments = calibrated(tiny_dataset, "sparsegpt", "--update-weights", "--json", report)
+    command = ["prune", "--load", tiny_dense, "--output", tmp_path / "out", *arguments]
+    done = subprocess.run(
+        [sys.executable, "-c", KILL_WHILE_WRITING_LAYER_1, *map(str, command)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
     layers = tmp_path / ".out.layers"
-    command = [sys.executable, "-m", "maskllm", "prune", "--load", tiny_dense, "--output", tmp_path / "out", *arguments]
-    with (tmp_path / "console").open("w") as console:
-        process = subprocess.Popen([str(word) for word in command], stdout=console, stderr=console)
-        while not list(layers.glob("layer_*")):
-            assert process.poll() is None, (tmp_path / "console").read_text()
-            time.sleep(0.002)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-    finished = len(list(layers.glob("layer_*")))
-    assert 1 <= finished < 4
+    assert [path.name for path in layers.glob("layer_*")] == ["layer_00000.safetensors"]
+    assert len(list(layers.iterdir())) == 3, "the temporary file, run.json and the first layer"
     assert not (tmp_path / "out").exists()
     assert prune(tiny_dense, tmp_path / "out", *arguments) == 0
-    assert [layer["resumed"] for layer in json.loads(report.read_text())["layers"]] == [index < finished for index in range(4)]
-    for read in (hf_masks, hf_weights):
-        whole, resumed = read(tmp_path / "whole"), read(tmp_path / "out")
-        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert [layer["resumed"] for layer in json.loads(report.read_text())["layers"]] == [True, False, False, False]
+    assert_same(updated, tmp_path / "out")
     assert not layers.exists()
 
 
-def test_a_run_interrupted_while_writing_only_writes(tiny_dense, tiny_dataset, tmp_path, monkeypatch):
+def test_a_run_that_failed_while_writing_only_writes_when_repeated(tiny_dense, tiny_dataset, tmp_path, monkeypatch):
     def no_room(*args, **kwargs):
         raise OSError(28, "No space left on device", "out")
 
@@ -198,7 +227,7 @@ def test_a_run_interrupted_while_writing_only_writes(tiny_dense, tiny_dataset, t
     assert len(hf_masks(tmp_path / "out")) == 28
 
 
-def test_the_working_directory_is_an_output_like_others(tiny_dense, tiny_dataset, tmp_path, monkeypatch):
+def test_the_working_directory_can_be_the_output(tiny_dense, tiny_dataset, tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert prune(tiny_dense, ".", *calibrated(tiny_dataset, "wanda")) == 0
@@ -206,7 +235,7 @@ def test_the_working_directory_is_an_output_like_others(tiny_dense, tiny_dataset
     assert [path.name for path in tmp_path.iterdir()] == ["here"]
 
 
-def test_layers_of_another_run_are_not_taken_up(tiny_dense, tiny_dataset, tmp_path, monkeypatch):
+def test_layers_of_another_run_are_not_reused(tiny_dense, tiny_dataset, tmp_path, monkeypatch):
     def stop(self, index, pruned):
         raise KeyboardInterrupt
 
@@ -220,7 +249,7 @@ def test_layers_of_another_run_are_not_taken_up(tiny_dense, tiny_dataset, tmp_pa
 
 
 def test_calibrates_on_json_lines_with_the_models_tokenizer(tiny_hf, tmp_path, capsys):
-    """Without a tokenizer in the checkpoint this says so; with one, its tokens are those that count. Short documents need --pack."""
+    """A checkpoint without a tokenizer is an error. With one, its tokens count. Short documents need --pack."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -249,7 +278,7 @@ def test_calibrates_on_json_lines_with_the_models_tokenizer(tiny_hf, tmp_path, c
     convert(str(hf), str(tmp_path / "with"))
     assert prune(tmp_path / "with", tmp_path / "out", *options) == 0
     assert len(hf_masks(tmp_path / "out")) == 28
-    options[-1] = "125"  # a token a byte, and documents have 120
+    options[-1] = "125"  # each byte is a token, and documents have 120
     capsys.readouterr()
     assert prune(tmp_path / "with", tmp_path / "packed", *options) == 1
     assert "none of the 9 calibration documents is longer than 125 tokens" in capsys.readouterr().err
@@ -257,7 +286,7 @@ def test_calibrates_on_json_lines_with_the_models_tokenizer(tiny_hf, tmp_path, c
     assert resolve(tmp_path / "packed").info.details["calibration"]["pack"] is True
 
 
-def test_refuses_before_any_work(tiny_dense, tiny_dataset, tmp_path, capsys):
+def test_invalid_options_are_refused_before_any_work(tiny_dense, tiny_dataset, tmp_path, capsys):
     def refused(*options):
         assert prune(tiny_dense, tmp_path / "out", *options) == 1
         assert not (tmp_path / "out").exists()
@@ -270,12 +299,12 @@ def test_refuses_before_any_work(tiny_dense, tiny_dataset, tmp_path, capsys):
     assert "name another directory" in refused(*magnitude, "--output", str(tiny_dense))
     assert "--seed -1: wanted a number of at least 0" in refused(*calibrated(tiny_dataset, "wanda", "--seed", "-1"))
     assert "needs --calibration-data" in refused("--method", "sparsegpt")
-    assert "takes sparsegpt" in refused(*magnitude, "--update-weights")
+    assert "needs sparsegpt" in refused(*magnitude, "--update-weights")
     assert "wanted a positive number" in refused(*calibrated(tiny_dataset, "wanda", "--seq-length", "0"))
     assert "context of 128 tokens" in refused(*calibrated(tiny_dataset, "wanda", "--seq-length", "129"))
 
 
-def test_refuses_a_checkpoint_with_masks_and_a_foreign_vocabulary(tiny_dense, tiny_pruned, tmp_path, capsys):
+def test_a_checkpoint_with_masks_and_tokens_outside_the_vocabulary_are_refused(tiny_dense, tiny_pruned, tmp_path, capsys):
     assert prune(tiny_pruned, tmp_path / "out", "--method", "magnitude") == 1
     assert "is a pruned checkpoint" in capsys.readouterr().err
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder

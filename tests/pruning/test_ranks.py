@@ -1,4 +1,4 @@
-"""`maskllm prune` on two ranks, and of checkpoints that two ranks wrote: the masks of one, and a mistake told once."""
+"""`maskllm prune` on two ranks, and on checkpoints that two ranks wrote: the masks of one rank, and each error reported once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 @dataclass(frozen=True)
 class Job:
-    """What came of one torchrun of two ranks, which did everything below it."""
+    """The results of one job of two ranks, which ran everything that the tests below check."""
 
     folder: Path
     errors: str
@@ -29,7 +29,7 @@ class Job:
     """A command's name -> its exit status on each rank."""
 
     def complaints(self, *words: str) -> list[str]:
-        """The lines of standard error that hold all of `words`."""
+        """The lines of standard error that contain all of `words`."""
         return [line for line in self.errors.splitlines() if all(word in line for word in words)]
 
 
@@ -37,12 +37,12 @@ class Job:
 def job(tmp_path_factory, ranks, tiny_dense, tiny_dataset) -> Job:
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "foreign" / "release").mkdir(parents=True)
-    (folder / ".blocked.layers").write_text("only the first rank writes here")
+    (folder / ".blocked.layers").write_text("in the way of a directory that only the first rank creates")
 
     def prune(load: object, output: str, *options: object) -> list[str]:
         return ["prune", "--load", str(load), "--output", str(folder / output), *map(str, options)]
 
-    # A mistake is told once in each attempt at the job; every process group that is set up here begins another.
+    # An error is reported once per process group. Each command sets up its own.
     commands = {
         "bad pattern": prune(tiny_dense, "never", "--pattern", "half"),
         "sparsegpt": prune(tiny_dense, "sparsegpt", *calibrated(tiny_dataset, *SPARSEGPT)),
@@ -62,7 +62,7 @@ def job(tmp_path_factory, ranks, tiny_dense, tiny_dataset) -> Job:
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory, tiny_dense, tiny_dataset) -> Path:
-    """What one process makes of the dense checkpoint."""
+    """The dense checkpoint, pruned by one process."""
     path = tmp_path_factory.mktemp("one") / "pruned"
     assert main(["prune", "--load", str(tiny_dense), "--output", str(path), *calibrated(tiny_dataset, *SPARSEGPT)]) == 0
     return path
@@ -76,8 +76,8 @@ def assert_same(one: Path, other: Path) -> None:
     assert len(hf_masks(one)) == 28
 
 
-def test_two_ranks_find_the_masks_of_one(job, one_rank):
-    """Bit for bit, updated weights included, though the ranks split the samples and the matrices."""
+def test_two_ranks_find_the_same_masks_as_one(job, one_rank):
+    """Bit for bit, including updated weights, although the ranks split the samples and the matrices."""
     assert job.statuses["sparsegpt"] == [0, 0]
     assert_same(one_rank, job.folder / "sparsegpt")
 
@@ -87,7 +87,7 @@ def test_the_layout_that_wrote_a_checkpoint_does_not_matter(layout, job, one_ran
     load = job.folder / layout
     files = {file.name for file in (load / "release").glob("*.distcp")}
     assert any(name.startswith("__1_") for name in files) == (layout != "dp2"), (
-        "the second rank has parts of its own in all but this"
+        "the second rank must have written parts of the model, except under data parallelism"
     )
     assert main(["prune", "--load", str(load), "--output", str(tmp_path / "out"), *calibrated(tiny_dataset, *SPARSEGPT)]) == 0
     assert_same(one_rank, tmp_path / "out")
@@ -109,12 +109,12 @@ def test_two_ranks_prune_by_magnitude_as_one_does(job, tiny_pruned):
         ("one rank only", 1, ["maskllm prune: error: ", ".blocked.layers: File exists"]),
     ],
 )
-def test_a_mistake_is_told_once_in_the_job(mistake, status, words, job):
+def test_an_error_is_reported_once_in_the_job(mistake, status, words, job):
     assert job.statuses[mistake] == [status, status]
     assert len(job.complaints(*words)) == 1, job.errors[-4000:]
 
 
-def test_nothing_else_is_told(job):
+def test_nothing_else_is_reported(job):
     assert len(job.complaints("error: ")) == 6, job.errors[-4000:]
     assert "Traceback" not in job.errors
     assert not (job.folder / "never").exists()

@@ -1,4 +1,4 @@
-"""SparseGPT against closed forms and against a direct transcription of the paper's algorithm 1."""
+"""SparseGPT against closed forms and against a direct implementation of the paper's algorithm 1."""
 
 import logging
 
@@ -28,9 +28,9 @@ def damped(hessian):
 
 
 def algorithm_1(weight, hessian, sparsity):
-    """The paper's algorithm 1, one row and one column at a time, in fp64; the inverse is recomputed for every column.
+    """The paper's algorithm 1 in fp64, one column at a time; the inverse is recomputed for every column.
 
-    With the columns before j fixed, H_F^-1 is the inverse of the rest of the damped Hessian: its first row drives the update.
+    With the columns before j fixed, H_F^-1 is the inverse of the remaining damped Hessian. Its first row gives the update.
     """
     weight, hessian = weight.double().clone(), damped(hessian)
     rows, columns = weight.shape
@@ -54,7 +54,7 @@ def algorithm_1(weight, hessian, sparsity):
 
 
 @pytest.mark.parametrize("sparsity", [Pattern(2, 4), Pattern(4, 8), Pattern(16, 32), Pattern(1, 3), Pattern(7, 12), 0.5, 0.3])
-def test_is_the_papers_algorithm(sparsity):
+def test_the_result_is_that_of_the_papers_algorithm(sparsity):
     weight, hessian = problem(6, 180 if sparsity in (Pattern(1, 3), Pattern(7, 12)) else 160, seed=0)
     expected_mask, expected_weight = algorithm_1(weight, hessian, sparsity)
     mask, updated = sparsegpt(weight, factor_hessian(hessian.clone(), "layer"), sparsity)
@@ -62,7 +62,7 @@ def test_is_the_papers_algorithm(sparsity):
     torch.testing.assert_close(updated.double(), expected_weight, rtol=2e-3, atol=2e-4)
 
 
-def test_factor_is_the_upper_cholesky_factor_of_the_inverse():
+def test_the_factor_is_the_upper_cholesky_factor_of_the_inverse():
     _, hessian = problem(1, 24, seed=3)
     factor = factor_hessian(hessian.clone(), "layer")
     expected = torch.linalg.cholesky(torch.linalg.inv(damped(hessian)), upper=True)
@@ -72,11 +72,11 @@ def test_factor_is_the_upper_cholesky_factor_of_the_inverse():
 
 @pytest.mark.parametrize("gone", range(6))
 def test_one_removed_weight_is_the_optimal_brain_surgeons(gone):
-    """Removing w_p: the others move by -w_p / [H^-1]_pp * [H^-1]_:p, over the columns not yet fixed (those from p on)."""
+    """Removing w_p changes the other weights by -w_p / [H^-1]_pp * [H^-1]_:p, where H covers the columns from p on."""
     features = 6
     weight, hessian = problem(4, features, seed=5)
     weight = weight.sign() * (weight.abs() + 1)
-    weight[:, gone] *= 1e-3  # certainly the one to go
+    weight[:, gone] *= 1e-3  # small enough to be the one that is removed
     mask, updated = sparsegpt(weight, factor_hessian(hessian.clone(), "layer"), Pattern(features - 1, features))
     assert mask.tolist() == [[column != gone for column in range(features)]] * 4
     inverse = torch.linalg.inv(damped(hessian)[gone:, gone:])
@@ -86,7 +86,7 @@ def test_one_removed_weight_is_the_optimal_brain_surgeons(gone):
 
 
 def test_the_first_removed_weight_has_the_least_squares_solution():
-    """Where the weight that goes is the first column, compensation is the ridge regression on all the others."""
+    """If the first column is removed, the update is the ridge regression on all the other columns."""
     weight, hessian = problem(3, 4, seed=8)
     weight[:, 0] *= 1e-2
     mask, updated = sparsegpt(weight, factor_hessian(hessian.clone(), "layer"), Pattern(3, 4))
@@ -99,7 +99,7 @@ def test_the_first_removed_weight_has_the_least_squares_solution():
 
 @pytest.mark.parametrize("sparsity", [Pattern(2, 4), Pattern(4, 8), 0.5])
 @pytest.mark.parametrize("seed", range(8))
-def test_update_is_never_worse_than_the_same_mask_without(sparsity, seed):
+def test_the_update_has_a_smaller_error_than_the_mask_alone(sparsity, seed):
     weight, hessian = problem(16, 192, seed, tokens=300)
     mask, updated = sparsegpt(weight, factor_hessian(hessian.clone(), "layer"), sparsity)
 
@@ -120,7 +120,7 @@ def test_keeps_exactly_n_of_every_m(text):
     assert (updated[~mask] == 0).all()
 
 
-def test_dead_inputs_lose_their_weights_and_move_no_other():
+def test_weights_of_dead_inputs_are_removed_and_change_no_other():
     weight, hessian = problem(8, 32, seed=4)
     alive = [j for j in range(32) if j not in (3, 17)]
     hessian[[3, 17]] = 0
@@ -128,13 +128,13 @@ def test_dead_inputs_lose_their_weights_and_move_no_other():
     mask, updated = sparsegpt(weight, factor_hessian(hessian.clone(), "layer"), Pattern(2, 4))
     assert not mask[:, [3, 17]].any()
     assert (updated[:, [3, 17]] == 0).all()
-    weight[:, [3, 17]] = 77.0  # what they were does not matter
+    weight[:, [3, 17]] = 77.0  # their values have no effect
     again = sparsegpt(weight, factor_hessian(hessian.clone(), "layer"), Pattern(2, 4))
     assert torch.equal(mask, again[0])
     assert torch.equal(updated[:, alive], again[1][:, alive])
 
 
-def test_rank_deficient_hessian_is_damped_more_and_named(caplog):
+def test_a_rank_deficient_hessian_is_damped_more_and_reported(caplog):
     inputs = correlated_inputs(3, 256, seed=6) * 1e3
     hessian = 2 * inputs.T @ inputs
     with caplog.at_level(logging.WARNING):
@@ -154,7 +154,7 @@ def test_the_factor_is_that_of_the_damped_hessian():
 
 
 def test_constant_inputs_are_solved():
-    """A feature that is the same for every token makes a large rank-one part, which the usual damping carries."""
+    """An input that is the same for every token adds a large rank-one part. The default damping is enough for it."""
     inputs = correlated_inputs(512, 64, seed=9)
     inputs[:, 5] = 300.0
     inputs[:, 6] = 300.0  # and a copy of it

@@ -1,3 +1,5 @@
+"""Wanda masks and the input statistics against the paper's formulas."""
+
 import pytest
 import torch
 
@@ -13,7 +15,7 @@ def score(weight, inputs, row, column):
 
 
 @pytest.mark.parametrize("text", ["2:4", "4:8", "1:4", "5:6"])
-def test_is_the_formula_within_each_block(text):
+def test_the_mask_follows_the_formula_within_each_block(text):
     pattern = Pattern.parse(text)
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(5, 4 * pattern.m, generator=generator)
@@ -26,7 +28,7 @@ def test_is_the_formula_within_each_block(text):
             assert {column for column in block if mask[row, column]} == set(kept)
 
 
-def test_unstructured_is_the_formula_within_each_row():
+def test_an_unstructured_mask_follows_the_formula_within_each_row():
     generator = torch.Generator().manual_seed(2)
     weight, inputs = torch.randn(5, 20, generator=generator), torch.randn(30, 20, generator=generator)
     mask = wanda_mask(weight, inputs.square().sum(0), 0.7)
@@ -35,7 +37,7 @@ def test_unstructured_is_the_formula_within_each_row():
         assert {column for column in range(20) if mask[row, column]} == set(kept)
 
 
-def test_dead_inputs_go_first():
+def test_weights_of_dead_inputs_are_removed_first():
     squares = torch.ones(8)
     squares[[1, 6]] = 0
     weight = torch.ones(3, 8)
@@ -49,7 +51,7 @@ def test_a_row_loses_the_floor_of_its_share():
 
 
 @pytest.mark.parametrize("width", [12, 1100])
-def test_statistics_hold_the_inputs_second_moments(width):
+def test_the_statistics_are_the_inputs_second_moments(width):
     inputs = [torch.randn(7, 2, width), torch.randn(9, 1, width)]
     statistics = InputStatistics(width)
     for sample in inputs:
@@ -60,7 +62,7 @@ def test_statistics_hold_the_inputs_second_moments(width):
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
-def test_tokens_that_are_not_finite_are_left_out(bad):
+def test_tokens_that_are_not_finite_are_skipped(bad):
     inputs = torch.randn(10, 6)
     expected = InputStatistics(6)
     expected.add(inputs[[0, 1, 2, 4, 5, 6, 7, 8]])
