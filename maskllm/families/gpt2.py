@@ -1,8 +1,9 @@
-"""The GPT-2 family, which is also how transformers holds models of GPT-3's architecture (arXiv 2005.14165, section 2.1, without its sparse
-attention): learned positions, LayerNorm, tanh GELU, biases everywhere.
+"""The GPT-2 family: learned positions, LayerNorm, tanh GELU, biases in all linears.
 
-Its linears are transformers' `Conv1D`, whose weight is stored [in, out]; Megatron's weight, and every mask in a Megatron checkpoint, is
-[out, in], with blocks of M along `in`. Dropout of the config is not applied: the weights are frozen.
+transformers also uses it for models of GPT-3's architecture (arXiv 2005.14165, section 2.1, without its sparse attention).
+
+Its linears are transformers' `Conv1D`, which stores weights as [in, out]. Megatron's weights, and all masks in a Megatron
+checkpoint, are [out, in], with blocks of M along `in`. The dropout in the config is not applied, because the weights are frozen.
 """
 
 from __future__ import annotations
@@ -50,16 +51,15 @@ FINAL_NORM = [
 ]
 
 OUTPUT = Direct("output_layer.weight", ("lm_head.weight",), ("vocab", "hidden"))
-"""Only where the output layer is not tied to the embedding."""
+"""Only if the output layer is not tied to the embedding."""
 
 TIED_COPIES = {"lm_head.weight": "transformer.wte.weight"}
-"""Tensors that a checkpoint with tied embeddings may hold a second time."""
 
 DERIVED_BUFFERS = r"transformer\.h\.\d+\.attn\.(bias|masked_bias)"
-"""Names of the causal masks that old checkpoints hold; they are not converted."""
+"""The causal masks that old checkpoints hold."""
 
 TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
-"""transformers' names of the tanh approximation."""
+"""transformers' names for the tanh approximation of GELU."""
 
 
 def parameter_map(config: ModelConfig) -> list[Mapping]:
@@ -69,9 +69,9 @@ def parameter_map(config: ModelConfig) -> list[Mapping]:
 
 
 def read_config(hf: HFConfig) -> ModelConfig:
-    """The architecture in a `config.json` whose model_type is "gpt2"; absent keys have `transformers.GPT2Config`'s defaults.
+    """The architecture in a `config.json` with model_type "gpt2"; absent keys have the defaults of `transformers.GPT2Config`.
 
-    Raises MaskLLMError that names the key for a value that is missing, malformed or not supported.
+    Raises MaskLLMError that names the key if a value is missing, malformed or not supported.
     """
     activation = hf.values.get("activation_function", TANH_GELU[0])
     if activation not in TANH_GELU:

@@ -12,11 +12,11 @@ _REQUIRED = object()
 
 @dataclass(frozen=True)
 class HFConfig:
-    """The values of a `config.json` or of a section of it; a key with the value null counts as absent."""
+    """The values of a `config.json` or of a section in it. A key with the value null counts as absent."""
 
     values: dict[str, Any]
     where: str
-    """The file (and section) that errors name."""
+    """The file, and the section in it, that errors name."""
 
     def error(self, message: str) -> MaskLLMError:
         """An error about this config."""
@@ -37,29 +37,29 @@ class HFConfig:
         return value
 
     def integer(self, key: str, *, default: Any = _REQUIRED) -> int:
-        """A positive integer. Raises MaskLLMError for anything else, or where it is absent and has no default."""
+        """A positive integer. Raises MaskLLMError if it is anything else, or if it is absent and has no default."""
         value = self._get(key, (int,), "a positive integer", default)
         if value <= 0:
             raise self.error(f"{key} is {value}; wanted a positive integer")
         return value
 
     def number(self, key: str, *, default: Any = _REQUIRED) -> float:
-        """A positive number. Raises MaskLLMError for anything else, or where it is absent and has no default."""
+        """A positive number. Raises MaskLLMError if it is anything else, or if it is absent and has no default."""
         value = self._get(key, (int, float), "a positive number", default)
         if not 0 < value < float("inf"):
             raise self.error(f"{key} is {value}; wanted a positive number")
         return float(value)
 
     def boolean(self, key: str, *, default: bool) -> bool:
-        """True or false. Raises MaskLLMError for anything else."""
+        """True or false. Raises MaskLLMError if it is anything else."""
         return self._get(key, (bool,), "true or false", default)
 
     def section(self, key: str) -> HFConfig:
-        """A JSON object inside this one. Raises MaskLLMError where it is absent or something else."""
+        """A JSON object inside this one. Raises MaskLLMError if it is absent or anything else."""
         return HFConfig(self._get(key, (dict,), "a JSON object", _REQUIRED), f"{self.where}: {key}")
 
     def require(self, key: str, wanted: Any, *, default: Any) -> None:
-        """Raise MaskLLMError where `key` has another value than `wanted`."""
+        """Raise MaskLLMError if `key`, or `default` if it is absent, has another value than `wanted`."""
         value = self._get(key, (object, bool), repr(wanted), default)
         if value != wanted:
             raise self.error(f"{key} {value!r} is not supported, only {wanted!r}")

@@ -1,7 +1,7 @@
 """The inventory of a transformer layer's linears: which there are, their shapes, and how tensor-parallel ranks split them.
 
-These are the linears that carry a mask: all of them (MaskLLM, section 4). Everything else refers to this table: the parameter maps of
-the families (`maskllm/families/llama.py` and so on, which add the Hugging Face names), the Megatron layers, and the memory plan.
+All of them carry a mask (MaskLLM, section 4). The parameter maps of the families, the Megatron layers and the memory plan refer to
+this table. The parameter maps (`maskllm/families/llama.py` and so on) add the Hugging Face names.
 """
 
 from __future__ import annotations
@@ -12,54 +12,57 @@ from maskllm.families.model_config import ModelConfig
 from maskllm.masking.parameter import Location
 
 LAYERS = "decoder.layers."
-"""What the names of all tensors in Megatron's transformer layers start with; the layer's index follows."""
+"""The start of the names of all tensors in Megatron's transformer layers. The layer's index follows."""
 
 
 @dataclass(frozen=True)
 class Linear:
-    """One linear of every transformer layer."""
+    """One linear of every transformer layer. Its weight is [rows, columns], that is [out, in]."""
 
     name: str
-    """Megatron's name in the layer."""
+    """Megatron's name of the linear in the layer."""
     rows: str
-    """Its outputs, as `ModelConfig.dimensions` calls their number."""
+    """The number of outputs, as a name in `ModelConfig.dimensions`."""
     columns: str
-    """Its inputs, likewise."""
+    """The number of inputs, as a name in `ModelConfig.dimensions`."""
     partition_dim: int
-    """The dimension of the weight [rows, columns] that tensor-parallel ranks split: 0 for column-parallel, 1 for row-parallel linears
-    (Megatron's words are about x W^T)."""
+    """The dimension of the weight that tensor-parallel ranks split: 0 for column-parallel linears, 1 for row-parallel linears.
+    (Megatron's terms refer to the columns and rows of W^T in x W^T.)"""
     may_be_gated: bool = False
-    """Whether it holds the gate and up projections of an MLP that has a gate."""
+    """Whether it holds the gate and up projections if the MLP has a gate."""
 
     @property
     def weight(self) -> str:
-        """The weight's key in a Megatron checkpoint, with * for the layer's index."""
+        """The key of the weight in a Megatron checkpoint, with * for the layer's index."""
         return f"{LAYERS}*.{self.name}.weight"
 
     @property
     def bias(self) -> str:
-        """The bias's key, likewise."""
+        """The key of the bias in a Megatron checkpoint, with * for the layer's index."""
         return f"{LAYERS}*.{self.name}.bias"
 
     @property
     def dimensions(self) -> tuple[str, str]:
-        """The weight's shape in names of dimensions."""
+        """The shape of the weight, in names of `ModelConfig.dimensions`."""
         return self.rows, self.columns
 
     def shape(self, config: ModelConfig, tensor_parallel: int = 1) -> tuple[int, int]:
-        """The weight's shape on each of `tensor_parallel` ranks."""
+        """The shape of the weight on each of `tensor_parallel` ranks."""
         sizes = config.dimensions()
         whole = [sizes[self.rows], sizes[self.columns]]
         whole[self.partition_dim] //= tensor_parallel
         return whole[0], whole[1]
 
     def is_gated(self, config: ModelConfig) -> bool:
-        """Whether its rows are gate rows and then as many up rows, each rank holding a part of both (fc1 of a gated MLP)."""
+        """Whether its rows are gate rows and then as many up rows (fc1 of a gated MLP). Each rank holds a part of both."""
         return self.may_be_gated and config.gated_mlp
 
     def location(self, config: ModelConfig, layer: int, rank: int, tensor_parallel: int) -> Location:
-        """Which part of the whole weight tensor-parallel rank `rank` holds. For rank 3 of 4 and a gated fc1 with 4096 gate rows: gate rows
-        3072 to 4095, then up rows 3072 to 4095, which are rows 7168 to 8191 of the fused weight."""
+        """Which part of the whole weight tensor-parallel rank `rank` holds.
+
+        For rank 3 of 4 and a gated fc1 with 4096 gate rows: gate rows 3072 to 4095, then up rows 3072 to 4095, which are rows 7168
+        to 8191 of the fused weight.
+        """
         name = f"{LAYERS}{layer}.{self.name}"
         columns = self.shape(config)[1]
         rows_here, columns_here = self.shape(config, tensor_parallel)
@@ -72,11 +75,11 @@ class Linear:
 
 
 QKV = Linear("self_attention.linear_qkv", "qkv", "hidden", 0)
-"""Query, key and value projections in one, rows by query group."""
+"""The fused query, key and value projections. Rows are ordered by query group."""
 PROJ = Linear("self_attention.linear_proj", "hidden", "heads", 1)
 """The attention's output projection."""
 FC1 = Linear("mlp.linear_fc1", "fc1", "hidden", 0, may_be_gated=True)
-"""The MLP's first linear; in a gated MLP the gate and up projections in one."""
+"""The MLP's first linear; in a gated MLP the fused gate and up projections."""
 FC2 = Linear("mlp.linear_fc2", "hidden", "ffn", 1)
 """The MLP's second linear."""
 
@@ -85,9 +88,9 @@ LINEARS = (QKV, PROJ, FC1, FC2)
 
 
 def linear_of(key: str) -> Linear | None:
-    """The linear that a tensor of a Megatron checkpoint, such as decoder.layers.3.mlp.linear_fc1.weight, belongs to; None for others.
+    """The linear with the weight or bias `key` in a Megatron checkpoint, such as decoder.layers.3.mlp.linear_fc1.weight, or None.
 
-    A layer norm's tensors do not belong to the linear behind it, though their keys start with its name.
+    The tensors of a layer norm do not belong to the linear after it, though their keys start with the name of that linear.
     """
     owner, _, tensor = key.rpartition(".")
     if not owner.startswith(LAYERS) or tensor not in ("weight", "bias"):

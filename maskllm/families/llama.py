@@ -1,4 +1,4 @@
-"""The LLaMA family (2, 3, 3.1, 3.2) and every model of its architecture that calls itself `llama`, SmolLM2 among them."""
+"""The LLaMA family (2, 3, 3.1, 3.2), and all models with its architecture and model_type "llama", such as SmolLM2."""
 
 from __future__ import annotations
 
@@ -67,13 +67,12 @@ MLP_DOWN_BIAS = Direct(FC2.bias, ("model.layers.*.mlp.down_proj.bias",), ("hidde
 FINAL_NORM = Direct("decoder.final_layernorm.weight", ("model.norm.weight",), ("hidden",))
 
 OUTPUT = Direct("output_layer.weight", ("lm_head.weight",), ("vocab", "hidden"))
-"""Only where the output layer is not tied to the embedding."""
+"""Only if the output layer is not tied to the embedding."""
 
 TIED_COPIES = {"lm_head.weight": "model.embed_tokens.weight"}
-"""Tensors that a checkpoint with tied embeddings may hold a second time."""
 
 DERIVED_BUFFERS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
-"""Names of tensors that old checkpoints hold but that the config determines; they are not converted."""
+"""The rotary frequencies that old checkpoints hold."""
 
 
 def parameter_map(config: ModelConfig) -> list[Mapping]:
@@ -86,9 +85,9 @@ def parameter_map(config: ModelConfig) -> list[Mapping]:
 
 
 def read_config(hf: HFConfig) -> ModelConfig:
-    """The architecture in a `config.json` whose model_type is "llama"; absent keys have `transformers.LlamaConfig`'s defaults.
+    """The architecture in a `config.json` with model_type "llama"; absent keys have the defaults of `transformers.LlamaConfig`.
 
-    Raises MaskLLMError that names the key for a value that is missing, malformed or not supported.
+    Raises MaskLLMError that names the key if a value is missing, malformed or not supported.
     """
     hf.require("hidden_act", "silu", default="silu")
     sizes = read_sizes(hf, max_position_embeddings=2048)
@@ -108,7 +107,7 @@ def read_config(hf: HFConfig) -> ModelConfig:
 
 
 def read_sizes(hf: HFConfig, *, max_position_embeddings: int) -> dict[str, Any]:
-    """The fields of `ModelConfig` that LLaMA and the families that took over its `config.json` spell alike.
+    """The fields of `ModelConfig` that LLaMA and the families with the same keys in `config.json` share.
 
     `max_position_embeddings` is the family's default. Raises MaskLLMError as `read_config` does.
     """

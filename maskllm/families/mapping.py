@@ -1,11 +1,11 @@
-"""How a Megatron tensor is made of Hugging Face tensors: the kinds of mapping that a family's parameter map is written in.
+"""How a Megatron tensor is made of Hugging Face tensors: the kinds of mapping that a family's parameter map consists of.
 
-A family (`maskllm/families/llama.py`) lists mappings; `*` in a name stands for the layer's index. Shapes are written in the names of
-`ModelConfig.dimensions`. The layouts are those of a whole tensor, tensor-parallel size 1: Megatron's torch_dist checkpoints hold
-tensors by global coordinates, so any layout loads them.
+A family (`maskllm/families/llama.py`) lists mappings. `*` in a name stands for the layer's index. Shapes are given in the names of
+`ModelConfig.dimensions`. A mapping describes the whole tensor, that is tensor-parallel size 1: Megatron's torch_dist checkpoints
+store tensors by global coordinates, so any layout loads them.
 
-`fuse` and `split` only move rows. They therefore work for anything that has a weight's rows: the weight, its bias, its mask, its mask's
-bits. `to_megatron` and `to_hf` also transpose the tensors of families that store weights [in, out].
+`fuse` and `split` only move rows. They therefore work for everything that has the rows of a weight: the weight, its bias, its mask
+and its packed mask. `to_megatron` and `to_hf` also transpose the tensors of families that store weights as [in, out].
 """
 
 from __future__ import annotations
@@ -28,33 +28,34 @@ class Mapping(ABC):
     megatron: str
     """Its key in the checkpoint."""
     hf: tuple[str, ...]
+    """The names of the Hugging Face tensors."""
     shape: tuple[str, ...]
-    """The Megatron tensor's shape, in names of dimensions."""
+    """The shape of the Megatron tensor, in names of `ModelConfig.dimensions`."""
     transposed: bool = False
     """Whether the Hugging Face tensors are stored [in, out], as transformers' `Conv1D` stores them; Megatron's are [out, in]."""
 
     @abstractmethod
     def rows(self, config: ModelConfig) -> list[int]:
-        """The number of rows, outputs, of each of the Hugging Face tensors."""
+        """The number of rows (outputs) of each of the Hugging Face tensors."""
 
     def fuse(self, parts: Sequence[torch.Tensor], config: ModelConfig) -> torch.Tensor:
-        """The Megatron tensor [rows, ...] of tensors that each have the rows of one of `hf`, in that order."""
+        """Combine `parts`, each with the rows of one of `hf` and in that order, to a tensor with the Megatron tensor's rows."""
         return torch.cat(list(parts))
 
     def split(self, tensor: torch.Tensor, config: ModelConfig) -> list[torch.Tensor]:
-        """The tensors [rows, ...], in the order of `hf`, of a Megatron tensor [rows, ...]; views if possible."""
+        """Undo `fuse`: split a tensor with the Megatron tensor's rows into parts, in the order of `hf`; views if possible."""
         return list(tensor.split(self.rows(config)))
 
     def transpose(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Matrices [out, in] as the Hugging Face checkpoint stores them, and back; views."""
+        """Turn matrices [out, in] into what the Hugging Face checkpoint stores, or the other way round; views."""
         return [part.t() for part in parts] if self.transposed else list(parts)
 
     def to_megatron(self, parts: Sequence[torch.Tensor], config: ModelConfig) -> torch.Tensor:
-        """The Megatron tensor of the Hugging Face tensors, as they are stored, in the order of `hf`."""
+        """The Megatron tensor that is made of the Hugging Face tensors `parts`, given as they are stored, in the order of `hf`."""
         return self.fuse(self.transpose(parts), config)
 
     def to_hf(self, tensor: torch.Tensor, config: ModelConfig) -> list[torch.Tensor]:
-        """The Hugging Face tensors, as they are stored, in the order of `hf`, of a Megatron tensor; views if possible."""
+        """Undo `to_megatron`: the Hugging Face tensors as they are stored, in the order of `hf`; views if possible."""
         return self.transpose(self.split(tensor, config))
 
     def megatron_shape(self, config: ModelConfig) -> tuple[int, ...]:
@@ -75,7 +76,7 @@ class Mapping(ABC):
 
     @property
     def linear(self) -> str | None:
-        """The name of the masked linear that this is the weight of, for example decoder.layers.3.mlp.linear_fc1; None for others."""
+        """The masked linear that has this tensor as its weight, such as decoder.layers.3.mlp.linear_fc1; None for other tensors."""
         is_weight = self.megatron.endswith(".weight") and linear_of(self.megatron) is not None
         return self.megatron.removesuffix(".weight") if is_weight else None
 
@@ -122,7 +123,7 @@ class QKVByGroup(Mapping):
 
 @dataclass(frozen=True)
 class StackedQKV(QKVByGroup):
-    """The same from one Hugging Face tensor that holds all query rows, then all key rows, then all value rows."""
+    """The same for one Hugging Face tensor that holds all query rows, then all key rows, then all value rows."""
 
     def rows(self, config: ModelConfig) -> list[int]:
         return [sum(_query_key_value_rows(config))]
@@ -136,11 +137,12 @@ class StackedQKV(QKVByGroup):
 
 
 def _query_key_value_rows(config: ModelConfig) -> list[int]:
+    """The number of rows of the query, key and value projections."""
     keys = config.num_query_groups * config.head_dim
     return [config.num_attention_heads * config.head_dim, keys, keys]
 
 
 def expand(mappings: Iterable[Mapping], num_layers: int) -> list[Mapping]:
-    """One mapping a layer for each mapping with a `*` in its name."""
+    """Each of `mappings`, which have a `*` in their names, once for every layer. Layer 0 comes first."""
     mappings = list(mappings)
     return [mapping.at(layer) for layer in range(num_layers) for mapping in mappings]

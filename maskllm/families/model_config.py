@@ -1,4 +1,4 @@
-"""A model's architecture in this project's own words, and what fits into it."""
+"""A model's architecture, independent of how Hugging Face or Megatron spell it, and checks of what fits it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from maskllm.families.rope import Rope
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer with layers of norm, attention, norm, MLP. Sizes are in elements."""
+    """A decoder-only transformer. Each layer has a norm, attention, a norm and an MLP. Sizes are in elements."""
 
     model_type: str
-    """The Hugging Face name of the family."""
+    """The Hugging Face name of the family, a key of `registry.FAMILIES`."""
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
@@ -29,7 +29,7 @@ class ModelConfig:
     """Whether a norm multiplies by 1 + its weight ("LayerNorm1P")."""
     norm_epsilon: float
     activation: str
-    """Of the MLP: silu, squared_relu or gelu_tanh."""
+    """The activation of the MLP: silu, squared_relu or gelu_tanh."""
     gated_mlp: bool
     """Whether the MLP's activation multiplies a second projection (SwiGLU)."""
     rope: Rope | None
@@ -39,7 +39,7 @@ class ModelConfig:
     """Whether every linear of a layer has a bias."""
 
     def dimensions(self) -> dict[str, int]:
-        """The sizes that tensor shapes are made of, by the names that the inventory and the parameter maps use."""
+        """The sizes of tensors' dimensions, by the names that `linears` and the parameter maps use."""
         return {
             "vocab": self.vocab_size,
             "positions": self.max_position_embeddings,
@@ -51,7 +51,7 @@ class ModelConfig:
         }
 
     def check_tensor_parallel(self, size: int) -> None:
-        """Raise MaskLLMError if `size` tensor-parallel ranks cannot share this model evenly (nothing is padded)."""
+        """Raise MaskLLMError if `size` tensor-parallel ranks cannot split this model evenly. Nothing is padded."""
         for what, value in (
             ("vocabulary", self.vocab_size),
             ("number of attention heads", self.num_attention_heads),
@@ -71,9 +71,9 @@ def check_context(seq_length: int, context: int, option: str = "--seq-length") -
 
 
 def check_vocabulary(largest_token: int, vocab_size: int, source: str) -> None:
-    """Raise MaskLLMError if the largest token of `source` lies outside of the model's vocabulary."""
+    """Raise MaskLLMError if `largest_token`, found in `source`, lies outside of the model's vocabulary."""
     if largest_token >= vocab_size:
         raise MaskLLMError(
-            f"{source}: found token {largest_token}, wanted less than the model's vocabulary of {vocab_size}; its tokenizer is another "
-            "model's"
+            f"{source}: found token {largest_token}, wanted less than the model's vocabulary of {vocab_size}; its tokenizer is "
+            "another model's"
         )

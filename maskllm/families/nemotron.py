@@ -1,7 +1,8 @@
-"""The Nemotron family (Nemotron-4 15B, arXiv 2402.16819, and Minitron): LLaMA's names, with LayerNorm1P, squared ReLU without a gate, and
-rotary embeddings of a part of each head.
+"""The Nemotron family (Nemotron-4 15B, arXiv 2402.16819, and Minitron).
 
-The norms' weights are stored as distances from 1 on both sides (`ModelConfig.zero_centered_norm`), so they are moved as they are.
+It has LLaMA's tensor names, with LayerNorm1P, squared ReLU without a gate, and rotary embeddings of a part of each head. Both
+Hugging Face and Megatron store the norms' weights as distances from 1 (`ModelConfig.zero_centered_norm`), so they are copied
+unchanged.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ def parameter_map(config: ModelConfig) -> list[Mapping]:
 
 
 def read_config(hf: HFConfig) -> ModelConfig:
-    """The architecture in a `config.json` whose model_type is "nemotron"; absent keys have `transformers.NemotronConfig`'s defaults.
+    """The architecture in a `config.json` with model_type "nemotron"; absent keys have `transformers.NemotronConfig`'s defaults.
 
-    Raises MaskLLMError that names the key for a value that is missing, malformed or not supported.
+    Raises MaskLLMError that names the key if a value is missing, malformed or not supported.
     """
     hf.require("hidden_act", "relu2", default="relu2")
     sizes = llama.read_sizes(hf, max_position_embeddings=4096)

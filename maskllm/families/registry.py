@@ -1,10 +1,15 @@
-"""The model families by the name Hugging Face gives them (`model_type`); a new family is one module and one line here."""
+"""The model families, by the name that Hugging Face gives them (`model_type`).
+
+To add a family, write one module in this folder and add it to FAMILIES. `Family` says what the module must hold. `nemotron.py` is
+an example of a family that shares LLaMA's names; `gpt2.py` shares none. CONTRIBUTING.md ("How to add a model family") lists the
+tests.
+"""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from types import ModuleType
+from typing import Protocol
 
 from maskllm.families import gpt2, llama, nemotron
 from maskllm.families.hf_config import HFConfig
@@ -12,20 +17,45 @@ from maskllm.families.mapping import Mapping
 from maskllm.families.model_config import ModelConfig
 from maskllm.files import read_json_object
 
-FAMILIES: dict[str, ModuleType] = {"gpt2": gpt2, "llama": llama, "nemotron": nemotron}
-"""Each module has `read_config`, `parameter_map`, `BASE_PREFIX`, `TIED_COPIES` and `DERIVED_BUFFERS`."""
+
+class Family(Protocol):
+    """What the module of a family holds."""
+
+    BASE_PREFIX: str
+    """The start of all Hugging Face tensor names except the output layer's. Checkpoints of the base model alone lack it."""
+    TIED_COPIES: dict[str, str]
+    """Tensors that a checkpoint with tied embeddings may hold a second time: the copy's name -> the original's name."""
+    DERIVED_BUFFERS: str
+    """A regular expression that matches the names of tensors that the config determines. They are not converted."""
+
+    def read_config(self, hf: HFConfig) -> ModelConfig:
+        """The architecture that a `config.json` describes. Absent keys have the defaults of transformers' config class.
+
+        Raises MaskLLMError that names the key if a value is missing, malformed or not supported.
+        """
+
+    def parameter_map(self, config: ModelConfig) -> list[Mapping]:
+        """Every tensor of the model and the Hugging Face tensors that it is made of, in the order of the forward pass.
+
+        `maskllm/families/mapping.py` has the kinds of mapping, `maskllm/families/linears.py` Megatron's names of the masked
+        linears.
+        """
+
+
+FAMILIES: dict[str, Family] = {"gpt2": gpt2, "llama": llama, "nemotron": nemotron}
 
 _REFUSED = {
     "quantization_config": "quantized weights",
-    "auto_map": "code of its own",
+    "auto_map": "code that comes with the checkpoint",
     "sliding_window": "sliding-window attention",
 }
+"""Keys of `config.json` that no family supports, and what they mean."""
 
 
 def read_model_config(path: Path) -> ModelConfig:
     """The architecture in a Hugging Face `config.json`.
 
-    Raises MaskLLMError that names the file and the key where the family or one of its features is not supported.
+    Raises MaskLLMError that names the file and the key if the family or one of its features is not supported.
     """
     hf = HFConfig(read_json_object(path), str(path))
     model_type = hf.values.get("model_type")
@@ -38,20 +68,20 @@ def read_model_config(path: Path) -> ModelConfig:
 
 
 def parameter_map(config: ModelConfig) -> list[Mapping]:
-    """Every tensor of the model and where its rows come from, in the order of the forward pass."""
+    """Every tensor of the model and the Hugging Face tensors that it is made of, in the order of the forward pass."""
     return FAMILIES[config.model_type].parameter_map(config)
 
 
 def base_prefix(config: ModelConfig) -> str:
-    """What the names of all Hugging Face tensors but the output layer's start with; checkpoints of the bare base model lack it."""
+    """`Family.BASE_PREFIX` of the model's family."""
     return FAMILIES[config.model_type].BASE_PREFIX
 
 
 def tied_copies(config: ModelConfig) -> dict[str, str]:
-    """Names of Hugging Face tensors that are copies of others in this model, and of those others."""
+    """`Family.TIED_COPIES` of the model's family; empty if this model's embeddings are not tied."""
     return FAMILIES[config.model_type].TIED_COPIES if config.tie_word_embeddings else {}
 
 
 def is_derived_buffer(name: str, config: ModelConfig) -> bool:
-    """Whether the Hugging Face tensor `name` follows from the config and needs no conversion."""
+    """Whether the config determines the Hugging Face tensor `name`, so that it is not converted."""
     return re.fullmatch(FAMILIES[config.model_type].DERIVED_BUFFERS, name) is not None

@@ -1,4 +1,4 @@
-"""Rotary position embeddings: what a Hugging Face `config.json` says of them, and the frequencies that follow."""
+"""Rotary position embeddings: their settings in a Hugging Face `config.json`, and the frequencies that these give."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from maskllm.families.hf_config import HFConfig
 
 @dataclass(frozen=True)
 class Llama3RopeScaling:
-    """The `llama3` stretch of rotary frequencies (LLaMA 3.1): long wavelengths are divided by `factor`, short ones kept."""
+    """The `llama3` scaling of rotary frequencies (LLaMA 3.1), which lengthens the context; see `rotary_frequencies`."""
 
     factor: float
     low_freq_factor: float
@@ -22,27 +22,28 @@ class Llama3RopeScaling:
 
 @dataclass(frozen=True)
 class Rope:
-    """Which channels of a head turn with the position, and how fast."""
+    """Which channels of each head are rotated with the position, and how fast."""
 
     theta: float
     dim: int
-    """The first `dim` channels turn, the rest stay (partial rotary embeddings)."""
+    """The first `dim` channels are rotated, the others are not (partial rotary embeddings)."""
     scaling: Llama3RopeScaling | None = None
 
 
 def rotary_frequencies(rope: Rope) -> torch.Tensor:
-    """The angle per position of each pair of channels, radians, fp32 [rope.dim / 2].
+    """The angle per position of each pair of channels, in radians, fp32 [rope.dim / 2].
 
-    With scaling this is the formula of LLaMA 3.1 (`rope_type: llama3`): frequencies whose wavelength exceeds the original context /
-    low_freq_factor are divided by `factor`, those below original context / high_freq_factor are kept, the rest interpolate.
+    Scaling follows LLaMA 3.1 (`rope_type: llama3`). A frequency with a wavelength above original context / low_freq_factor is
+    divided by `factor`. One with a wavelength below original context / high_freq_factor is kept. Between the two the scaling is
+    interpolated.
     """
     channels = torch.arange(0, rope.dim, 2, dtype=torch.int64).float()
     frequencies = 1.0 / rope.theta ** (channels / rope.dim)
     scaling = rope.scaling
     if scaling is None:
         return frequencies
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    rotations = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = (rotations - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = kept.clamp(0, 1)
     return frequencies * kept + frequencies / scaling.factor * (1 - kept)
 
@@ -53,8 +54,8 @@ _KEYS = {"rope_type", "rope_theta", "partial_rotary_factor", *(entry.name for en
 def read_rope(hf: HFConfig, *, head_dim: int, max_position_embeddings: int, partial_rotary_factor: float = 1.0) -> Rope:
     """The rotary settings of a `config.json`, in transformers 5's spelling (`rope_parameters`) or the older one (`rope_scaling`).
 
-    `partial_rotary_factor` is the family's default share of a head's `head_dim` channels that turn. Raises MaskLLMError that names
-    the key for a value that is missing, malformed or not supported.
+    `partial_rotary_factor` is the family's default share of the `head_dim` channels of a head that are rotated. Raises MaskLLMError
+    that names the key if a value is missing, malformed or not supported.
     """
     given = [_with_one_spelling(hf.section(key), hf) for key in ("rope_parameters", "rope_scaling") if hf.has(key)]
     rope = given[0] if given else _with_one_spelling(HFConfig({}, hf.where), hf)
@@ -64,13 +65,13 @@ def read_rope(hf: HFConfig, *, head_dim: int, max_position_embeddings: int, part
     dim = int(head_dim * share)
     if share > 1 or dim < 2 or dim % 2:
         raise rope.error(
-            f"partial_rotary_factor {share} turns {dim} of a head's {head_dim} channels; wanted an even number of them"
+            f"partial_rotary_factor {share} rotates {dim} of the {head_dim} channels of a head; wanted an even number of them"
         )
     return Rope(rope.number("rope_theta", default=10000.0), dim, _read_scaling(rope, max_position_embeddings))
 
 
 def _with_one_spelling(section: HFConfig, hf: HFConfig) -> HFConfig:
-    """The rotary settings `section` of `hf`, with those that older configs have beside it."""
+    """The rotary settings `section` of `hf` in one spelling, with the settings that older configs have outside of the section."""
     values = {("rope_type" if key == "type" else key): value for key, value in section.values.items()}
     for key in ("rope_theta", "partial_rotary_factor"):
         if hf.has(key):

@@ -1,4 +1,4 @@
-"""Hugging Face configs: both spellings read alike, and what is not supported is refused by name."""
+"""Reading Hugging Face configs: both spellings of rotary settings, defaults, and an error with the name of each unsupported key."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def read(tmp_path):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_reads_what_transformers_writes(name, tmp_path):
+def test_a_config_that_transformers_wrote_is_read(name, tmp_path):
     hf = tiny_config(name)
     hf.save_pretrained(tmp_path)
     config = read_model_config(tmp_path / "config.json")
@@ -44,7 +44,7 @@ def test_reads_what_transformers_writes(name, tmp_path):
         assert config.rope.dim == config.head_dim * hf.rope_parameters.get("partial_rotary_factor", 1.0)
 
 
-def test_an_old_nemotron_config_states_its_rotary_settings_beside_the_others(read):
+def test_an_old_nemotron_config_has_rotary_settings_outside_of_a_section(read):
     old = read(NEMOTRON | {"hidden_act": "relu2", "rope_theta": 500.0, "partial_rotary_factor": 0.75})
     assert (old.rope.theta, old.rope.dim, old.rope.scaling) == (500.0, 6, None)
     assert read(NEMOTRON).rope.dim == 4
@@ -123,8 +123,8 @@ def test_rotary_frequencies_are_those_of_transformers(read, rope, head_dim):
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
         ({"rope_scaling": "llama3"}, "rope_scaling is 'llama3'"),
         (NEMOTRON | {"hidden_act": "silu"}, "hidden_act 'silu' is not supported, only 'relu2'"),
-        (NEMOTRON | {"hidden_act": "relu2", "partial_rotary_factor": 0.4}, "partial_rotary_factor 0.4 turns 3"),
-        (NEMOTRON | {"hidden_act": "relu2", "partial_rotary_factor": 1.5}, "partial_rotary_factor 1.5 turns 12"),
+        (NEMOTRON | {"hidden_act": "relu2", "partial_rotary_factor": 0.4}, "partial_rotary_factor 0.4 rotates 3"),
+        (NEMOTRON | {"hidden_act": "relu2", "partial_rotary_factor": 1.5}, "partial_rotary_factor 1.5 rotates 12"),
         (NEMOTRON | {"hidden_act": "relu2", "mlp_bias": True}, "attention_bias is False and mlp_bias is True"),
         (GPT2 | {"activation_function": "relu"}, "activation_function 'relu' is not supported, only 'gelu_new'"),
         (GPT2 | {"scale_attn_weights": False}, "scale_attn_weights False"),
@@ -134,7 +134,7 @@ def test_rotary_frequencies_are_those_of_transformers(read, rope, head_dim):
         (GPT2 | {"n_embd": None}, "n_embd is missing"),
     ],
 )
-def test_what_is_not_supported_is_refused_by_name(read, values, words):
+def test_an_unsupported_value_is_refused_with_its_key(read, values, words):
     with pytest.raises(MaskLLMError) as error:
         read(PLAIN | values)
     assert words in str(error.value)
@@ -145,7 +145,7 @@ def test_what_is_not_supported_is_refused_by_name(read, values, words):
 @pytest.mark.parametrize(
     ("text", "words"), [(b'{"a":\n 1,,}', "line 2"), (b"[1]", "wanted a JSON object"), (b"\xff\xfe{}", "not UTF-8")]
 )
-def test_a_broken_config_is_refused_by_name(tmp_path, text, words):
+def test_a_file_that_is_not_a_json_object_is_refused(tmp_path, text, words):
     (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(MaskLLMError, match=words):
         read_model_config(tmp_path / "config.json")

@@ -1,4 +1,4 @@
-"""The fused layouts, row by row."""
+"""Parameter maps: the row order of fused tensors, and the way back to the Hugging Face tensors."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def mapping(kind, suffix, config=CONFIG):
     return next(m for m in parameter_map(config) if isinstance(m, kind) and m.megatron.endswith(suffix))
 
 
-def test_fused_qkv_rows_go_by_query_group():
-    # The row's identity is its value: 100 a projection, then head, then channel.
+def test_fused_qkv_rows_are_ordered_by_query_group():
+    # Each row holds its own identity: projection, head, channel.
     query = torch.tensor([[0, head, channel] for head in range(6) for channel in range(4)])
     key = torch.tensor([[1, head, channel] for head in range(2) for channel in range(4)])
     value = torch.tensor([[2, head, channel] for head in range(2) for channel in range(4)])
@@ -62,8 +62,8 @@ def test_gated_fc1_holds_gate_rows_then_up_rows():
     assert mapping(GatedMLP, "fc1.bias").to_megatron([gate, up], CONFIG).tolist() == [*range(10), *range(100, 110)]
 
 
-def test_a_stacked_transposed_qkv_has_its_columns_as_rows_by_head():
-    # As GPT-2 stores it, [in, out]: a column's identity is its value, 100 a projection, 10 a head, then channel.
+def test_the_columns_of_a_stacked_transposed_qkv_become_rows_ordered_by_head():
+    # As GPT-2 stores it, [in, out]. A value is 1000 * row + 100 * projection + 10 * head + channel.
     columns = torch.tensor([100 * part + 10 * head + channel for part in range(3) for head in range(3) for channel in range(4)])
     stored = columns.expand(12, -1) + 1000 * torch.arange(12)[:, None]
     fused = mapping(QKVByGroup, "qkv.weight", GPT2).to_megatron([stored], GPT2)
@@ -72,7 +72,7 @@ def test_a_stacked_transposed_qkv_has_its_columns_as_rows_by_head():
 
 
 @FAMILIES
-def test_every_mapping_goes_back_to_what_it_came_from(config):
+def test_to_hf_undoes_to_megatron(config):
     generator = torch.Generator().manual_seed(0)
     for each in parameter_map(config):
         parts = [torch.randn(shape, generator=generator) for shape in each.hf_shapes(config)]
@@ -83,7 +83,7 @@ def test_every_mapping_goes_back_to_what_it_came_from(config):
 
 
 @FAMILIES
-def test_packed_bits_move_as_the_mask_does(config):
+def test_packed_masks_are_fused_and_split_as_masks_are(config):
     each = mapping(QKVByGroup, "qkv.weight", config)
     mask = torch.rand(each.megatron_shape(config), generator=torch.Generator().manual_seed(0)) < 0.5
     bits = each.split(pack_mask(mask), config)
@@ -92,6 +92,6 @@ def test_packed_bits_move_as_the_mask_does(config):
 
 
 @FAMILIES
-def test_every_linear_of_a_layer_is_masked_and_nothing_else(config):
+def test_the_masked_linears_are_all_linears_of_the_layers_and_no_others(config):
     expected = {f"decoder.layers.{layer}.{linear.name}" for layer in range(3) for linear in LINEARS}
     assert {m.linear for m in parameter_map(config)} - {None} == expected

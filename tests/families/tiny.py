@@ -18,7 +18,7 @@ SIZES: dict[str, Any] = {
 }
 
 BASE = SIZES | {"rms_norm_eps": 1e-5}
-"""Of LLaMA."""
+"""LLaMA's settings."""
 
 NEMOTRON = SIZES | {"model_type": "nemotron", "norm_eps": 1e-4, "num_key_value_heads": 2}
 
@@ -35,7 +35,7 @@ GPT2 = {
     "eos_token_id": 0,
 }
 
-# Not LLaMA 3.1's own factors, so that Megatron's built-in ones would be seen; every branch of the formula is taken.
+# Other factors than LLaMA 3.1's, so that a test notices if Megatron's built-in ones are used. They reach every branch of the formula.
 SCALED_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 1000.0,
@@ -66,12 +66,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def tiny_config(name: str) -> PreTrainedConfig:
-    """CONFIGS[name] as transformers reads it."""
+    """The transformers config of CONFIGS[name]."""
     return AutoConfig.for_model(**({"model_type": "llama"} | CONFIGS[name]))
 
 
 def tiny_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model CONFIGS[name], with weights large enough for attention to attend and biases that are not zero, without dropout."""
+    """The model CONFIGS[name], without dropout. Weights are large, so that attention is not uniform, and biases are not zero."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(name))
     for parameter in model.parameters():
