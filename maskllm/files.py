@@ -38,7 +38,7 @@ def real_file(path: str | os.PathLike) -> Path:
     """
     path = Path(path)
     if path.exists() and not path.is_file():
-        raise MaskLLMError(f"{path}: is {'a directory' if path.is_dir() else 'no regular file'}, wanted a file to write")
+        raise MaskLLMError(f"{path}: is {'a directory' if path.is_dir() else 'not a regular file'}, wanted a file to write")
     return Path(os.path.realpath(path))
 
 

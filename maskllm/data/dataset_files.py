@@ -1,4 +1,4 @@
-"""How the two files of a Megatron indexed dataset are called."""
+"""The names of the two files of a Megatron indexed dataset."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 SUFFIXES = (".bin", ".idx")
-"""What the names of a dataset's files add to its prefix: its tokens and its index."""
+"""The endings that follow a dataset's prefix in the names of its files: tokens and index."""
 
 
 def dataset_files(prefix: str | os.PathLike) -> tuple[Path, Path]:
@@ -16,5 +16,5 @@ def dataset_files(prefix: str | os.PathLike) -> tuple[Path, Path]:
 
 
 def document_prefix(output_prefix: str | os.PathLike, json_key: str) -> str:
-    """The prefix of the dataset that `maskllm preprocess --output-prefix P --json-key KEY` writes: P_KEY_document, as Megatron-LM does."""
+    """The prefix of the dataset that `maskllm preprocess --output-prefix P --json-key KEY` writes: P_KEY_document (Megatron-LM's)."""
     return f"{os.fspath(output_prefix)}_{json_key}_document"

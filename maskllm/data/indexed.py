@@ -1,4 +1,4 @@
-"""Megatron indexed datasets, opened with their files checked."""
+"""Opening Megatron indexed datasets, after a check of their files."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from maskllm.errors import MaskLLMError
 
 _MAGIC = b"MMIDIDX\0\0"
 _HEADER = struct.Struct("<9sQBQQ")
-"""An .idx file's first bytes: magic, version, the tokens' DType, number of sequences, number of documents and one more."""
+"""The first bytes of an .idx file: magic, version, the tokens' DType, the number of sequences, the number of documents plus 1."""
 
 
 def open_indexed(prefix: str | Path) -> IndexedDataset:
-    """Open PREFIX.bin and PREFIX.idx. Raises MaskLLMError where its files are damaged, cut off or without a token.
+    """Open PREFIX.bin and PREFIX.idx. Raises MaskLLMError if the files are damaged, cut off or hold no token.
 
-    The index is checked here because upstream's reader asserts and, where it fails, complains once more when it is deleted.
+    The index is checked here because upstream's reader uses assertions, and prints a second error when a reader that failed is
+    deleted.
     """
     again = "make the dataset again with `maskllm preprocess`"
     tokens, idx = dataset_files(prefix)

@@ -1,4 +1,4 @@
-"""Files of text by line, plain or gzip, and corpora in C4's format: JSON lines, one object a line whose text is under one key."""
+"""Reading text files by line, plain or gzip, and corpora in C4's format: JSON lines, each an object with the text under one key."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ class Line(NamedTuple):
 
     path: Path
     number: int
-    """From 1."""
+    """Counted from 1."""
     data: bytes
-    """With its line end, without the file's byte order mark."""
+    """The line with its line end, without the file's byte order mark."""
     position: int
-    """Bytes of the input files, as stored, that had been read when this line was."""
+    """How many bytes of the input files, as they are stored, had been read up to this line."""
 
 
 class BadLineError(MaskLLMError):
-    """A line that holds no document; the message names file, line and reason."""
+    """A line that holds no document. The message names the file, the line and the reason."""
 
 
 def check_inputs(paths: Iterable[str | os.PathLike]) -> list[Path]:
-    """The paths as `Path`; raises MaskLLMError where one is not a file or there are none."""
+    """The paths as `Path`. Raises MaskLLMError if one of them is not a file, or if there are none."""
     paths = [Path(path) for path in paths]
     if not paths:
         raise MaskLLMError("no input files given")
@@ -41,13 +41,13 @@ def check_inputs(paths: Iterable[str | os.PathLike]) -> list[Path]:
         if not path.exists():
             raise MaskLLMError(f"{path}: no such file")
         if not path.is_file():
-            found = "a directory" if path.is_dir() else "no regular file, and may have to be read twice"
+            found = "a directory" if path.is_dir() else "not a regular file, and may have to be read twice"
             raise MaskLLMError(f"{path}: is {found}; wanted a file")
     return paths
 
 
 def read_lines(paths: Sequence[Path]) -> Iterator[Line]:
-    """Every line of the files but those of white space only. Raises as `every_line` does."""
+    """All lines of the files except those with only white space. Raises as `every_line` does."""
     before = 0
     for path in paths:
         yield from (line for line in every_line(path, before) if not line.data.isspace())
@@ -55,9 +55,9 @@ def read_lines(paths: Sequence[Path]) -> Iterator[Line]:
 
 
 def every_line(path: Path, before: int = 0) -> Iterator[Line]:
-    """Every line of a file; `before` is added to their positions. Gzip is told by its first bytes, whatever the file is called.
+    """Every line of a file. `before` is added to the lines' positions. The file's first bytes, not its name, tell gzip from text.
 
-    Raises MaskLLMError where a gzip stream is damaged or ends early.
+    Raises MaskLLMError if a gzip stream is damaged or ends early.
     """
     with path.open("rb") as stored:
         compressed = stored.peek(2)[:2] == _GZIP_MAGIC
@@ -75,7 +75,7 @@ def every_line(path: Path, before: int = 0) -> Iterator[Line]:
 
 
 def document(line: Line, key: str) -> str:
-    """The text of a line. Raises BadLineError where the line is no JSON object with a string of valid Unicode under `key`."""
+    """The text of a line. Raises BadLineError if the line is not a JSON object with a string of valid Unicode under `key`."""
 
     def bad(reason: str) -> BadLineError:
         return BadLineError(f"{line.path}:{line.number}: {reason}")
@@ -84,7 +84,7 @@ def document(line: Line, key: str) -> str:
         value = json.loads(line.data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise bad(f"not UTF-8: byte 0x{line.data[error.start]:02x} at offset {error.start}") from error
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits are a plain ValueError
+    except (ValueError, RecursionError) as error:  # numbers with thousands of digits raise a plain ValueError
         raise bad(f"not JSON: {error}") from error
     if not isinstance(value, dict):
         raise bad(f"a JSON {_kind(value)}, wanted an object with the key {key!r}")
@@ -102,4 +102,5 @@ def document(line: Line, key: str) -> str:
 
 
 def _kind(value: object) -> str:
+    """JSON's name for the type of `value`."""
     return {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}.get(type(value), "number")

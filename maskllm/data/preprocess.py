@@ -1,11 +1,15 @@
 """Pre-tokenization: JSON lines to a Megatron indexed dataset.
 
-The files are byte for byte those of Megatron-LM's `tools/preprocess_data.py` for the same input, tokenizer and `--append-eod`. What
-that tool does, and this module with it: every line is a document of one sequence; token ids are uint16 where the vocabulary has
-fewer than 65500 tokens, else int32 (`DType.optimal_dtype`); EOD is appended to documents that have tokens; a document without
-tokens adds nothing to the .bin file and no sequence, but an entry to the document index. (With a tokenizer that puts BOS first no
-document is without tokens.) That tool tokenizes one document at a time in a pool of processes; here threads hand whole batches to
-the tokenizer's library, which works outside Python's interpreter lock.
+The files are byte for byte those of Megatron-LM's `tools/preprocess_data.py` for the same input, tokenizer and `--append-eod`:
+
+* Every line is a document of one sequence.
+* Token ids are uint16 if the vocabulary has fewer than 65500 tokens, else int32 (`DType.optimal_dtype`).
+* EOD is appended to documents that have tokens.
+* A document without tokens adds an entry to the document index, but no sequence, and nothing to the .bin file. (If the tokenizer
+  puts BOS first, every document has tokens.)
+
+Megatron-LM's tool tokenizes one document at a time in a pool of processes. Here threads pass whole batches to the tokenizer's
+library, which works outside of Python's interpreter lock.
 """
 
 from __future__ import annotations
@@ -30,8 +34,9 @@ from maskllm.errors import MaskLLMError
 from maskllm.files import atomic_file, real_file
 
 CHUNK_BYTES = 1 << 20
-"""Lines are handed to a worker in chunks of about this size."""
+"""A worker gets lines in chunks of about this size."""
 REPORTED_BAD_LINES = 20
+"""How many bad lines the summary quotes."""
 
 
 @dataclass
@@ -39,29 +44,32 @@ class PreprocessSummary:
     """What `preprocess` wrote."""
 
     prefix: str
-    """The dataset: `prefix`.bin and `prefix`.idx, what `--data-path` takes."""
+    """The dataset is `prefix`.bin and `prefix`.idx; `--data-path` takes this prefix."""
     library: str
     """The library that encoded: gigatoken, tokenizers or sentencepiece."""
     vocab_size: int
     documents: int = 0
-    """Documents written, those without tokens included."""
+    """Documents written, including those without tokens."""
     empty_documents: int = 0
+    """Documents without tokens."""
     tokens: int = 0
     bad_lines: int = 0
     bad_line_messages: list[str] = field(default_factory=list)
-    """The first REPORTED_BAD_LINES of them: file, line number and reason."""
+    """File, line number and reason of the first REPORTED_BAD_LINES bad lines."""
     input_bytes: int = 0
-    """Size of the input files as stored."""
+    """Size of the input files as they are stored."""
     seconds: float = 0.0
 
 
 def available_cores() -> int:
-    """The cores that this process may use, which in a container or a batch job can be fewer than the machine has."""
+    """How many cores this process may use. In a container or a batch job these can be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
 class _Chunk:
+    """Consecutive lines of the input, encoded."""
+
     batch: TokenBatch
     bad_lines: list[str]
     position: int
@@ -80,17 +88,17 @@ def preprocess(
     """Tokenize JSON-lines files, in order, into `{output_prefix}_{json_key}_document.bin` and `.idx`.
 
     Args:
-        inputs: JSON-lines files, plain or gzip; white-space-only lines are passed over.
+        inputs: JSON-lines files, plain or gzip. Lines with only white space are ignored.
         tokenizer: what `load_tokenizer` reads.
         append_eod: end every document that has tokens with the tokenizer's end-of-sequence token.
-        workers: threads that tokenize; `available_cores` by default. Memory is bounded by a few chunks of CHUNK_BYTES a worker (or the
-            longest line), plus 12 bytes a document for the index.
-        json_key: where in a line's object the text is.
+        workers: threads that tokenize; `available_cores` by default. Memory is bounded by a few chunks of CHUNK_BYTES a worker (or
+            the longest line), plus 12 bytes a document for the index.
+        json_key: the key of the text in a line's object.
         skip_bad_lines: count and report lines without a document; otherwise the first one raises.
 
-    The pair of files appears complete or not at all; a dataset already there is replaced. Raises MaskLLMError for a missing or
-    damaged input, a bad line (BadLineError), a tokenizer that cannot be read or lacks an end-of-sequence token, or input without
-    a single token.
+    The two files appear complete or not at all, and replace an existing dataset. Raises MaskLLMError if an input is missing or
+    damaged, a line is bad (BadLineError), the tokenizer cannot be read or lacks an end-of-sequence token that is needed, or the
+    input has no token.
     """
     inputs = check_inputs(inputs)
     workers = workers or available_cores()
@@ -115,10 +123,11 @@ def _preprocess(
     summary = PreprocessSummary(prefix, tokenizer.library, tokenizer.vocab_size)
     summary.input_bytes = sum(path.stat().st_size for path in inputs)
     bin_path, idx_path = dataset_files(prefix)
-    # The index is what makes a dataset: it is published last, and a former one goes before the former data does.
+    # A dataset counts as complete if it has an index. So the new index is published last, and an old one is removed before the old
+    # data.
     with atomic_file(idx_path) as new_idx, atomic_file(bin_path) as new_bin:
         builder = IndexedDatasetBuilder(str(new_bin), dtype=DType.optimal_dtype(tokenizer.vocab_size))
-        builder.sequence_lengths, builder.document_indices = array("i"), array("q", [0])  # a list costs six times the memory
+        builder.sequence_lengths, builder.document_indices = array("i"), array("q", [0])  # lists take six times the memory
         with tqdm(total=summary.input_bytes, desc="preprocess", unit="B", unit_scale=True, disable=None) as progress:
             for chunk in _encoded(inputs, tokenizer, append_eod, workers, json_key, skip_bad_lines):
                 _write(builder, chunk.batch)
@@ -140,7 +149,7 @@ def _preprocess(
 def _encoded(
     inputs: list[Path], tokenizer: Tokenizer, append_eod: bool, workers: int, json_key: str, skip_bad_lines: bool
 ) -> Iterator[_Chunk]:
-    """The input's chunks in order, encoded by `workers` threads that are at most a few chunks ahead."""
+    """The chunks of the input in order, encoded by `workers` threads. They work on at most a few chunks ahead."""
 
     def encode(lines: list[Line]) -> _Chunk:
         texts, bad_lines = [], []
@@ -170,6 +179,7 @@ def _encoded(
 
 
 def _chunks(inputs: list[Path]) -> Iterator[list[Line]]:
+    """The lines of the input in lists of about CHUNK_BYTES."""
     chunk: list[Line] = []
     size = 0
     for line in read_lines(inputs):
@@ -183,6 +193,7 @@ def _chunks(inputs: list[Path]) -> Iterator[list[Line]]:
 
 
 def _write(builder: IndexedDatasetBuilder, batch: TokenBatch) -> None:
+    """Add each text of `batch` as a document."""
     ends = np.cumsum(batch.lengths)
     for start, end in zip((ends - batch.lengths).tolist(), ends.tolist(), strict=True):
         builder.add_document(batch.ids[start:end], [end - start] if end > start else [])

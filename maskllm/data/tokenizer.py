@@ -1,10 +1,10 @@
 """Tokenizers as Megatron-LM reads them: Hugging Face `tokenizer.json` and SentencePiece `tokenizer.model`.
 
-A Hugging Face tokenizer gives what `tokenizer(text).input_ids` gives, the tokens that its post-processor adds included
-(Megatron-LM's `_HuggingFaceTokenizer`; since megatron-core 0.15 that is `--tokenizer-hf-include-special-tokens`). A SentencePiece
-model gives BOS and the text's pieces (Megatron-LM's `_Llama2Tokenizer`).
+A Hugging Face tokenizer gives `tokenizer(text).input_ids`, with the tokens that its post-processor adds. Megatron-LM's
+`_HuggingFaceTokenizer` does the same (since megatron-core 0.15 with `--tokenizer-hf-include-special-tokens`). A SentencePiece model
+gives BOS and the text's pieces, as Megatron-LM's `_Llama2Tokenizer` does.
 
-`gigatoken` encodes the same tokens much faster, for the tokenizers it knows. It is used where it is exact: see `GigatokenTokenizer`.
+For some tokenizers, the library gigatoken gives the same tokens much faster. It is used if it is exact: see `GigatokenTokenizer`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from maskllm.errors import MaskLLMError, first_line
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """The tokens of several texts, one after another."""
+    """The tokens of several texts, concatenated."""
 
     ids: np.ndarray
     """int32 [sum of lengths]"""
@@ -41,11 +41,12 @@ class TokenBatch:
 
     @classmethod
     def from_lists(cls, rows: Sequence[Sequence[int]]) -> TokenBatch:
+        """A batch of one text for each list of tokens."""
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
         return cls(np.fromiter(itertools.chain.from_iterable(rows), np.int32, int(lengths.sum())), lengths)
 
     def wrapped(self, before: Sequence[int] = (), after: Sequence[int] = (), *, empty: bool = True) -> TokenBatch:
-        """With the tokens `before` and `after` put around each text; around empty ones only if `empty`."""
+        """The batch with the tokens `before` and `after` added to each text; to texts without tokens only if `empty`."""
         around = np.full(len(self.lengths), True) if empty else self.lengths > 0
         lengths = self.lengths + around * (len(before) + len(after))
         ends = np.cumsum(lengths)
@@ -61,15 +62,15 @@ class TokenBatch:
 
 
 class Tokenizer(abc.ABC):
-    """Text to tokens; safe to call from several threads, each call working on one core."""
+    """Turns text into tokens. Several threads may call it; each call works on one core."""
 
     library: str
     """The library that encodes."""
     vocab_size: int
     eod: int | None
-    """The token that ends a document: the tokenizer's end-of-sequence token, None where it has none."""
+    """The token that ends a document: the tokenizer's end-of-sequence token, or None if it has none."""
     special_tokens: list[str]
-    """Strings that are tokens of their own, or (SentencePiece) would be if they were not text here."""
+    """Strings of the special tokens. In a text, a Hugging Face tokenizer takes such a string for the token, SentencePiece for text."""
 
     @abc.abstractmethod
     def encode_batch(self, texts: list[str]) -> TokenBatch:
@@ -91,7 +92,7 @@ class HuggingFaceTokenizer(Tokenizer):
                 tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
             else:
                 tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
-        except Exception as error:  # transformers and tokenizers raise all sorts, plain Exception among them
+        except Exception as error:  # transformers and tokenizers raise many types, even plain Exception
             raise MaskLLMError(f"{path}: not a readable Hugging Face tokenizer: {first_line(error, with_type=False)}") from error
         if not tokenizer.is_fast:
             raise MaskLLMError(f"{path}: {type(tokenizer).__name__} has no tokenizer.json; convert it to a fast tokenizer")
@@ -112,7 +113,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model, BOS first."""
+    """A SentencePiece model. Every text starts with BOS."""
 
     library = "sentencepiece"
 
@@ -122,7 +123,7 @@ class SentencePieceTokenizer(Tokenizer):
         except (OSError, RuntimeError) as error:
             raise MaskLLMError(f"{path}: not a readable SentencePiece model: {first_line(error, with_type=False)}") from error
         if self.processor.bos_id() < 0:
-            raise MaskLLMError(f"{path}: the SentencePiece model has no BOS token, which every text begins with")
+            raise MaskLLMError(f"{path}: the SentencePiece model has no BOS token, which every text starts with")
         self.bos = self.processor.bos_id()
         self.vocab_size = self.processor.vocab_size()
         self.eod = None if self.processor.eos_id() < 0 else self.processor.eos_id()
@@ -135,22 +136,28 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class InexactError(Exception):
-    """gigatoken gave other tokens than the library it stands in for."""
+    """gigatoken cannot encode exactly as the tokenizer's own library does, or has just given other tokens."""
 
 
 class GigatokenTokenizer(Tokenizer):
-    """gigatoken in the place of another tokenizer, its `reference`; raises InexactError rather than give other tokens.
+    """gigatoken instead of another tokenizer, the `reference`.
 
-    It is built only for tokenizers without features that gigatoken reads differently (added tokens that strip or want whole words,
-    BPE dropout), and only if it agrees with the reference on `probe_texts`. Texts that contain a special token's string are left to
-    a SentencePiece reference, for which that string is plain text. And of every batch a passage is encoded by both and compared.
+    These checks keep it exact. They raise InexactError:
 
-    gigatoken remembers every word it has met, up to ten bytes for a byte of text; so that memory stays bounded it is replaced by a
-    fresh one after RENEW_CHARACTERS.
+    * The tokenizer must not have features that gigatoken treats differently: BPE dropout, and added tokens that strip white space
+      or match whole words only.
+    * It must agree with the reference on `probe_texts`.
+    * Both encode a passage of every batch, and the results are compared.
+
+    A text that contains the string of a special token is left to a SentencePiece reference, which treats that string as plain text.
+
+    gigatoken remembers every word that it has met, which takes up to ten bytes for each byte of text. To bound memory, a fresh
+    gigatoken replaces it after RENEW_CHARACTERS.
     """
 
     library = "gigatoken"
     RENEW_CHARACTERS = 1 << 27
+    """Characters of text after which gigatoken is replaced."""
 
     def __init__(self, reference: HuggingFaceTokenizer | SentencePieceTokenizer) -> None:
         self.reference = reference
@@ -209,8 +216,8 @@ class GigatokenTokenizer(Tokenizer):
 def load_tokenizer(path: str | os.PathLike, *, use_gigatoken: bool = True) -> Tokenizer:
     """Read a tokenizer from a Hugging Face directory or tokenizer.json, or a SentencePiece tokenizer.model.
 
-    A directory with a tokenizer.json (or whose files transformers can turn into a fast tokenizer) is read by transformers, one
-    with nothing but a tokenizer.model as a SentencePiece model. Raises MaskLLMError for anything else.
+    transformers reads a directory with a tokenizer.json, or with other files that it can turn into a fast tokenizer. A directory
+    with only a tokenizer.model is read as a SentencePiece model. Raises MaskLLMError for anything else.
     """
     path = Path(path)
     if not path.exists():
@@ -227,7 +234,10 @@ def load_tokenizer(path: str | os.PathLike, *, use_gigatoken: bool = True) -> To
 
 
 def probe_texts(special_tokens: Sequence[str]) -> list[str]:
-    """Texts on which tokenizers part: white space, digits, contractions, scripts, combining marks, control characters, specials."""
+    """Texts on which tokenizers often differ.
+
+    They hold white space, digits, contractions, scripts, combining marks, control characters and special tokens.
+    """
     texts = [
         "", " ", "  ", "\n", "\r\n\r\n  x\t\t y ", " leading", "trailing ", "  2024 x  12 12345678 1234\n 7",
         "don't I'LL we'Re 's '\u017f \u017fs", "\x00\x01\x7f\u0080", "e\u0301é \u200b ﬁ ½ \u0663 ²", "日本語テキスト\u3000全角ｱ",
@@ -246,15 +256,16 @@ def probe_texts(special_tokens: Sequence[str]) -> list[str]:
 
 
 def _refuse_inexact_features(contents: dict) -> None:
+    """Raise InexactError if a tokenizer.json has a feature that gigatoken treats differently."""
     if contents["model"].get("dropout"):
-        raise InexactError("the tokenizer draws its merges at random")
+        raise InexactError("the tokenizer uses BPE dropout")
     for token in contents["added_tokens"]:
         if token["lstrip"] or token["rstrip"] or token["single_word"]:
-            raise InexactError(f"added token {token['content']!r} strips or wants whole words")
+            raise InexactError(f"added token {token['content']!r} strips white space or matches whole words only")
 
 
 def _added_around(tokenizer: HuggingFaceTokenizer) -> tuple[list[int], list[int]]:
-    """The tokens that the post-processor puts before and after a text."""
+    """The tokens that the post-processor puts before and after a text. Raises InexactError if it does anything else."""
     alone = tokenizer.backend.encode("a", add_special_tokens=False).ids
     whole = tokenizer.backend.encode("a").ids
     for start in range(len(whole) - len(alone) + 1):
@@ -265,7 +276,7 @@ def _added_around(tokenizer: HuggingFaceTokenizer) -> tuple[list[int], list[int]
 
 @contextlib.contextmanager
 def one_core_a_call() -> Iterator[None]:
-    """Keep the tokenizers library from starting a thread a core in every call, for callers that have threads of their own."""
+    """A block in which calls of the tokenizers library use one thread each, for callers that start several threads themselves."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:

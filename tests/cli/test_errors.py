@@ -73,8 +73,8 @@ def test_a_place_for_the_numbers_that_cannot_be_written_is_refused_before_the_wo
         required = ["--model", missing, "--data", missing, "--seq-length", "8"]
     for place, reason in (
         (tmp_path, "is a directory"),
-        (pipe, "is no regular file"),
-        (link, "link: is no regular file"),
+        (pipe, "is not a regular file"),
+        (link, "link: is not a regular file"),
         (tmp_path / "two\nlines", r"two\nlines: is a directory"),
         ("-", "found '-', wanted a file's path"),
         (file / "f.json", f"{file} is not a directory"),
@@ -193,7 +193,7 @@ def test_a_full_disk_names_the_output_and_leaves_nothing(tmp_path, atomic):
 
 def test_what_is_no_file_in_an_output_files_place_is_named_and_stays(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    for place, found in ((tmp_path, "a directory"), (tmp_path / "pipe", "no regular file")):
+    for place, found in ((tmp_path, "a directory"), (tmp_path / "pipe", "not a regular file")):
         with pytest.raises(MaskLLMError, match=f"{place}: is {found}, wanted a file to write"), atomic_file(place):
             pass
     assert (tmp_path / "pipe").is_fifo()

@@ -160,7 +160,7 @@ def failing_inputs(root: Path) -> dict[str, tuple[list[str], str]]:
     return {
         "missing": (["missing.json"], "missing.json: no such file"),
         "folder": (["folder"], "folder: is a directory"),
-        "pipe": (["pipe"], "pipe: is no regular file"),
+        "pipe": (["pipe"], "pipe: is not a regular file"),
         "cut": (["good.json", "cut.json.gz"], "cut.json.gz: the gzip stream is damaged or cut off after line"),
         "damaged": (["damaged.json.gz"], "damaged.json.gz: the gzip stream is damaged or cut off after line"),
         "empty": (["empty.json"], "no document with text"),
