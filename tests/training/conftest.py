@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import torch
 
 from maskllm.checkpoints.reading import resolve
+from maskllm.errors import flag
 from tests.ranks import Job, Pool
 
 STEPS = 6
 
 
 def arguments(save: Path, dataset: str, start: Path, steps: int = STEPS, **options: object) -> list[str]:
-    """The command line of a run of `steps` steps that saves every other one; `options` add to it and override it (True: a switch)."""
+    """The command line of a run of `steps` steps that saves every other one.
+
+    `options` add to it and override it: True for a switch, a list for several values.
+    """
     values = {
         "data_path": dataset, "pretrained_checkpoint": start, "save": save, "load": save, "train_iters": steps,
         "global_batch_size": 4, "seq_length": 32, "lr": 0.01, "params_dtype": "fp32", "log_interval": 1, "eval_iters": 0,
@@ -26,7 +32,9 @@ def arguments(save: Path, dataset: str, start: Path, steps: int = STEPS, **optio
     }  # fmt: skip
     words = []
     for name, value in values.items():
-        words += [f"--{name.replace('_', '-')}"] if value is True else [f"--{name.replace('_', '-')}", str(value)]
+        words.append(flag(name))
+        if value is not True:
+            words += map(str, value if isinstance(value, list) else [value])
     return words
 
 
@@ -109,6 +117,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory, ranks: Callable, tiny_datase
     save = tmp_path_factory.mktemp("whole") / "run"
     ranks(2, "maskllm.train", *arguments(save, tiny_dataset, tiny_pruned))
     return save
+
+
+def metrics(save: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """The lines of one kind in a run's metrics."""
+    lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def logits(save: Path) -> dict[str, torch.Tensor]:
+    """The logits in the latest checkpoint."""
+    return {key: tensor for key, tensor in learned_tensors(save).items() if not key.startswith("optimizer")}
 
 
 def learned_tensors(save: Path) -> dict[str, torch.Tensor]:

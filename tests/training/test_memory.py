@@ -1,4 +1,4 @@
-"""What saves memory leaves what is learned alone, or changes it as documented."""
+"""Options that save memory: they change nothing that is learned, or only as documented."""
 
 from __future__ import annotations
 
@@ -12,33 +12,30 @@ from maskllm.checkpoints.finding import LATEST
 from maskllm.export.trim import trim
 from maskllm.ops import winner_mask
 from maskllm.patterns import Pattern
-from tests.training.test_layouts import logits, metrics, train
-from tests.training.test_resume import learned_tensors
+from tests.training.conftest import arguments, learned_tensors, logits, metrics
 
-STEPS = 3
-FULL = ("--recompute-granularity", "full", "--recompute-method")
+OPTIONS = {"steps": 3, "save_interval": 3}
+TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 RECOMPUTATIONS = {
-    "full_uniform": (*FULL, "uniform", "--recompute-num-layers", 2),
-    "selective": (
-        "--recompute-granularity", "selective", "--recompute-modules", "core_attn", "mlp", "masked_weight",
-    ),
-}  # fmt: skip
+    "full_uniform": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2},
+    "selective": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "mlp", "masked_weight"]},
+}
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory, ranks, tiny_dataset, tiny_pruned) -> Path:
-    """Two pipeline stages, four micro-batches a step: a stage goes forward with later ones before the first one's backward pass."""
+    """Two pipeline stages and four micro-batches a step: the first stage runs two forward passes before the first backward pass."""
     save = tmp_path_factory.mktemp("memory") / "plain"
-    train(ranks, 2, save, tiny_dataset, tiny_pruned, "--pipeline-model-parallel-size", 2, steps=STEPS)
+    ranks(2, "maskllm.train", *arguments(save, tiny_dataset, tiny_pruned, **OPTIONS, **PP2))
     return save
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECOMPUTATIONS)
-def test_recomputed_activations_are_those_of_the_forward_pass(name, plain, ranks, tmp_path, tiny_dataset, tiny_pruned):
+def test_recomputation_changes_nothing(name, plain, ranks, tmp_path, tiny_dataset, tiny_pruned):
     save = tmp_path / name
-    train(ranks, 2, save, tiny_dataset, tiny_pruned, "--pipeline-model-parallel-size", 2, *RECOMPUTATIONS[name], steps=STEPS)
-    for one, other in zip(metrics(plain, "train"), metrics(save, "train"), strict=True):
+    ranks(2, "maskllm.train", *arguments(save, tiny_dataset, tiny_pruned, **OPTIONS, **PP2, **RECOMPUTATIONS[name]))
+    for one, other in zip(metrics(plain), metrics(save), strict=True):
         for key in ("loss", "regularizer", "mean_max_probability", "grad_norm"):
             assert other[key] == one[key], (one["iteration"], key)
     expected, found = logits(plain), logits(save)
@@ -49,34 +46,37 @@ def test_recomputed_activations_are_those_of_the_forward_pass(name, plain, ranks
 
 @pytest.mark.slow
 def test_one_draw_a_step_is_the_same_for_every_micro_batch_and_rank(ranks, tmp_path, tiny_dataset, tiny_pruned):
-    """With one draw a step a batch in one micro-batch, and in two on each of two ranks, are the same sum."""
-    flags = ("--mask-sample-interval", "step")
-    runs = {"whole": (1, ("--micro-batch-size", 4)), "parts": (2, ("--micro-batch-size", 1))}
-    for name, (processes, sizes) in runs.items():
-        train(ranks, processes, tmp_path / name, tiny_dataset, tiny_pruned, *flags, *sizes, steps=STEPS)
-    train(ranks, 1, tmp_path / "drawn_apart", tiny_dataset, tiny_pruned, "--micro-batch-size", 1, steps=STEPS)
+    """With one draw a step, a batch gives the same sums in one micro-batch as in two on each of two ranks."""
+    runs = {
+        "whole": (1, {"mask_sample_interval": "step", "micro_batch_size": 4}),
+        "parts": (2, {"mask_sample_interval": "step"}),
+        "drawn_apart": (1, {}),
+    }
+    for name, (processes, options) in runs.items():
+        ranks(processes, "maskllm.train", *arguments(tmp_path / name, tiny_dataset, tiny_pruned, **OPTIONS, **options))
 
     def values(name: str, key: str) -> list[float]:
-        return [line[key] for line in metrics(tmp_path / name, "train")]
+        return [line[key] for line in metrics(tmp_path / name)]
 
     for key in ("loss", "regularizer", "mean_max_probability", "grad_norm"):
         assert values("parts", key) == pytest.approx(values("whole", key), rel=1e-4), key
     assert values("drawn_apart", "loss") != pytest.approx(values("whole", "loss"), rel=1e-4)
 
 
-FEW_BITS = ("--mask-logits-dtype", "bf16", "--optimizer-state-dtype", "8bit")
-
-
 @pytest.mark.slow
-def test_a_run_in_few_bits_is_resumed_exactly_and_under_another_layout(ranks, tmp_path, tiny_dataset, tiny_pruned):
-    """Three steps, then three more in the same layout, in another one, or without a pause."""
-    flags = (*FEW_BITS, "--save-interval", 3)
+def test_a_low_precision_run_is_resumed_exactly_and_under_another_layout(ranks, tmp_path, tiny_dataset, tiny_pruned):
+    """Two steps, then two more without a pause, after a resume, and after a resume under another layout."""
+
+    def train(save: Path, layout: dict[str, int]) -> None:
+        low_precision = {"mask_logits_dtype": "bf16", "optimizer_state_dtype": "8bit"}
+        ranks(2, "maskllm.train", *arguments(save, tiny_dataset, tiny_pruned, steps=4, **low_precision, **layout))
+
     whole, resumed, moved = (tmp_path / name for name in ("whole", "resumed", "moved"))
-    train(ranks, 2, whole, tiny_dataset, tiny_pruned, *flags, "--tensor-model-parallel-size", 2, steps=6)
-    for save, layout in ((resumed, "--tensor-model-parallel-size"), (moved, "--pipeline-model-parallel-size")):
-        shutil.copytree(whole / "iter_0000003", save / "iter_0000003")
-        (save / LATEST).write_text("3\n")
-        train(ranks, 2, save, tiny_dataset, tiny_pruned, *flags, layout, 2, steps=6)
+    train(whole, TP2)
+    for save, layout in ((resumed, TP2), (moved, PP2)):
+        shutil.copytree(whole / "iter_0000002", save / "iter_0000002")
+        (save / LATEST).write_text("2\n")
+        train(save, layout)
     expected = learned_tensors(whole)
     for key, tensor in learned_tensors(resumed).items():
         assert torch.equal(tensor, expected[key]), key
@@ -85,5 +85,5 @@ def test_a_run_in_few_bits_is_resumed_exactly_and_under_another_layout(ranks, tm
     for key, one in logits(moved).items():
         other = expected[key]
         assert (winner_mask(one, Pattern(2, 4)) == winner_mask(other, Pattern(2, 4))).float().mean() > 0.99, key
-    assert metrics(moved, "train")[-1]["loss"] == pytest.approx(metrics(whole, "train")[-1]["loss"], rel=2e-3)
+    assert metrics(moved)[-1]["loss"] == pytest.approx(metrics(whole)[-1]["loss"], rel=2e-3)
     trim(str(moved), str(tmp_path / "trimmed"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -20,7 +19,7 @@ from maskllm.checkpoints.reading import resolve
 from maskllm.patterns import Pattern
 from maskllm.pruning.megatron import prune_by_magnitude
 from maskllm.pruning.solve import PruneSettings
-from tests.training.conftest import STEPS, arguments, assert_bit_identical, assert_close, learned_tensors
+from tests.training.conftest import STEPS, arguments, assert_bit_identical, assert_close, learned_tensors, metrics
 
 
 def steps_done(save: Path) -> int:
@@ -35,14 +34,13 @@ def catches_sigterm(process: psutil.Process) -> bool:
     return bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
-def metrics(save: Path, *keys: str) -> list[tuple]:
-    """The values of `keys` in each line of the metrics."""
-    lines = [json.loads(line) for line in (save / "metrics.jsonl").read_text().splitlines()]
-    return [tuple(line[key] for key in keys) for line in lines]
+def values_logged(save: Path, *keys: str) -> list[tuple]:
+    """The values of `keys` after each step."""
+    return [tuple(line[key] for key in keys) for line in metrics(save)]
 
 
 def iterations_logged(save: Path) -> list[int]:
-    return [iteration for (iteration,) in metrics(save, "iteration")]
+    return [line["iteration"] for line in metrics(save)]
 
 
 @pytest.mark.slow
@@ -80,7 +78,7 @@ def test_a_run_that_is_killed_twice_and_damaged_ends_as_the_uninterrupted_one(
     assert "--auto-fallback: going on from iter_0000002" in done.stderr
     assert iterations_logged(save) == list(range(1, STEPS + 1))
     keys = ("iteration", "loss", "grad_norm", "mean_max_probability")
-    assert metrics(save, *keys) == metrics(whole, *keys), "the losses are those of other data or other masks"
+    assert values_logged(save, *keys) == values_logged(whole, *keys), "the losses are those of other data or other masks"
     assert not [entry for entry in save.iterdir() if entry.name.startswith(".iter")], "what was half-written is still there"
     assert_bit_identical(whole, save)
 
@@ -217,8 +215,10 @@ def test_another_layout_goes_on_to_the_same_end(processes, layout, ranks, tmp_pa
     save = copy_of_step_2(whole, tmp_path / "run")
     done = ranks(processes, "maskllm.train", *arguments(save, tiny_dataset, tiny_pruned, async_save=True, **layout))
     assert "iter_0000002 after iteration 2 of 6" in done.stderr
-    losses = dict(metrics(whole, "iteration", "loss"))
-    assert dict(metrics(save, "iteration", "loss")) == pytest.approx({step: losses[step] for step in range(3, STEPS + 1)}, rel=1e-5)
+    losses = dict(values_logged(whole, "iteration", "loss"))
+    assert dict(values_logged(save, "iteration", "loss")) == pytest.approx(
+        {step: losses[step] for step in range(3, STEPS + 1)}, rel=1e-5
+    )
     assert_close(whole, save)
     before, after = learned_tensors(save / "iter_0000002"), learned_tensors(save)
     fc1 = [key for key in after if key.endswith("mlp.linear_fc1.mask_logits") and not key.startswith("optimizer")]
