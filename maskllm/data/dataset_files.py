@@ -16,5 +16,5 @@ def dataset_files(prefix: str | os.PathLike) -> tuple[Path, Path]:
 
 
 def document_prefix(output_prefix: str | os.PathLike, json_key: str) -> str:
-    """The prefix of the dataset that `maskllm preprocess --output-prefix P --json-key KEY` writes: P_KEY_document (Megatron-LM's)."""
+    """The prefix of the dataset that `maskllm preprocess --output-prefix P --json-key KEY` writes: P_KEY_document."""
     return f"{os.fspath(output_prefix)}_{json_key}_document"

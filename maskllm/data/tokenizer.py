@@ -70,7 +70,7 @@ class Tokenizer(abc.ABC):
     eod: int | None
     """The token that ends a document: the tokenizer's end-of-sequence token, or None if it has none."""
     special_tokens: list[str]
-    """Strings of the special tokens. In a text, a Hugging Face tokenizer takes such a string for the token, SentencePiece for text."""
+    """Strings of the special tokens. A Hugging Face tokenizer reads such a string in a text as the token, SentencePiece as text."""
 
     @abc.abstractmethod
     def encode_batch(self, texts: list[str]) -> TokenBatch:

@@ -1,15 +1,19 @@
-"""Tiny tokenizers, trained here, and a corpus with everything in it that text can hold."""
+"""Tiny tokenizers, which are trained here, and a corpus of difficult texts with its tokens by the tokenizers' own libraries."""
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import sentencepiece
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer
 
 WORDS = [
     "the", "a", "model", "weight", "of", "mask", "sparse", "and", "trained", "in", "2024", "to", "it's", "don't", "naïve", "Zeile",
@@ -21,6 +25,7 @@ LLAMA3_SPLIT = (
 
 
 def passages(count: int, seed: int = 0) -> list[str]:
+    """Random texts of 1 to 200 words."""
     generator = random.Random(seed)
     separators = [" "] * 20 + ["  ", "\n", "\n\n", "\t", ", "]
     return [
@@ -29,11 +34,11 @@ def passages(count: int, seed: int = 0) -> list[str]:
     ]
 
 
-TRICKY = ["", " ", "\n", "a</s>b", "<s>", "</s></s> 5", "  2024  x", "𝠀 \U00046131", "\u0130 e\u0301", "\x01\x00", "word " * 300000]
+TRICKY = ["", " ", "\n", "a</s>b", "<s>", "</s></s> 5", "  2024  x", "𝠀 \U00046131", "\u0130 e\u0301", "\x01\x00", "word " * 3000]
 
 
 def write_hf_tokenizer(directory: Path, *, digits: bool = False, bos: bool = False, vocab_size: int = 600) -> Path:
-    """A byte-level BPE tokenizer: GPT-2's or Llama 3's split (which gigatoken knows), or StarCoder's (which it does not)."""
+    """Write a byte-level BPE tokenizer with Llama 3's split, which gigatoken supports, or with `digits` StarCoder's, which it does not."""
     tokenizer = Tokenizer(models.BPE())
     if digits:
         split = pre_tokenizers.Digits(individual_digits=True)
@@ -86,10 +91,37 @@ def tokenizers_directory(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def corpus() -> list[str]:
+    """Passages of words, and difficult texts between them."""
     return [text for pair in zip(passages(len(TRICKY), seed=1), TRICKY, strict=True) for text in pair] + passages(150, seed=2)
 
 
+class Reference(NamedTuple):
+    """A tokenizer as its own library reads it."""
+
+    rows: list[list[int]]
+    """The tokens of each text of the corpus."""
+    vocab_size: int
+    eod: int | None
+
+
+def read_with_library(path: Path, texts: list[str]) -> Reference:
+    """Encode the texts one at a time with transformers or sentencepiece."""
+    if path.suffix == ".model":
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        rows = [[processor.bos_id(), *processor.encode(text)] for text in texts]
+        return Reference(rows, processor.vocab_size(), processor.eos_id())
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    return Reference([tokenizer(text).input_ids for text in texts], len(tokenizer), tokenizer.eos_token_id)
+
+
+@pytest.fixture(scope="session")
+def reference(tokenizers_directory, corpus) -> Callable[[str], Reference]:
+    """The corpus by the tokenizer of that name in `tokenizers_directory`. Each is encoded once a session."""
+    return functools.cache(lambda name: read_with_library(tokenizers_directory / name, corpus))
+
+
 def write_json_lines(path: Path, texts: list[str]) -> Path:
+    """Write texts in C4's format, some of them with all characters beyond ASCII escaped."""
     lines = [json.dumps({"url": "https://example.org", "text": text}, ensure_ascii=len(text) % 2 == 0) for text in texts]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path

@@ -1,19 +1,16 @@
-"""Pre-tokenization, byte for byte against Megatron's IndexedDatasetBuilder fed one document at a time, and every bad input."""
+"""Pre-tokenization, compared byte for byte with Megatron's IndexedDatasetBuilder, which gets one document at a time; bad input."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-import sentencepiece
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 from transformers import AutoTokenizer
 
@@ -24,33 +21,19 @@ from maskllm.data.json_lines import BadLineError
 from maskllm.data.preprocess import preprocess
 from maskllm.errors import MaskLLMError
 
-from .conftest import passages, write_hf_tokenizer, write_json_lines
+from .conftest import Reference, passages, read_with_library, write_hf_tokenizer, write_json_lines
 
 
 def files(prefix: Path) -> tuple[bytes, bytes]:
+    """The contents of a dataset's two files."""
     return Path(f"{prefix}.bin").read_bytes(), Path(f"{prefix}.idx").read_bytes()
 
 
-def megatron_files(path: Path, texts: list[str], prefix: Path, append_eod: bool) -> tuple[bytes, bytes]:
-    """What Megatron-LM's tool does: one document at a time, its tokens, EOD after them if there are any."""
-    if path.suffix == ".model":
-        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        size, eod = processor.vocab_size(), processor.eos_id()
-
-        def tokenize(text: str) -> list[int]:
-            return [processor.bos_id(), *processor.encode(text)]
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        size, eod = len(tokenizer), tokenizer.eos_token_id
-
-        def tokenize(text: str) -> list[int]:
-            return tokenizer(text).input_ids
-
-    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(size))
-    for text in texts:
-        tokens = tokenize(text)
-        if tokens and append_eod:
-            tokens.append(eod)
+def megatron_files(reference: Reference, prefix: Path, append_eod: bool) -> tuple[bytes, bytes]:
+    """The files that Megatron-LM's tool writes: one document at a time, its tokens, then EOD if it has tokens."""
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(reference.vocab_size))
+    for row in reference.rows:
+        tokens = [*row, reference.eod] if row and append_eod else row
         builder.add_document(tokens, [len(tokens)] if tokens else [])
     builder.finalize(f"{prefix}.idx")
     return files(prefix)
@@ -58,12 +41,11 @@ def megatron_files(path: Path, texts: list[str], prefix: Path, append_eod: bool)
 
 @pytest.mark.parametrize("append_eod", [False, True])
 @pytest.mark.parametrize("name", ["gigatoken", "bos", "digits", "tokenizer.model"])
-def test_files_are_megatrons_byte_for_byte(tokenizers_directory, corpus, tmp_path, monkeypatch, name, append_eod):
-    monkeypatch.setattr(module, "CHUNK_BYTES", 3000)  # many chunks in flight
+def test_files_are_megatrons_byte_for_byte(tokenizers_directory, corpus, reference, tmp_path, monkeypatch, name, append_eod):
+    monkeypatch.setattr(module, "CHUNK_BYTES", 3000)  # so that there are many chunks, and lines that are longer than a chunk
     source = write_json_lines(tmp_path / "in.json", corpus)
-    path = tokenizers_directory / name
-    summary = preprocess([source], tmp_path / "out", path, append_eod=append_eod, workers=3)
-    assert files(tmp_path / "out_text_document") == megatron_files(path, corpus, tmp_path / "expected", append_eod)
+    summary = preprocess([source], tmp_path / "out", tokenizers_directory / name, append_eod=append_eod, workers=3)
+    assert files(tmp_path / "out_text_document") == megatron_files(reference(name), tmp_path / "expected", append_eod)
     dataset = IndexedDataset(summary.prefix)
     assert (len(dataset.document_indices) - 1, dataset.sequence_lengths.sum()) == (summary.documents, summary.tokens)
     assert summary.documents == len(corpus)
@@ -80,8 +62,9 @@ def test_large_vocabularies_are_int32(tmp_path):
     texts = passages(5)
     source = write_json_lines(tmp_path / "in.json", texts)
     summary = preprocess([source], tmp_path / "out", path, workers=1)
-    assert files(tmp_path / "out_text_document") == megatron_files(path, texts, tmp_path / "expected", False)
-    dataset = IndexedDataset(summary.prefix)  # (an array from it must not outlive it: it is a view of the file)
+    expected = megatron_files(read_with_library(path, texts), tmp_path / "expected", False)
+    assert files(tmp_path / "out_text_document") == expected
+    dataset = IndexedDataset(summary.prefix)  # keep it while its arrays are used: they are views of the file
     assert dataset[0].dtype == np.int32
 
 
@@ -90,7 +73,7 @@ def test_gzip_byte_order_mark_crlf_and_blank_lines_change_nothing(tokenizers_dir
     lines = plain.read_bytes().splitlines()
     with gzip.open(tmp_path / "a.json.gz", "wb") as stream:
         stream.write(b"\xef\xbb\xbf" + b"\r\n".join(lines[:60]) + b"\r\n\r\n")
-    with (tmp_path / "b.data").open("wb") as stream:  # two members, told by its first bytes, and no line end at the end
+    with (tmp_path / "b.data").open("wb") as stream:  # two gzip members, no .gz in the name, and no line end at the end
         stream.write(gzip.compress(b"\n".join(lines[60:80])) + gzip.compress(b"\n \n" + b"\n".join(lines[80:100])))
     (tmp_path / "c.json").write_bytes(b"\n".join(lines[100:]))
     for inputs, output in (([plain], "one"), ([tmp_path / name for name in ("a.json.gz", "b.data", "c.json")], "three")):
@@ -98,7 +81,7 @@ def test_gzip_byte_order_mark_crlf_and_blank_lines_change_nothing(tokenizers_dir
     assert files(tmp_path / "one_text_document") == files(tmp_path / "three_text_document")
 
 
-def test_another_key_names_the_dataset(tokenizers_directory, tmp_path):
+def test_the_dataset_is_named_for_the_key(tokenizers_directory, tmp_path):
     (tmp_path / "in.json").write_text('{"body": "the model", "text": 3}\n')
     summary = preprocess([tmp_path / "in.json"], tmp_path / "out", tokenizers_directory / "digits", json_key="body", workers=1)
     assert summary.prefix == str(tmp_path / "out_body_document")
@@ -169,7 +152,7 @@ def failing_inputs(root: Path) -> dict[str, tuple[list[str], str]]:
 
 
 @pytest.mark.parametrize("case", ["missing", "folder", "pipe", "cut", "damaged", "empty", "no_text"])
-def test_input_that_cannot_be_used_ends_with_one_line(tokenizers_directory, tmp_path, capsys, case):
+def test_an_input_that_cannot_be_used_ends_with_one_line(tokenizers_directory, tmp_path, capsys, case):
     names, message = failing_inputs(tmp_path)[case]
     before = {entry.name for entry in tmp_path.iterdir()}
     arguments = ["--output-prefix", str(tmp_path / "out"), "--tokenizer", str(tokenizers_directory / "digits")]
@@ -197,7 +180,7 @@ def test_a_dataset_of_links_goes_where_they_point(tokenizers_directory, tmp_path
     assert len(IndexedDataset(str(tmp_path / "out_text_document"))) == 1
 
 
-def test_output_that_cannot_be_written_ends_with_one_line(tokenizers_directory, tmp_path, capsys):
+def test_an_output_that_cannot_be_written_ends_with_one_line(tokenizers_directory, tmp_path, capsys):
     write_json_lines(tmp_path / "in.json", ["the model"])
     arguments = ["--tokenizer", str(tokenizers_directory / "digits"), "--input", str(tmp_path / "in.json")]
     assert main(["preprocess", *arguments, "--output-prefix", str(tmp_path / "in.json" / "out")]) == 1
@@ -207,13 +190,15 @@ def test_output_that_cannot_be_written_ends_with_one_line(tokenizers_directory, 
 
 def test_no_end_of_sequence_token_to_append(tokenizers_directory, tmp_path):
     write_json_lines(tmp_path / "in.json", ["the model"])
-    tokenizer = tokenizers_directory / "digits" / "tokenizer.json"  # the file alone does not say which token it is
+    tokenizer = tokenizers_directory / "digits" / "tokenizer.json"  # this file alone does not name the token
     with pytest.raises(MaskLLMError, match="names no end-of-sequence token"):
         preprocess([tmp_path / "in.json"], tmp_path / "out", tokenizer, append_eod=True)
     assert preprocess([tmp_path / "in.json"], tmp_path / "out", tokenizer).documents == 1
 
 
-def test_starts_over_with_the_library_when_gigatoken_turns_out_inexact(tokenizers_directory, corpus, tmp_path, monkeypatch):
+def test_the_own_library_starts_over_when_gigatoken_is_found_inexact(
+    tokenizers_directory, corpus, reference, tmp_path, monkeypatch
+):
     compare = tokenizer_module.GigatokenTokenizer._compare
     calls = []
 
@@ -226,33 +211,36 @@ def test_starts_over_with_the_library_when_gigatoken_turns_out_inexact(tokenizer
     monkeypatch.setattr(tokenizer_module.GigatokenTokenizer, "_compare", wrong_at_the_fifth)
     monkeypatch.setattr(module, "CHUNK_BYTES", 3000)
     source = write_json_lines(tmp_path / "in.json", corpus)
-    path = tokenizers_directory / "gigatoken"
-    assert preprocess([source], tmp_path / "out", path, workers=2).library == "tokenizers"
-    assert files(tmp_path / "out_text_document") == megatron_files(path, corpus, tmp_path / "expected", False)
+    assert preprocess([source], tmp_path / "out", tokenizers_directory / "gigatoken", workers=2).library == "tokenizers"
+    assert files(tmp_path / "out_text_document") == megatron_files(reference("gigatoken"), tmp_path / "expected", False)
     assert len(calls) >= 5
 
 
-def test_kill_leaves_no_dataset_and_the_next_run_is_complete(tokenizers_directory, tmp_path):
-    texts = passages(5000)
-    source = write_json_lines(tmp_path / "in.json", texts)
+def preprocess_until_killed(source: Path, output: Path, tokenizer: Path) -> None:
+    """Preprocess in chunks of 3000 bytes; SIGKILL comes when the third one has been written."""
+    module.CHUNK_BYTES = 3000
+    write, chunks = module._write, []
+
+    def killing(builder, batch) -> None:
+        write(builder, batch)
+        builder.data_file.flush()
+        chunks.append(batch)
+        if len(chunks) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    module._write = killing
+    preprocess([source], output, tokenizer, workers=1)
+
+
+def test_a_killed_run_leaves_no_dataset_and_the_next_run_is_complete(tokenizers_directory, corpus, reference, tmp_path):
+    source = write_json_lines(tmp_path / "in.json", corpus)
     path = tokenizers_directory / "digits"
-    command = [sys.executable, "-m", "maskllm", "preprocess", "--input", str(source), "--tokenizer", str(path), "--workers", "1"]
-    command += ["--output-prefix", str(tmp_path / "out")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    unfinished = tmp_path / ".out_text_document.bin.tmp"
-    try:
-        while not (unfinished.exists() and unfinished.stat().st_size > 0):
-            assert process.poll() is None, "finished before it could be killed"
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-    finally:
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
+    process = multiprocessing.get_context("fork").Process(target=preprocess_until_killed, args=(source, tmp_path / "out", path))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert (tmp_path / ".out_text_document.bin.tmp").stat().st_size > 0, "killed before it had written anything"
     assert not list(tmp_path.glob("out*"))
-    summary = preprocess([source], tmp_path / "out", path, workers=2)
-    dataset = IndexedDataset(summary.prefix)
-    assert len(dataset) == len(texts)
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    assert all(dataset[index].tolist() == tokenizer(texts[index]).input_ids for index in (0, 2500, 4999))
+    preprocess([source], tmp_path / "out", path, workers=2)
+    assert files(tmp_path / "out_text_document") == megatron_files(reference("digits"), tmp_path / "expected", False)
     assert not list(tmp_path.glob(".*"))

@@ -1,32 +1,22 @@
-"""Tokenizers against transformers and sentencepiece called one text at a time, and gigatoken's place in them."""
+"""Tokenizers compared with transformers and sentencepiece, which get one text at a time; when gigatoken is used and when not."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
-import sentencepiece
-from transformers import AutoTokenizer
 
 from maskllm.data import tokenizer as module
 from maskllm.data.tokenizer import TokenBatch, load_tokenizer
 from maskllm.errors import MaskLLMError
 from tests.conftest import real_data
 
-from .conftest import passages
-
-
-def reference_rows(path: Path, texts: list[str]) -> list[list[int]]:
-    if path.suffix == ".model":
-        processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        return [[processor.bos_id(), *processor.encode(text)] for text in texts]
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    return [tokenizer(text).input_ids for text in texts]
+from .conftest import passages, read_with_library
 
 
 def rows(batch: TokenBatch) -> list[list[int]]:
+    """The tokens of each text."""
     assert batch.ids.dtype == np.int32
     return [row.tolist() for row in np.split(batch.ids, np.cumsum(batch.lengths)[:-1])]
 
@@ -36,28 +26,37 @@ def rows(batch: TokenBatch) -> list[list[int]]:
     [("gigatoken", "gigatoken"), ("bos", "gigatoken"), ("digits", "tokenizers"), ("tokenizer.model", "gigatoken")],
 )
 @pytest.mark.parametrize("use_gigatoken", [True, False])
-def test_tokens_are_those_of_the_tokenizers_own_library(tokenizers_directory, corpus, name, library, use_gigatoken):
+def test_tokens_are_those_of_the_tokenizers_own_library(tokenizers_directory, corpus, reference, name, library, use_gigatoken):
     tokenizer = load_tokenizer(tokenizers_directory / name, use_gigatoken=use_gigatoken)
     if use_gigatoken:
         assert tokenizer.library == library
     else:
         assert tokenizer.library == ("sentencepiece" if name == "tokenizer.model" else "tokenizers")
-    assert rows(tokenizer.encode_batch(corpus)) == reference_rows(tokenizers_directory / name, corpus)
+    expected = reference(name)
+    assert rows(tokenizer.encode_batch(corpus)) == expected.rows
     assert len(tokenizer.encode_batch([]).lengths) == 0
-    assert tokenizer.vocab_size == (420 if name == "tokenizer.model" else 600)
-    assert tokenizer.eod == (2 if name == "tokenizer.model" else 1)
+    assert tokenizer.vocab_size == expected.vocab_size == (420 if name == "tokenizer.model" else 600)
+    assert tokenizer.eod == expected.eod == (2 if name == "tokenizer.model" else 1)
 
 
-def test_llama2_tokenizer_is_exact_with_gigatoken():
+@pytest.mark.parametrize("name", ["gigatoken", "tokenizer.model"])
+def test_gigatoken_is_exact_for_a_long_text(tokenizers_directory, name):
+    texts = [" ".join(passages(1000, seed=3))]  # half a megabyte
+    tokenizer = load_tokenizer(tokenizers_directory / name)
+    assert tokenizer.library == "gigatoken"
+    assert rows(tokenizer.encode_batch(texts)) == read_with_library(tokenizers_directory / name, texts).rows
+
+
+def test_gigatoken_is_exact_for_llama2s_tokenizer():
     with real_data("c4-sample.train.json").open(encoding="utf-8") as lines:
         texts = [json.loads(line)["text"] for line in lines]
     tokenizer = load_tokenizer(real_data("llama2-tokenizer.model"))
     assert tokenizer.library == "gigatoken"
-    assert rows(tokenizer.encode_batch(texts)) == reference_rows(real_data("llama2-tokenizer.model"), texts)
+    assert rows(tokenizer.encode_batch(texts)) == read_with_library(real_data("llama2-tokenizer.model"), texts).rows
 
 
 @pytest.mark.parametrize(("token", "dropout"), [({"lstrip": True}, None), ({"single_word": True}, None), ({}, 0.1)])
-def test_features_that_gigatoken_reads_differently_are_left_to_the_library(tokenizers_directory, tmp_path, token, dropout):
+def test_a_feature_that_gigatoken_treats_differently_selects_the_own_library(tokenizers_directory, tmp_path, token, dropout):
     from tokenizers import AddedToken, Tokenizer
 
     tokenizer = Tokenizer.from_file(str(tokenizers_directory / "gigatoken" / "tokenizer.json"))
@@ -67,8 +66,8 @@ def test_features_that_gigatoken_reads_differently_are_left_to_the_library(token
     assert load_tokenizer(tmp_path / "tokenizer.json").library == "tokenizers"
 
 
-class Lying:
-    """gigatoken with another answer for texts that contain a word."""
+class WrongGigatoken:
+    """gigatoken with wrong tokens for texts that contain a word."""
 
     def __init__(self, tokenizer, word: str) -> None:
         self.tokenizer, self.word = tokenizer, word
@@ -77,21 +76,21 @@ class Lying:
         return self.tokenizer.encode_batch([text.replace(self.word, "?") for text in texts], parallel=parallel)
 
 
-def test_a_wrong_gigatoken_is_not_used(tokenizers_directory, monkeypatch):
-    honest = module.gigatoken.Tokenizer.from_json
-    monkeypatch.setattr(module.gigatoken.Tokenizer, "from_json", lambda contents: Lying(honest(contents), "2024"))
+def test_a_gigatoken_that_is_wrong_on_the_probes_is_not_used(tokenizers_directory, monkeypatch):
+    from_json = module.gigatoken.Tokenizer.from_json
+    monkeypatch.setattr(module.gigatoken.Tokenizer, "from_json", lambda contents: WrongGigatoken(from_json(contents), "2024"))
     assert load_tokenizer(tokenizers_directory / "gigatoken").library == "tokenizers"
 
 
-def test_a_gigatoken_that_goes_wrong_later_is_caught(tokenizers_directory):
+def test_a_gigatoken_that_is_wrong_later_raises(tokenizers_directory):
     tokenizer = load_tokenizer(tokenizers_directory / "gigatoken")
-    tokenizer._tokenizer = Lying(tokenizer._tokenizer, "mask")
+    tokenizer._tokenizer = WrongGigatoken(tokenizer._tokenizer, "mask")
     with pytest.raises(module.InexactError):
         for seed in range(20):
             tokenizer.encode_batch(passages(3, seed))
 
 
-def test_wrapped_against_lists():
+def test_wrapped_is_list_concatenation():
     texts = [[5, 6], [], [7], [], []]
     batch = TokenBatch.from_lists(texts)
     assert rows(batch.wrapped([1, 2], [3])) == [[1, 2, *text, 3] for text in texts]
@@ -110,7 +109,7 @@ def test_wrapped_against_lists():
         ({"x.model": ""}, "x.model", "not a readable SentencePiece model"),
     ],
 )
-def test_what_is_no_tokenizer_is_refused(tmp_path, files, name, message):
+def test_a_path_without_a_tokenizer_is_refused(tmp_path, files, name, message):
     for file, contents in files.items():
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).write_text(contents)
