@@ -1,8 +1,8 @@
-"""Packaging that pyproject.toml cannot state: the compiled kernels, and dependencies that follow the torch they are built against.
+"""The parts of the packaging that pyproject.toml cannot express: the compiled kernels, and the torch version they require.
 
-MASKLLM_BUILD_CUDA=1 insists on the CUDA kernels (for TORCH_CUDA_ARCH_LIST), 0 leaves them out; unset, they are built where torch is a
-CUDA build and nvcc is of its CUDA version. Without a C++ compiler or torch the package installs with no kernels and runs its PyTorch
-reference.
+MASKLLM_BUILD_CUDA=1 requires the CUDA kernels (for TORCH_CUDA_ARCH_LIST), 0 omits them. If it is unset, they are built if torch is
+a CUDA build and nvcc has the same CUDA version. Without a C++ compiler or torch, the package is installed without kernels and uses
+its PyTorch reference.
 """
 
 import os
@@ -18,11 +18,12 @@ CSRC = Path("csrc")
 
 
 def say(message: str) -> None:
+    """Print a message of the build."""
     print(f"maskllm: {message}", file=sys.stderr)
 
 
 def why_no_compiler() -> str | None:
-    """What keeps the kernels from being compiled, or None."""
+    """Why no kernels can be compiled, or None."""
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
         return f"there is no C++ compiler ({compiler})"
@@ -34,7 +35,7 @@ def why_no_compiler() -> str | None:
 
 
 def why_no_cuda() -> str | None:
-    """What keeps the CUDA kernels from being compiled, or None."""
+    """Why the CUDA kernels cannot be compiled, or None."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
@@ -45,14 +46,14 @@ def why_no_cuda() -> str | None:
     text = subprocess.run([str(Path(CUDA_HOME) / "bin" / "nvcc"), "--version"], capture_output=True, text=True, check=True).stdout
     release = re.search(r"release (\d+)\.", text)
     if release is None or release[1] != torch.version.cuda.split(".")[0]:
-        return f"nvcc is of CUDA {release[1] if release else 'an unknown version'} and torch of CUDA {torch.version.cuda}"
+        return f"nvcc belongs to CUDA {release[1] if release else '(unknown version)'} and torch to CUDA {torch.version.cuda}"
     return None
 
 
 def toolkit_folders(variable: str, option: str) -> list[str]:
-    """The folders of headers (INCLUDES, -I) or libraries (LIBRARIES, -L) of nvcc's toolkit, as nvcc itself names them.
+    """The folders with headers (INCLUDES, -I) or libraries (LIBRARIES, -L) of nvcc's toolkit, as nvcc reports them.
 
-    CUDA_HOME is another place where the nvcc on the path is a script that calls the real one.
+    They may lie outside of CUDA_HOME: the nvcc on the path may be a script that calls the real one.
     """
     from torch.utils.cpp_extension import CUDA_HOME
 
@@ -63,10 +64,10 @@ def toolkit_folders(variable: str, option: str) -> list[str]:
 
 
 def kernels() -> dict:
-    """The setup() arguments that build maskllm.ops._kernels, empty where nothing can be compiled."""
+    """The setup() arguments that build maskllm.ops._kernels; empty if nothing can be compiled."""
     forced = os.environ.get("MASKLLM_BUILD_CUDA", "")
     if forced not in ("", "0", "1"):
-        raise SystemExit(f"MASKLLM_BUILD_CUDA={forced}: wanted 0, 1 or nothing")
+        raise SystemExit(f"MASKLLM_BUILD_CUDA={forced}: wanted 0, 1 or no value")
     reason = why_no_compiler()
     if reason is not None:
         if forced == "1":
@@ -84,10 +85,10 @@ def kernels() -> dict:
     say("building the CPU and CUDA kernels" if with_cuda else f"building the CPU kernels only: {reason}")
 
     sources = [CSRC / "bindings.cpp", *sorted((CSRC / "cpu").glob("*.cpp"))]
-    # at::parallel_for is a template over OpenMP's pragmas. The runtime they call is the one torch itself has loaded: linking another
-    # (-fopenmp for the linker) would give the process a second pool of threads.
-    # -fno-tree-pre: that pass turns the clamp in exp_of into a branch, which keeps its loops from being vectorized for AVX2.
-    # -fstack-reuse=none: GCC 12 otherwise lets arrays of the AVX2 loops share memory while both are in use.
+    # -fopenmp for the compiler only: at::parallel_for uses OpenMP pragmas, and torch has loaded an OpenMP runtime. Linking another
+    # one would give the process a second thread pool. -fno-tree-pre: this pass turns the clamp in exp_of into a branch, and then
+    # its loops are not vectorized for AVX2. -fstack-reuse=none: without it, GCC 12 lets two arrays of the AVX2 loops share memory
+    # while both are in use.
     host_flags = [
         "-O3",
         "-std=c++20",
@@ -108,13 +109,14 @@ def kernels() -> dict:
         macros.append(("MASKLLM_CUDA_VERSION", f'"{torch.version.cuda}"'))
         macros.append(("MASKLLM_CUDA_ARCHITECTURES", f'"{";".join(re.split("[; ]+", architectures))}"'))
         flags["nvcc"] = ["-O3", "-std=c++20"]
-        # After the toolkit's, the CUDA headers and libraries that torch's wheels bring as packages: some toolkits hold little but nvcc.
+        # The toolkit's folders come first, then the CUDA headers and libraries in torch's nvidia-* packages: some toolkits have
+        # little more than nvcc.
         packages = Path(torch.__file__).parent.parent / "nvidia"
         includes = [*toolkit_folders("INCLUDES", "-I"), *(str(path) for path in packages.glob("*/include"))]
         library_dirs = [*toolkit_folders("LIBRARIES", "-L"), *(str(path) for path in packages.glob("*/lib"))]
         if any((Path(path) / "cusparseLt.h").exists() for path in [*includes, "/usr/include"]):
             macros.append(("MASKLLM_CUSPARSELT", "1"))
-            link.append("-l:libcusparseLt.so.0")  # the file torch has loaded by then
+            link.append("-l:libcusparseLt.so.0")  # torch has already loaded this file
         else:
             say("cuSPARSELt's header was not found: Sparse24Linear will use torch's semi-structured tensors")
     extension = (CUDAExtension if with_cuda else CppExtension)(
@@ -131,7 +133,7 @@ def kernels() -> dict:
 
 
 def torch_requirement(built: bool) -> str:
-    """A compiled extension runs with the torch release it was built against and no other."""
+    """The requirement for torch. A compiled extension works only with the torch release that it was built with."""
     if not built:
         return "torch>=2.6"
     import torch
@@ -151,7 +153,7 @@ setup(
         "sentencepiece>=0.2",
         "gigatoken>=0.10",
         "awkward>=2",
-        # Megatron Core from 0.17 on, which needs Python 3.12, imports it everywhere; CPU builds of torch do not bring it.
+        # Megatron Core 0.17 and later, which need Python 3.12, import triton everywhere. CPU builds of torch do not install it.
         "triton>=3; python_version >= '3.12' and platform_system == 'Linux'",
         "numpy>=1.26",
         "tensorboard>=2.17",

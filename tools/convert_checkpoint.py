@@ -1,4 +1,4 @@
-"""Stand-alone form of `maskllm convert`."""
+"""`maskllm convert` as a script, like those in Megatron-LM's tools/."""
 
 import sys
 

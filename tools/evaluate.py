@@ -1,4 +1,4 @@
-"""Stand-alone form of `maskllm evaluate`."""
+"""`maskllm evaluate` as a script, like those in Megatron-LM's tools/."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Stand-alone form of `maskllm trim`."""
+"""`maskllm trim` as a script, like those in Megatron-LM's tools/."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Attention on CUDA never holds the scores, in no type; runs where there is a GPU."""
+"""Attention on CUDA never holds all scores, in any dtype. Needs a GPU."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a G
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("groups", [2, 8])
-def test_the_scores_are_never_whole(dtype, groups):
+def test_attention_is_exact_without_holding_all_scores(dtype, groups):
     length, heads, size = 2048, 8, 64
     config = TransformerConfig(num_layers=1, hidden_size=heads * size, num_attention_heads=heads)
     attention = SDPACoreAttention(config, 1, AttnMaskType.causal, "self")

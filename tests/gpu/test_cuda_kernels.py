@@ -49,7 +49,7 @@ def test_masked_weight_matches_the_reference(pattern, out, blocks, dtype, hard):
         assert (found.double() - wanted.double()).abs().max() <= tolerance * wanted.abs().max()
 
 
-def test_main_grad_that_is_not_aligned_is_added_to():
+def test_the_gradient_is_added_to_an_unaligned_main_grad():
     weight = torch.randn(8, 32, device="cuda", dtype=torch.bfloat16)
     logits = torch.nn.Parameter(torch.randn(8, 8, 6, device="cuda"))
     logits.main_grad = torch.ones(8 * 8 * 6 + 1, device="cuda")[1:].view(8, 8, 6)
@@ -60,7 +60,7 @@ def test_main_grad_that_is_not_aligned_is_added_to():
     torch.testing.assert_close(logits.main_grad, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_launches_can_be_captured_in_a_graph():
+def test_a_cuda_graph_can_capture_the_launches():
     weight, logits = torch.randn(64, 256, device="cuda"), torch.randn(64, 64, 6, device="cuda")
     options = {"pattern": Pattern(2, 4), "key": NoiseKey(1, 2, ShardMap(64)), "scale": 1.0, "temperature": 1.0}
     expected = masked_weight(weight, logits, **options)
@@ -71,7 +71,7 @@ def test_launches_can_be_captured_in_a_graph():
     assert torch.equal(captured, expected)
 
 
-def test_matrix_operators_match_the_cpus():
+def test_matrix_operators_match_those_on_the_cpu():
     logits = torch.randint(-3, 4, (9, 13, 6)).float()
     assert torch.equal(winner_bits(logits.cuda(), Pattern(2, 4)).cpu(), winner_bits(logits, Pattern(2, 4)))
     matrix = torch.randn(9, 13, 4) * (torch.rand(9, 13, 4).argsort(-1) < 2)

@@ -13,11 +13,11 @@ if NVCC and "--Ofast-compile" not in subprocess.run([NVCC, "--help"], capture_ou
     NVCC = None
 
 ARCHITECTURES = ("80", "86", "89", "90", "100")
-"""Those that the Dockerfile builds for."""
+"""The architectures that the Dockerfile builds for."""
 
 
 def compile_source(source: str, output: Path, architectures: tuple[str, ...], *flags: str) -> str:
-    """Compile a source, without a warning, with setup.py's flags and `flags`; returns what nvcc says."""
+    """Compile a source with setup.py's flags and `flags`, with warnings as errors; returns nvcc's messages."""
     targets = [flag for arch in architectures for flag in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
     command = [
         NVCC,
@@ -37,17 +37,23 @@ def compile_source(source: str, output: Path, architectures: tuple[str, ...], *f
     return result.stderr
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(NVCC is None, reason="needs nvcc that knows --Ofast-compile")
+QUICK = ("-Ofc", "max", "--threads", "0")
+"""Hardly any optimization: a fifth of the time."""
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="needs nvcc that knows --Ofast-compile")
+
+
+@needs_nvcc
 @pytest.mark.parametrize("source", sorted(path.name for path in SOURCES.glob("*.cu")))
-def test_kernels_compile_for_every_architecture(source, tmp_path):
-    compile_source(
-        source, tmp_path / "out.o", ARCHITECTURES, "-Ofc", "max", "--threads", "0"
-    )  # hardly optimized: a fifth of the time
+@pytest.mark.parametrize(
+    "architectures", [ARCHITECTURES[:1], pytest.param(ARCHITECTURES, marks=pytest.mark.long)], ids=["oldest", "all"]
+)
+def test_kernels_compile(source, architectures, tmp_path):
+    """The sources have no code for single architectures, so the oldest one, with the fewest features, stands for all."""
+    compile_source(source, tmp_path / "out.o", architectures, *QUICK)
 
 
+@needs_nvcc
 @pytest.mark.long
-@pytest.mark.skipif(NVCC is None, reason="needs nvcc that knows --Ofast-compile")
 def test_registers_of_the_2_4_kernels_do_not_spill_to_memory(tmp_path):
     kernel, found = "", 0
     for line in compile_source("masked_weight.cu", tmp_path / "out.o", ("80", "90"), "-Xptxas", "-v").splitlines():

@@ -1,4 +1,4 @@
-"""`--transformer-impl transformer_engine` computes what `local` does; runs where Transformer Engine can be used."""
+"""`--transformer-impl transformer_engine` computes the same as `local`. Needs Transformer Engine and a GPU."""
 
 from __future__ import annotations
 
