@@ -1,4 +1,4 @@
-"""The watchdog blames the ranks that are silent, and nobody while all are alive."""
+"""The watchdog names ranks that are silent or stuck, and none while all get further."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import socket
 import subprocess
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from types import SimpleNamespace
 
@@ -19,11 +20,12 @@ from maskllm.training.surviving.watchdog import Heartbeat, Watchdog
 LIMIT = 1.2
 
 
-def ranks(count: int, store: dist.Store) -> tuple[list[Watchdog], list[tuple[int, str]], threading.Event]:
+def watchdogs(count: int, store: dist.Store) -> tuple[list[Watchdog], list[tuple[int, str]], threading.Event]:
+    """One for each rank, the accusations (rank, line), and an event that the first accusation sets."""
     lines: list[tuple[int, str]] = []
     said = threading.Event()
 
-    def give_up(rank: int):
+    def give_up(rank: int) -> Callable[[str], None]:
         def say(line: str) -> None:
             lines.append((rank, line))
             said.set()
@@ -40,8 +42,37 @@ def hang(dog: Watchdog) -> None:
     dog._thread.join()
 
 
-def test_a_silent_rank_is_named_with_its_last_place():
-    dogs, lines, said = ranks(3, dist.HashStore())
+def stand(dog: Watchdog, position: str, *, in_collective: bool) -> None:
+    """Let the main thread, which all dogs here share, seem to be somewhere."""
+    dog._main_thread = lambda: (position, in_collective)
+
+
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """The watchdog's time, which stands still."""
+    now = [0.0]
+    monkeypatch.setattr("maskllm.training.surviving.watchdog.time", SimpleNamespace(monotonic=lambda: now[0]))
+    return now
+
+
+def watch(dog: Watchdog, clock: list[float], looks: list[tuple[float, Callable[[], None]]]) -> None:
+    """Run the thread of `dog` here: for each look, so many seconds pass, and something happens before it."""
+    left, dog._closed = iter(looks), False
+
+    def wait(_: float) -> None:
+        seconds, happen = next(left, (0, None))
+        clock[0] += seconds
+        if happen is None:
+            dog._closed = True
+        else:
+            happen()
+
+    dog._wake = SimpleNamespace(wait=wait, clear=lambda: None, set=lambda: None)
+    dog._run()
+
+
+def test_a_silent_rank_is_named_with_what_it_was_doing():
+    dogs, lines, said = watchdogs(3, dist.HashStore())
     hung = dogs[1]
     with dogs[0], dogs[2]:
         hung.__enter__()
@@ -58,16 +89,11 @@ def test_a_silent_rank_is_named_with_its_last_place():
     assert line.endswith(f"rank {rank} waits in iteration 5")
 
 
-def stand(dog: Watchdog, position: str, *, in_collective: bool) -> None:
-    """Let its main thread, which all dogs here share, be somewhere."""
-    dog._main_thread = lambda: (position, in_collective)
-
-
-def test_a_rank_that_is_alive_but_stuck_is_named_with_its_line_of_code_by_one_that_waits_for_it():
-    dogs, lines, said = ranks(3, dist.HashStore())
-    stand(dogs[0], "trainer.py:10 (_any_rank)", in_collective=True)
+def test_a_stuck_rank_is_named_with_its_line_of_code():
+    dogs, lines, said = watchdogs(3, dist.HashStore())
+    stand(dogs[0], "stopping.py:10 (any_rank)", in_collective=True)
     stand(dogs[1], "data.py:88 (__getitem__)", in_collective=False)
-    stand(dogs[2], "trainer.py:10 (_any_rank)", in_collective=True)
+    stand(dogs[2], "stopping.py:10 (any_rank)", in_collective=True)
     with dogs[0], dogs[1], dogs[2]:
         for dog in dogs:
             dog.progress("iteration 5")
@@ -81,84 +107,61 @@ def test_a_rank_that_is_alive_but_stuck_is_named_with_its_line_of_code_by_one_th
     assert line.endswith(f"rank {rank} waits in iteration 5")
 
 
-def test_a_rank_that_gets_on_within_a_long_step_is_not_stuck():
-    dogs, lines, _ = ranks(2, dist.HashStore())
-    stand(dogs[0], "trainer.py:10 (_any_rank)", in_collective=True)
-    stand(dogs[1], "data.py:88 (__getitem__)", in_collective=False)
-    with dogs[0], dogs[1]:
-        for _ in range(20):
-            dogs[1].progress()
-            time.sleep(LIMIT / 6)
+def test_a_rank_that_makes_progress_within_a_long_step_is_not_stuck(clock):
+    (dog, other), lines, _ = watchdogs(2, dist.HashStore())
+    stand(dog, "stopping.py:10 (any_rank)", in_collective=True)
+    stand(other, "data.py:88 (__getitem__)", in_collective=False)
+
+    def get_further() -> None:
+        other.progress()
+        other._publish()
+
+    watch(dog, clock, [(0.1, get_further)] * 40)
     assert not lines
+    watch(dog, clock, [(0.1, other._publish)] * 40)
+    assert lines, "it would not have been named without progress either"
 
 
-def test_where_all_are_at_work_or_all_wait_the_log_has_where(capsys):
-    dogs, lines, _ = ranks(2, dist.HashStore())
-    for dog in dogs:
-        stand(dog, "trainer.py:20 (_step)", in_collective=False)
-        dog.progress("iteration 5")
-    with dogs[0], dogs[1]:
-        time.sleep(3 * LIMIT)
+@pytest.mark.parametrize("in_collective", [False, True], ids=["all work", "all wait"])
+def test_ranks_that_are_all_in_the_same_place_are_logged_and_not_named(in_collective, clock, capsys):
+    (dog, other), lines, _ = watchdogs(2, dist.HashStore())
+    for one in (dog, other):
+        stand(one, "step.py:20 (__call__)", in_collective=in_collective)
+        one.progress("iteration 5")
+    watch(dog, clock, [(0.1, other._publish)] * 40)
     assert not lines
     log = capsys.readouterr().err
-    assert log.count("no progress for 1 s;") == 2, "each rank tells once"
-    assert f"rank 1 (process {os.getpid()} on {socket.gethostname()}) is at trainer.py:20 (_step), in iteration 5" in log
+    assert log.count("no progress for 1 s;") == 1
+    assert f"rank 1 (process {os.getpid()} on {socket.gethostname()}) is at step.py:20 (__call__), in iteration 5" in log
 
 
-def test_a_long_step_of_ranks_that_are_alive_is_no_fault():
-    dogs, lines, _ = ranks(2, dist.HashStore())
-    with dogs[0], dogs[1]:
-        time.sleep(3 * LIMIT)
-    assert not lines
-
-
-@pytest.mark.parametrize(
-    "looks",
-    [
-        # of rank 0: after how many seconds, and whether rank 1 publishes before it
-        [(0.1, True)] * 6 + [(2 * LIMIT, False)] + [(0.1, True)] * 20,
-        [(0.1, True)] * 4 + [(2 * LIMIT, True), (0.1, False)] + [(0.1, True)] * 20,
-    ],
-    ids=["after it has begun to look", "before"],
-)
-def test_ranks_that_were_stopped_together_and_go_on_are_not_silent(looks, monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr("maskllm.training.surviving.watchdog.time", SimpleNamespace(monotonic=lambda: clock[0]))
-    (dog, other), lines, _ = ranks(2, dist.HashStore())
-    left = iter(looks)
-
-    def wait(_: float) -> None:
-        seconds, publishes = next(left, (None, None))
-        if seconds is None:
-            dog._closed = True
-            return
-        clock[0] += seconds
-        if publishes:
-            other._publish()
-
-    dog._wake = SimpleNamespace(wait=wait, clear=lambda: None)
-    dog._run()
+@pytest.mark.parametrize("moment", ["after half of the limit", "before"])
+def test_ranks_that_were_stopped_together_and_go_on_are_not_silent(moment, clock):
+    (dog, other), lines, _ = watchdogs(2, dist.HashStore())
+    publish, silent = (0.1, other._publish), (0.1, lambda: None)
+    if moment == "before":
+        looks = [publish] * 4 + [(2 * LIMIT, other._publish), silent] + [publish] * 20
+    else:
+        looks = [publish] * 6 + [(2 * LIMIT, lambda: None)] + [publish] * 20
+    watch(dog, clock, looks)
     assert clock[0] > 3 * LIMIT
     assert not lines
 
 
-def test_progress_keeps_a_rank_from_looking_at_the_others():
-    dogs, lines, _ = ranks(2, dist.HashStore())
-    dogs[1].__enter__()
-    hang(dogs[1])
-    with dogs[0]:
-        for step in range(20):
-            dogs[0].progress(f"iteration {step}")
-            time.sleep(LIMIT / 6)
+def test_a_rank_that_makes_progress_does_not_look_at_the_others(clock):
+    (dog, silent), lines, _ = watchdogs(2, dist.HashStore())
+    silent._publish()
+    watch(dog, clock, [(LIMIT / 6, lambda: dog.progress("iteration 5"))] * 20)
     assert not lines
+    watch(dog, clock, [(LIMIT / 6, lambda: None)] * 20)
+    assert lines, "it would not have been named without progress either"
 
 
-def test_a_rank_that_is_done_is_not_missed():
-    dogs, lines, _ = ranks(2, dist.HashStore())
-    with dogs[1]:
+def test_a_rank_that_is_done_is_not_missed(clock):
+    (dog, other), lines, _ = watchdogs(2, dist.HashStore())
+    with other:
         pass
-    with dogs[0]:
-        time.sleep(3 * LIMIT)
+    watch(dog, clock, [(0.1, lambda: None)] * 40)
     assert not lines
 
 
@@ -167,9 +170,9 @@ def test_a_dead_process_of_this_machine_is_named_long_before_the_limit(monkeypat
     store = dist.HashStore()
     dead = subprocess.Popen(["true"])
     dead.wait()
-    beat = Heartbeat(3, "iteration 4", 1, "trainer.py:10 (_step)", in_collective=False, host=socket.gethostname(), pid=dead.pid)
+    beat = Heartbeat(3, "iteration 4", 1, "step.py:10 (__call__)", in_collective=False, host=socket.gethostname(), pid=dead.pid)
     store.set("1", json.dumps(asdict(beat)))
-    dogs, lines, said = ranks(2, store)
+    dogs, lines, said = watchdogs(2, store)
     dogs[0].limit = 6.0
     with dogs[0]:
         dogs[0].progress("iteration 5")
