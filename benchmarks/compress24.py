@@ -1,4 +1,4 @@
-"""2:4 layers on a CUDA GPU against dense ones: time by tokens, speed-up and where it begins; and 2:4 compression on any device.
+"""Speed of 2:4 layers against dense layers on a CUDA GPU, by number of tokens; and of 2:4 compression on any device.
 
 python benchmarks/compress24.py [--device cpu|cuda] [--json FILE]
 """
@@ -29,14 +29,14 @@ TOKENS = [1, 16, 64, 256, 1024, 2048, 4096, 8192]
 
 
 def sparse_weight(out: int, inputs: int, device: str, dtype: torch.dtype) -> torch.Tensor:
-    """A random 2:4 matrix: of each four the two largest are kept."""
+    """A random 2:4 matrix that keeps the two largest values of every four."""
     blocks = torch.randn(out, inputs // 4, 4, device=device)
     kept = blocks.abs().argsort(-1).argsort(-1) >= 2
     return (blocks * kept).flatten(1).to(dtype)
 
 
 def seconds(work: Callable[[], object], device: str, repeats: int = 20) -> float:
-    """The median of `repeats` timings, after two to warm up; on CUDA by events."""
+    """The median of `repeats` timings after two warm-up runs. CUDA events measure on a GPU."""
     work(), work()
     times = []
     for _ in range(repeats):
@@ -55,7 +55,7 @@ def seconds(work: Callable[[], object], device: str, repeats: int = 20) -> float
 
 
 def layer_speedups(name: str, out: int, inputs: int) -> list[dict]:
-    """Times of a dense and a 2:4 layer in bf16, for each number of tokens."""
+    """The times of a dense and a 2:4 layer in bf16 for each number of tokens."""
     weight = sparse_weight(out, inputs, "cuda", torch.bfloat16)
     sparse = Sparse24Linear(weight, name=name)
     rows = []
@@ -71,7 +71,7 @@ def layer_speedups(name: str, out: int, inputs: int) -> list[dict]:
 
 
 def compression(device: str) -> dict:
-    """Time of compressing and restoring one 4096 x 4096 bf16 matrix, and of cloning it."""
+    """The times to compress, restore and clone a 4096 x 4096 bf16 matrix."""
     weight = sparse_weight(4096, 4096, device, torch.bfloat16)
     values, metadata = compress24(weight)
     assert torch.equal(decompress24(values, metadata), weight)
@@ -103,7 +103,7 @@ def main() -> None:
             speedups = ", ".join(f"{row['tokens']}: {row['speedup']:.2f}" for row in rows)
             print(f"{name:12} speed-up over dense by tokens: {speedups}; faster from {faster} tokens")
     else:
-        print("2:4 layers: not run, they need a CUDA GPU")
+        print("2:4 layers: not run, since they need a CUDA GPU")
     if args.json:
         write_json(args.json, result)
 

@@ -1,20 +1,19 @@
-"""Time of a mask-learning step against the step that trains the same linears' weights directly, in one run on one process.
+"""The time of a step that learns masks, against a step that trains the same linears' weights directly, in one process.
 
     python benchmarks/masked_step.py --load CKPT [--seq-length 512] [--sequences 4] [--repeats 3] [--json FILE]
 
-CKPT is a dense checkpoint of `maskllm convert`. Both steps are forward, backward, gradient clipping and Adam over the same frozen
-embeddings and norms, on random tokens (times do not depend on them), in fp32 on a CPU and bf16 on a GPU. They take turns, and the least
-time of each counts: other programs on the machine only ever add to one.
+CKPT is a dense checkpoint from `maskllm convert`. Both steps are forward, backward, gradient clipping and Adam, with frozen
+embeddings and norms. Tokens are random, since times do not depend on them. The dtype is fp32 on a CPU and bf16 on a GPU. The two
+steps take turns, and the shortest time of each counts, since other programs can only make it longer.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
-import time
 from collections.abc import Callable
 
 import torch
+from machine import describe, wall_clock
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from tqdm import tqdm
@@ -31,7 +30,7 @@ from maskllm.patterns import Pattern
 
 
 def make_step(checkpoint: Checkpoint, tokens: torch.Tensor, *, masked: bool) -> Callable[[], None]:
-    """A function that does one optimizer step on `tokens`, int64 [sequences, sequence + 1], a sequence a micro-batch."""
+    """A function that runs one optimizer step on `tokens`, int64 [sequences, sequence + 1], with one sequence per micro-batch."""
     dtype = torch.bfloat16 if device().type == "cuda" else torch.float32
     model = build_model(checkpoint.model_config, params_dtype=dtype)
     load_model(checkpoint, model)
@@ -56,7 +55,7 @@ def make_step(checkpoint: Checkpoint, tokens: torch.Tensor, *, masked: bool) -> 
     optimizer = get_megatron_optimizer(config, [ddp])
     for group in optimizer.param_groups:
         if "fused" in group:
-            group["fused"] = True  # as training sets it
+            group["fused"] = True  # as in training
     positions = torch.arange(tokens.shape[1] - 1, device=tokens.device)[None]
 
     def step() -> None:
@@ -74,20 +73,17 @@ def make_step(checkpoint: Checkpoint, tokens: torch.Tensor, *, masked: bool) -> 
 
 
 def seconds(work: Callable[[], None]) -> float:
-    if device().type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
+    """The time of `work`."""
+    start = wall_clock(device().type)
     work()
-    if device().type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return wall_clock(device().type) - start
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load", required=True, metavar="CKPT")
     parser.add_argument("--seq-length", type=int, default=512)
-    parser.add_argument("--sequences", type=int, default=4, help="micro-batches of one sequence a step")
+    parser.add_argument("--sequences", type=int, default=4, help="micro-batches per step, of one sequence each")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
     args = parser.parse_args()
@@ -102,12 +98,10 @@ def main() -> None:
         for repeat in tqdm(range(args.repeats + 1), desc="rounds"):
             for name, step in steps.items():
                 taken = seconds(step)
-                if repeat:  # the first is warm-up
+                if repeat:  # the first round is warm-up
                     best[name] = min(best[name], taken)
-        processor = platform.processor() or platform.machine()
-        machine = torch.cuda.get_device_name() if device().type == "cuda" else f"{processor}, {torch.get_num_threads()} threads"
         numbers = {
-            "machine": machine,
+            "machine": describe(device().type),
             "torch": torch.__version__,
             "tokens": args.sequences * args.seq_length,
             "micro_batches": args.sequences,
@@ -115,7 +109,7 @@ def main() -> None:
             "masked_over_direct": best["masked"] / best["direct"],
         }
     print(
-        f"{machine}, torch {torch.__version__}, {numbers['tokens']} tokens a step in {args.sequences} micro-batches: masked "
+        f"{numbers['machine']}, {numbers['tokens']} tokens per step in {args.sequences} micro-batches: masked "
         f"{best['masked']:.2f} s, direct {best['direct']:.2f} s, ratio {numbers['masked_over_direct']:.3f}"
     )
     if args.json:

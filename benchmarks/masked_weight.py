@@ -1,27 +1,25 @@
-"""Time of drawing and applying every mask of a model, forward and backward: kernels against PyTorch operators, in one run.
+"""The time to draw and apply every mask of a model, forward and backward: kernels against PyTorch operators, in one run.
 
     python benchmarks/masked_weight.py [--model smollm2-135m|llama-7b] [--device cpu|cuda] [--json FILE]
 
-On a CPU the limit given is the time to read and write the same bytes by a copy; on CUDA it is the same from the measured copy
-bandwidth of the card.
+For comparison it also measures a copy that moves the same number of bytes.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from machine import describe
 
 from maskllm.files import write_json
 from maskllm.ops import NoiseKey, ShardMap, masked_weight, philox_key, reference
 from maskllm.ops.extension import kernels
 from maskllm.patterns import Pattern
 
-# Layers of a transformer block as (out, in), and the number of blocks.
+# The linears of a transformer block as (out, in), and the number of blocks.
 MODELS = {
     "smollm2-135m": ([(960, 576), (576, 576), (3072, 576), (576, 1536)], 30),
     "llama-7b": ([(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)], 1),
@@ -31,7 +29,7 @@ DRAW = {"scale": 100.0, "temperature": 4.0, "weight_reg": 1e-5}
 
 
 class Layer:
-    """A masked layer's tensors: bf16 weight, fp32 logits and their gradient buffer, and a gradient of the masked weight."""
+    """The tensors of a masked layer: bf16 weight, fp32 logits with their gradient buffer, and a gradient of the masked weight."""
 
     def __init__(self, name: str, out: int, inputs: int, device: str) -> None:
         generator = torch.Generator(device=device).manual_seed(0)
@@ -58,7 +56,7 @@ class Layer:
 
 
 def operators_forward_backward(layer: Layer) -> None:
-    """The mask as framework code is usually written: torch's own Gumbel noise, softmax, product, and autograd."""
+    """The mask as framework code usually computes it: Gumbel noise from torch's generator, softmax, product, and autograd."""
     logits = layer.logits.detach().requires_grad_()
     uniform = torch.rand_like(logits).clamp_(1e-7, 1 - 1e-7)
     noise = -torch.log(-torch.log(uniform))
@@ -71,7 +69,7 @@ def operators_forward_backward(layer: Layer) -> None:
 
 
 def seconds(work: Callable[[], None], device: str, repeats: int, clock: Callable[[], float] = time.perf_counter) -> float:
-    """The least of `repeats` timings: other programs on the machine only ever add to one."""
+    """The shortest of `repeats` timings, since other programs can only make one longer."""
     best = float("inf")
     for _ in range(repeats):
         if device == "cuda":
@@ -84,20 +82,8 @@ def seconds(work: Callable[[], None], device: str, repeats: int, clock: Callable
     return best
 
 
-def machine(device: str) -> str:
-    if device == "cuda":
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    model = platform.processor() or platform.machine()
-    try:
-        with Path("/proc/cpuinfo").open(encoding="utf-8") as info:
-            model = next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    return f"{model}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
 def measure(model: str, device: str, repeats: int, clock: Callable[[], float]) -> dict:
-    """Times in seconds for all layers of `model`; layers of one shape are measured once and counted as often as they occur."""
+    """The times in seconds for all layers of `model`. Each shape is measured once and counted as often as it occurs."""
     shapes, count = MODELS[model]
     totals = dict.fromkeys(("forward", "backward", "operators", "reference", "copy_forward", "copy_backward"), 0.0)
     weights = 0
@@ -120,7 +106,7 @@ def measure(model: str, device: str, repeats: int, clock: Callable[[], float]) -
         totals["backward"] += count * max(seconds(both, device, repeats, clock) - forward, 0.0)
         totals["operators"] += count * seconds(lambda layer=layer: operators_forward_backward(layer), device, 2, clock)
         totals["reference"] += count * seconds(reference_both, device, 1, clock)
-        # A copy reads and writes: half of the bytes that each pass moves, copied, take the time that moving them takes at least.
+        # A copy reads and writes each byte. So copying half of the bytes that a pass moves takes the least time for the pass.
         moved = layer.weight.nbytes * 2 + layer.logits.nbytes
         for name, extra in (("copy_forward", 0), ("copy_backward", 2 * layer.logits.nbytes)):
             half = torch.empty((moved + extra) // 2, dtype=torch.uint8, device=device)
@@ -128,7 +114,7 @@ def measure(model: str, device: str, repeats: int, clock: Callable[[], float]) -
             totals[name] += count * seconds(lambda half=half, target=target: target.copy_(half), device, repeats, clock)
     kernel = totals["forward"] + totals["backward"]
     return {
-        "machine": machine(device),
+        "machine": describe(device),
         "instruction_set": kernels().instruction_set() if device == "cpu" and kernels() else device,
         "model": model,
         "masked_weights": weights,
@@ -150,7 +136,7 @@ def main() -> None:
     parser.add_argument(
         "--processor-time",
         action="store_true",
-        help="count the processor seconds of all threads, which other programs do not add to",
+        help="count the processor seconds of all threads, which do not include other programs",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
     args = parser.parse_args()

@@ -1,11 +1,12 @@
-"""What fewer bits, and one draw a step, do to what is learned: the same short run with each option, beside the same run with another seed.
+"""How low precision, and one draw per step, change what is learned: a short run with each option, and the same run with another
+seed.
 
     python benchmarks/precision.py --hf DIR --corpus FILE... [--layers 6] [--train-iters 20] [--global-batch-size 4]
         [--seq-length 256] [--rows I...] [--json FILE]
 
-The first layers of a Hugging Face model start from the magnitude prior and learn on the corpus (C4 JSON lines). Each row is one run of
-`maskllm.train`, one sequence a micro-batch: its validation loss with the winners, and the share of mask entries that are those of the
-first row.
+The first layers of a Hugging Face model start from a magnitude prior and learn on the corpus (C4 JSON lines). Each row is one run
+of `maskllm.train` with one sequence per micro-batch. It shows the validation loss with the winners, and the share of mask entries
+that equal the first row's.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ PATTERN = Pattern(2, 4)
 
 
 def make_inputs(hf: str, corpus: list[str], layers: int, folder: Path) -> tuple[Path, Path]:
-    """The pruned checkpoint of the model's first layers, and the dataset's prefix."""
+    """The pruned checkpoint of the model's first layers, and the prefix of the dataset."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(hf)
@@ -64,7 +65,7 @@ def make_inputs(hf: str, corpus: list[str], layers: int, folder: Path) -> tuple[
 
 
 def learn(pruned: Path, data: Path, save: Path, iterations: int, sizes: list[object], options: list[str]) -> float:
-    """Train; returns the last validation loss with the winners, of 16 sequences or a batch."""
+    """Train; returns the last validation loss with the winners."""
     command = [
         sys.executable, "-m", "maskllm.train", "--pretrained-checkpoint", pruned, "--data-path", data, "--save", save, "--seed", 1,
         "--train-iters", iterations, *sizes, "--lr", 2e-3, "--min-lr", 2e-4, "--params-dtype",
@@ -79,7 +80,7 @@ def learn(pruned: Path, data: Path, save: Path, iterations: int, sizes: list[obj
 
 
 def winners(save: Path) -> torch.Tensor:
-    """All entries of all learned masks, bool [entries]."""
+    """The entries of all learned masks, bool [entries]."""
     tensors = resolve(save).tensors
     keys = sorted(key for key in tensors if key.endswith("mask_logits") and not key.startswith("optimizer"))
     return torch.cat([winner_mask(tensors[key].load().float(), PATTERN).flatten() for key in keys])
@@ -91,7 +92,7 @@ def main() -> None:
     parser.add_argument("--corpus", required=True, nargs="+", action="extend", metavar="FILE")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--train-iters", type=int, default=20)
-    parser.add_argument("--global-batch-size", type=int, default=4, help="micro-batches a step")
+    parser.add_argument("--global-batch-size", type=int, default=4, help="micro-batches per step")
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument(
         "--rows",
@@ -99,7 +100,7 @@ def main() -> None:
         nargs="+",
         default=list(range(len(ROWS))),
         metavar="I",
-        help=f"which of {ROWS}; the first is compared with",
+        help=f"indices into {ROWS}; the others are compared with the first",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
     args = parser.parse_args()

@@ -1,10 +1,10 @@
-"""Pre-tokenization speed: `maskllm preprocess` against one document at a time in a pool of processes, as Megatron-LM does it.
+"""Speed of pre-tokenization: `maskllm preprocess` against one document at a time in a pool of processes, as in Megatron-LM.
 
     python benchmarks/preprocess.py [--input FILE...] [--tokenizer DIR_OR_FILE] [--workers N] [--repeat R]
 
-Without `--input` both read the documentation corpus of this installation, and without `--tokenizer` they use a byte-level BPE
-tokenizer of 32000 tokens with GPT-2's split, trained on it. Loading and starting processes is not counted for either. The two are
-run in turns, the fastest of R runs counts, and their files are compared byte for byte.
+The default input is the documentation corpus of this installation. The default tokenizer is a byte-level BPE tokenizer with 32000
+tokens and GPT-2's split, trained on that corpus. Loading and starting processes does not count. The two programs run in turns, the
+fastest of R runs counts, and their files are compared byte for byte.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import filecmp
 import json
 import multiprocessing
 import os
-import platform
 import tempfile
 import time
 from pathlib import Path
 
 import sentencepiece
+from machine import processor
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -31,7 +31,7 @@ _tokenize = None
 
 
 def load_reference(path: Path):
-    """`tokenize(text) -> list of ids` and the vocabulary's size, from the tokenizer's own library."""
+    """A function from text to token ids and the vocabulary size, from the tokenizer's own library."""
     if path.suffix == ".model":
         processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         return (lambda text: [processor.bos_id(), *processor.encode(text)]), processor.vocab_size()
@@ -40,17 +40,19 @@ def load_reference(path: Path):
 
 
 def initialize(path: Path) -> None:
+    """Load the tokenizer in a process of the pool."""
     global _tokenize
     _tokenize, _ = load_reference(path)
     _tokenize("The first call takes longer than the others.")
 
 
 def encode(line: str) -> list[int]:
+    """Tokenize one JSON line in a process of the pool."""
     return _tokenize(json.loads(line)["text"])
 
 
 def one_document_at_a_time(inputs: list[Path], prefix: Path, tokenizer: Path, workers: int) -> float:
-    """Seconds from the first line to the finished index, the pool having started."""
+    """The seconds from the first line to the finished index, without the start of the pool."""
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=DType.optimal_dtype(load_reference(tokenizer)[1]))
     with multiprocessing.get_context("fork").Pool(workers, initialize, (tokenizer,)) as pool:
         pool.map(encode, [json.dumps({"text": "Wait for every process."})] * 8 * workers, chunksize=1)
@@ -64,7 +66,7 @@ def one_document_at_a_time(inputs: list[Path], prefix: Path, tokenizer: Path, wo
 
 
 def train_tokenizer(corpus: Path, directory: Path) -> Path:
-    """A byte-level BPE tokenizer of 32000 tokens, trained on the corpus."""
+    """Train a byte-level BPE tokenizer of 32000 tokens on the corpus; returns its file."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
@@ -74,12 +76,6 @@ def train_tokenizer(corpus: Path, directory: Path) -> Path:
         tokenizer.train_from_iterator((json.loads(line)["text"] for line in lines), trainer)
     tokenizer.save(str(directory / "tokenizer.json"))
     return directory / "tokenizer.json"
-
-
-def processor_name() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def main() -> None:
@@ -101,7 +97,7 @@ def main() -> None:
         for suffix in (".bin", ".idx"):
             assert filecmp.cmp(directory / f"theirs{suffix}", f"{summary.prefix}{suffix}", shallow=False), "the datasets differ"
         megabytes = summary.input_bytes / 1e6
-        print(f"{processor_name()}, {os.cpu_count()} cores, {args.workers} workers; {megabytes:.1f} MB, {summary.tokens} tokens")
+        print(f"{processor()}, {os.cpu_count()} cores, {args.workers} workers; {megabytes:.1f} MB, {summary.tokens} tokens")
         print(f"one document at a time, {args.workers} processes: {megabytes / min(theirs):8.2f} MB/s")
         print(f"maskllm preprocess, {summary.library:>11}: {megabytes / min(ours):8.2f} MB/s")
         print(f"ratio: {min(theirs) / min(ours):.1f}")

@@ -1,21 +1,21 @@
-"""What pruning costs: SparseGPT's solve against algorithm 1 as written, and the whole of it against the dense forward passes alone.
+"""The time of pruning: SparseGPT's solve against algorithm 1 as written, and each method against the dense forward passes.
 
     python benchmarks/prune.py --hf DIR [--samples 128] [--seq-length 512] [--layers 30] [--json FILE]
 
-DIR is a Hugging Face LLaMA-like checkpoint. It is pruned in memory, in fp32 on a CPU and bf16 on a GPU, on random tokens (times do not
-depend on them).
+DIR is a Hugging Face checkpoint of a LLaMA-like model. It is pruned in memory, in fp32 on a CPU and bf16 on a GPU. Tokens are
+random, since times do not depend on them.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import platform
 import resource
 import time
 from typing import Any
 
 import torch
+from machine import describe, wall_clock
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -28,7 +28,7 @@ PATTERN = Pattern(2, 4)
 
 
 def algorithm_1(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    """SparseGPT's algorithm 1 as the paper writes it (arXiv 2301.00774): one matrix, a column at a time, rows contiguous."""
+    """SparseGPT's algorithm 1 as the paper writes it (arXiv 2301.00774): one matrix, one column at a time, contiguous rows."""
     weight = weight.float().clone()
     hessian = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(len(hessian), device=hessian.device)
     inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
@@ -46,14 +46,8 @@ def algorithm_1(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
     return weight.masked_fill_(removed, 0)
 
 
-def synchronized_seconds(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def time_solve(model: PreTrainedModel, device: torch.device) -> dict[str, float]:
-    """Seconds to solve all matrices of one layer, ours (matrices that share an input together) and as algorithm 1 has it."""
+    """The seconds to solve all matrices of one layer: ours, which solves matrices with the same input together, and algorithm 1."""
     layer = model.model.layers[0]
     groups = [
         [layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj],
@@ -67,13 +61,13 @@ def time_solve(model: PreTrainedModel, device: torch.device) -> dict[str, float]
         inputs = torch.randn(2 * width, width, device=device)
         hessian = 2 * inputs.t() @ inputs
         weights = [linear.weight.detach() for linear in group]
-        started = synchronized_seconds(device)
+        started = wall_clock(device.type)
         sparsegpt(torch.cat(weights), factor_hessian(hessian.clone(), "layer"), PATTERN)
-        between = synchronized_seconds(device)
+        between = wall_clock(device.type)
         for weight in weights:
             algorithm_1(weight, hessian)
         seconds["ours"] += between - started
-        seconds["algorithm_1"] += synchronized_seconds(device) - between
+        seconds["algorithm_1"] += wall_clock(device.type) - between
     return seconds
 
 
@@ -82,9 +76,9 @@ def main() -> None:
     parser.add_argument("--hf", required=True, metavar="DIR")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-length", type=int, default=512)
-    parser.add_argument("--layers", type=int, help="only this many of the model's layers")
+    parser.add_argument("--layers", type=int, help="number of layers to use; default: all")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--sequential", action="store_true", help="leave out pruning that is not sequential")
+    parser.add_argument("--sequential", action="store_true", help="skip pruning that is not sequential")
     parser.add_argument("--json", metavar="FILE")
     args = parser.parse_args()
 
@@ -95,9 +89,8 @@ def main() -> None:
         model.model.layers = model.model.layers[: args.layers]
     layers = len(model.model.layers)
     tokens = torch.randint(0, model.config.vocab_size, (args.samples, args.seq_length), generator=torch.Generator().manual_seed(0))
-    processor = platform.processor() or platform.machine()
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{processor}, {torch.get_num_threads()} threads"
-    print(f"{machine}; torch {torch.__version__}; {layers} layers, {args.samples} x {args.seq_length} tokens")
+    machine = describe(device.type)
+    print(f"{machine}; {layers} layers, {args.samples} x {args.seq_length} tokens")
     numbers: dict[str, Any] = {"machine": machine, "layers": layers, "samples": args.samples, "seq_length": args.seq_length}
 
     time_solve(model, device)  # warm up
@@ -108,20 +101,20 @@ def main() -> None:
         f"{solve['algorithm_1'] * layers:.1f} s, ratio {solve['algorithm_1'] / solve['ours']:.1f}"
     )
 
-    started, processor_started = synchronized_seconds(device), time.process_time()
+    started, processor_started = wall_clock(device.type), time.process_time()
     with torch.no_grad():
         for ids in tqdm(tokens.to(device).split(1), desc="dense forward passes", leave=False):
             model.base_model(ids, use_cache=False)
-    dense, processor_dense = synchronized_seconds(device) - started, time.process_time() - processor_started
+    dense, processor_dense = wall_clock(device.type) - started, time.process_time() - processor_started
     numbers["dense_forward_seconds"], numbers["dense_forward_processor_seconds"] = dense, processor_dense
-    print(f"dense forward passes alone: {dense:.1f} s, {processor_dense:.1f} s of processors", flush=True)
+    print(f"dense forward passes alone: {dense:.1f} s, {processor_dense:.1f} s of processor time", flush=True)
     numbers["prune"] = {}
     for method in args.methods:
         for sequential in (True,) if args.sequential else (True, False):
             pruned = copy.deepcopy(model)
-            started, processor_started = synchronized_seconds(device), time.process_time()
+            started, processor_started = wall_clock(device.type), time.process_time()
             report = prune_hf(pruned, tokens, PruneSettings(method, PATTERN, sequential=sequential)).report
-            total, processor_total = synchronized_seconds(device) - started, time.process_time() - processor_started
+            total, processor_total = wall_clock(device.type) - started, time.process_time() - processor_started
             solving = sum(layer["solve_seconds"] for layer in report["layers"])
             name = f"{method}{'' if sequential else ', not sequential'}"
             numbers["prune"][name] = {
@@ -132,7 +125,7 @@ def main() -> None:
             }
             print(
                 f"{name}: {total:.1f} s ({solving:.1f} s of it solving), {total / dense:.2f} times the dense forward passes, "
-                f"{processor_total / processor_dense:.2f} times in time of processors",
+                f"{processor_total / processor_dense:.2f} times in processor time",
                 flush=True,
             )
     numbers["peak_resident_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

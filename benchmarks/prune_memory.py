@@ -1,10 +1,10 @@
-"""The most memory that `maskllm prune` takes, beside what docs/pruning.md accounts for, on a random LLaMA of a given shape.
+"""The peak memory of `maskllm prune` on a random LLaMA of a given shape, compared with the calculation in docs/pruning.md.
 
     python benchmarks/prune_memory.py [--hidden 1024] [--mlp 4096] [--heads 8] [--samples 2] [--seq-length 256] [--json FILE]
 
-SparseGPT with updated weights, 2:4, in bf16; heads are 128 wide, each with keys and values of its own, as in LLaMA-2 7B (`--hidden 4096
---mlp 11008 --heads 32`). On a GPU PyTorch's own count of its memory is read; on a CPU every allocation that PyTorch makes is traced,
-those inside its operators too. There the host's share, hidden states and embedding, is counted as well.
+It runs SparseGPT with updated weights, 2:4, in bf16. Heads are 128 wide and each has its own keys and values, as in LLaMA-2 7B
+(`--hidden 4096 --mlp 11008 --heads 32`). On a GPU, PyTorch reports its peak memory. On a CPU, every allocation of PyTorch is
+traced, including those inside operators; the host's share (hidden states and embedding) then counts as well.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VOCABULARY = 64
 
 @dataclass(frozen=True)
 class Shape:
-    """A LLaMA's sizes and its calibration's."""
+    """The sizes of a LLaMA and of the calibration data."""
 
     hidden: int
     mlp: int
@@ -37,7 +37,7 @@ class Shape:
 
 
 def account(shape: Shape) -> dict[str, int]:
-    """docs/pruning.md's table, in bytes."""
+    """The table in docs/pruning.md, in bytes."""
     h, f, s = shape.hidden, shape.mlp, shape.seq_length
     q = 3 * 128 * shape.heads
     weights = 2 * (q * h + h * h + 3 * f * h)
@@ -55,7 +55,7 @@ def account(shape: Shape) -> dict[str, int]:
 
 
 def write_model(shape: Shape, folder: Path) -> None:
-    """A random model's checkpoint FOLDER/dense and an indexed dataset of random tokens FOLDER/data."""
+    """Write a random model's checkpoint FOLDER/dense and an indexed dataset of random tokens FOLDER/data."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -84,7 +84,7 @@ def write_model(shape: Shape, folder: Path) -> None:
 
 
 def measure(shape: Shape, folder: Path) -> int:
-    """Prune the model in `folder`; returns the most bytes that were allocated at once, beyond those before."""
+    """Prune the model in `folder`; returns the peak of the bytes allocated by PyTorch, without those allocated before."""
     from maskllm.distributed import device
     from maskllm.megatron.process_groups import parallel_processes
     from maskllm.pruning.megatron import Calibration, prune_calibrated
