@@ -7,7 +7,6 @@ import json
 import os
 import pydoc_data.topics
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,7 +19,6 @@ from safetensors.torch import load_file
 
 from maskllm.cli import main
 from maskllm.quickstart.corpus import HELD_OUT_FILE, TRAIN_FILE
-from tests.conftest import heed_interrupts
 
 
 @pytest.fixture(scope="module")
@@ -53,31 +51,29 @@ def held_out(tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def quickstart(tmp_path_factory, ranks, tiny_model, held_out) -> Path:
-    """Its steps run in processes that have imported everything before; those of the runs that are interrupted or skip all are new."""
-    output = tmp_path_factory.mktemp("quickstart") / "out"
-    python = ranks.programs(tmp_path_factory.mktemp("programs"))
-    with mock.patch.object(sys, "executable", str(python)):
-        assert main(command(output, tiny_model, held_out)[3:]) == 0
-    return output
-
-
-def command(output: Path, model: Path, held_out: Path, *, train_iters: int = 8) -> list[str]:
+def options(output: Path, model: Path, held_out: Path, *, train_iters: int = 8) -> list[str]:
+    """The command line after `maskllm`."""
     words = [
-        sys.executable, "-m", "maskllm", "quickstart", "--output", output, "--model", model,
-        "--eval-corpus", held_out, "--train-iters", train_iters, "--seq-length", 64, "--global-batch-size", 4, "--lr", 0.01,
-        "--prior-strength", 3,
-        "--eval-seq-length", 64, "--eval-windows", 4, "--calibration-samples", 4,
+        "quickstart", "--output", output, "--model", model, "--eval-corpus", held_out, "--train-iters", train_iters, "--seq-length", 64,
+        "--global-batch-size", 4, "--lr", 0.01, "--prior-strength", 3, "--eval-seq-length", 64, "--eval-windows", 4,
+        "--calibration-samples", 4,
     ]  # fmt: skip
     return list(map(str, words))
 
 
-def run(output: Path, model: Path, held_out: Path, **settings: int) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(output, model, held_out, **settings),
-        capture_output=True, text=True, timeout=900, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False,
-    )  # fmt: skip
+@pytest.fixture(scope="module")
+def python(tmp_path_factory, ranks) -> Path:
+    """A stand-in for the interpreter that runs the pipeline's steps without the time that imports take."""
+    return ranks.programs(tmp_path_factory.mktemp("programs"))
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory, python, tiny_model, held_out) -> Path:
+    """The output directory of a finished run."""
+    output = tmp_path_factory.mktemp("quickstart") / "out"
+    with mock.patch.object(sys, "executable", str(python)):
+        assert main(options(output, tiny_model, held_out)) == 0
+    return output
 
 
 @pytest.mark.slow
@@ -162,51 +158,56 @@ def test_mask_file_is_the_published_format(quickstart, tiny_model):
 
 
 @pytest.mark.slow
-def test_a_second_run_skips_what_is_done(quickstart, tiny_model, held_out):
+def test_a_second_run_skips_what_is_done(quickstart, python, tiny_model, held_out, capfd):
     before = (quickstart / "hf" / "learned" / "model.safetensors").stat().st_mtime_ns
-    done = run(quickstart, tiny_model, held_out)
-    assert done.returncode == 0, done.stderr[-5000:]
+    with mock.patch.object(sys, "executable", str(python)):
+        assert main(options(quickstart, tiny_model, held_out)) == 0
+    printed = capfd.readouterr()
     for step in json.loads((quickstart / "steps.json").read_text()):
-        assert f"[{step}] done before" in done.stderr
-    assert "learned" in done.stdout
+        assert f"[{step}] done before" in printed.err
+    assert "learned" in printed.out
     assert (quickstart / "hf" / "learned" / "model.safetensors").stat().st_mtime_ns == before
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_where_ctrl_c_has_stopped_it(quickstart, ranks, tiny_model, held_out, tmp_path, capfd):
+def test_a_run_interrupted_by_ctrl_c_goes_on_from_there(quickstart, ranks, python, tiny_model, held_out, tmp_path, capfd):
     """The last test of this file: it trains again, for longer."""
     metrics = quickstart / "megatron" / "learned" / "metrics.jsonl"
-    steps = {"train_iters": 200}
+    steps = 60
+    longer = options(quickstart, tiny_model, held_out, train_iters=steps)
     before = metrics.read_text()
 
     def trains_again() -> bool:
         text = ""
         with contextlib.suppress(FileNotFoundError):  # the pipeline removes it before it trains for longer
             text = metrics.read_text()
-        return text.count("\n") >= 3 and text != before
+        return text.count("\n") >= 2 and text != before
 
-    with (tmp_path / "console").open("w") as console:
-        interrupted = subprocess.Popen(
-            command(quickstart, tiny_model, held_out, **steps), stdout=console, stderr=console, start_new_session=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            preexec_fn=heed_interrupts,
-        )  # fmt: skip
+    program, console = tmp_path / "program.py", tmp_path / "console"
+    program.write_text(
+        f"import sys\nfrom maskllm.cli import main\nsys.executable = {str(python)!r}\nsys.exit(main(sys.argv[1:]))\n"
+    )
+    with console.open("w") as file:
+        job = ranks.start(None, [str(program), *longer], [file.fileno()] * 2)
+    try:
         deadline = time.monotonic() + 300
         while not trains_again():
-            assert interrupted.poll() is None, (tmp_path / "console").read_text()[-3000:]
-            assert time.monotonic() < deadline, (tmp_path / "console").read_text()[-3000:]
-            time.sleep(0.05)
-        os.killpg(interrupted.pid, signal.SIGINT)  # as a terminal does, to all in the foreground
-        assert interrupted.wait(300) == 130, (tmp_path / "console").read_text()[-3000:]
-    assert "interrupted; run the same command again to go on" in (tmp_path / "console").read_text()
+            assert job.poll() is None, console.read_text()[-3000:]
+            assert time.monotonic() < deadline, console.read_text()[-3000:]
+            time.sleep(0.01)
+        os.killpg(job.pid, signal.SIGINT)  # as a terminal does, to all processes in the foreground
+        assert job.wait(300) == 130, console.read_text()[-3000:]
+    finally:
+        job.kill()
+    assert "interrupted; run the same command again to go on" in console.read_text()
     saved = int((quickstart / "megatron" / "learned" / "latest_checkpointed_iteration.txt").read_text())
-    assert 0 < saved < 200
+    assert 0 < saved < steps
     assert not (quickstart / "hf" / "learned" / "model.safetensors").stat().st_mtime > metrics.stat().st_mtime
 
-    with mock.patch.object(sys, "executable", str(ranks.programs(tmp_path))):
-        assert main(command(quickstart, tiny_model, held_out, **steps)[3:]) == 0
-    console = capfd.readouterr().err
-    assert "[prune sparsegpt] done before" in console
-    assert f"after iteration {saved} of 200" in console
+    with mock.patch.object(sys, "executable", str(python)):
+        assert main(longer) == 0
+    printed = capfd.readouterr().err
+    assert "[prune sparsegpt] done before" in printed
+    assert f"after iteration {saved} of {steps}" in printed
     trained = [json.loads(line) for line in metrics.read_text().splitlines()]
-    assert [line["iteration"] for line in trained if "grad_norm" in line] == list(range(5, 201, 5))
+    assert [line["iteration"] for line in trained if "grad_norm" in line] == list(range(5, steps + 1, 5))
