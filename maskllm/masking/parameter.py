@@ -158,7 +158,7 @@ class MaskedParameter:
         and the backward pass draws the masked weight again.
         """
         masked = self.effective_weight()
-        if not masked.requires_grad or not self.sampler.recompute_masked_weight:
+        if self.logits is None or not masked.requires_grad or not self.sampler.recompute_masked_weight:
             yield masked
             return
         sample, storage = current_draw().sample, masked.untyped_storage().data_ptr()
