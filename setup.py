@@ -30,7 +30,7 @@ def why_no_compiler() -> str | None:
     try:
         import torch  # noqa: F401
     except ImportError:
-        return "torch is not installed where this is built"
+        return "torch is not installed in the build environment"
     return None
 
 
