@@ -1,24 +1,129 @@
-"""`MaskedParameter` without logits: a dense weight or a fixed mask."""
+"""A weight with its mask, without any framework: dense, with a fixed mask, with drawn masks and with the winner."""
 
 from __future__ import annotations
+
+import weakref
 
 import pytest
 import torch
 
+from maskllm.errors import MaskLLMError
+from maskllm.masking.draw import Draw, open_draw
 from maskllm.masking.parameter import Location, MaskedParameter
-from maskllm.patterns import pack_mask
+from maskllm.masking.sampler import MaskMode, MaskSampler
+from maskllm.patterns import Pattern, pack_mask, unpack_mask
+
+OUT, IN = 6, 16
+PATTERN = Pattern(2, 4)
+
+
+def masked(*, transposed: bool = False) -> MaskedParameter:
+    """The weight of a linear without a mask."""
+    generator = torch.Generator().manual_seed(0)
+    owner = torch.nn.Module()
+    weight = torch.randn(OUT, IN, generator=generator)
+    owner.weight = torch.nn.Parameter(weight.t().contiguous() if transposed else weight, requires_grad=False)
+    return MaskedParameter(owner, Location("layer", IN), transposed=transposed)
+
+
+def two_of_four() -> torch.Tensor:
+    """A mask, bool [OUT, IN]."""
+    places = torch.rand(OUT, IN // 4, 4, generator=torch.Generator().manual_seed(1)).topk(2, -1).indices
+    return torch.zeros(OUT, IN // 4, 4).scatter_(-1, places, 1).view(OUT, IN).bool()
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_without_logits_the_weight_is_dense_or_times_the_fixed_mask(transposed):
+    parameter = masked(transposed=transposed)
+    dense = parameter.effective_weight().clone()
+    assert dense.shape == parameter.shape == (OUT, IN)
+    parameter.attach_bits()
+    assert not parameter.effective_weight().any(), "the mask is empty until a checkpoint fills it"
+    mask = two_of_four()
+    parameter.bits.copy_(pack_mask(mask))
+    assert torch.equal(parameter.effective_weight(), dense * mask)
+
+
+def test_the_draw_decides_the_mask_and_the_winner_needs_none():
+    parameter = masked()
+    sampler = MaskSampler(PATTERN, scale=2.0, temperature=1.0)
+    parameter.attach_logits(sampler)
+    parameter.reset()
+
+    def drawn(sample: int) -> torch.Tensor:
+        with open_draw(Draw(sample)):
+            return parameter.effective_weight()
+
+    assert torch.equal(drawn(1), drawn(1))
+    assert not torch.equal(drawn(1), drawn(2))
+    with pytest.raises(RuntimeError, match="no draw of masks is open"):
+        parameter.effective_weight()
+    sampler.mode = MaskMode.WINNER
+    best = PATTERN.candidates(device="cpu")[parameter.logits.argmax(-1)].view(OUT, IN)
+    assert torch.equal(parameter.effective_weight(), parameter.weight * best)
+    assert torch.equal(unpack_mask(parameter.winner_bits(), IN), best.bool())
+
+
+def test_a_strong_prior_wins_in_every_block():
+    parameter = masked()
+    parameter.attach_bits()
+    parameter.bits.copy_(pack_mask(two_of_four()))
+    parameter.attach_logits(MaskSampler(PATTERN))
+    parameter.reset(prior_strength=20.0)
+    assert torch.equal(parameter.winner(), two_of_four())
+
+
+def test_recomputed_passes_add_nothing_to_the_statistics():
+    parameter = masked()
+    sampler = MaskSampler(PATTERN, stats=torch.zeros(2))
+    parameter.attach_logits(sampler)
+    with open_draw(Draw(5)):
+        weight = parameter.effective_weight()
+    assert sampler.stats[0].item() == pytest.approx(weight.square().sum().item(), rel=1e-6)
+    before = sampler.stats.clone()
+    with open_draw(Draw(5, recomputing=True)):
+        assert torch.equal(parameter.effective_weight(), weight)
+    assert torch.equal(sampler.stats, before)
 
 
 @pytest.mark.parametrize("fixed", [False, True])
 def test_a_trainable_weight_without_logits_gets_the_masked_products_gradient(fixed):
-    generator = torch.Generator().manual_seed(0)
-    owner = torch.nn.Module()
-    owner.weight = torch.nn.Parameter(torch.randn(3, 8, generator=generator))
-    parameter = MaskedParameter(owner, Location("layer", 8))
-    mask = torch.rand(3, 8, generator=generator) > 0.5 if fixed else torch.ones(3, 8, dtype=torch.bool)
+    parameter = masked()
+    weight = parameter.weight.requires_grad_()
+    mask = torch.ones(OUT, IN)
     if fixed:
-        owner.mask_bits = pack_mask(mask)
-    inputs, grad = torch.randn(5, 8, generator=generator), torch.randn(5, 3, generator=generator)
-    with parameter.weight_for_product() as weight:
-        torch.nn.functional.linear(inputs, weight).backward(grad)
-    torch.testing.assert_close(owner.weight.grad, grad.T @ inputs * mask)
+        parameter.attach_bits()
+        parameter.bits.copy_(pack_mask(two_of_four()))
+        mask = two_of_four()
+    generator = torch.Generator().manual_seed(2)
+    inputs, grad = torch.randn(5, IN, generator=generator), torch.randn(5, OUT, generator=generator)
+    with parameter.weight_for_product() as product:
+        torch.nn.functional.linear(inputs, product).backward(grad)
+    torch.testing.assert_close(weight.grad, grad.T @ inputs * mask)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_recomputed_masked_weight_gives_the_same_gradients_without_being_kept(transposed):
+    def gradients(recompute: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        parameter = masked(transposed=transposed)
+        parameter.attach_logits(MaskSampler(PATTERN, weight_reg=0.1, recompute_masked_weight=recompute))
+        inputs = torch.randn(3, IN, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        with open_draw(Draw(5)), parameter.weight_for_product() as weight:
+            output = inputs @ weight.t()
+        kept = weakref.ref(weight)
+        del weight
+        assert (kept() is None) == recompute
+        with open_draw(Draw(6)):  # another micro-batch goes forward in between
+            parameter.effective_weight()
+        output.square().sum().backward()
+        return parameter.logits.grad, inputs.grad
+
+    for one, other in zip(gradients(False), gradients(True), strict=True):
+        assert one.any() and torch.equal(one, other)
+
+
+def test_rows_of_broken_blocks_are_refused():
+    owner = torch.nn.Module()
+    owner.weight = torch.nn.Parameter(torch.zeros(4, 6), requires_grad=False)
+    with pytest.raises(MaskLLMError, match="layer"):
+        MaskedParameter(owner, Location("layer", 6)).attach_logits(MaskSampler(PATTERN))

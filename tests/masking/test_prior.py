@@ -1,4 +1,4 @@
-"""Schedules and the logits that learning starts from."""
+"""The logits that learning starts from."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from maskllm.masking.prior import INITIAL_SIGMA, add_prior, initial_logits
-from maskllm.masking.schedules import AnnealingSchedule
 from maskllm.ops import ShardMap
 from maskllm.patterns import Pattern
 
@@ -15,16 +14,6 @@ PATTERN = Pattern(2, 4)
 
 def draw(shape: tuple[int, int], shard: ShardMap, seed: int = 1, name: str = "decoder.layers.0.mlp.linear_fc1") -> torch.Tensor:
     return initial_logits(shape, PATTERN, seed=seed, layer_name=name, shard=shard, device=torch.device("cpu"))
-
-
-def test_annealing_is_linear_between_its_ends():
-    schedule = AnnealingSchedule(train_iters=2000)
-    assert schedule.temperature(0) == 4.0
-    assert schedule.temperature(1000) == pytest.approx((4 + 0.05) / 2)
-    assert schedule.temperature(2000) == pytest.approx(0.05)
-    assert schedule.scale(500) == pytest.approx(200)
-    assert schedule.weight_reg_at(0) == 1e-5
-    assert schedule.weight_reg_at(1500) == pytest.approx(2.5e-6)
 
 
 def test_initial_logits_are_normal():
@@ -37,7 +26,7 @@ def test_initial_logits_are_normal():
     assert distance < 1.95 / len(ordered) ** 0.5
 
 
-def test_initial_logits_differ_by_layer_and_seed_only():
+def test_initial_logits_depend_on_seed_layer_and_place_in_the_unsharded_tensor():
     whole = draw((6, 10), ShardMap(10))
     assert torch.equal(whole, draw((6, 10), ShardMap(10)))
     assert not torch.equal(whole, draw((6, 10), ShardMap(10), seed=2))
@@ -48,7 +37,7 @@ def test_initial_logits_differ_by_layer_and_seed_only():
     assert torch.equal(whole[[1, 4]], gate_and_up)
 
 
-def test_prior_moves_each_candidate_by_its_overlap():
+def test_the_prior_moves_each_candidate_by_its_overlap():
     logits = torch.zeros(1, 2, 6)
     mask = torch.tensor([[1, 1, 0, 0, 0, 1, 0, 1]]).bool()
     add_prior(logits, mask, PATTERN, strength=3.0)
