@@ -1,8 +1,9 @@
-"""Export: the original back bit for bit, and never a matrix that breaks its pattern."""
+"""Export: the original comes back bit for bit, and no matrix that breaks its pattern is written."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,22 +14,18 @@ from transformers import AutoModelForCausalLM
 from maskllm.checkpoints.convert import convert
 from maskllm.checkpoints.info import CheckpointInfo
 from maskllm.checkpoints.reading import resolve
-from maskllm.checkpoints.torch_dist import LazyTensor
-from maskllm.checkpoints.writing import write_checkpoint
 from maskllm.cli import main
 from maskllm.errors import MaskLLMError
 from maskllm.export.huggingface import export
 from maskllm.export.trim import trim
 from maskllm.families.registry import parameter_map
 from maskllm.patterns import pack_mask
+from tests.checkpoints.changed import write_changed
 from tests.families.tiny import CONFIGS, write_tiny
 
 
-def lazy(tensor: torch.Tensor) -> LazyTensor:
-    return LazyTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor)
-
-
-def tensors_of(path) -> dict[str, torch.Tensor]:
+def tensors_of(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors in a Hugging Face directory."""
     return {name: tensor for file in path.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
@@ -36,9 +33,11 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", CONFIGS)
-def test_there_and_back_gives_every_tensor_back(name, dtype, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.bfloat16) for name in CONFIGS), ("llama3", torch.float32), ("gpt2", torch.float16)],
+)
+def test_export_undoes_convert_bit_for_bit(name, dtype, tmp_path):
     write_tiny(name, tmp_path / "hf", dtype)
     convert(tmp_path / "hf", tmp_path / "dense")
     export(tmp_path / "dense", tmp_path / "back", max_shard_size="10KB")
@@ -56,31 +55,31 @@ def test_there_and_back_gives_every_tensor_back(name, dtype, tmp_path):
         assert torch.equal(again(tokens).logits, AutoModelForCausalLM.from_pretrained(tmp_path / "hf")(tokens).logits)
 
 
-@pytest.fixture
-def trimmed(tmp_path):
-    """A trimmed checkpoint of random 2:4 masks."""
-    write_tiny("llama3", tmp_path / "hf", torch.bfloat16)
-    convert(tmp_path / "hf", tmp_path / "dense")
-    dense = resolve(tmp_path / "dense")
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory) -> Path:
+    """A folder with a tiny LLaMA 3 as hf, dense, pruned with random 2:4 masks, and trimmed. Only read it."""
+    path = tmp_path_factory.mktemp("stages")
+    write_tiny("llama3", path / "hf", torch.bfloat16)
+    convert(path / "hf", path / "dense")
+    dense = resolve(path / "dense")
     generator = torch.Generator().manual_seed(0)
     bits = {}
     for mapping in parameter_map(dense.model_config):
         if mapping.linear is not None:
             scores = torch.rand(dense.tensors[mapping.megatron].shape, generator=generator)
-            bits[f"{mapping.linear}.mask_bits"] = lazy(pack_mask(scores.unflatten(1, (-1, 4)).argsort(-1).lt(2).flatten(1)))
-    info = CheckpointInfo("pruned", "x", "2:4", "magnitude")
-    write_checkpoint(tmp_path / "pruned", dict(dense.tensors) | bits, info, hf_files_from=dense.hf_directory, description="")
-    trim(tmp_path / "pruned", tmp_path / "trimmed")
-    return tmp_path / "trimmed"
+            bits[f"{mapping.linear}.mask_bits"] = pack_mask(scores.unflatten(1, (-1, 4)).argsort(-1).lt(2).flatten(1))
+    write_changed(dense, path / "pruned", bits, CheckpointInfo("pruned", "x", "2:4", "magnitude"))
+    trim(path / "pruned", path / "trimmed")
+    return path
 
 
 PRUNED = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def test_pruned_matrices_keep_two_of_four_and_the_rest_is_untouched(trimmed, tmp_path):
-    arguments = ["--load", str(trimmed), "--output", str(tmp_path / "sparse"), "--json", str(tmp_path / "report.json")]
+def test_pruned_matrices_keep_two_of_four_and_other_tensors_are_unchanged(stages, tmp_path):
+    arguments = ["--load", str(stages / "trimmed"), "--output", str(tmp_path / "sparse"), "--json", str(tmp_path / "report.json")]
     assert main(["export", *arguments]) == 0
-    before, after = tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "sparse")
+    before, after = tensors_of(stages / "hf"), tensors_of(tmp_path / "sparse")
     pruned = {key for key in before if key.split(".")[-2] in PRUNED}
     assert len(pruned) == 2 * 7
     for key in before:
@@ -91,7 +90,7 @@ def test_pruned_matrices_keep_two_of_four_and_the_rest_is_untouched(trimmed, tmp
         assert kept.unflatten(1, (-1, 4)).sum(-1).eq(2).all(), key
         assert torch.equal(after[key][kept], before[key][kept]), key
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report.pop("load") == str(trimmed)
+    assert report.pop("load") == str(stages / "trimmed")
     assert report.pop("seconds") > 0 and report.pop("peak_memory_bytes") > 0
     assert report == {
         "parameters": sum(tensor.numel() for tensor in before.values()),
@@ -103,9 +102,9 @@ def test_pruned_matrices_keep_two_of_four_and_the_rest_is_untouched(trimmed, tmp
     assert (model.model.layers[1].mlp.up_proj.weight == 0).float().mean() == 0.5
 
 
-def test_the_mask_file_makes_the_dense_model_the_exported_one(trimmed, tmp_path):
-    export(trimmed, tmp_path / "sparse", mask_file=tmp_path / "masks.npz")
-    dense, sparse = tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "sparse")
+def test_the_original_times_the_mask_file_is_the_exported_model(stages, tmp_path):
+    export(stages / "trimmed", tmp_path / "sparse", mask_file=tmp_path / "masks.npz")
+    dense, sparse = tensors_of(stages / "hf"), tensors_of(tmp_path / "sparse")
     with np.load(tmp_path / "masks.npz", allow_pickle=False) as masks:
         assert set(masks.files) == {f"{key}.mask" for key in dense if key.split(".")[-2] in PRUNED}
         for key in masks.files:
@@ -114,35 +113,32 @@ def test_the_mask_file_makes_the_dense_model_the_exported_one(trimmed, tmp_path)
             assert torch.equal(dense[name] * torch.from_numpy(mask), sparse[name]), name
 
 
-def test_whoever_finds_the_output_has_the_mask_file_too(trimmed, tmp_path, monkeypatch):
+def test_the_output_appears_only_after_the_mask_file(stages, tmp_path, monkeypatch):
     with pytest.raises(MaskLLMError, match=r"--mask-file .*masks\.npz: lies in --output .*sparse"):
-        export(trimmed, tmp_path / "sparse", mask_file=tmp_path / "sparse" / "masks.npz")
+        export(stages / "trimmed", tmp_path / "sparse", mask_file=tmp_path / "sparse" / "masks.npz")
 
     def killed(*_) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("maskllm.export.huggingface.write_mask_file", killed)
     with pytest.raises(KeyboardInterrupt):
-        export(trimmed, tmp_path / "sparse", mask_file=tmp_path / "masks.npz")
+        export(stages / "trimmed", tmp_path / "sparse", mask_file=tmp_path / "masks.npz")
     assert not (tmp_path / "sparse").exists()
 
 
 @pytest.mark.parametrize(
     ("row", "column", "words"),
-    # The fused tensor's rows 24 to 32 are the first group's values: 2 query heads of 8 rows, a key head, a value head.
+    # Rows of the first group in the fused tensor: 0 to 15 two query heads, 16 to 23 a key head, 24 to 31 a value head.
     [(25, 5, "model.layers.1.self_attn.v_proj.weight: row 1, block 1 (columns 4 to 7) has 3 non-zeros"),
      (16, 0, "model.layers.1.self_attn.k_proj.weight: row 0, block 0")],
 )  # fmt: skip
-def test_a_matrix_that_breaks_the_pattern_is_not_written(row, column, words, trimmed, tmp_path, capsys):
-    checkpoint = resolve(trimmed)
+def test_a_matrix_that_breaks_the_pattern_is_not_written(row, column, words, stages, tmp_path, capsys):
+    checkpoint = resolve(stages / "trimmed")
     key = "decoder.layers.1.self_attention.linear_qkv.weight"
     weight = checkpoint.tensors[key].load()
     block = weight[row, column // 4 * 4 : column // 4 * 4 + 4]
     block[block == 0] = torch.tensor([1.0, 0.0], dtype=weight.dtype)  # a third non-zero
-    write_checkpoint(
-        tmp_path / "bad", dict(checkpoint.tensors) | {key: lazy(weight)}, checkpoint.info,
-        hf_files_from=checkpoint.hf_directory, description="",
-    )  # fmt: skip
+    write_changed(checkpoint, tmp_path / "bad", {key: weight})
     assert main(["export", "--load", str(tmp_path / "bad"), "--output", str(tmp_path / "sparse")]) == 1
     message = capsys.readouterr().err
     assert words in message
@@ -150,12 +146,11 @@ def test_a_matrix_that_breaks_the_pattern_is_not_written(row, column, words, tri
     assert not (tmp_path / "sparse").exists()
 
 
-def test_a_weight_outside_of_its_mask_is_not_written(trimmed, tmp_path):
-    checkpoint = resolve(trimmed)
+def test_a_weight_outside_of_its_mask_is_not_written(stages, tmp_path):
+    checkpoint = resolve(stages / "trimmed")
     key = "decoder.layers.0.mlp.linear_fc2.weight"
     moved = checkpoint.tensors[key].load().unflatten(1, (-1, 4)).roll(1, -1).flatten(1)  # still 2:4
-    tensors = dict(checkpoint.tensors) | {key: lazy(moved)}
-    write_checkpoint(tmp_path / "bad", tensors, checkpoint.info, hf_files_from=checkpoint.hf_directory, description="")
+    write_changed(checkpoint, tmp_path / "bad", {key: moved})
     with pytest.raises(
         MaskLLMError, match=r"model\.layers\.0\.mlp\.down_proj\.weight has \d+ non-zero weights that its mask removes"
     ):
@@ -173,14 +168,14 @@ def test_the_config_states_the_dtype_the_tensors_have(tmp_path):
     assert json.loads((tmp_path / "back" / "config.json").read_text()) == config | {"torch_dtype": "bfloat16"}
 
 
-def test_what_cannot_be_exported_is_refused(trimmed, tmp_path):
+def test_a_wrong_stage_output_or_size_is_refused(stages, tmp_path):
     with pytest.raises(MaskLLMError, match="is a pruned checkpoint; write its masks into the weights first"):
-        export(tmp_path / "pruned", tmp_path / "sparse")
+        export(stages / "pruned", tmp_path / "sparse")
     with pytest.raises(MaskLLMError, match="is a dense checkpoint, which has no masks"):
-        export(tmp_path / "dense", tmp_path / "sparse", mask_file=tmp_path / "masks.npz")
+        export(stages / "dense", tmp_path / "sparse", mask_file=tmp_path / "masks.npz")
     with pytest.raises(MaskLLMError, match="hf exists and is not an empty directory"):
-        export(trimmed, tmp_path / "hf")
+        export(stages / "trimmed", stages / "hf")
     for size in ("5 apples", "-5GB", "0GB", "0.0 kb", "infGB", "nanGB", "5", "1.2.3GB", "9" * 400 + "GB"):
         with pytest.raises(MaskLLMError, match=f"--max-shard-size {size}: wanted a positive size"):
-            export(trimmed, tmp_path / "sparse", max_shard_size=size)
+            export(stages / "trimmed", tmp_path / "sparse", max_shard_size=size)
     assert not (tmp_path / "sparse").exists()

@@ -1,4 +1,4 @@
-"""Mask files: NumPy's own reading and writing, the weights they are applied to, and every file that does not fit."""
+"""Mask files, compared with what NumPy reads and writes; weights that they are applied to; files that do not fit."""
 
 from __future__ import annotations
 
@@ -37,8 +37,7 @@ def test_files_are_what_savez_compressed_writes(tmp_path, masks):
         np.testing.assert_array_equal(ours[key], theirs[key])
 
 
-def test_masked_weights_are_zero_and_the_others_untouched(tmp_path, weights, masks):
-    save_as_the_authors_do(tmp_path / "masks.npz", masks)
+def test_masked_weights_become_zero_and_the_others_keep_their_values(tmp_path, weights, masks):
     before = {name: weight.clone() for name, weight in weights.items()}
     weights[NAMES[1]][0, 0] = before[NAMES[1]][0, 0] = float("nan")
     masks[NAMES[1]][0, 0] = False
@@ -80,7 +79,7 @@ def test_masks_that_do_not_fit_are_named_and_nothing_is_changed(tmp_path, weight
     assert all(torch.equal(weight, before[name]) for name, weight in weights.items())
 
 
-def test_files_that_are_no_mask_files(tmp_path, weights, masks):
+def test_a_file_that_is_not_a_mask_file_is_named(tmp_path, weights, masks):
     np.save(tmp_path / "single.npy", np.zeros(3, np.uint8))
     (tmp_path / "text.npz").write_text("text")
     (tmp_path / "empty.npz").write_text("")
@@ -92,7 +91,7 @@ def test_files_that_are_no_mask_files(tmp_path, weights, masks):
         assert "\n" not in str(error.value)
 
 
-def test_a_failing_writer_leaves_nothing(tmp_path, masks):
+def test_a_failed_write_leaves_no_file(tmp_path, masks):
     def failing():
         yield from masks.items()
         raise RuntimeError
