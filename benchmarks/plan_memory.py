@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +47,6 @@ SIZES = [
     "--train-iters", "2", "--global-batch-size", "4", "--micro-batch-size", "1", "--seq-length", "512", "--params-dtype", "fp32",
     "--log-interval", "1", "--eval-iters", "0",
 ]  # fmt: skip
-RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 def make_inputs(hf: str | Path, folder: Path) -> tuple[dict[str, Path], Path]:
@@ -74,10 +73,21 @@ def layout_of(run: str) -> Layout:
     return Layout(arguments.tensor_model_parallel_size, arguments.pipeline_model_parallel_size, 1)
 
 
-def measure(runs: list[str], checkpoints: dict[str, Path], data: Path, folder: Path) -> dict[str, dict[str, float]]:
+def start(ranks: int, module: str, *arguments: object) -> None:
+    """Run `python -m MODULE ARGUMENTS` in `ranks` processes. Raises SystemExit if it fails."""
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
+    words = [sys.executable, "-m", *launcher, module, *map(str, arguments)]
+    done = subprocess.run(words, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr[-6000:])
+
+
+def measure(
+    runs: list[str], checkpoints: dict[str, Path], data: Path, folder: Path, *, start: Callable[..., object] = start
+) -> dict[str, dict[str, float]]:
     """Measured and planned bytes of the largest process in each of `runs`, which have the same number of ranks.
 
-    One job trains all models, so that its processes load the libraries once.
+    One job, which `start` starts, trains all models, so that its processes load the libraries once.
     """
     commands = {
         (run, kind): ["--load", str(path), "--data-path", str(data), "--save", str(folder / f"{run}-{kind}"), *SIZES, *RUNS[run]]
@@ -86,18 +96,7 @@ def measure(runs: list[str], checkpoints: dict[str, Path], data: Path, folder: P
     }
     (folder / "trainings.json").write_text(json.dumps(list(commands.values())))
     (ranks,) = {layout_of(run).ranks for run in runs}
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"] if ranks > 1 else []
-    done = subprocess.run(
-        [sys.executable, "-m", *launcher, "benchmarks.trainings", str(folder / "trainings.json")],
-        env=os.environ | RETURN_FREED_MEMORY,
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        timeout=900 * len(commands),
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(done.stderr[-6000:])
+    start(ranks, "benchmarks.trainings", folder / "trainings.json")
     rows = {}
     for run in runs:
         peaks, plans = {}, {}

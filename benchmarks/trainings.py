@@ -1,16 +1,28 @@
-"""Run by plan_memory.py, alone or under torchrun: several trainings in the same processes, each with its own peak memory.
+"""plan_memory.py runs this in each rank: several trainings in the same process, each with its own peak memory.
 
 usage: python -m benchmarks.trainings FILE.json, where FILE.json is a list of command lines of `maskllm.train`
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import sys
 from pathlib import Path
 
 from maskllm import train
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
+RETURNED_BYTES = 65536
+
+
+def return_freed_memory() -> None:
+    """Make the C library return freed memory to the system, in blocks of RETURNED_BYTES or more, instead of keeping it."""
+    library = ctypes.CDLL(None)
+    for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+        library.mallopt(parameter, RETURNED_BYTES)
+    library.malloc_trim(0)
 
 
 def forget_peak() -> None:
@@ -20,7 +32,8 @@ def forget_peak() -> None:
 
 
 def main(path: str) -> int:
-    """Train them all; returns the first exit status that is not 0."""
+    """Run all trainings; returns the first exit status that is not 0."""
+    return_freed_memory()
     for command in json.loads(Path(path).read_text()):
         forget_peak()
         if status := train.main(command):
