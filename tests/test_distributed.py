@@ -1,4 +1,4 @@
-"""Ranks that meet in a store full of an earlier attempt's keys, and fail together."""
+"""Ranks agree on a restart ID in a store with the keys of earlier starts; ranks raise errors together."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from maskllm.distributed import _agree_on_restart_id, raised_together
 from maskllm.errors import MaskLLMError
 
 
-def test_ranks_agree_on_a_new_word_whatever_the_store_holds():
+def test_ranks_agree_on_a_new_id_at_each_restart():
     store = dist.HashStore()
     store.set_timeout(datetime.timedelta(seconds=20))
-    words = []
+    ids = set()
     for _ in range(3):
         with ThreadPoolExecutor(4) as pool:
-            attempts = [pool.submit(_agree_on_restart_id, store, rank, 4) for rank in (2, 3, 1, 0)]
-            (word,) = {attempt.result(timeout=30) for attempt in attempts}
-        words.append(word)
-    assert len(set(words)) == 3
+            ranks = [pool.submit(_agree_on_restart_id, store, rank, 4) for rank in (2, 3, 1, 0)]
+            (agreed,) = {rank.result(timeout=30) for rank in ranks}
+        ids.add(agreed)
+    assert len(ids) == 3
 
 
 def test_a_rank_that_does_not_come_is_named():
     store = dist.HashStore()
     store.set_timeout(datetime.timedelta(seconds=0.5))
-    store.set("asking/2", "of an earlier attempt")
+    store.set("asking/2", "left by an earlier start")
     with ThreadPoolExecutor(2) as pool:
         first, second = (pool.submit(_agree_on_restart_id, store, rank, 3) for rank in (0, 1))
         with pytest.raises(MaskLLMError, match=r"ranks \[2\] did not come within"):
@@ -35,7 +35,7 @@ def test_a_rank_that_does_not_come_is_named():
         second.result(timeout=30)
 
 
-def test_alone_an_error_is_raised_as_it_is():
+def test_a_single_process_raises_its_error_unchanged():
     with pytest.raises(MaskLLMError, match="one line"), raised_together():
         raise MaskLLMError("one line")
     with raised_together():

@@ -1,4 +1,4 @@
-"""The stand-alone scripts in tools/ are the verbs."""
+"""The scripts in tools/ do what the verbs do."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def run(script: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int
     return stop.value.code
 
 
-def test_every_script_has_its_verb():
+def test_every_script_has_a_verb():
     assert {path.stem for path in TOOLS.glob("*.py")} == set(VERBS)
 
 
@@ -42,7 +42,7 @@ def test_a_script_takes_the_options_of_its_verb(script, monkeypatch, capsys):
     assert found == capsys.readouterr().out != ""
 
 
-def test_a_script_does_its_work(tiny_hf, tmp_path, monkeypatch):
+def test_a_script_converts_and_returns_the_verbs_status(tiny_hf, tmp_path, monkeypatch):
     assert run("convert_checkpoint", monkeypatch, "--hf", tiny_hf, "--output", tmp_path / "dense") == 0
     assert resolve(tmp_path / "dense").info.stage == "dense"
     assert run("convert_checkpoint", monkeypatch, "--hf", tmp_path / "nowhere", "--output", tmp_path / "other") == 1

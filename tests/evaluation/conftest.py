@@ -1,4 +1,4 @@
-"""A tiny LLaMA with a tokenizer of its own, and a text for it."""
+"""A tiny LLaMA with a tokenizer that is trained here, and a text to evaluate it on."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def words(count: int, seed: int) -> str:
+    """Random words of the letters a to e."""
     generator = random.Random(seed)
     return " ".join("".join(generator.choices("abcde", k=generator.randint(1, 6))) for _ in range(count))
 
 
 @pytest.fixture(scope="session")
 def model_directory(tmp_path_factory) -> Path:
-    """bf16 weights, grouped queries, context 64, a tokenizer that puts BOS first."""
+    """A model with bf16 weights, grouped queries and a context of 64 tokens; its tokenizer puts BOS first."""
     directory = tmp_path_factory.mktemp("model")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

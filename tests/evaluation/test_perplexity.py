@@ -1,4 +1,4 @@
-"""Perplexity against transformers' own loss, the pruning papers' arithmetic and closed forms."""
+"""Perplexity, compared with transformers' own loss, the formula of the pruning papers, and closed forms."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskllm.cli import main
 from maskllm.errors import MaskLLMError
-from maskllm.evaluation.huggingface import block_weights, evaluate_hf, load_hf_model, zero_share
+from maskllm.evaluation.huggingface import block_weights, evaluate_hf, load_hf_model, usable_device, zero_share
 from maskllm.evaluation.perplexity import cut_windows, next_token_nll, perplexity
 from maskllm.export.mask_file import write_mask_file
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("length", [2, 257, 600])
-def test_next_token_nll_against_log_softmax_in_double(dtype, length):
+def test_next_token_nll_equals_log_softmax_in_double(dtype, length):
     torch.manual_seed(length)
     logits, tokens = (20 * torch.randn(length, 37)).to(dtype), torch.randint(37, (length,))
     expected = -logits.double().log_softmax(1)[torch.arange(length - 1), tokens[1:]].sum().item()
@@ -34,12 +34,12 @@ def test_a_uniform_model_has_the_vocabularys_size_as_perplexity():
     assert (result.windows, result.seq_length) == (10, 10)
 
 
-def test_windows_do_not_overlap_and_the_rest_is_dropped():
+def test_windows_do_not_overlap_and_an_incomplete_one_is_dropped():
     assert cut_windows(torch.arange(23), 5).tolist() == [list(range(start, start + 5)) for start in range(0, 20, 5)]
     assert cut_windows(torch.arange(23), 5, 2).tolist() == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
 
 
-def test_evaluation_is_transformers_own_loss_by_the_papers_formula(model_directory, text_file):
+def test_perplexity_equals_transformers_loss_in_the_papers_formula(model_directory, text_file):
     seq_length = 48
     result = evaluate_hf(model_directory, text_file, seq_length=seq_length, dtype=torch.float32, device="cpu")
     model = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
@@ -56,7 +56,7 @@ def test_evaluation_is_transformers_own_loss_by_the_papers_formula(model_directo
     assert (result.windows, result.text_tokens, result.dtype, result.data_kind) == (samples, encoded.numel(), "float32", "text")
 
 
-def test_the_default_dtype_is_the_checkpoints_where_the_cpu_can(model_directory, monkeypatch):
+def test_the_default_dtype_is_the_checkpoints_if_the_cpu_supports_it(model_directory, monkeypatch):
     for supported, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda answer=supported: answer, raising=False)
         model = load_hf_model(model_directory, device=torch.device("cpu"))
@@ -109,7 +109,7 @@ def test_a_damaged_model_and_a_model_that_overflows(model_directory, text_file, 
 
 
 def test_a_model_without_one_of_its_tensors_is_refused(model_directory, text_file, tmp_path, capfd):
-    """transformers would make the tensor up at random, with a warning."""
+    """transformers would initialize the tensor at random, with only a warning."""
     for file in model_directory.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     tensors = load_file(tmp_path / "model.safetensors")
@@ -133,7 +133,7 @@ def test_a_tokenizer_of_another_model_is_refused(model_directory, text_file, tmp
         evaluate_hf(tmp_path, text_file, seq_length=32)
 
 
-def test_what_to_evaluate_is_checked_before_the_model_is_loaded(model_directory, text_file, tmp_path):
+def test_options_are_checked_before_the_model_is_loaded(model_directory, text_file, tmp_path):
     broken = shutil.copytree(model_directory, tmp_path / "broken")
     (broken / "model.safetensors").write_text("")
     with pytest.raises(MaskLLMError, match=r"nowhere\.npz: no such mask file"):
@@ -142,7 +142,7 @@ def test_what_to_evaluate_is_checked_before_the_model_is_loaded(model_directory,
         evaluate_hf(broken, text_file, seq_length=8, max_windows=0)
 
 
-def test_evaluating_with_a_mask_file_is_evaluating_the_masked_model(model_directory, text_file, tmp_path, capsys):
+def test_a_mask_file_gives_the_perplexity_of_the_masked_model(model_directory, text_file, tmp_path, capsys):
     model = AutoModelForCausalLM.from_pretrained(model_directory)
     weights = block_weights(model)
     assert len(weights) == 2 * 7 and not any("lm_head" in name or "embed" in name for name in weights)
@@ -165,3 +165,10 @@ def test_evaluating_with_a_mask_file_is_evaluating_the_masked_model(model_direct
     assert masked["perplexity"] == pytest.approx(sparse.perplexity, rel=1e-9)
     assert abs(math.log(dense.perplexity / sparse.perplexity)) > 0.01
     assert masked["zeros"] == sparse.zeros == 0.5 and dense.zeros == 0
+
+
+@pytest.mark.parametrize("device", ["nonsense", "meta", "cuda:99"])
+def test_a_device_that_cannot_be_used_is_named(device):
+    with pytest.raises(MaskLLMError, match=f"--device {device}: cannot be used here"):
+        usable_device(device)
+    assert usable_device("cpu").type == "cpu"

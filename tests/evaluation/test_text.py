@@ -1,4 +1,4 @@
-"""Held-out texts: the papers' WikiText figure, and how each kind of file is read."""
+"""Evaluation texts: the number of tokens that papers state for WikiText-2, and how each kind of file is read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.conftest import real_data
 
 
 @pytest.mark.parametrize("use_gigatoken", [False, True])
-def test_wikitext_2_raw_is_the_papers_341469_tokens(use_gigatoken):
+def test_wikitext_2_raw_has_the_papers_341469_tokens(use_gigatoken):
     read = read_evaluation_text(real_data("wikitext-2-raw.test.txt"))
     assert read.kind == "wikitext rows"
     tokenizer = load_tokenizer(real_data("llama2-tokenizer.model"), use_gigatoken=use_gigatoken)
@@ -30,7 +30,7 @@ def test_wikitext_rows_are_joined_as_the_datasets_library_gives_them(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["text.txt", "noend.txt", "TEXT.GZ", "braces.json"])
-def test_other_text_is_taken_as_it_is(tmp_path, name):
+def test_other_text_is_read_unchanged(tmp_path, name):
     text = ("{{Braces}}" if name == "braces.json" else "Any") + " text,\n in lines \n\n and é."
     text += "" if name == "noend.txt" else "\n"
     data = b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode()
@@ -48,13 +48,13 @@ def test_json_lines_are_joined_by_blank_lines(tmp_path, name):
 
 
 @pytest.mark.parametrize("first", [b'{"body": "y"}', b'[{"text": "y"}]', b'{"text": "cut', b'{\n"text": "y"}', b'{"text": 3}'])
-def test_json_of_another_form_is_not_taken_for_text(tmp_path, first):
+def test_malformed_json_lines_are_not_read_as_text(tmp_path, first):
     (tmp_path / "held").write_bytes(b"\n" + first + b"\n")
     with pytest.raises(BadLineError, match=r"held:2: "):
         read_evaluation_text(tmp_path / "held")
 
 
-def test_what_cannot_be_read_is_named(tmp_path):
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "blank.txt").write_bytes(b" \n\n")
     (tmp_path / "bad.json").write_bytes(b'{"text": "x"}\n{"body": "y"}\n')

@@ -99,3 +99,14 @@ def test_a_failed_write_leaves_no_file(tmp_path, masks):
     with pytest.raises(RuntimeError):
         write_mask_file(tmp_path / "masks.npz", failing())
     assert not list(tmp_path.iterdir())
+
+
+def test_a_mask_file_with_damaged_flags_is_named(tmp_path):
+    path = tmp_path / "m.npz"
+    np.savez(path, **{"w.mask": np.zeros(1, np.uint8)})
+    data = bytearray(path.read_bytes())
+    entry = data.rindex(b"PK\x01\x02")
+    data[entry + 8] |= 1  # the flag of an encrypted entry
+    path.write_bytes(data)
+    with pytest.raises(MaskLLMError, match=r"m\.npz: not a readable \.npz mask file"):
+        apply_mask_file(path, {"w": torch.zeros(8)})

@@ -12,6 +12,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 import maskllm.cli.quickstart
+from maskllm.checkpoints.reading import resolve
 from maskllm.cli import main
 from maskllm.cli.train_options import parse_arguments
 from maskllm.errors import MaskLLMError
@@ -61,3 +62,51 @@ def test_help_needs_no_package_of_the_extra(monkeypatch, capsys):
             main(["quickstart", "--help"])
     assert ended.value.code == 0
     assert "--prior-strength" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"processes": 0}, "--processes: found 0"),
+        ({"train_iters": -1}, "--train-iters: found -1"),
+        ({"lr": float("nan")}, "--lr: found nan"),
+        ({"min_lr": 1.0}, "--min-lr 1.0: wanted at most --lr"),
+        ({"eval_seq_length": 1}, "--eval-seq-length 1"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused(change, message):
+    QuickstartSettings().check()
+    with pytest.raises(MaskLLMError, match=message):
+        QuickstartSettings(**change).check()
+
+
+def test_the_default_is_two_processes_or_one_if_there_is_one_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert QuickstartSettings().processes == 2
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    QuickstartSettings().check()
+    assert QuickstartSettings().processes == 1
+    with pytest.raises(MaskLLMError, match="--processes 2: each needs its own GPU, found 1"):
+        QuickstartSettings(processes=2).check()
+
+
+def test_a_setting_that_does_not_fit_the_model_is_refused(tiny_dense):
+    model = resolve(tiny_dense).model_config  # 4 layers, 128 positions
+    fits = {"seq_length": 128, "eval_seq_length": 128, "processes": 4}
+    QuickstartSettings(**fits).check_fits(model)
+    for change, message in (
+        ({"processes": 3}, "--processes 3: wanted a number that divides the model's 4 layers"),
+        ({"seq_length": 129}, "--seq-length 129: the model has a context of 128 tokens"),
+        ({"eval_seq_length": 129}, "--eval-seq-length 129: the model has a context of 128 tokens"),
+    ):
+        with pytest.raises(MaskLLMError, match=message):
+            QuickstartSettings(**(fits | change)).check_fits(model)
+
+
+def test_a_missing_corpus_is_named_before_any_work(capsys, tmp_path):
+    words = ["--output", str(tmp_path / "out"), "--corpus", str(tmp_path / "no.json"), "--eval-corpus", __file__]
+    assert main(["quickstart", *words]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("maskllm quickstart: error: ") and "no.json: no such file" in line
+    assert not (tmp_path / "out").exists()

@@ -66,3 +66,9 @@ sys.exit(run_guarded("pipeline", lambda: Steps(folder).run("one", folder / "out"
     assert running.wait(100) == 75
     assert saved.exists(), "the pipeline did not wait for its step"
     assert (tmp_path / "console").read_text().rstrip().endswith("stopped by a signal; run the same command to go on")
+
+
+def test_damaged_records_are_named(tmp_path):
+    (tmp_path / "steps.json").write_text("{")
+    with pytest.raises(MaskLLMError, match=r"steps\.json: line 1: not JSON"):
+        Steps(tmp_path)

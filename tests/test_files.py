@@ -1,0 +1,72 @@
+"""Outputs appear complete or not at all: on a full disk, over links and other things, and after a killed run."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from maskllm.errors import MaskLLMError
+from maskllm.files import atomic_directory, atomic_file, explain_safetensors_errors
+
+
+@pytest.mark.parametrize("atomic", [atomic_file, atomic_directory])
+def test_a_full_disk_names_the_output_and_leaves_nothing(tmp_path, atomic):
+    with pytest.raises(OSError, match="No space left") as caught, atomic(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert caught.value.filename == str(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_or_pipe_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for place, found in ((tmp_path, "a directory"), (tmp_path / "pipe", "not a regular file")):
+        with pytest.raises(MaskLLMError, match=f"{place}: is {found}, wanted a file to write"), atomic_file(place):
+            pass
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_leftovers_of_a_killed_replacement_do_not_stop_the_next_one(tmp_path):
+    for kept in (tmp_path / "out", tmp_path / ".out.old"):
+        kept.mkdir()
+        (kept / "old").touch()
+    with atomic_directory(tmp_path / "out") as temporary:
+        (temporary / "new").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
+
+
+def test_a_safetensors_file_that_cannot_be_written_is_named(tmp_path):
+    path = tmp_path / "missing" / "weights"
+    with pytest.raises(MaskLLMError, match=r"weights: cannot be written: .*No such file"), explain_safetensors_errors(path):
+        save_file({"a": torch.zeros(1)}, path)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_output_to_a_link_is_written_to_its_target(tmp_path, there):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "file").symlink_to(Path("disk") / "file")  # relative, as people make them
+    (tmp_path / "directory").symlink_to(disk / "directory")
+    if there:
+        (disk / "file").write_text("old")
+        (disk / "directory").mkdir()
+        (disk / "directory" / "old").write_text("old")
+    with atomic_file(tmp_path / "file") as temporary:
+        temporary.write_text("new")
+    with atomic_directory(tmp_path / "directory") as temporary:
+        (temporary / "new").write_text("new")
+    assert (tmp_path / "file").is_symlink() and (tmp_path / "directory").is_symlink()
+    assert {str(path.relative_to(disk)) for path in disk.rglob("*")} == {"file", "directory", "directory/new"}
+    assert (disk / "file").read_text() == "new"
+
+
+@pytest.mark.parametrize("atomic", [atomic_file, atomic_directory])
+def test_directories_made_for_a_failed_output_are_removed(tmp_path, atomic):
+    with pytest.raises(KeyboardInterrupt), atomic(tmp_path / "some" / "where" / "out"):
+        raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
