@@ -15,12 +15,12 @@ class HFConfig:
     """The values of a `config.json` or of a section in it. A key with the value null counts as absent."""
 
     values: dict[str, Any]
-    where: str
+    source: str
     """The file, and the section in it, that errors name."""
 
     def error(self, message: str) -> MaskLLMError:
         """An error about this config."""
-        return MaskLLMError(f"{self.where}: {message}")
+        return MaskLLMError(f"{self.source}: {message}")
 
     def has(self, key: str) -> bool:
         """Whether `key` is present."""
@@ -56,7 +56,7 @@ class HFConfig:
 
     def section(self, key: str) -> HFConfig:
         """A JSON object inside this one. Raises MaskLLMError if it is absent or anything else."""
-        return HFConfig(self._get(key, (dict,), "a JSON object", _REQUIRED), f"{self.where}: {key}")
+        return HFConfig(self._get(key, (dict,), "a JSON object", _REQUIRED), f"{self.source}: {key}")
 
     def require(self, key: str, wanted: Any, *, default: Any) -> None:
         """Raise MaskLLMError if `key`, or `default` if it is absent, has another value than `wanted`."""

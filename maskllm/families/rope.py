@@ -58,7 +58,7 @@ def read_rope(hf: HFConfig, *, head_dim: int, max_position_embeddings: int, part
     that names the key if a value is missing, malformed or not supported.
     """
     given = [_with_one_spelling(hf.section(key), hf) for key in ("rope_parameters", "rope_scaling") if hf.has(key)]
-    rope = given[0] if given else _with_one_spelling(HFConfig({}, hf.where), hf)
+    rope = given[0] if given else _with_one_spelling(HFConfig({}, hf.source), hf)
     if given and rope.values != given[-1].values:
         raise hf.error(f"rope_parameters {rope.values} and rope_scaling {given[-1].values} differ; wanted one of them")
     share = rope.number("partial_rotary_factor", default=partial_rotary_factor)
@@ -76,7 +76,7 @@ def _with_one_spelling(section: HFConfig, hf: HFConfig) -> HFConfig:
     for key in ("rope_theta", "partial_rotary_factor"):
         if hf.has(key):
             values.setdefault(key, hf.values[key])
-    return HFConfig(values, section.where)
+    return HFConfig(values, section.source)
 
 
 def _read_scaling(rope: HFConfig, max_position_embeddings: int) -> Llama3RopeScaling | None:

@@ -38,7 +38,10 @@ TRICKY = ["", " ", "\n", "a</s>b", "<s>", "</s></s> 5", "  2024  x", "𝠀 \U000
 
 
 def write_hf_tokenizer(directory: Path, *, digits: bool = False, bos: bool = False, vocab_size: int = 600) -> Path:
-    """Write a byte-level BPE tokenizer with Llama 3's split, which gigatoken supports, or with `digits` StarCoder's, which it does not."""
+    """Write a byte-level BPE tokenizer. It has Llama 3's split, which gigatoken supports, or with `digits` StarCoder's, which it does not.
+
+    `bos` makes it put <s> first.
+    """
     tokenizer = Tokenizer(models.BPE())
     if digits:
         split = pre_tokenizers.Digits(individual_digits=True)

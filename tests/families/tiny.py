@@ -35,7 +35,7 @@ GPT2 = {
     "eos_token_id": 0,
 }
 
-# Other factors than LLaMA 3.1's, so that a test notices if Megatron's built-in ones are used. They reach every branch of the formula.
+# Not LLaMA 3.1's own factors, so that a test notices if Megatron's built-in ones are used. They reach every branch of the formula.
 SCALED_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 1000.0,

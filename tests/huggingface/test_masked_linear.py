@@ -1,4 +1,4 @@
-"""Masked linears in a transformers model: against plain torch, and against Megatron's frame on the same model with the same draws."""
+"""Masked linears in a transformers model, compared with plain torch, and with Megatron's frame on the same model and draws."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def sampler() -> MaskSampler:
 
 @pytest.mark.parametrize("name", ["llama3", "gpt2"])
 def test_a_pruned_model_draws_masks_and_backpropagates(name, sampler):
-    """The weight that a linear multiplies by is the operator's for its own name, and the gradients reach the logits alone."""
+    """A linear multiplies by the weight that the operator gives for its name, and only the logits get gradients."""
     model = tiny_model(name)
     tokens = torch.randint(96, (2, 16), generator=torch.Generator().manual_seed(0))
     masks = prune_hf(model, tokens, PruneSettings("wanda")).masks
@@ -77,7 +77,7 @@ def test_a_pattern_that_does_not_fit_names_the_linear():
 
 @pytest.mark.parametrize("recompute_masked_weight", [False, True])
 def test_recomputation_draws_the_same_masks(recompute_masked_weight, sampler):
-    """torch's own activation checkpointing, its backward pass outside of the draw and after another one."""
+    """torch's activation checkpointing, with the backward pass in another draw than the forward pass."""
     sampler.recompute_masked_weight = recompute_masked_weight
     linear = torch.nn.Linear(16, 8).requires_grad_(False)
     module = MaskedLinear(linear, Location("linear", 16))
@@ -116,7 +116,7 @@ def fused_locations(model: PreTrainedModel, config) -> dict[str, Location]:
 
 @pytest.mark.parametrize("name", ["one_group", "gpt2"])
 def test_both_frames_compute_the_same_losses_and_gradients(name, sampler, tmp_path, monkeypatch):
-    """Megatron has fused linears, transformers separate ones; a draw is a function of the weight's place alone."""
+    """Megatron fuses linears that transformers keeps apart. A draw depends only on the place of a weight."""
     monkeypatch.setitem(CONFIGS, "one_group", CONFIGS["llama2"] | {"num_key_value_heads": 1})
     monkeypatch.setitem(CONFIGS, "gpt2", CONFIGS["gpt2"] | {"n_head": 1})
     model = write_tiny(name, tmp_path / "hf")
