@@ -38,7 +38,7 @@ TRICKY = ["", " ", "\n", "a</s>b", "<s>", "</s></s> 5", "  2024  x", "𝠀 \U000
 
 
 def write_hf_tokenizer(directory: Path, *, digits: bool = False, bos: bool = False, vocab_size: int = 600) -> Path:
-    """Write a byte-level BPE tokenizer. It has Llama 3's split, which gigatoken supports, or with `digits` StarCoder's, which it does not.
+    """Write a byte-level BPE tokenizer with the split of Llama 3, which gigatoken supports, or of StarCoder (`digits`), which it does not.
 
     `bos` makes it put <s> first.
     """
