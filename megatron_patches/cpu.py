@@ -104,12 +104,6 @@ def tensor_parallel_gradients_on_cpu() -> None:
     _redirect("megatron.core.tensor_parallel.layers")
 
 
-@_patch("megatron.core.tensor_parallel.utils", "torch.cuda.current_device()")
-def tensor_parallel_buffers_on_cpu() -> None:
-    """`gather_split_1d_tensor` allocates its output on the current CUDA device."""
-    _redirect("megatron.core.tensor_parallel.utils")
-
-
 @_patch("megatron.core.pipeline_parallel.p2p_communication", "torch.cuda.current_device()")
 def pipeline_transfers_on_cpu() -> None:
     """`P2PCommunicator` receives into tensors on the current CUDA device and synchronizes it after each transfer."""
@@ -158,12 +152,6 @@ def distributed_optimizer_of_cpu_tensors() -> None:
         "torch.cuda.FloatTensor",
         "torch.FloatTensor",
     )
-
-
-@_patch("megatron.core.optimizer.distrib_optimizer", "torch.cuda.current_device()")
-def distributed_optimizer_states_on_cpu() -> None:
-    """`DistributedOptimizer` allocates loaded states on the current CUDA device."""
-    _redirect("megatron.core.optimizer.distrib_optimizer")
 
 
 @_patch(
