@@ -1,7 +1,7 @@
 """The options of mask learning: one dataclass with the defaults. `maskllm.cli.train_options` makes the command line from it.
 
-Flags that mean what a Megatron-LM flag means carry its name and default; the optimizer's, the batch's and the sequence's are the
-single-node recipe of the paper (MaskLLM, arXiv 2409.17481, appendix).
+A flag with the meaning of a Megatron-LM flag has its name and default. The defaults for optimizer, batch and sequence are those of the
+paper's single-node recipe (MaskLLM, arXiv 2409.17481, appendix).
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ def _option(default: Any, help: str, **kwargs: Any) -> Any:
 
 @dataclass
 class TrainArguments:
-    """Everything `maskllm.train` can be told."""
+    """All settings of `maskllm.train`."""
 
     data_path: list[str] = _option(
         (), "indexed-dataset prefixes to train on: P, or W1 P1 W2 P2 ... to blend", nargs="+", action="extend"
     )
-    load: str | None = _option(None, "checkpoint to go on from; a trained one is resumed exactly, another one is started from")
+    load: str | None = _option(None, "checkpoint to continue: a trained one is resumed exactly, any other starts a new run")
     pretrained_checkpoint: str | None = _option(
-        None, "checkpoint to start from when --load holds none yet, so that one command both starts and resumes"
+        None, "checkpoint to start from while --load holds none, so that one command both starts and resumes a run"
     )
     save: str | None = _option(None, "directory to write checkpoints and metrics.jsonl to")
-    save_interval: int | None = _option(None, "steps between checkpoints; one is written at the end and on SIGTERM in any case")
+    save_interval: int | None = _option(None, "steps between checkpoints; the run always writes one at its end and on SIGTERM")
     async_save: bool = _option(
-        False, "write checkpoints behind the training; one counts, and becomes the latest, when all of it is on disk"
+        False, "write checkpoints in the background; a checkpoint becomes the latest when all of it is on disk"
     )
     keep_last: int | None = _option(
-        None, "checkpoints to keep, older ones being removed once a new one is complete; all by default. The one loaded stays"
+        None, "checkpoints to keep: older ones are removed after each save, but never the one that was loaded; default: all"
     )
-    auto_fallback: bool = _option(False, "where a checkpoint is damaged, go on from the newest older one that is not")
+    auto_fallback: bool = _option(False, "if a checkpoint is damaged, continue from the newest older one that is intact")
     split: str = _option("969,30,1", "shares of the documents for training, validation and test, in any unit")
 
     pattern: str = _option("2:4", "N:M, keep N of every M consecutive weights; M at most 32, and at most 128 candidate masks")
     gumbel_temperature_range: tuple[float, float] = _option((4.0, 0.05), "softmax temperature, first and last", nargs=2)
     gumbel_scale_range: tuple[float, float] = _option((1e2, 5e2), "multiplier of the logits, first and last", nargs=2)
     prior_strength: float = _option(3.0, "how far a prior mask moves the initial logits, in their standard deviations")
-    weight_reg: float = _option(1e-5, "weight of the sparse weight regularization, decaying linearly to zero")
+    weight_reg: float = _option(1e-5, "weight of the sparse weight regularization; it decays linearly to zero")
     mask_sample_interval: str = _option(
         "micro-batch",
         "how often masks are drawn: for each micro-batch of each data-parallel rank, or once a step for the whole job",
@@ -61,62 +61,66 @@ class TrainArguments:
     micro_batch_size: int = _option(1, "sequences a forward pass")
     global_batch_size: int = _option(256, "sequences a step, over all data-parallel ranks")
     seq_length: int = _option(4096, "tokens a sequence")
-    lr: float = _option(5e-5, "learning rate of the logits, the highest there is")
+    lr: float = _option(5e-5, "highest learning rate of the logits")
     min_lr: float = _option(5e-6, "learning rate at the end")
-    lr_decay_style: str = _option("cosine", "how the learning rate goes down", choices=["constant", "linear", "cosine"])
+    lr_decay_style: str = _option("cosine", "how the learning rate decays", choices=["constant", "linear", "cosine"])
     lr_warmup_iters: int = _option(0, "steps of linear warm-up")
     weight_decay: float = _option(0.1, "decoupled weight decay of the logits")
     adam_beta1: float = _option(0.9, "Adam's first moment's decay")
     adam_beta2: float = _option(0.95, "Adam's second moment's decay")
     adam_eps: float = _option(1e-5, "Adam's epsilon")
-    clip_grad: float = _option(1.0, "largest norm of the gradient; 0 for any")
+    clip_grad: float = _option(1.0, "clip the gradient to this norm; 0: do not clip")
     max_bad_steps: int = _option(
-        10, "steps in a row whose loss or gradient is not finite, each skipped, before the run ends and saves the batch to --save"
+        10,
+        "end the run after this many steps in a row with a loss or gradient that is not finite, and save the last batch to --save; "
+        "each such step is skipped",
     )
     seed: int = _option(1234, "seed of the masks' noise, the initial logits and the data order")
 
     mask_logits_dtype: str = _option(
-        "fp32", "type of the logits and their gradients; bf16 logits are rounded stochastically", choices=COMPUTE
+        "fp32", "dtype of the logits and their gradients; bf16 logits are rounded stochastically", choices=COMPUTE
     )
     optimizer_state_dtype: str = _option(
-        "fp32", "type of Adam's moments; 8bit has a scale for every 256", choices=["fp32", "bf16", "8bit"]
+        "fp32", "dtype of Adam's moments; 8bit has one scale for every 256 entries", choices=["fp32", "bf16", "8bit"]
     )
 
-    tensor_model_parallel_size: int = _option(1, "ranks a layer is split over")
-    pipeline_model_parallel_size: int = _option(1, "ranks the layers are dealt out to")
-    sequence_parallel: bool = _option(False, "split activations outside the linears along the sequence too")
+    tensor_model_parallel_size: int = _option(1, "ranks that share each layer")
+    pipeline_model_parallel_size: int = _option(1, "ranks that the layers are divided among")
+    sequence_parallel: bool = _option(False, "also split the activations outside of the linears, along the sequence")
     use_distributed_optimizer: bool = _option(False, "split optimizer states over data-parallel ranks")
     distributed_timeout_minutes: float = _option(
-        10, "minutes without progress after which a rank that gives no sign of life is named and the job ends; may be a fraction"
+        10, "minutes without progress after which the job ends and names the rank that hangs; may be a fraction"
     )
     transformer_impl: str | None = _option(
         None,
-        "whose norms and attention: transformer_engine is refused where it cannot be used, local is torch's attention with Apex's norms "
-        "where Apex is, else torch's; default: transformer_engine where it can be used, else local",
+        "norms and attention: transformer_engine, or local, which is torch's attention with Apex's norms (torch's without Apex); default: "
+        "transformer_engine if it can be used, else local",
         choices=TRANSFORMER_IMPLS,
     )
     recompute_granularity: str | None = _option(
         None,
-        "activations to compute again in the backward pass instead of keeping them: whole layers', or those of --recompute-modules",
+        "what to recompute in the backward pass instead of keeping it: whole layers, or the --recompute-modules",
         choices=["full", "selective"],
     )
     recompute_method: str | None = _option(
         None,
-        "with full: keep the input of every group of --recompute-num-layers layers, or recompute only the first that many layers",
+        "with full: uniform keeps the input of each group of --recompute-num-layers layers, block recomputes only that many layers",
         choices=["uniform", "block"],
     )
-    recompute_num_layers: int | None = _option(None, "with full: layers a group (uniform), or layers of each stage (block)")
+    recompute_num_layers: int | None = _option(
+        None, "with full: layers in a group (uniform), or layers of each pipeline stage (block)"
+    )
     recompute_modules: list[str] = _option(
         ("core_attn",),
-        "with selective: what to recompute; masked_weight is the weight times its mask, which costs little and holds as much as the weight",
+        "with selective: what to recompute; masked_weight is the weight times its mask: cheap to recompute, and as large as the weight",
         nargs="+",
         choices=["core_attn", "mlp", "masked_weight"],
     )
-    params_dtype: str = _option("bf16", "type of the frozen weights and of the computation", choices=COMPUTE)
+    params_dtype: str = _option("bf16", "dtype of the frozen weights and of the computation", choices=COMPUTE)
 
     eval_interval: int = _option(1000, "steps between validations")
-    eval_iters: int = _option(100, "batches a validation, always the same ones; 0 for none")
-    log_interval: int = _option(1, "steps between lines of the log, each of the steps since the one before")
+    eval_iters: int = _option(100, "batches in a validation, always the same ones; 0 for none")
+    log_interval: int = _option(1, "steps between lines of the log; a line covers the steps since the one before")
     tensorboard_dir: str | None = _option(None, "directory for TensorBoard events")
 
     @property
@@ -131,7 +135,7 @@ class TrainArguments:
 
     @property
     def low_precision(self) -> bool:
-        """Whether logits or moments are kept in fewer bits than fp32, which takes this project's optimizer (`LogitsAdam`)."""
+        """Whether logits or moments have fewer bits than fp32, which needs this project's optimizer (`LogitsAdam`)."""
         return (self.mask_logits_dtype, self.optimizer_state_dtype) != ("fp32", "fp32")
 
     def check(self) -> Pattern:
@@ -148,7 +152,7 @@ class TrainArguments:
         return self.check_settings()
 
     def check_settings(self) -> Pattern:
-        """`check` of everything but the files that are read and written and the libraries that are there."""
+        """`check`, except for the files that are read or written and for installed libraries."""
         pattern = Pattern.parse(self.pattern)
         pattern.require_learnable()
         for wanted, holds, names in _RANGES:
@@ -176,7 +180,7 @@ class TrainArguments:
         return pattern
 
     def _check_split(self) -> None:
-        """Raise MaskLLMError where `split` is something other than shares; upstream picks the digits out of anything."""
+        """Raise MaskLLMError if `split` is not a list of shares; upstream would pick the digits out of any text."""
         try:
             shares = [float(share) for share in self.split.split(",")]
         except ValueError:
@@ -211,7 +215,7 @@ class TrainArguments:
         }
 
     def num_microbatches(self, data_parallel_size: int) -> int:
-        """Micro-batches a step on each data-parallel rank. Raises MaskLLMError where they do not come out whole."""
+        """Micro-batches a step on each data-parallel rank. Raises MaskLLMError if the global batch does not divide evenly."""
         per_pass = self.micro_batch_size * data_parallel_size
         if self.global_batch_size % per_pass:
             raise MaskLLMError(
