@@ -1,7 +1,7 @@
-"""Adam for mask logits and moments that are kept in few bits.
+"""Adam for mask logits and moments in low precision.
 
-torchao's and bitsandbytes' 8-bit optimizers round with the global generator, so that a resumed run or another layout would round
-differently, and hold whole tensors in fp32 while they step.
+The 8-bit optimizers of torchao and bitsandbytes do not fit, for two reasons. They round with the global random generator, so a resumed
+run or another parallel layout would round differently. They also hold whole tensors in fp32 during a step.
 """
 
 from __future__ import annotations
@@ -16,23 +16,25 @@ from maskllm.ops import NoiseKey, ShardMap, rounding_bits, stochastic_bf16
 from maskllm.training.moments import QUANTIZATION_BLOCK, BlockwiseMoment, FloatMoment
 
 CHUNK = 1 << 22
-"""Entries updated at once, about: what is in fp32 for a moment is a few times 16 MiB, whatever the tensor's size."""
+"""About how many entries are updated at once. Temporary fp32 copies take a few times 16 MiB, whatever the tensor's size."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a parameter's blocks lie, for the random numbers of its rounding."""
+    """What determines the random numbers of a parameter's rounding: its layer, and the position of its blocks in the whole tensor."""
 
     key: int
-    """The Philox key of its layer's rounding."""
+    """The Philox key for the rounding of this layer."""
     shard: ShardMap
+    """The position of this rank's blocks."""
 
 
 class LogitsAdam(torch.optim.Optimizer):
     """Adam with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101), in fp32 arithmetic, for parameters in fp32 or bf16.
 
-    A bf16 parameter is rounded stochastically, or steps below half its last digit would never add up. The random numbers are a
-    function of layer, block, candidate and step (`maskllm.ops.rounding`): a resumed run and another layout round alike.
+    A bf16 parameter is rounded stochastically. Rounding to nearest would lose every step below half of its last digit. The random
+    numbers depend only on seed, layer, block, candidate and step (`maskllm.ops.rounding`), so a resumed run and another parallel layout
+    round in the same way.
     """
 
     def __init__(
@@ -42,15 +44,18 @@ class LogitsAdam(torch.optim.Optimizer):
         state_dtype: str,
         places: dict[torch.nn.Parameter, Place],
     ) -> None:
-        """Take parameter groups with `lr`, `weight_decay`, `betas` and `eps`, of tensors [rows, blocks a row, candidates].
+        """Create zero moments for all parameters.
 
-        `state_dtype` is fp32, bf16 or 8bit; `places` has an entry for each bf16 parameter.
+        Args:
+            params: Parameter groups with `lr`, `weight_decay`, `betas` and `eps`. The parameters are [rows, blocks per row, candidates].
+            state_dtype: How to store the moments: fp32, bf16 or 8bit.
+            places: Must have an entry for each bf16 parameter.
         """
         super().__init__(params, {})
         self.places = places
         self.steps = 0
         self.grad_scale = 1.0
-        """What the next step multiplies gradients by."""
+        """The next step multiplies the gradients by this factor."""
         for group in self.param_groups:
             for parameter in group["params"]:
                 self.state[parameter] = {
@@ -60,7 +65,7 @@ class LogitsAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient, of any float type."""
+        """Update every parameter that has a gradient. Gradients may have any float dtype."""
         self.steps += 1
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -71,7 +76,7 @@ class LogitsAdam(torch.optim.Optimizer):
         (beta1, beta2), lr = group["betas"], group["lr"]
         first, second = self.state[parameter]["exp_avg"], self.state[parameter]["exp_avg_sq"]
         values, gradients = parameter.view(-1), parameter.grad.view(-1)
-        # A chunk is whole quantization blocks and whole blocks of candidates.
+        # A chunk consists of whole quantization blocks and of all candidates of each N:M block in it.
         unit = QUANTIZATION_BLOCK * parameter.shape[-1]
         chunk = max(1, CHUNK // unit) * unit
         for start in range(0, values.numel(), chunk):

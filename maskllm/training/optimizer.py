@@ -29,10 +29,10 @@ def build_optimizer(
     masked: Sequence[MaskedParameter],
     model: DistributedDataParallel,
 ) -> MegatronOptimizer:
-    """The optimizer of `groups`, which are all trained parameters of `model`.
+    """Build the optimizer of `groups`, which hold all trained parameters of `model`.
 
-    It is Megatron's own, or `LogitsOptimizer` if numbers are kept in fewer bits than fp32. `masked` are the weights of the logits among
-    the parameters.
+    Returns Megatron's optimizer if logits and moments are all fp32, and `LogitsOptimizer` otherwise. `masked` are the masked weights that
+    own the logits among the parameters.
     """
     first = groups[0]
     config = OptimizerConfig(
@@ -45,7 +45,7 @@ def build_optimizer(
         adam_eps=arguments.adam_eps,
         clip_grad=arguments.clip_grad,
         use_distributed_optimizer=arguments.use_distributed_optimizer,
-        # Logits need no masters of another type, so to Megatron this is a plain fp32 optimizer even if the logits are bf16.
+        # Logits need no master copy in another dtype, so Megatron builds a plain fp32 optimizer even if the logits are bf16.
         params_dtype=torch.float32,
     )
     optimizer = get_megatron_optimizer(config, [model], config_overrides=_overrides(groups))
@@ -57,13 +57,13 @@ def build_optimizer(
         own = [dict(group) for group in optimizer.param_groups]
         return LogitsOptimizer(LogitsAdam(own, state_dtype=arguments.optimizer_state_dtype, places=places), config)
     for group in optimizer.param_groups:
-        if "fused" in group:  # torch's AdamW, which would otherwise need room for copies of all its parameters on a GPU
+        if "fused" in group:  # torch's AdamW: unless fused, it needs GPU memory for copies of all its parameters
             group["fused"] = True
     return optimizer
 
 
 def _overrides(groups: Sequence[ParameterGroup]) -> dict[ParamKey, dict[str, float]]:
-    """How the groups differ from the first one, as Megatron takes it."""
+    """Return the learning rates of all groups but the first, in the form of Megatron's `config_overrides`."""
     overrides = {}
     for group in groups[1:]:
         members = set(group.parameters)
@@ -73,17 +73,18 @@ def _overrides(groups: Sequence[ParameterGroup]) -> dict[ParamKey, dict[str, flo
 
 
 def fit_adam_state(state: dict[str, Any], optimizer: MegatronOptimizer) -> None:
-    """Make a loaded optimizer state, in place, what this installation's Adam takes, whichever has saved it.
+    """Convert a loaded optimizer state, in place, to the form that this installation's Adam expects, whichever Adam saved it.
 
-    Megatron uses Transformer Engine's, Apex's or torch's Adam, the first that is there. torch's counts the steps of each parameter, which
-    Megatron saves once as `common_step`, the others those of each group, and each has options of its own in its groups.
+    Megatron uses the first installed of Transformer Engine's, Apex's and torch's Adam. torch's Adam counts the steps of each parameter,
+    and Megatron saves that count once, as `common_step`. The other two count the steps of each group. The options in the groups differ
+    between all three.
     """
     (one,) = getattr(optimizer, "chained_optimizers", [optimizer])
     if isinstance(one, LogitsOptimizer):
         return
     adam = one.optimizer
     own = {name: value for name, value in adam.param_groups[0].items() if name not in ("params", "step")}
-    # The distributed optimizer's come apart from the rest, and its steps are always the groups'.
+    # The distributed optimizer loads the parameters' state separately, and it always counts the steps of each group.
     parameters = state.get("state", {})
     steps_of_groups = not (parameters and isinstance(adam, torch.optim.Adam))
     for group in state.get("optimizer", state)["param_groups"]:
@@ -102,7 +103,7 @@ def fit_adam_state(state: dict[str, Any], optimizer: MegatronOptimizer) -> None:
 
 
 def build_lr_scheduler(arguments: TrainArguments, optimizer: MegatronOptimizer) -> OptimizerParamScheduler:
-    """The schedule of the learning rate, counted in sequences as Megatron does."""
+    """Build the learning-rate schedule. Like Megatron's, it counts sequences, not iterations."""
     batch = arguments.global_batch_size
     return OptimizerParamScheduler(
         optimizer,
@@ -120,7 +121,7 @@ def build_lr_scheduler(arguments: TrainArguments, optimizer: MegatronOptimizer) 
 
 
 class LogitsOptimizer(FP32Optimizer):
-    """`FP32Optimizer` around `LogitsAdam`: gradients of any type, and moments that a checkpoint holds under the usual keys."""
+    """`FP32Optimizer` around `LogitsAdam`. Gradients may have any float dtype. Checkpoints hold the moments under Megatron's usual keys."""
 
     def __init__(self, optimizer: LogitsAdam, config: OptimizerConfig) -> None:
         super().__init__(optimizer, config, init_state_fn=lambda *_: None)
@@ -128,9 +129,9 @@ class LogitsOptimizer(FP32Optimizer):
 
     @torch.no_grad()
     def get_grad_norm(self) -> float:
-        """The gradients' norm over all ranks, added up in fp32; upstream's adds up in the gradients' type.
+        """Return the norm of the gradients of all ranks, summed in fp32. Upstream sums in the gradients' dtype.
 
-        All gradients count once: every rank owns its logits.
+        Each gradient counts once, because no two ranks hold the same logits.
         """
         squares = [torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).square() for parameter in self.get_parameters()]
         total = torch.stack(squares).sum()
@@ -139,9 +140,10 @@ class LogitsOptimizer(FP32Optimizer):
 
     @torch.no_grad()
     def step(self) -> tuple[bool, float, None]:
-        """Update; returns (True, the gradients' norm before clipping, None).
+        """Update the parameters. Returns (True, the gradients' norm before clipping, None).
 
-        Upstream's clipping scales the gradients in place, which would round those in bf16 once more: here the step scales them.
+        Upstream's clipping scales the gradients in place, which would round bf16 gradients once more. `LogitsAdam` scales them in fp32
+        instead.
         """
         self.prepare_grads()
         norm = self.get_grad_norm()
@@ -152,7 +154,7 @@ class LogitsOptimizer(FP32Optimizer):
     def sharded_state_dict(
         self, model_sharded_state_dict: ShardedStateDict, is_loading: bool = False, metadata: dict[str, Any] | None = None
     ) -> ShardedStateDict:
-        """The moments, sharded as their parameters are, and the number of steps."""
+        """Return the moments, sharded like their parameters, and the number of steps."""
         places = get_param_id_to_sharded_param_map(model_sharded_state_dict, self.get_parameters())
         state: dict[int, Any] = {}
         for index, parameter in enumerate(self.get_parameters()):
@@ -165,7 +167,7 @@ class LogitsOptimizer(FP32Optimizer):
         return {"state": state, "steps": self.optimizer.steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what `sharded_state_dict` described, loaded under this layout."""
+        """Restore the moments and the number of steps that `sharded_state_dict` described, loaded under this parallel layout."""
         self.optimizer.steps = state_dict["steps"]
         for index, parameter in enumerate(self.get_parameters()):
             for name, moment in self.optimizer.state[parameter].items():
