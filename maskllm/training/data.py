@@ -18,7 +18,7 @@ from maskllm.training.arguments import TrainArguments
 
 @dataclass(frozen=True)
 class _Tokens:
-    """The little that GPTDataset asks of a tokenizer when documents are tokenized already."""
+    """The tokenizer attributes that GPTDataset reads even if the documents are already tokenized."""
 
     vocab_size: int
     eod: int = -1
@@ -31,7 +31,7 @@ class _Tokens:
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch, int64 [micro batch, sequence] each, on this rank's device."""
+    """A micro-batch on this rank's device. Each tensor is int64 [micro-batch size, sequence length]."""
 
     tokens: torch.Tensor
     labels: torch.Tensor
@@ -39,9 +39,9 @@ class Batch:
 
 
 class Batches:
-    """Micro-batches by their global index: a function of the data, the seed and the index alone, so nothing needs saving.
+    """Micro-batches by global index. They depend only on the data, the seed and the index, so a checkpoint need not save their state.
 
-    Micro-batch i holds samples i * micro_batch_size and on, as Megatron-LM's single-epoch sampler deals them out.
+    Micro-batch i holds the micro_batch_size samples from i * micro_batch_size on, in the order of Megatron-LM's single-epoch sampler.
     """
 
     def __init__(self, dataset: GPTDataset, micro_batch_size: int, vocab_size: int, device: torch.device) -> None:
@@ -51,11 +51,11 @@ class Batches:
         self.device = device
 
     def __getitem__(self, index: int) -> Batch:
-        """Micro-batch `index`. Raises MaskLLMError where it cannot be read or a token is outside the model's vocabulary."""
+        """Return micro-batch `index`. Raises MaskLLMError if it cannot be read or a token is outside the model's vocabulary."""
         first = index * self.micro_batch_size
         try:
             samples = [self.dataset[first + i] for i in range(self.micro_batch_size)]
-        except ValueError as error:  # an offset that lies outside of the .bin file
+        except ValueError as error:  # an offset lies outside the .bin file
             raise MaskLLMError(f"--data-path: sample {first} and on cannot be read ({error}); the dataset is damaged") from None
         tokens, labels, position_ids = (
             torch.stack([sample[key] for sample in samples]) for key in ("tokens", "labels", "position_ids")
@@ -66,13 +66,16 @@ class Batches:
 
 
 class DataFiles:
-    """The dataset's files, watched: training reads them through memory maps, where what is gone is a signal and not an error."""
+    """The dataset's files and their sizes at the start, to find out whether one is lost during training.
+
+    Training reads the files through memory maps. Reading a lost part of a map raises no Python error but sends a signal to the process.
+    """
 
     def __init__(self, prefixes: list[str]) -> None:
         self.sizes = {path: path.stat().st_size for prefix in prefixes for path in dataset_files(prefix)}
 
     def problem(self) -> str | None:
-        """One line about the first file that is gone or no longer what it was; None while all is well."""
+        """Return one line about the first file that is missing or has another size than at the start, or None if there is no such file."""
         for path, size in self.sizes.items():
             try:
                 found = path.stat().st_size
@@ -84,9 +87,9 @@ class DataFiles:
 
 
 def build_batches(arguments: TrainArguments, vocab_size: int, device: torch.device) -> tuple[Batches, Batches | None]:
-    """The training batches and, with `eval_iters`, the validation batches (None without); called by all ranks.
+    """Build the training batches and the validation batches (None if `eval_iters` is 0). All ranks must call this.
 
-    Raises MaskLLMError where the split leaves a part without a single document.
+    Raises MaskLLMError if the split leaves no text for training or validation in one of the datasets.
     """
     samples = [arguments.train_iters * arguments.global_batch_size, arguments.eval_iters * arguments.global_batch_size, 0]
     config = GPTDatasetConfig(
@@ -94,8 +97,8 @@ def build_batches(arguments: TrainArguments, vocab_size: int, device: torch.devi
         sequence_length=arguments.seq_length,
         blend=arguments.blend(),
         split=arguments.split,
-        # Each rank works out for itself what deals the documents out, which takes a second for twenty shards of C4. Upstream's files of it
-        # go by the datasets' names, so that those of other data may be taken for them, and are there before they are whole.
+        # No cache: each rank computes the sample indices itself, which takes a second for twenty shards of C4. Upstream names its cache
+        # files after the datasets, so it may load those of other data. They also exist before they are completely written.
         path_to_cache="",
         tokenizer=_Tokens(vocab_size),
         reset_position_ids=False,
@@ -116,8 +119,8 @@ def build_batches(arguments: TrainArguments, vocab_size: int, device: torch.devi
 
 
 def _check_not_empty(prefix: str, bounds: tuple[float, float] | None, part: str, split: str) -> None:
-    """Raise MaskLLMError where a part of the split has no token in a dataset; upstream would look for its samples for ever."""
-    dataset = open_indexed(prefix)  # its lengths lie in memory that is mapped for as long as it lives
+    """Raise MaskLLMError if a part of the split has no token in a dataset. Upstream would search for its samples in an endless loop."""
+    dataset = open_indexed(prefix)  # keep a reference: `lengths` lies in memory that is mapped only while `dataset` exists
     lengths = dataset.sequence_lengths
     first, last = (round(bound * float(len(lengths))) for bound in bounds) if bounds else (0, 0)
     if not lengths[first:last].any():

@@ -1,4 +1,4 @@
-"""How Adam's moments are kept: fp32, bf16, or 8 bits an entry with a scale for every 256."""
+"""Storage of Adam's moments: fp32, bf16, or 8 bits per entry with one scale for every 256 entries."""
 
 from __future__ import annotations
 
@@ -7,41 +7,41 @@ import functools
 import torch
 
 QUANTIZATION_BLOCK = 256
-"""Entries that share a scale (the block size of 8-bit Adam's implementations)."""
+"""How many entries share a scale (the block size in implementations of 8-bit Adam)."""
 
 
 class FloatMoment:
-    """A moment in fp32 or bf16; bf16 is rounded to nearest."""
+    """A moment in fp32 or bf16. Values stored in bf16 are rounded to nearest."""
 
     def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:
         self.values = torch.zeros(numel, dtype=dtype, device=device)
 
     def read(self, entries: slice) -> torch.Tensor:
-        """These entries, a copy in fp32."""
+        """Return a copy of these entries in fp32."""
         return self.values[entries].to(torch.float32, copy=True)
 
     def write(self, entries: slice, values: torch.Tensor) -> None:
-        """Keep `values` (fp32) as these entries."""
+        """Store `values` (fp32) as these entries."""
         self.values[entries] = values
 
     def stored(self) -> torch.Tensor:
-        """What a checkpoint holds of it, [numel]."""
+        """Return what a checkpoint holds of this moment: [numel], in the moment's dtype and on its device."""
         return self.values
 
     def restore(self, values: torch.Tensor) -> None:
-        """Take over what `stored` returned, here or in another layout."""
+        """Load `values` [numel], which `stored` returned under this parallel layout or another one."""
         self.values.copy_(values)
 
 
 class BlockwiseMoment:
-    """A moment in 8 bits an entry: block-wise dynamic quantization (Dettmers et al., arXiv 2110.02861, section 2).
+    """A moment in 8 bits per entry: block-wise dynamic quantization (Dettmers et al., arXiv 2110.02861, section 2).
 
-    Each block of QUANTIZATION_BLOCK entries of this rank's flattened tensor is divided by its largest magnitude, and each quotient
-    becomes the index of the nearest of 256 numbers between -1 (or 0, for a moment that is never negative) and 1, dense near zero. The
-    second moment's positive entries never become zero, by which the step would be divided.
+    This rank's flattened tensor is cut into blocks of QUANTIZATION_BLOCK entries. Each block is divided by its largest magnitude. Each
+    quotient is stored as the index of the nearest of 256 numbers between -1 (or 0, for a moment that is never negative) and 1. These
+    numbers are dense near zero. A positive entry of the second moment never becomes zero, because the step divides by its square root.
 
-    A checkpoint holds the numbers the codes stand for, in fp32: quantized again in the same blocks they give the same codes; under
-    another layout the blocks are others, and they are rounded once more.
+    A checkpoint holds the numbers that the codes stand for, in fp32. Quantizing them again in the same blocks gives the same codes.
+    Another parallel layout has other blocks, so there the numbers are rounded once more.
     """
 
     def __init__(self, numel: int, device: torch.device, *, signed: bool) -> None:
@@ -50,12 +50,12 @@ class BlockwiseMoment:
         self.scales = torch.zeros(-(-numel // QUANTIZATION_BLOCK), device=device)
 
     def read(self, entries: slice) -> torch.Tensor:
-        """These entries in fp32; the slice starts at a block and ends with one or the tensor."""
+        """Return these entries in fp32. The slice must start at a block's start and end at a block's end or the tensor's end."""
         levels = code_levels(self.signed, self.codes.device)
         return levels[self.codes[entries].int()] * self._spread(self.scales[_blocks(entries)], entries)
 
     def write(self, entries: slice, values: torch.Tensor) -> None:
-        """Keep `values` (fp32) as these entries; the slice starts at a block and ends with one or the tensor."""
+        """Quantize and store `values` (fp32) as these entries. The slice has the limits that `read` requires."""
         missing = -len(values) % QUANTIZATION_BLOCK
         blocks = torch.nn.functional.pad(values, (0, missing)).view(-1, QUANTIZATION_BLOCK)
         scales = blocks.abs().amax(1)
@@ -68,14 +68,14 @@ class BlockwiseMoment:
         self.codes[entries] = codes.to(torch.uint8)
 
     def stored(self) -> torch.Tensor:
-        """What a checkpoint holds of it: fp32 [numel], on the host."""
+        """Return what a checkpoint holds of this moment: fp32 [numel], on the CPU."""
         whole = torch.empty(len(self.codes))
         for entries in _chunks(len(self.codes)):
             whole[entries] = self.read(entries)
         return whole
 
     def restore(self, values: torch.Tensor) -> None:
-        """Take over what `stored` returned, here or in another layout."""
+        """Quantize and load `values` [numel], which `stored` returned under this parallel layout or another one."""
         for entries in _chunks(len(self.codes)):
             self.write(entries, values[entries].to(self.codes.device))
 
@@ -93,11 +93,12 @@ def _chunks(numel: int, size: int = QUANTIZATION_BLOCK << 14) -> list[slice]:
 
 @functools.cache
 def code_levels(signed: bool, device: torch.device) -> torch.Tensor:
-    """The 256 numbers a code can stand for, ascending, fp32 (arXiv 2110.02861, section 1.3, "dynamic tree quantization").
+    """Return the 256 numbers that codes stand for: fp32 [256], ascending (arXiv 2110.02861, section 1.3, "dynamic tree quantization").
 
-    A code's leading zeros choose a power of ten from 10^-6 to 1; its other bits are the middle of one of equally many equal parts of
-    [0.1, 1]. Zero and one are added, and with `signed` one bit is the sign; there -1 takes the place of the negative number nearest
-    to zero, so that a block's largest magnitude is always exact and quantizing again changes nothing.
+    The number of a code's leading zeros chooses a power of ten from 10^-6 to 1. [0.1, 1] is divided into as many equal parts as the
+    other bits have values. These bits choose a part, and the power of ten multiplies its middle. Zero and one are added. With `signed`,
+    one bit is the sign, and -1 replaces the negative number nearest to zero. A block's largest magnitude is therefore always exact, and
+    quantizing again changes nothing.
     """
     bits = 7 if signed else 8
     positive = []
