@@ -1,4 +1,4 @@
-"""Megatron's GPT model with a frozen vocabulary: the model whose masks are learned."""
+"""Megatron's GPT model with frozen embeddings and a frozen output layer. Mask learning runs this model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from maskllm.megatron.loss import frozen_linear_cross_entropy
 
 
 class FrozenVocabularyGPTModel(GPTModel):
-    """`GPTModel` that, given labels, computes the loss in chunks of tokens instead of from a whole tensor of logits.
+    """`GPTModel` that computes the loss in chunks of tokens if it gets labels, so the logits of all tokens never exist at once.
 
-    With activation recomputation the embeddings ask for a gradient, though they are frozen: Megatron's checkpointing passes
-    gradients to what is inside it only where an input asks for one.
+    The embeddings are frozen. With activation recomputation their output still requires a gradient, because Megatron's
+    `checkpoint` runs the backward pass of a recomputed function only if one of its inputs requires a gradient.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -38,12 +38,12 @@ class FrozenVocabularyGPTModel(GPTModel):
             labels: int64 [batch, sequence], or None for logits.
 
         Returns:
-            fp32 losses [batch, sequence] with labels, logits [batch, sequence, vocabulary / ranks] without; before the last stage the
-            hidden states [sequence, batch, hidden size].
+            On the last stage: fp32 losses [batch, sequence] if `labels` is given, otherwise logits
+            [batch, sequence, vocabulary / tensor-parallel ranks]. On earlier stages: hidden states [sequence, batch, hidden size].
         """
         if labels is None or not self.post_process:
             return super().forward(input_ids, position_ids, attention_mask)
-        # Upstream's forward ends with the decoder's output when the model has no output layer; that is what is wanted here.
+        # Without `post_process`, upstream's forward returns the decoder's output, which the loss below needs.
         self.post_process = False
         try:
             hidden = super().forward(input_ids, position_ids, attention_mask)

@@ -1,4 +1,4 @@
-"""Language-model loss over a frozen output matrix, without ever holding all logits."""
+"""Language-model loss over a frozen output matrix. The logits of all tokens never exist at once."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 import torch.distributed as dist
 
 MAX_CHUNK_LOGITS = 1 << 25
-"""Most logits computed at once; 128 MiB in fp32."""
+"""The largest number of logits computed at once: 128 MiB in fp32."""
 
 
 class _FrozenLinearCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of `hidden @ weight.T`, vocabulary split over tensor-parallel ranks, in chunks of tokens.
+    """Cross-entropy of `hidden @ weight.T`, in chunks of tokens. The vocabulary is split over the tensor-parallel ranks.
 
-    A token's loss has the gradient (softmax - one-hot) @ weight with respect to its hidden state, whatever follows. With the
-    weight frozen nothing else is needed for the backward pass, so it is computed while the chunk's logits exist and only
-    scaled later.
+    The gradient of a token's loss with respect to its hidden state is (softmax - one-hot) @ weight. The backward pass needs
+    nothing else, because the weight is frozen. So the forward pass computes this gradient while the chunk's logits exist, and
+    the backward pass only scales it.
     """
 
     @staticmethod
@@ -64,18 +64,19 @@ class _FrozenLinearCrossEntropy(torch.autograd.Function):
 def frozen_linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, tp_group: dist.ProcessGroup
 ) -> torch.Tensor:
-    """Loss of each token, in fp32.
+    """The cross-entropy loss of each token, in fp32.
 
     Args:
-        hidden: [tokens, hidden size], the same on every rank of `tp_group`; its gradient is this rank's share of the sum.
-        weight: [vocabulary / ranks, hidden size], this rank's rows of the output matrix; gets no gradient.
+        hidden: [tokens, hidden size], the same on every rank of `tp_group`. Each rank computes its part of the gradient; the
+            sum over the ranks is the gradient.
+        weight: [vocabulary / ranks, hidden size], this rank's rows of the output matrix. It gets no gradient.
         labels: int64 [tokens].
 
     Returns:
         fp32 [tokens].
 
     Raises:
-        ValueError: `weight` requires a gradient.
+        ValueError: if `weight` requires a gradient.
     """
     if weight.requires_grad:
         raise ValueError("frozen_linear_cross_entropy: the output matrix requires a gradient, wanted a frozen one")
