@@ -10,9 +10,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 
 class SDPACoreAttention(MegatronModule):
-    """Causal attention that never materializes the scores, in place of upstream's `DotProductAttention`.
+    """Causal attention by torch's fused kernels, which do not store the scores. It replaces upstream's `DotProductAttention`.
 
-    Raises ValueError where the caller wants anything but a causal mask: no model family here has another.
+    Raises ValueError if the mask type is not causal, because every supported model family is causal.
     """
 
     def __init__(
@@ -33,11 +33,11 @@ class SDPACoreAttention(MegatronModule):
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None, **_: object
     ) -> torch.Tensor:
-        """Attend.
+        """Compute the attention of this tensor-parallel rank's heads.
 
         Args:
-            query: [sequence, batch, heads, head size] of this tensor-parallel rank.
-            key: [sequence, batch, query groups, head size]; `value` alike.
+            query: [sequence, batch, heads, head size].
+            key, value: [sequence, batch, query groups, head size].
             attention_mask: ignored; the mask is causal.
 
         Returns:
@@ -45,7 +45,7 @@ class SDPACoreAttention(MegatronModule):
         """
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if query.is_cuda and query.dtype is torch.float32 and query.shape[1] != key.shape[1]:
-            # None of torch's fused kernels on CUDA takes both fp32 and grouped queries; what is left holds the scores.
+            # No fused CUDA kernel of torch supports grouped queries in fp32, and the unfused one stores the scores.
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
         context = F.scaled_dot_product_attention(
             query,

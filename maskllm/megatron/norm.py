@@ -1,4 +1,4 @@
-"""The normalization of a transformer layer without Transformer Engine: Apex's fused kernels or torch's own functions."""
+"""The norms of a transformer layer without Transformer Engine: Apex's fused kernels, or torch's functions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from maskllm.errors import MaskLLMError
 
 
 class ZeroCenteredLayerNorm(torch.nn.LayerNorm):
-    """LayerNorm that multiplies by 1 + weight, the sum taken in the weight's dtype as transformers' `NemotronLayerNorm1P` does."""
+    """LayerNorm that multiplies by 1 + weight. The sum has the weight's dtype, as in transformers' `NemotronLayerNorm1P`."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Normalize the last dimension of `input` [..., hidden size]."""
@@ -25,11 +25,11 @@ NORMS: dict[tuple[str, bool], type[torch.nn.Module]] = {
     ("LayerNorm", False): torch.nn.LayerNorm,
     ("LayerNorm", True): ZeroCenteredLayerNorm,
 }
-"""torch's norms by Megatron's `normalization` and `layernorm_zero_centered_gamma`."""
+"""torch's norms. The keys are Megatron's settings `normalization` and `layernorm_zero_centered_gamma`."""
 
 
 def local_norms() -> dict[tuple[str, bool], type[torch.nn.Module]]:
-    """NORMS with Apex's in the place of those that it has, where it can be used; both take the same parameters."""
+    """NORMS. If Apex can be used, its norms replace torch's RMSNorm and LayerNorm; they have the same parameters."""
     if not uses_apex_norms():
         return NORMS
     apex = importlib.import_module("apex.normalization")
@@ -37,10 +37,12 @@ def local_norms() -> dict[tuple[str, bool], type[torch.nn.Module]]:
 
 
 class LocalNorm:
-    """Builds the norm that `config.normalization` and `config.layernorm_zero_centered_gamma` ask for, one of `local_norms`.
+    """Builds the norm of `local_norms` that `config.normalization` and `config.layernorm_zero_centered_gamma` select.
 
-    Upstream's `WrappedTorchNorm` does the same but refuses zero-centered weights and sequence parallelism, which needs no more of a
-    norm than a mark on its parameters: each rank normalizes its own part of the sequence. Raises MaskLLMError where there is none.
+    Upstream's `WrappedTorchNorm` does the same but refuses zero-centered weights and sequence parallelism. For sequence
+    parallelism a norm only needs a mark on its parameters, because each rank normalizes its part of the sequence.
+
+    Raises MaskLLMError if `local_norms` has no such norm.
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> torch.nn.Module:
