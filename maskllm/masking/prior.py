@@ -1,4 +1,4 @@
-"""The logits that mask learning starts from (design section 2, "Prior"; MaskLLM section 3.3)."""
+"""The initial mask logits and the prior mask (design section 2, "Prior"; MaskLLM section 3.3)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ INITIAL_SIGMA = 0.01
 def initial_logits(
     shape: tuple[int, int], pattern: Pattern, *, seed: int, layer_name: str, shard: ShardMap, device: torch.device
 ) -> torch.Tensor:
-    """Draw the initial logits of a layer (or of the shard of it that `shard` describes).
+    """Draw the initial logits of a layer, or of the part of the layer that `shard` describes.
 
     Args:
-        shape: (rows, blocks a row) of the local weight.
+        shape: (rows, blocks per row) of the local weight.
 
     Returns:
-        fp32 [rows, blocks, candidates], N(0, INITIAL_SIGMA): a function of the seed, the layer's name and each block's place in the
-        unsharded tensor alone, so every parallel layout starts from the same logits.
+        fp32 [rows, blocks, candidates], normally distributed with mean 0 and standard deviation INITIAL_SIGMA. They depend only on
+        the seed, the layer's name and each block's position in the unsharded tensor, so every parallel layout starts from the same
+        logits.
     """
     key = NoiseKey(philox_key(seed, f"{layer_name}.mask_logits"), 0, shard)
     bits = uniform_bits(key, *shape, pattern.num_candidates, device=device)
@@ -33,9 +34,9 @@ def add_prior(logits: torch.Tensor, mask: torch.Tensor, pattern: Pattern, streng
     """Move `logits` toward a prior mask, in place: (<S_c, m0> - mean over c of <S_c, m0>) * sigma * strength.
 
     Args:
-        logits: fp32 [out, blocks, candidates] from `initial_logits`; sigma is the standard deviation they were drawn with.
+        logits: fp32 [out, blocks, candidates] from `initial_logits`. Sigma in the formula is INITIAL_SIGMA.
         mask: bool [out, in], the prior mask m0.
-        strength: the paper's alpha, 3 by default there.
+        strength: the paper's alpha. The paper's default is 3.
     """
     blocks = mask.view(*logits.shape[:2], pattern.m).to(logits.dtype)
     overlap = blocks @ pattern.candidates(device=logits.device).T

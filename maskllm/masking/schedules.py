@@ -1,4 +1,4 @@
-"""What changes from step to step while masks are learned (design section 2; MaskLLM, arXiv 2409.17481, section 4)."""
+"""Schedules of temperature, scale and regularization in mask learning (design section 2; MaskLLM, arXiv 2409.17481, section 4)."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class AnnealingSchedule:
-    """Temperature and scale move linearly between the ends of their ranges, the regularizer's weight to zero.
+    """Temperature and scale change linearly from the first to the second end of their ranges, the regularizer's weight to zero.
 
-    At step t of T (t = 0 .. T - 1) the share done is t / T, as in the paper.
+    At step t of T (t = 0 .. T - 1) the completed fraction is t / T, as in the paper.
     """
 
     train_iters: int
