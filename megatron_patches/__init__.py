@@ -1,7 +1,7 @@
 """Every change this project makes to Megatron Core's behaviour, for versions 0.16 to 0.19.
 
-Each entry point that may run Megatron calls `import_megatron()` before anything imports Megatron Core, and `apply()` before it uses it.
-With a CUDA device `megatron_patches.cpu` is left out.
+Every entry point that may run Megatron calls `import_megatron()` before anything imports Megatron Core, and `apply()` before the
+first use of Megatron Core. If there is a CUDA device, the patches of `megatron_patches.cpu` are not applied.
 """
 
 from __future__ import annotations
@@ -17,27 +17,28 @@ from unittest import mock
 import torch
 
 CUDA_ONLY = ("transformer_engine", "apex", "amp_C")
-"""Packages (the last is Apex's kernels) that upstream uses wherever they can be imported, for tensors on a CPU too."""
+"""Packages that upstream uses whenever it can import them, even for tensors on a CPU. `amp_C` has Apex's kernels."""
 
 _applied = False
 
 
 def import_megatron() -> None:
-    """Silence the warnings of Megatron Core and what it imports and, where there is no CUDA device, import it without what needs one.
+    """Silence the warnings of Megatron Core and of its imports. If there is no CUDA device, import it without the CUDA-only parts.
 
-    That is CUDA_ONLY, which nothing can import in this process afterwards, and `torch.compile`: upstream
-    (`megatron.core.jit.jit_fuser`) decorates its fused functions with it on import, which loads the whole compiler, seconds for each
-    process, for functions that only the CUDA configurations call.
+    The CUDA-only parts are:
+    * the packages of CUDA_ONLY: nothing in this process can import them afterwards;
+    * `torch.compile`: on import, upstream (`megatron.core.jit.jit_fuser`) decorates its fused functions with it. That loads the
+      whole compiler, which takes seconds in each process, and only the CUDA configurations call these functions.
     """
-    # A CUDA build of torch complains of a machine without a GPU, once a process, when an extension's builder is imported.
+    # On a machine without a GPU, a CUDA build of torch warns once per process when this module of it is imported.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    # It warns of index files of a dataset that it is told not to write.
+    # Megatron warns that it cannot save a dataset's index files if its settings give no directory for them.
     logging.getLogger("megatron.core.datasets").setLevel(logging.ERROR)
-    # It warns once a module that Transformer Engine and Apex are missing, and of deprecations inside itself.
+    # Megatron warns once per module that Transformer Engine and Apex are missing, and about its internal deprecations.
     warnings.filterwarnings("ignore", module=r"megatron\.")
     if not torch.cuda.is_available():
         for package in CUDA_ONLY:
-            sys.modules.setdefault(package, None)  # whose import is an ImportError from now on
+            sys.modules.setdefault(package, None)  # every later import of it raises ImportError
         with mock.patch.object(torch, "compile", _leave_uncompiled):
             importlib.import_module("megatron.core.models.gpt")
 

@@ -2,8 +2,8 @@
 
 Upstream assumes a CUDA device in a few dozen places: `torch.cuda.current_device()` and the literal "cuda" as the device of new
 tensors, type names such as 'torch.cuda.FloatTensor', and the CUDA random-number tracker. Each patch here is one small function
-that names the upstream symbol and the text in it that makes the patch necessary; `tests/test_megatron_patches.py` fails when
-that text has gone upstream, so that the patch can go too.
+that names the upstream symbol and the text in it that makes the patch necessary. `tests/test_megatron_patches.py` fails if
+upstream no longer contains that text; then the patch can be removed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _patch(upstream: str, needed_for: str) -> Callable[[Callable[[], None]], Cal
 
 
 class _CpuCuda:
-    """Stands in for `torch.cuda`: the current device is the CPU, there are no streams, and there is nothing to synchronize."""
+    """Replaces `torch.cuda`: the current device is the CPU, there are no streams, and `synchronize` does nothing."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cuda, name)
@@ -39,7 +39,7 @@ class _CpuCuda:
     def current_device(self) -> torch.device:
         return torch.device("cpu")
 
-    def current_stream(self, *_: Any, **__: Any) -> None:  # since 0.19, before each reduction of gradients
+    def current_stream(self, *_: Any, **__: Any) -> None:  # 0.19 and later call it before each reduction of gradients
         pass
 
     def synchronize(self, *_: Any, **__: Any) -> None:
@@ -47,7 +47,7 @@ class _CpuCuda:
 
 
 class _CpuTorch:
-    """Stands in for the name `torch` inside an upstream module: the same library, where "cuda" means the CPU."""
+    """Replaces the name `torch` inside an upstream module. It is the same library, but the device "cuda" means the CPU."""
 
     cuda = _CpuCuda()
 
@@ -69,7 +69,7 @@ def _redirect(module: str) -> None:
 
 
 def _rewrite(upstream: str, old: str, new: str) -> None:
-    """Replace the text `old` by `new` in the source of an upstream function and compile it in its module."""
+    """Replace the text `old` by `new` in the source of an upstream function, and compile the function again in its module."""
     module_name, _, symbol = upstream.partition(":")
     owner_name, _, name = symbol.rpartition(".")
     module = importlib.import_module(module_name)
@@ -124,7 +124,7 @@ def optimizer_scalars_on_cpu() -> None:
 
 @_patch("megatron.core.utils:local_multi_tensor_l2_norm", 'device="cuda"')
 def norm_without_apex_on_cpu() -> None:
-    """The norm of a list of tensors, where neither Transformer Engine nor Apex provides it, is returned on device "cuda"."""
+    """`local_multi_tensor_l2_norm`, used if neither Transformer Engine nor Apex is there, returns the norm on device "cuda"."""
     _redirect("megatron.core.utils")
 
 
@@ -146,7 +146,7 @@ def gradient_clipping_of_cpu_tensors() -> None:
     "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._build_model_and_main_param_groups", "'torch.cuda.FloatTensor'"
 )
 def distributed_optimizer_of_cpu_tensors() -> None:
-    """`DistributedOptimizer` accepts fp32 parameters by their CUDA type name only."""
+    """`DistributedOptimizer` recognizes fp32 parameters only by their CUDA type name."""
     _rewrite(
         "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._build_model_and_main_param_groups",
         "torch.cuda.FloatTensor",
@@ -159,7 +159,7 @@ def distributed_optimizer_of_cpu_tensors() -> None:
     "weight.data.cuda()",
 )
 def tied_embeddings_on_cpu() -> None:
-    """Tied embeddings under pipeline parallelism are moved to CUDA before their first all-reduce."""
+    """Under pipeline parallelism, upstream moves tied embeddings to CUDA before their first all-reduce."""
     _rewrite(
         "megatron.core.models.common.language_module.language_module:LanguageModule.setup_embeddings_and_output_layer",
         "weight.data.cuda()",
@@ -169,7 +169,7 @@ def tied_embeddings_on_cpu() -> None:
 
 @_patch("megatron.core.tensor_parallel.random:CudaRNGStatesTracker.fork", "_get_cuda_rng_state")
 def random_tracker_without_cuda() -> None:
-    """Sequence parallelism forks the CUDA random state, which a CPU has not got; nothing here draws from it (no dropout)."""
+    """Sequence parallelism forks the CUDA random state, which a CPU does not have. Without dropout, nothing here draws from it."""
     tracker = upstream_object("megatron.core.tensor_parallel.random:CudaRNGStatesTracker")
 
     @contextlib.contextmanager
@@ -181,7 +181,7 @@ def random_tracker_without_cuda() -> None:
 
 @_patch("megatron.core.tensor_parallel.random:_get_all_rng_states", "_get_cuda_rng_state(")
 def recomputation_without_cuda() -> None:
-    """Activation recomputation saves and restores the CUDA random state, which a CPU has not got."""
+    """Activation recomputation saves and restores the CUDA random state, which a CPU does not have."""
     random = importlib.import_module("megatron.core.tensor_parallel.random")
     random._get_cuda_rng_state = lambda *_, **__: None
     random._set_cuda_rng_state = lambda *_, **__: None
@@ -195,11 +195,11 @@ def checkpoint_writer_on_cpu() -> None:
 
 @_patch("megatron.core.dist_checkpointing.strategies.state_dict_saver", "torch.cuda.current_device()")
 def checkpoint_verdict_on_cpu() -> None:
-    """After a save the ranks agree on its success with a tensor on the current CUDA device."""
+    """After a save, the ranks reduce a tensor on the current CUDA device to agree whether the save succeeded."""
     _redirect("megatron.core.dist_checkpointing.strategies.state_dict_saver")
 
 
 @_patch("megatron.core.dist_checkpointing.strategies.async_utils", "torch.cuda.current_device()")
 def background_saves_on_cpu() -> None:
-    """A save in the background synchronizes CUDA before it forks, and the ranks agree on its end with a tensor on the CUDA device."""
+    """A background save synchronizes CUDA before it forks. The ranks agree that it has ended by a tensor on the CUDA device."""
     _redirect("megatron.core.dist_checkpointing.strategies.async_utils")
