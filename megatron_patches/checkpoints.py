@@ -1,4 +1,4 @@
-"""Patches of Megatron Core's checkpointing, on any device."""
+"""Patches of how Megatron Core saves and loads checkpoints, on any device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MODULE = "megatron.core.dist_checkpointing.strategies.filesystem_async"
 
 
 class _Results:
-    """What a save's writer, a fork of this process, hands back when it ends: one value, in memory that both see."""
+    """Passes one value, a save's result, from the writer (a fork of this process) to this process, through shared memory."""
 
     def __init__(self) -> None:
         self._file = os.fdopen(os.memfd_create("write results"), "w+b")
@@ -34,15 +34,16 @@ class _Results:
             return pickle.loads(data)
         except (EOFError, pickle.UnpicklingError):
             return RuntimeError(
-                "the process that writes it ended before its end; most often the system has killed it for want of memory"
+                "the process that writes it ended before its end; most often the system killed it because memory ran out"
             )
 
 
 def results_without_a_process() -> None:
-    """`get_write_results_queue` (0.16: `_get_write_results_queue`) starts a process by spawn that keeps the writers' results.
+    """Keep the writers' results in shared memory instead of in another process.
 
-    A launcher that asks a rank to stop sends SIGTERM to all of the rank's processes, torchrun to its process group: that one ends, and the
-    rank cannot write the checkpoint that it was asked to stop with. It also costs every rank a second start of Python and torch.
+    Upstream's `get_write_results_queue` (0.16: `_get_write_results_queue`) spawns a process that keeps the results. To stop a rank,
+    a launcher sends SIGTERM to all of the rank's processes; torchrun sends it to the process group. That ends the spawned process,
+    and the rank cannot write its last checkpoint. The spawned process also starts Python and torch a second time on every rank.
     """
     module = importlib.import_module(_MODULE)
     name = next(name for name in ("get_write_results_queue", "_get_write_results_queue") if hasattr(module, name))
@@ -50,9 +51,10 @@ def results_without_a_process() -> None:
 
 
 def failed_write_says_why() -> None:
-    """In 0.19 the writer puts the type of a failed write's exception in the place of the exception: that the disk is full is lost.
+    """Keep the message of a failed write's exception, such as "no space left on device".
 
-    The write that the writer does itself is handed no queue; its exception is raised here, and the writer keeps its words.
+    In 0.19, upstream's writer replaces the exception by its type, and the message is lost. The writer calls `write_preloaded_data`
+    without a queue for the part that it writes itself. This patch raises the exception there, so that the writer keeps the message.
     """
     writer = importlib.import_module(_MODULE).FileSystemWriterAsync
     write = writer.write_preloaded_data
@@ -68,14 +70,17 @@ def failed_write_says_why() -> None:
 
 
 def writers_end_with_what_started_them() -> None:
-    """A process that writes files for a save tells the one that started it when it has finished, and waits for ever for that to wake
-    where it has been killed: with it would stay what it has open, such as the lock on the directory of checkpoints."""
+    """End the processes that write files for a save if the process that started them is killed.
+
+    When such a process has finished, upstream makes it notify its parent and wait until the parent wakes up. If the parent has been
+    killed, it would wait forever and keep its files open, such as the lock on the directory of checkpoints.
+    """
     writer = importlib.import_module(_MODULE).FileSystemWriterAsync
     write = writer.write_preloaded_data
 
     @functools.wraps(write)  # upstream counts its parameters
     def write_and_end(*args: Any, results_queue: Any, **kwargs: Any) -> Any:
-        if results_queue is not None:  # else it is the writer itself
+        if results_queue is not None:  # without a queue, the writer writes in its own process
             end_with_parent()
         return write(*args, results_queue=results_queue, **kwargs)
 
@@ -83,10 +88,12 @@ def writers_end_with_what_started_them() -> None:
 
 
 def torch_adams_steps_are_no_tensors_to_load() -> None:
-    """`DistributedOptimizer` loads Adam's states by their names. Torch's Adam, unlike Transformer Engine's and Apex's, has a "step" among
-    them, which a checkpoint holds once for all parameters: upstream ends with a KeyError. Here the one that is there stays.
+    """Load the states of torch's Adam without the "step" of each parameter.
 
-    Each parameter gets a tensor of its own: upstream gives all of them the same, which every one of them would count up.
+    `DistributedOptimizer` loads Adam's states by name. Torch's Adam has a state "step"; Transformer Engine's and Apex's do not.
+    A checkpoint stores the step once for all parameters, so upstream raises KeyError. This patch keeps the present "step".
+
+    Each parameter gets a copy of that tensor. Upstream gives all parameters the same tensor, and every one would increment it.
     """
     optimizer = upstream_object("megatron.core.optimizer.distrib_optimizer:DistributedOptimizer")
     load = optimizer._set_main_param_and_optimizer_states

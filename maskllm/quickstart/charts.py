@@ -102,7 +102,7 @@ def line_chart(title: str, series: list[Series], *, x_label: str, y_label: str, 
         f"{curve.label}: {summary}" for curve, summary in zip(series, ends, strict=True)
     )
     with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # the user's own matplotlibrc does not change the page
+        matplotlib.rcdefaults()  # the user's matplotlibrc does not change the page
         matplotlib.rcParams.update(STYLE | {"svg.hashsalt": title})  # the salt makes the ids of a page's charts differ
         svg = _svg(_figure(series, x_label, y_label, unit))
     svg.attrib |= {"role": "img", "aria-label": description}
@@ -165,7 +165,7 @@ def _curve_id(number: int) -> str:
 
 
 def _svg(figure: Figure) -> ElementTree.Element:
-    """The figure as an `svg` element for HTML: without namespaces, in the page's colours, and without a width of its own."""
+    """The figure as an `svg` element for HTML: without namespaces, in the page's colours, and without a fixed size."""
     file = io.BytesIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
     svg = ElementTree.fromstring(file.getvalue())
