@@ -1,4 +1,4 @@
-"""The page `report.html`: one file without scripts or external references, in light or dark colours as the reader's system asks."""
+"""The page `report.html`: one file without scripts or external references. Its colours follow the system's light or dark theme."""
 
 from __future__ import annotations
 

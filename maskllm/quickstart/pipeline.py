@@ -27,13 +27,13 @@ from maskllm.quickstart.report import ModelResult, Report, table, write_report
 from maskllm.quickstart.steps import Steps
 
 MIN_DOCUMENTS = 25
-"""Training validates on 2 % of the documents, rounded: the smallest number of documents that gives it one."""
+"""The smallest number of documents that leaves one for validation, which gets 2 % of the documents, rounded."""
 SMOLLM2 = "SmolLM2-135M-Instruct"
 
 
 @dataclass(frozen=True)
 class QuickstartSettings:
-    """The settings of a short run. docs/quickstart.md tells how they were found and what they reach."""
+    """The settings of a short run. docs/quickstart.md explains how they were found and which results they reach."""
 
     train_iters: int = 30
     global_batch_size: int = 2
