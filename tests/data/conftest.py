@@ -38,9 +38,9 @@ TRICKY = ["", " ", "\n", "a</s>b", "<s>", "</s></s> 5", "  2024  x", "𝠀 \U000
 
 
 def write_hf_tokenizer(directory: Path, *, digits: bool = False, bos: bool = False, vocab_size: int = 600) -> Path:
-    """Write a byte-level BPE tokenizer with the split of Llama 3, which gigatoken supports, or of StarCoder (`digits`), which it does not.
+    """Write a byte-level BPE tokenizer that splits text as Llama 3 does, which gigatoken supports.
 
-    `bos` makes it put <s> first.
+    With `digits` it splits text as StarCoder does, which gigatoken does not support. With `bos` it puts <s> first.
     """
     tokenizer = Tokenizer(models.BPE())
     if digits:
