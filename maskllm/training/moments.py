@@ -6,6 +6,8 @@ import functools
 
 import torch
 
+_CHUNK = 1 << 22
+"""Entries that are converted at once, a whole number of quantization blocks."""
 QUANTIZATION_BLOCK = 256
 """How many entries share a scale (the block size in implementations of 8-bit Adam)."""
 
@@ -87,8 +89,8 @@ def _blocks(entries: slice) -> slice:
     return slice(entries.start // QUANTIZATION_BLOCK, -(-entries.stop // QUANTIZATION_BLOCK))
 
 
-def _chunks(numel: int, size: int = QUANTIZATION_BLOCK << 14) -> list[slice]:
-    return [slice(start, min(numel, start + size)) for start in range(0, numel, size)]
+def _chunks(numel: int) -> list[slice]:
+    return [slice(start, min(numel, start + _CHUNK)) for start in range(0, numel, _CHUNK)]
 
 
 @functools.cache

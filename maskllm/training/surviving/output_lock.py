@@ -1,4 +1,4 @@
-"""One job writes to an output directory at a time."""
+"""Lock of an output directory: only one job at a time writes to it."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ from maskllm.processes import is_gone
 
 LOCK = ".lock"
 _PATIENCE_SECONDS = 180
-_CANNOT_LOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # Lustre without -o flock, for one
+_CANNOT_LOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # for example Lustre without -o flock
 
 
 @contextlib.contextmanager
 def output_lock(directory: Path) -> Iterator[None]:
-    """Hold `directory`, made if it is not there, for one job: called by its first rank, before anything is written there.
+    """Lock `directory` for one job, and create it if it is missing. The job's first rank must call this before it writes there.
 
-    The lock is the kernel's (flock): it goes with the process that holds it, however that ends, and with those that write
-    its checkpoints in the background, which end with it. Those of a job that has been killed are waited for, for up to three minutes,
-    and so is another machine's lock where torchrun has restarted the job that holds it. Raises MaskLLMError naming
-    the host and the process that holds the directory.
+    The kernel holds the lock (flock). It releases the lock when the process ends, for whatever reason, and the processes that write its
+    checkpoints in the background have ended too; they end with it. This function waits up to three minutes in two cases: the holder
+    on this machine has died but its background processes still hold the lock, or another machine holds the lock for this same job and
+    torchrun has restarted the job. If the file system has no locks, it prints a warning and goes on.
+
+    Raises MaskLLMError, with the holder's host and process ID, if another job holds the lock.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / LOCK).open("a+", encoding="utf-8") as file:
-        # A machine that has died keeps its lock on a shared file system until its lease ends.
+        # On a shared file system, a dead machine keeps its lock until its lease expires.
         restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
         job = os.environ.get("TORCHELASTIC_RUN_ID")
         deadline = time.monotonic() + _PATIENCE_SECONDS
@@ -63,9 +65,9 @@ def output_lock(directory: Path) -> Iterator[None]:
 
 
 def _holder(path: Path) -> tuple[str, int | None, str | None]:
-    """The host, the process and torchrun's job."""
+    """Return the holder's host, process ID and torchrun job ID."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         return values["host"], values["pid"], values["job"]
-    except (ValueError, KeyError, TypeError):  # it has not written its name yet
+    except (ValueError, KeyError, TypeError):  # the holder has not written them yet
         return "some host", None, None

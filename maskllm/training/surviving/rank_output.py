@@ -1,4 +1,4 @@
-"""Where a rank's words go: the console gets the run's progress and its first failure, a file of its own everything else."""
+"""Output of a rank: the run's progress and its first failure go to the console, everything else to one log file per rank."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOGS = "logs"
 
 
 class _Console(io.TextIOWrapper):
-    """Standard error as it was. A run outlives it: what it prints to a closed terminal, or a pipe that nobody reads, is lost."""
+    """The original standard error. If the terminal is closed or nobody reads the pipe, the output is lost and the run goes on."""
 
     def write(self, text: str) -> int:
         with contextlib.suppress(OSError):
@@ -30,10 +30,10 @@ class _Console(io.TextIOWrapper):
 
 @contextlib.contextmanager
 def rank_output(save: str | None, rank: int) -> Iterator[TextIO]:
-    """Send what this process and its children print from here on to SAVE/logs/rank_00000.log; yields the console instead.
+    """Redirect the output of this process and its children to SAVE/logs/rank_00000.log (the number is the rank). Yields the console.
 
-    The console is what standard error was. File descriptors are redirected, so that the words of C++ libraries and of a dying interpreter
-    go with the rest. Without `save` nothing is redirected. A restarted job's words follow those of the job before it.
+    The console is the original standard error. The file descriptors are redirected, so the log also gets the output of C++ libraries
+    and of a crashing interpreter. If `save` is None, nothing is redirected. A restarted job appends to the log.
     """
     if save is None:
         yield sys.stderr
@@ -52,7 +52,7 @@ def rank_output(save: str | None, rank: int) -> Iterator[TextIO]:
     try:
         yield console
     finally:
-        with contextlib.suppress(OSError):  # a full disk, or a terminal that has been closed
+        with contextlib.suppress(OSError):  # the disk is full or the terminal is closed
             sys.stdout.flush()
             sys.stderr.flush()
             console.close()

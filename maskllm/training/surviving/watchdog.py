@@ -1,4 +1,7 @@
-"""A rank that hangs is named: every rank's thread publishes a heartbeat, and looks at the others' when its own rank gets no further."""
+"""Watchdog that names a rank that hangs.
+
+A thread of every rank publishes heartbeats. When its rank makes no progress, it looks at the heartbeats of the other ranks.
+"""
 
 from __future__ import annotations
 
@@ -30,39 +33,43 @@ _WAITING = {module.__file__ for module in (distributed_c10d, p2p_communication, 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a rank last said of itself."""
+    """The last state that a rank published."""
 
     number: int
-    """Counts up for as long as the process runs."""
+    """How many heartbeats the rank has published; it grows as long as the process runs."""
     where: str
-    """What the rank was doing."""
+    """What the rank was doing, such as "iteration 7"."""
     steps: int
-    """How often it has made progress."""
+    """How often the rank has made progress."""
     position: str
-    """The line of code its main thread was in."""
+    """The line of code that the rank's main thread was in."""
     in_collective: bool
-    """Whether it was there to wait for other ranks."""
+    """Whether the main thread was waiting for other ranks."""
     host: str
     pid: int
 
 
 class Watchdog:
-    """A thread of one rank, for as long as the `with` block runs.
+    """A thread of one rank that runs during the `with` block.
 
-    `give_up` is called, in the thread, with a line that says why, and must not return:
+    The thread calls `give_up` with one line that gives the reason. `give_up` must not return. There are three reasons:
 
-    * when this rank has made no progress for 15 seconds and another rank of its machine has died, which NCCL does not tell;
-    * when it has made none for `limit` seconds, and another rank has published no heartbeat for half of that time or more: the line
-      names the ranks that are silent and what they were last doing;
-    * when it has made none for `limit` seconds because it waits for others in a collective, and another rank, alive, has for half of
-      that time or more neither made any nor waited: the line names those ranks and the line of code they are in (a file system that
-      does not answer).
+    * This rank has made no progress for 15 seconds, and another rank on the same machine has died. NCCL does not report this.
+    * This rank has made no progress for `limit` seconds, and another rank has published no heartbeat for at least half of that time.
+      The line names the silent ranks and what they were last doing.
+    * This rank has made no progress for `limit` seconds because it waits for others in a collective. Another rank is alive, but for
+      at least half of that time it has neither made progress nor waited in a collective (a file system does not answer, for example).
+      The line names those ranks and the line of code that they are in.
 
-    Otherwise (all work on something long; all wait on a GPU) every rank's line of code goes to this rank's log, and the process group's
-    own timeout ends a wait that never ends.
+    In all other cases (all ranks work on something long, or all wait on a GPU), this rank's log gets the line of code of every rank.
+    A wait that never ends is then ended by the timeout of the process group.
 
     Args:
-        store: Where the heartbeats are; no other thread may block in it. Its keys are this attempt's alone.
+        store: Holds the heartbeats. No other thread may block in it, and no other attempt of the job may use its keys.
+        rank: This rank.
+        ranks: How many ranks there are.
+        limit: Seconds without progress, as described above.
+        give_up: Ends this process, as described above.
     """
 
     def __init__(self, store: dist.Store, rank: int, ranks: int, *, limit: float, give_up: Callable[[str], None]) -> None:
@@ -91,11 +98,11 @@ class Watchdog:
         if failure is not None:
             return
         self._where = _DONE
-        with contextlib.suppress(RuntimeError):  # the store's own rank may have ended
+        with contextlib.suppress(RuntimeError):  # the rank that hosts the store may have ended
             self._publish()
 
     def progress(self, where: str | None = None) -> None:
-        """Note that this rank has got further, to `where`, such as "iteration 7", or within it."""
+        """Record that this rank has made progress. `where` says what it does now, such as "iteration 7"; None means the same as before."""
         self._last_progress = time.monotonic()
         self._steps += 1
         if where not in (None, self._where):
@@ -103,14 +110,14 @@ class Watchdog:
             self._wake.set()
 
     def describe(self) -> str:
-        """Where this rank is, and which other ranks of this machine have gone, to end a sentence with."""
+        """Return the end of a sentence: what this rank is doing, and which other ranks on this machine have died."""
         gone = ""
-        with contextlib.suppress(Exception):  # the store may have gone too
+        with contextlib.suppress(Exception):  # the store may be gone too
             gone = self._gone()
         return f" in {self._where}{gone}"
 
     def _gone(self) -> str:
-        """Which other ranks of this machine have ended without being done."""
+        """Name the other ranks on this machine that ended before they were done."""
         return "".join(
             f"; rank {rank} (process {beat.pid}) has died, in {beat.where}"
             for rank, beat in self._heartbeats().items()
@@ -120,11 +127,11 @@ class Watchdog:
     def _run(self) -> None:
         interval = min(5.0, self.limit / 12)
         before: dict[int, Heartbeat] | None = None
-        """The heartbeats after half of the limit without progress."""
+        """The heartbeats read after half of the limit without progress."""
         seen = looked = time.monotonic()
-        """When those heartbeats were seen, and when this rank last looked at all."""
+        """`seen`: when `before` was read. `looked`: when this loop last ran."""
         told = False
-        """Whether the log has where the ranks stand."""
+        """Whether the positions of all ranks are already in the log."""
         while True:
             self._wake.wait(interval)
             self._wake.clear()
@@ -133,7 +140,7 @@ class Watchdog:
             try:
                 self._publish()
                 time_before, looked = looked, time.monotonic()
-                if looked - time_before > self.limit / 4:  # this process was stopped itself, and others perhaps with it
+                if looked - time_before > self.limit / 4:  # this process was suspended, perhaps with others
                     before = None
                 stalled = looked - self._last_progress
                 if stalled >= _PATIENCE_SECONDS and (gone := self._gone()):
@@ -150,11 +157,17 @@ class Watchdog:
                     elif not told:
                         told = True
                         print(f"no progress for {self.limit:.0f} s; {_positions(now)}", file=sys.stderr, flush=True)
-            except (RuntimeError, ValueError):  # the store does not answer: its own rank has gone, and the collectives will fail
+            except (
+                RuntimeError,
+                ValueError,
+            ):  # the store does not answer: the rank that hosts it is gone, so collectives will fail
                 before = None
 
     def _accuse(self, before: dict[int, Heartbeat], now: dict[int, Heartbeat]) -> str | None:
-        """Which ranks this one waits for in vain, after half of the limit with the heartbeats `before` and another with `now`."""
+        """Return a line that names the silent or stuck ranks, or None if there are none.
+
+        `before` and `now` are all ranks' heartbeats after about half of the limit and after all of it.
+        """
         others = {rank: beat for rank, beat in now.items() if rank != self.rank and beat.where != _DONE}
         silent = {rank: beat for rank, beat in others.items() if beat == before.get(rank)}
         stuck = {
@@ -187,7 +200,7 @@ class Watchdog:
         self.store.set(str(self.rank), json.dumps(asdict(beat)))
 
     def _main_thread(self) -> tuple[str, bool]:
-        """The line of code the main thread is in, and whether it was called to wait for other ranks."""
+        """Return the line of code that the main thread is in, and whether it waits there for other ranks."""
         frame = sys._current_frames().get(threading.main_thread().ident or 0)
         if frame is None:
             return "its end", False
@@ -197,7 +210,7 @@ class Watchdog:
         return position, frame is not None
 
     def _heartbeats(self) -> dict[int, Heartbeat]:
-        """Of the ranks that have published one."""
+        """Return the last heartbeat of each rank that has published one."""
         ranks = [rank for rank in range(self.ranks) if self.store.check([str(rank)])]
         return {rank: Heartbeat(**json.loads(self.store.get(str(rank)))) for rank in ranks}
 
