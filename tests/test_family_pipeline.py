@@ -1,4 +1,4 @@
-"""The families beside LLaMA through the whole pipeline: pruned, trained, trimmed and exported, and read back by transformers."""
+"""The other families than LLaMA through the whole pipeline: pruned, trained, trimmed, exported, and read back by transformers."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def inputs_last(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def write_model(family: str, path: Path) -> PreTrainedModel:
-    """A random model in bf16, its biases and norms not what they start as."""
+    """A random model in bf16, with random biases and norms."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family]))
     for name, parameter in model.named_parameters():
@@ -81,8 +81,8 @@ def learn(load: Path, save: Path, dataset: str, *flags: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_recomputed_activations_change_nothing(family, tmp_path, tiny_dataset):
-    """Some families' linears have frozen biases, which upstream's recomputation hands on."""
+def test_recomputation_changes_nothing(family, tmp_path, tiny_dataset):
+    """These families have linears with frozen biases, which Megatron's recomputation of the MLP returns."""
     write_model(family, tmp_path / "hf")
     run("convert", "--hf", tmp_path / "hf", "--output", tmp_path / "dense")
     run("prune", "--load", tmp_path / "dense", "--output", tmp_path / "pruned", "--method", "magnitude")

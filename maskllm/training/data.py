@@ -39,9 +39,9 @@ class Batch:
 
 
 class Batches:
-    """Micro-batches by global index. They depend only on the data, the seed and the index, so a checkpoint need not save their state.
+    """Micro-batches by global index. They depend only on the data, the seed and the index, so checkpoints need not save them.
 
-    Micro-batch i holds the micro_batch_size samples from i * micro_batch_size on, in the order of Megatron-LM's single-epoch sampler.
+    Micro-batch i holds the micro_batch_size samples from i * micro_batch_size, in the order of Megatron-LM's single-epoch sampler.
     """
 
     def __init__(self, dataset: GPTDataset, micro_batch_size: int, vocab_size: int, device: torch.device) -> None:
@@ -68,14 +68,14 @@ class Batches:
 class DataFiles:
     """The dataset's files and their sizes at the start, to find out whether one is lost during training.
 
-    Training reads the files through memory maps. Reading a lost part of a map raises no Python error but sends a signal to the process.
+    Training reads the files through memory maps. Reading a lost part of a map raises no error but sends the process a signal.
     """
 
     def __init__(self, prefixes: list[str]) -> None:
         self.sizes = {path: path.stat().st_size for prefix in prefixes for path in dataset_files(prefix)}
 
     def problem(self) -> str | None:
-        """Return one line about the first file that is missing or has another size than at the start, or None if there is no such file."""
+        """Return one line about the first file that is missing or has changed its size since the start, or None."""
         for path, size in self.sizes.items():
             try:
                 found = path.stat().st_size
@@ -97,8 +97,8 @@ def build_batches(arguments: TrainArguments, vocab_size: int, device: torch.devi
         sequence_length=arguments.seq_length,
         blend=arguments.blend(),
         split=arguments.split,
-        # No cache: each rank computes the sample indices itself, which takes a second for twenty shards of C4. Upstream names its cache
-        # files after the datasets, so it may load those of other data. They also exist before they are completely written.
+        # No cache: each rank computes the sample indices itself, which takes a second for twenty shards of C4. Upstream names its
+        # cache files after the datasets, so it may load those of other data. They also exist before they are completely written.
         path_to_cache="",
         tokenizer=_Tokens(vocab_size),
         reset_position_ids=False,
@@ -119,7 +119,7 @@ def build_batches(arguments: TrainArguments, vocab_size: int, device: torch.devi
 
 
 def _check_not_empty(prefix: str, bounds: tuple[float, float] | None, part: str, split: str) -> None:
-    """Raise MaskLLMError if a part of the split has no token in a dataset. Upstream would search for its samples in an endless loop."""
+    """Raise MaskLLMError if a part of the split has no token in a dataset. Upstream would search for its samples for ever."""
     dataset = open_indexed(prefix)  # keep a reference: `lengths` lies in memory that is mapped only while `dataset` exists
     lengths = dataset.sequence_lengths
     first, last = (round(bound * float(len(lengths))) for bound in bounds) if bounds else (0, 0)

@@ -1,7 +1,7 @@
 """Adam for mask logits and moments in low precision.
 
-The 8-bit optimizers of torchao and bitsandbytes do not fit, for two reasons. They round with the global random generator, so a resumed
-run or another parallel layout would round differently. They also hold whole tensors in fp32 during a step.
+The 8-bit optimizers of torchao and bitsandbytes do not fit, for two reasons. They round with the global random generator, so a
+resumed run or another parallel layout would round differently. They also hold whole tensors in fp32 during a step.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CHUNK = 1 << 22
 
 @dataclass(frozen=True)
 class Place:
-    """What determines the random numbers of a parameter's rounding: its layer, and the position of its blocks in the whole tensor."""
+    """What determines the random numbers of a parameter's rounding: its layer and the position of its blocks in the whole tensor."""
 
     key: int
     """The Philox key for the rounding of this layer."""
@@ -33,8 +33,8 @@ class LogitsAdam(torch.optim.Optimizer):
     """Adam with decoupled weight decay (Loshchilov and Hutter, arXiv 1711.05101), in fp32 arithmetic, for parameters in fp32 or bf16.
 
     A bf16 parameter is rounded stochastically. Rounding to nearest would lose every step below half of its last digit. The random
-    numbers depend only on seed, layer, block, candidate and step (`maskllm.ops.rounding`), so a resumed run and another parallel layout
-    round in the same way.
+    numbers depend only on seed, layer, block, candidate and step (`maskllm.ops.rounding`), so a resumed run and another parallel
+    layout round in the same way.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class LogitsAdam(torch.optim.Optimizer):
         """Create zero moments for all parameters.
 
         Args:
-            params: Parameter groups with `lr`, `weight_decay`, `betas` and `eps`. The parameters are [rows, blocks per row, candidates].
+            params: Parameter groups with `lr`, `weight_decay`, `betas` and `eps`. Parameters are [rows, blocks per row, candidates].
             state_dtype: How to store the moments: fp32, bf16 or 8bit.
             places: Must have an entry for each bf16 parameter.
         """

@@ -36,9 +36,10 @@ class FloatMoment:
 
 
 class BlockwiseMoment:
-    """A moment in 8 bits per entry: block-wise dynamic quantization (Dettmers et al., arXiv 2110.02861, section 2).
-
-    This rank's flattened tensor is cut into blocks of QUANTIZATION_BLOCK entries. Each block is divided by its largest magnitude. Each
+    This rank's flattened tensor is cut into blocks of QUANTIZATION_BLOCK entries. Each block is divided by its largest magnitude.
+    Each quotient is stored as the index of the nearest of 256 numbers between -1 (or 0, for a moment that is never negative) and 1.
+    These numbers are dense near zero. A positive entry of the second moment never becomes zero, because the step divides by its
+    square root.
     quotient is stored as the index of the nearest of 256 numbers between -1 (or 0, for a moment that is never negative) and 1. These
     numbers are dense near zero. A positive entry of the second moment never becomes zero, because the step divides by its square root.
 
@@ -95,12 +96,12 @@ def _chunks(numel: int) -> list[slice]:
 
 @functools.cache
 def code_levels(signed: bool, device: torch.device) -> torch.Tensor:
-    """Return the 256 numbers that codes stand for: fp32 [256], ascending (arXiv 2110.02861, section 1.3, "dynamic tree quantization").
+    """The 256 numbers that codes stand for: fp32 [256], ascending (arXiv 2110.02861, section 1.3, "dynamic tree quantization").
 
     The number of a code's leading zeros chooses a power of ten from 10^-6 to 1. [0.1, 1] is divided into as many equal parts as the
-    other bits have values. These bits choose a part, and the power of ten multiplies its middle. Zero and one are added. With `signed`,
-    one bit is the sign, and -1 replaces the negative number nearest to zero. A block's largest magnitude is therefore always exact, and
-    quantizing again changes nothing.
+    other bits have values. These bits choose a part, and the power of ten multiplies its middle. Zero and one are added. With
+    `signed`, one bit is the sign, and -1 replaces the negative number nearest to zero. A block's largest magnitude is therefore
+    always exact, and quantizing again changes nothing.
     """
     bits = 7 if signed else 8
     positive = []

@@ -75,9 +75,9 @@ def _overrides(groups: Sequence[ParameterGroup]) -> dict[ParamKey, dict[str, flo
 def fit_adam_state(state: dict[str, Any], optimizer: MegatronOptimizer) -> None:
     """Convert a loaded optimizer state, in place, to the form that this installation's Adam expects, whichever Adam saved it.
 
-    Megatron uses the first installed of Transformer Engine's, Apex's and torch's Adam. torch's Adam counts the steps of each parameter,
-    and Megatron saves that count once, as `common_step`. The other two count the steps of each group. The options in the groups differ
-    between all three.
+    Megatron uses the first installed of Transformer Engine's, Apex's and torch's Adam. torch's Adam counts the steps of each
+    parameter, and Megatron saves that count once, as `common_step`. The other two count the steps of each group. The options in the
+    groups differ between all three.
     """
     (one,) = getattr(optimizer, "chained_optimizers", [optimizer])
     if isinstance(one, LogitsOptimizer):
@@ -121,7 +121,7 @@ def build_lr_scheduler(arguments: TrainArguments, optimizer: MegatronOptimizer) 
 
 
 class LogitsOptimizer(FP32Optimizer):
-    """`FP32Optimizer` around `LogitsAdam`. Gradients may have any float dtype. Checkpoints hold the moments under Megatron's usual keys."""
+    """`FP32Optimizer` around `LogitsAdam`. Gradients may have any float dtype. Checkpoints use Megatron's usual keys for the moments."""
 
     def __init__(self, optimizer: LogitsAdam, config: OptimizerConfig) -> None:
         super().__init__(optimizer, config, init_state_fn=lambda *_: None)
@@ -142,8 +142,8 @@ class LogitsOptimizer(FP32Optimizer):
     def step(self) -> tuple[bool, float, None]:
         """Update the parameters. Returns (True, the gradients' norm before clipping, None).
 
-        Upstream's clipping scales the gradients in place, which would round bf16 gradients once more. `LogitsAdam` scales them in fp32
-        instead.
+        Upstream's clipping scales the gradients in place, which would round bf16 gradients once more. `LogitsAdam` scales them in
+        fp32 instead.
         """
         self.prepare_grads()
         norm = self.get_grad_norm()

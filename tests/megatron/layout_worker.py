@@ -1,4 +1,4 @@
-"""Run under torchrun by test_layouts: load a checkpoint into a model under some layout, give its logits, write it back.
+"""Run by test_layouts in several ranks: load a checkpoint under some layout, compute its logits and save it again.
 
 usage: python -m tests.megatron.layout_worker SPEC TP PP DIRECTORY...
 """
@@ -24,7 +24,7 @@ from maskllm.megatron.transformer_config import gpt_model_arguments, set_rotary_
 
 
 def upstream_model(config: ModelConfig, tensor_model_parallel_size: int = 1) -> GPTModel:
-    """The model with upstream's own layers instead of this project's."""
+    """The model with Megatron's own layers instead of this project's."""
     model = GPTModel(
         config=transformer_config(config, params_dtype=torch.float32, tensor_model_parallel_size=tensor_model_parallel_size),
         transformer_layer_spec=get_gpt_layer_local_spec(normalization=config.normalization),
@@ -51,8 +51,10 @@ def logits(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor | None:
 
 
 def main(spec: str, tp: str, pp: str, *directories: str) -> None:
-    """For the checkpoint `dense` in each directory: write logits.pt and the checkpoint CKPT beside it, then a checkpoint where none
-    can be, below a file."""
+    """For the checkpoint `dense` in each directory, write logits.pt and the checkpoint CKPT beside it.
+
+    Also try to save below a file, which must fail, and write each rank's error to failure-RANK.
+    """
     with parallel_processes(tensor_model_parallel_size=int(tp), pipeline_model_parallel_size=int(pp)):
         for directory in map(Path, directories):
             checkpoint = resolve(directory / "dense")

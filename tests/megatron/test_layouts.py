@@ -1,4 +1,4 @@
-"""A converted checkpoint loads into Megatron's model under any layout, and what any layout writes is the same checkpoint."""
+"""A converted checkpoint loads under any layout into a model with the same logits, and any layout writes the same checkpoint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.families.tiny import write_tiny
         ("ours", 1, 2, ["llama3.2", "gpt2"]),
     ],
 )
-def test_layout_loads_and_saves_the_same_model(spec, tp, pp, names, ranks, tmp_path):
+def test_a_layout_loads_and_saves_the_same_model(spec, tp, pp, names, ranks, tmp_path):
     tokens = torch.randint(96, (2, 160), generator=torch.Generator().manual_seed(0))
     models = {tmp_path / name: write_tiny(name, tmp_path / name / "hf") for name in names}
     for path in models:

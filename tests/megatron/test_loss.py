@@ -1,4 +1,4 @@
-"""The chunked loss against torch's own, alone and with the vocabulary split over two processes."""
+"""The chunked loss against torch's cross-entropy, alone and with the vocabulary split over two ranks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def expected() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("chunk_logits", [VOCABULARY, 5 * VOCABULARY, 1 << 25])
-def test_equals_cross_entropy(monkeypatch, chunk_logits):
+def test_the_loss_and_its_gradient_are_those_of_cross_entropy(monkeypatch, chunk_logits):
     monkeypatch.setattr(loss_module, "MAX_CHUNK_LOGITS", chunk_logits)
     hidden, weight, labels, scale = problem()
     hidden = hidden.float().requires_grad_()
@@ -60,14 +60,14 @@ def test_large_logits_stay_finite():
     assert hidden.grad.isfinite().all()
 
 
-def test_refuses_a_matrix_that_is_trained():
+def test_a_trainable_output_matrix_is_refused():
     weight = torch.zeros(4, 2, requires_grad=True)
     with pytest.raises(ValueError, match="frozen"):
         frozen_linear_cross_entropy(torch.zeros(1, 2), weight, torch.zeros(1, dtype=torch.long), OneRank())
 
 
 @pytest.mark.slow
-def test_vocabulary_split_over_two_processes(ranks):
+def test_a_vocabulary_split_over_two_ranks_gives_the_same(ranks):
     ranks(2, "tests.megatron.test_loss")
 
 

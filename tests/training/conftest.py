@@ -1,4 +1,4 @@
-"""What the tests of resuming and of faults share: a short run, its uninterrupted end, and ways to start, watch and kill a run."""
+"""What the tests of training share: a short run, the same run uninterrupted, and ways to start, watch, kill and compare runs."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 
+from maskllm.checkpoints.finding import LATEST
 from maskllm.checkpoints.reading import resolve
 from maskllm.errors import flag
 from tests.ranks import Job, Pool
@@ -66,11 +67,11 @@ class Run:
             time.sleep(0.005)
 
     def log(self, rank: int) -> Path:
-        """Where everything that a rank prints goes, but for the progress and the run's failure."""
+        """The file with what a rank prints, except for the progress and the run's failure."""
         return self.save / "logs" / f"rank_{rank:05d}.log"
 
     def rank(self, number: int) -> psutil.Process:
-        """The process of a rank that has written to its log, by the last line there that names it."""
+        """The process of a rank, from the last line of its log that names one."""
         (*_, line) = [line for line in self.log(number).read_text().splitlines() if line.startswith(f"--- rank {number}, process ")]
         return psutil.Process(int(line.split()[4]))
 
@@ -88,7 +89,7 @@ class Run:
 
 @pytest.fixture
 def start(tmp_path: Path, ranks: Pool) -> Iterator[Callable[..., Run]]:
-    """Starts runs in the background; what is left of them at the end of the test is killed.
+    """Starts runs in the background and kills those that still run at the end of the test.
 
     `start(2, VALUES)` starts two ranks as torchrun does, `start(None, VALUES)` one process without it, and `start(2, VALUES, OPTION...)`
     the real torchrun with these options. `program` is another program than maskllm.train.
@@ -113,10 +114,15 @@ def start(tmp_path: Path, ranks: Pool) -> Iterator[Callable[..., Run]]:
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory, ranks: Callable, tiny_dataset: str, tiny_pruned: Path) -> Path:
-    """The checkpoints of a run on two data-parallel ranks that nothing interrupted, one every second step."""
+    """The checkpoints, one every second step, of an uninterrupted run on two data-parallel ranks."""
     save = tmp_path_factory.mktemp("whole") / "run"
     ranks(2, "maskllm.train", *arguments(save, tiny_dataset, tiny_pruned))
     return save
+
+
+def steps_done(save: Path) -> int:
+    """The iteration in the pointer file to the latest checkpoint; 0 without the file."""
+    return int((save / LATEST).read_text()) if (save / LATEST).is_file() else 0
 
 
 def metrics(save: Path, kind: str = "train") -> list[dict[str, Any]]:
@@ -131,7 +137,7 @@ def logits(save: Path) -> dict[str, torch.Tensor]:
 
 
 def learned_tensors(save: Path) -> dict[str, torch.Tensor]:
-    """Logits and everything of the optimizer."""
+    """The logits and the optimizer's tensors in the latest checkpoint, or in the checkpoint `save` itself."""
     tensors = resolve(save).tensors
     return {key: tensors[key].load() for key in tensors if "mask_logits" in key or key.startswith("optimizer")}
 
@@ -148,7 +154,7 @@ def assert_bit_identical(one: Path, other: Path) -> None:
 def assert_close(one: Path, other: Path) -> None:
     """The two checkpoints hold the same logits and optimizer states to rounding.
 
-    An entry whose gradient is nearly zero may go either way; all others agree.
+    An entry with a gradient of nearly zero may go either way; all others agree.
     """
     expected, found = learned_tensors(one), learned_tensors(other)
     assert expected.keys() == found.keys()

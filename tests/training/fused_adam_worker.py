@@ -1,4 +1,4 @@
-"""`python -m maskllm.train` on a CPU, as where Apex or Transformer Engine is installed: with an Adam that keeps its state as theirs do.
+"""`python -m maskllm.train` on a CPU with an Adam that keeps its state as those of Apex and Transformer Engine do.
 
 usage: ranks(1, "tests.training.fused_adam_worker", ARGUMENTS...)
 """
@@ -22,7 +22,7 @@ from maskllm.train import main  # noqa: E402
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """Decoupled weight decay; the steps are counted in the group, which has the option `bias_correction`, as Apex has it."""
+    """Adam with decoupled weight decay. As in Apex, the group counts the steps and has the option `bias_correction`."""
 
     def __init__(self, params, lr=1e-3, bias_correction=True, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, **_: object) -> None:
         super().__init__(

@@ -1,4 +1,4 @@
-"""Run under torchrun by test_layouts, in four processes: load a trained checkpoint under many layouts and look at each rank's part.
+"""Run by test_layouts in four ranks: load a trained checkpoint under many layouts and check each rank's part.
 
 usage: python -m tests.training.layout_load_worker CHECKPOINT OUTPUT
 """
@@ -25,11 +25,14 @@ from maskllm.patterns import Pattern
 
 SAMPLE, SETTINGS = 5, {"scale": 200.0, "temperature": 1.0}
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)]
-"""(tensor, pipeline) parallel sizes; the rest of the four ranks is data parallel."""
+"""(tensor, pipeline) parallel sizes. The data-parallel size is four divided by both."""
 
 
 def own_part(name: str, mask: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
-    """What tensor-parallel rank `rank` holds of a mask [out, in]: columns of row-parallel linears, else rows, of gate and up apart."""
+    """The part of a mask [out, in] that tensor-parallel rank `rank` holds.
+
+    It is columns for a row-parallel linear, rows for a column-parallel one, and gate rows followed by up rows for a gated fc1.
+    """
     if name.endswith(("linear_proj", "linear_fc2")):
         return mask.chunk(ranks, dim=1)[rank]
     if name.endswith("linear_fc1"):
@@ -39,7 +42,7 @@ def own_part(name: str, mask: torch.Tensor, rank: int, ranks: int) -> torch.Tens
 
 
 def is_own_part_of_the_draw(layer: MaskedParameter, checkpoint: Checkpoint, tp: int) -> bool:
-    """Whether the weight that training would use for SAMPLE is, bit for bit, this rank's part of what one process would use."""
+    """Whether the masked weight of SAMPLE is, bit for bit, this rank's part of the masked weight in a single process."""
     layer.sampler.mode = MaskMode.SAMPLE
     layer.sampler.scale, layer.sampler.temperature = SETTINGS["scale"], SETTINGS["temperature"]
     with open_draw(Draw(SAMPLE)):
@@ -52,7 +55,7 @@ def is_own_part_of_the_draw(layer: MaskedParameter, checkpoint: Checkpoint, tp: 
 
 
 def main(path: str, output: str) -> None:
-    """Write to OUTPUT-RANK.json, per layout, this rank's masked linears and whether their winners and their draws are the whole model's."""
+    """Write OUTPUT-RANK.json: for each layout and masked linear here, whether its winner and its draw are those of the whole model."""
     found = {}
     for tp, pp in LAYOUTS:
         with parallel_processes(tensor_model_parallel_size=tp, pipeline_model_parallel_size=pp):

@@ -1,4 +1,4 @@
-"""Every option of mask learning that cannot work is refused in one line that names it, before a process group exists."""
+"""An option of training that cannot work is refused in one line that names it, before a process group exists."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_an_option_that_cannot_work_is_named(name, value, message):
     assert "\n" not in str(caught.value)
 
 
-def test_sequence_parallelism_wants_sequences_that_split_evenly():
+def test_sequence_parallelism_needs_sequences_that_split_evenly():
     arguments = dataclasses.replace(GOOD, sequence_parallel=True, seq_length=30, tensor_model_parallel_size=4)
     with pytest.raises(MaskLLMError, match="--seq-length 30: with --sequence-parallel wanted a multiple"):
         arguments.check()
@@ -97,13 +97,13 @@ def test_sequence_parallelism_wants_sequences_that_split_evenly():
 
 
 @pytest.mark.parametrize("name", ["mask_logits_dtype", "optimizer_state_dtype"])
-def test_the_distributed_optimizer_keeps_fp32(name):
+def test_low_precision_with_the_distributed_optimizer_is_refused(name):
     flag = "--" + name.replace("_", "-")
     with pytest.raises(MaskLLMError, match=f"{flag} bf16: Megatron's distributed optimizer keeps fp32; leave out"):
         dataclasses.replace(GOOD, use_distributed_optimizer=True, **{name: "bf16"}).check()
 
 
-def test_groups_of_recomputed_layers_fit_the_stage():
+def test_groups_of_recomputed_layers_must_fit_the_pipeline_stage():
     full = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 2}
     assert dataclasses.replace(GOOD, **full).recomputation() == full | {"recompute_modules": ["core_attn"]}
     check_recomputation(full, 4)
@@ -117,7 +117,7 @@ def test_groups_of_recomputed_layers_fit_the_stage():
         dataclasses.replace(GOOD, **full | {"recompute_num_layers": 0}).check()
 
 
-def test_a_global_batch_is_whole_micro_batches_on_every_rank():
+def test_a_global_batch_must_be_a_multiple_of_a_micro_batch_on_each_rank():
     arguments = dataclasses.replace(GOOD, global_batch_size=12, micro_batch_size=2)
     assert arguments.num_microbatches(3) == 2
     with pytest.raises(
@@ -181,7 +181,7 @@ def test_sequences_longer_than_the_models_context_are_refused(tiny_pruned, tiny_
     assert not resolve_start(arguments, arguments.check()).resumed
 
 
-def test_a_run_does_not_save_among_what_it_starts_from(tiny_pruned, tiny_dataset):
+def test_saving_to_the_directory_of_the_starting_checkpoint_is_refused(tiny_pruned, tiny_dataset):
     arguments = dataclasses.replace(GOOD, load=str(tiny_pruned), save=str(tiny_pruned), seq_length=64, data_path=[tiny_dataset])
     with pytest.raises(MaskLLMError, match="holds the checkpoint that the run starts from; name another --save"):
         resolve_start(arguments, arguments.check())
@@ -195,7 +195,7 @@ def test_a_checkpoint_with_another_pattern_is_refused(tiny_pruned):
 
 @pytest.fixture
 def trained(tmp_path, tiny_pruned, tiny_dataset) -> Path:
-    """A directory that says of itself to be a checkpoint of a run on `tiny_dataset`, `GOOD`'s settings and sequences of 64 tokens."""
+    """A directory with the metadata of a trained checkpoint: `GOOD`'s settings, sequences of 64 tokens, `tiny_dataset`."""
     path = tmp_path / "iter_0000002"
     shutil.copytree(tiny_pruned / "release", path)
     info = json.loads((path / "maskllm.json").read_text())
@@ -217,7 +217,7 @@ def trained(tmp_path, tiny_pruned, tiny_dataset) -> Path:
         ("gumbel_temperature_range", (2.0, 0.05), r"--gumbel-temperature-range \[2.0, 0.05\]: the run in .* has \[4.0, 0.05\]"),
     ],
 )
-def test_a_run_is_resumed_with_its_own_settings(trained, tiny_dataset, name, value, message):
+def test_resuming_with_another_setting_is_refused(trained, tiny_dataset, name, value, message):
     arguments = dataclasses.replace(GOOD, load=str(trained), data_path=[tiny_dataset], seq_length=64)
     start = resolve_start(arguments, arguments.check())
     assert (start.resumed, start.iteration) == (True, 2)
@@ -226,7 +226,7 @@ def test_a_run_is_resumed_with_its_own_settings(trained, tiny_dataset, name, val
         resolve_start(arguments, arguments.check())
 
 
-def test_weights_with_zeros_written_in_are_no_start(tmp_path, tiny_pruned):
+def test_starting_from_weights_with_zeros_written_in_is_refused(tmp_path, tiny_pruned):
     path = tmp_path / "release"
     shutil.copytree(tiny_pruned / "release", path)
     info = json.loads((path / "maskllm.json").read_text())
@@ -237,7 +237,7 @@ def test_weights_with_zeros_written_in_are_no_start(tmp_path, tiny_pruned):
         resolve_start(arguments, arguments.check())
 
 
-def test_a_run_whose_settings_are_lost_is_not_resumed(trained, tiny_dataset):
+def test_resuming_a_checkpoint_without_its_settings_is_refused(trained, tiny_dataset):
     info = json.loads((trained / "maskllm.json").read_text())
     (trained / "maskllm.json").write_text(json.dumps(info | {"details": {"iteration": 2}}))
     write_manifest(trained)
@@ -260,9 +260,7 @@ def _cut(path, share: float) -> None:
         (lambda path: path.with_suffix(".idx").write_bytes(b"x" * 500), r"data\.idx is not an indexed dataset's index"),
     ],
 )
-@pytest.mark.filterwarnings(
-    "error::pytest.PytestUnraisableExceptionWarning"
-)  # upstream's reader would complain from its destructor
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")  # upstream's reader would raise in its destructor
 def test_a_damaged_dataset_is_named(tmp_path, tiny_dataset, damage, message):
     for suffix in (".bin", ".idx"):
         (tmp_path / f"data{suffix}").write_bytes(Path(tiny_dataset + suffix).read_bytes())

@@ -116,7 +116,7 @@ def test_bad_steps_are_skipped_on_every_rank_and_several_in_a_row_end_the_run(st
 
 
 @pytest.mark.slow
-def test_a_skipped_step_changes_nothing_and_counts_at_the_end(start, tmp_path, poisoned_model, poisoned_dataset):
+def test_a_skipped_last_step_changes_nothing_and_counts_as_done(start, tmp_path, poisoned_model, poisoned_dataset):
     from maskllm.cli.train_options import parse_arguments
     from maskllm.training.data import build_batches
 

@@ -1,4 +1,4 @@
-"""How the data are dealt out to the steps: a function of the data and the settings, and of nothing that is left on the disk."""
+"""Which samples each step gets depends on the data and the settings only, not on files that earlier runs left."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from maskllm.training.data import build_batches
 
 
 def write_dataset(prefix: Path, documents: int) -> None:
-    """Documents of 100 tokens, each token 1 more than the one before it."""
+    """Write documents of 100 tokens. Each token is one more than the token before it."""
     builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
     for first in range(0, 100 * documents, 100):
         builder.add_document(torch.arange(first, first + 100), [100])
@@ -31,12 +31,12 @@ def arguments(tmp_path) -> TrainArguments:
 
 
 def tokens(arguments: TrainArguments) -> torch.Tensor:
-    """All that a run sees."""
+    """All tokens of a run, int64 [micro-batches, micro batch, sequence]."""
     found, _ = build_batches(arguments, 60000, torch.device("cpu"))
     return torch.stack([found[number].tokens for number in range(arguments.train_iters * arguments.global_batch_size)])
 
 
-def test_other_data_at_the_same_place_are_dealt_out_anew(arguments, tmp_path, capfd):
+def test_new_data_at_the_same_path_give_new_samples(arguments, tmp_path, capfd):
     before = tokens(arguments)
     assert before.max() < 1000
     assert torch.equal(tokens(arguments), before)
@@ -52,7 +52,7 @@ def test_a_weight_of_one_dataset_changes_nothing(arguments):
     assert torch.equal(tokens(arguments), before)
 
 
-def test_a_blend_is_dealt_out_by_its_weights(arguments, tmp_path):
+def test_a_blend_has_the_shares_of_its_weights(arguments, tmp_path):
     write_dataset(tmp_path / "other", 100)
     arguments.data_path = ["1", str(tmp_path / "data"), "3", str(tmp_path / "other")]
     before = tokens(arguments)

@@ -19,8 +19,7 @@ import pytest
 import torch
 
 from maskllm.checkpoints.finding import LATEST
-from tests.training.conftest import arguments, learned_tensors
-from tests.training.test_resume import steps_done
+from tests.training.conftest import arguments, learned_tensors, steps_done
 
 FAULTY = """
 import sys

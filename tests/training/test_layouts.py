@@ -1,4 +1,4 @@
-"""The layout changes nothing: same draws, same losses, same winners."""
+"""Every parallel layout gives the same draws, losses and winners."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LAYOUTS = {
 }
 """A layout's ranks and options. test_resume.py compares data parallelism without the distributed optimizer."""
 ALONE = {"tp2": (2, TP2), "dp2": (2, {})}
-"""What others do in combination, for -m long."""
+"""Layouts that those above combine, for -m long."""
 STEPS = 4
 OPTIONS = {"steps": STEPS, "save_interval": STEPS, "eval_iters": 1, "split": "80,20,0"}
 
@@ -36,7 +36,7 @@ def single(tmp_path_factory, ranks, tiny_dataset, tiny_pruned) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*LAYOUTS, *(pytest.param(name, marks=pytest.mark.long) for name in ALONE)])
-def test_layout_gives_the_same_run(name, single, ranks, tmp_path, tiny_dataset, tiny_pruned):
+def test_a_layout_gives_the_run_of_a_single_process(name, single, ranks, tmp_path, tiny_dataset, tiny_pruned):
     processes, layout = (LAYOUTS | ALONE)[name]
     save = tmp_path / name
     ranks(processes, "maskllm.train", *arguments(save, tiny_dataset, tiny_pruned, **OPTIONS, **layout))
@@ -61,7 +61,7 @@ def test_layout_gives_the_same_run(name, single, ranks, tmp_path, tiny_dataset, 
 
 @pytest.mark.slow
 def test_logits_load_under_every_layout_with_the_same_winners(single, ranks, tmp_path):
-    """The layouts above also write what one process reads."""
+    """Here one process writes and four ranks read; in the test above ranks write and one process reads."""
     ranks(4, "tests.training.layout_load_worker", single, tmp_path / "found")
     found = [json.loads((tmp_path / f"found-{rank}.json").read_text()) for rank in range(4)]
     linears = {key.removesuffix(".mask_logits") for key in logits(single)}

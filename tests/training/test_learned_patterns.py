@@ -1,4 +1,4 @@
-"""Patterns beside 2:4, and hard masks: learned, trimmed and exported, with exactly N of M kept."""
+"""Other patterns than 2:4, and hard masks: learned, trimmed and exported, with exactly N of M kept."""
 
 from __future__ import annotations
 

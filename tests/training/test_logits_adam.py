@@ -1,4 +1,4 @@
-"""The logits' Adam against torch's AdamW, and its moments in few bits."""
+"""The logits' Adam against torch's AdamW, and its low-precision moments."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GROUP = {"lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.95), "eps": 1e-5}
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """More than one chunk, the last of them not whole."""
+    """Several chunks, the last one shorter."""
     monkeypatch.setattr(logits_adam, "CHUNK", 3000)
 
 
@@ -72,7 +72,7 @@ def test_gradients_are_scaled():
 @pytest.mark.parametrize("clip", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_wrapper_clips_as_torch_does(clip, dtype):
-    """A step with gradients in `main_grad`; the norm is that before clipping."""
+    """A step with gradients in `main_grad`. It returns the norm before clipping."""
     parameter, other = (torch.nn.Parameter(start().to(dtype)) for _ in range(2))
     parameter.main_grad = gradients(1)[0].to(dtype)
     parameter.tensor_model_parallel = True
@@ -89,15 +89,15 @@ def test_the_wrapper_clips_as_torch_does(clip, dtype):
 
 
 @pytest.mark.parametrize(("state_dtype", "share"), [("bf16", 0.02), ("8bit", 0.2)])
-def test_moments_in_few_bits_move_parameters_alike(state_dtype, share):
-    """The way from the start after 20 steps differs from AdamW's by a small share of its length."""
+def test_low_precision_moments_move_parameters_almost_as_adamw_does(state_dtype, share):
+    """After 20 steps, the difference to AdamW's parameters is a small share of the distance from the start."""
     expected = reference(20) - start()
     found = learn(torch.float32, state_dtype, 20) - start()
     assert (found - expected).norm() < share * expected.norm()
 
 
-def test_bf16_parameters_move_by_steps_far_below_their_last_digit():
-    """Each step is about 2e-5 and half a last digit of 0.03 is 6e-5: rounded to nearest, nothing would ever move."""
+def test_bf16_parameters_move_by_steps_below_half_their_spacing():
+    """Each step is about 2e-5, and half the spacing of bf16 numbers at 0.03 is 6e-5. Rounding to nearest would undo every step."""
     parameter = torch.nn.Parameter(torch.full((40, 50, 6), 0.03, dtype=torch.bfloat16))
     first = parameter.detach().float().mean()
     group = GROUP | {"lr": 2e-5, "weight_decay": 0.0}
@@ -110,7 +110,7 @@ def test_bf16_parameters_move_by_steps_far_below_their_last_digit():
     assert moved.unique().numel() > 1
 
 
-def test_rounding_is_the_same_in_a_shard_and_after_a_pause():
+def test_rounding_is_the_same_in_a_shard_and_after_a_resume():
     whole = learn(torch.bfloat16, "fp32", 4)
     parameter = torch.nn.Parameter(start()[7:20, 10:30].to(torch.bfloat16).contiguous())
     shard = Place(5, ShardMap(50, block_offset=10, row_offset=7))

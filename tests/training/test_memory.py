@@ -1,4 +1,4 @@
-"""Options that save memory: they change nothing that is learned, or only as documented."""
+"""Options that save memory change nothing that is learned, or only as documented."""
 
 from __future__ import annotations
 

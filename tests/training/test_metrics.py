@@ -1,4 +1,4 @@
-"""What a run reports of itself: every figure in the JSON lines, the same in TensorBoard and on the console."""
+"""The metrics of a run: the same numbers in the JSON lines, in TensorBoard and on the console."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STEPS = 4
 
 
 @pytest.mark.usefixtures("signal_handlers")
-def test_a_run_reports_every_figure_everywhere(tmp_path, tiny_dataset, tiny_pruned, capfd):
+def test_a_run_reports_every_metric_in_all_three_places(tmp_path, tiny_dataset, tiny_pruned, capfd):
     save, board = tmp_path / "run", tmp_path / "board"
     options = {
         "--load": tiny_pruned, "--save": save, "--tensorboard-dir": board, "--train-iters": STEPS, "--global-batch-size": 2,
@@ -108,7 +108,7 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
     assert str(caught.value) == "/dev/full: cannot be written (No space left on device)"
 
 
-def test_a_resumed_run_leaves_out_the_lines_of_steps_it_does_again_and_a_torn_one(tmp_path):
+def test_a_resumed_run_removes_an_incomplete_line_and_those_of_steps_that_it_repeats(tmp_path):
     file = tmp_path / "metrics.jsonl"
     whole = [json.dumps({"kind": "train", "iteration": step, "loss": 1.0}) + "\n" for step in (1, 2, 3)]
     file.write_text("".join(whole) + '{"kind": "train", "itera')

@@ -1,4 +1,4 @@
-"""A run that ends early and is started again ends where the uninterrupted run ends: bit for bit, and to rounding under another layout."""
+"""A resumed run ends as the uninterrupted one: bit for bit, or to rounding under another layout."""
 
 from __future__ import annotations
 
@@ -19,12 +19,7 @@ from maskllm.checkpoints.reading import resolve
 from maskllm.patterns import Pattern
 from maskllm.pruning.megatron import prune_by_magnitude
 from maskllm.pruning.solve import PruneSettings
-from tests.training.conftest import STEPS, arguments, assert_bit_identical, assert_close, learned_tensors, metrics
-
-
-def steps_done(save: Path) -> int:
-    """The number that the latest checkpoint's file holds."""
-    return int((save / LATEST).read_text()) if (save / LATEST).is_file() else 0
+from tests.training.conftest import STEPS, arguments, assert_bit_identical, assert_close, learned_tensors, metrics, steps_done
 
 
 def catches_sigterm(process: psutil.Process) -> bool:
@@ -78,14 +73,14 @@ def test_a_run_that_is_killed_twice_and_damaged_ends_as_the_uninterrupted_one(
     assert "--auto-fallback: going on from iter_0000002" in done.stderr
     assert iterations_logged(save) == list(range(1, STEPS + 1))
     keys = ("iteration", "loss", "grad_norm", "mean_max_probability")
-    assert values_logged(save, *keys) == values_logged(whole, *keys), "the losses are those of other data or other masks"
-    assert not [entry for entry in save.iterdir() if entry.name.startswith(".iter")], "what was half-written is still there"
+    assert values_logged(save, *keys) == values_logged(whole, *keys), "the run saw other data or other masks"
+    assert not [entry for entry in save.iterdir() if entry.name.startswith(".iter")], "a half-written checkpoint is still there"
     assert_bit_identical(whole, save)
 
 
 @pytest.mark.slow
 def test_a_process_that_writes_a_checkpoint_ends_with_its_rank(start, tmp_path, tiny_dataset, tiny_pruned):
-    """Otherwise it could wait for ever for a process that is gone, and hold the lock of the directory meanwhile.
+    """Otherwise it could wait for ever for its dead parent, and hold the lock of the directory meanwhile.
 
     Up to megatron-core 0.18 a writer starts processes of its own, from 0.19 on threads.
     """
@@ -107,12 +102,14 @@ def test_a_process_that_writes_a_checkpoint_ends_with_its_rank(start, tmp_path, 
         return False
 
     run.wait_for(caught_writing)
-    first = [writer for writer in writers if writer.ppid() == rank.pid and starts_processes]  # who have asked to be ended
+    first = [
+        writer for writer in writers if writer.ppid() == rank.pid and starts_processes
+    ]  # these have asked the kernel to end with the rank
     rank.kill()
     _, alive = psutil.wait_procs(first, timeout=30)
     assert not alive
     _, alive = psutil.wait_procs(writers, timeout=1)
-    for writer in alive:  # caught before they could ask to be ended
+    for writer in alive:  # these were stopped before they could ask the kernel
         writer.resume()
     _, alive = psutil.wait_procs(alive, timeout=30)
     assert not alive
@@ -248,7 +245,7 @@ def test_a_distributed_optimizer_goes_on_exactly_and_on_another_number_of_ranks(
 @pytest.mark.slow
 @pytest.mark.parametrize("distributed", [False, True])
 def test_another_adam_goes_on_to_the_same_end(distributed, request, ranks, tmp_path, tiny_dataset, tiny_pruned):
-    """As from a container with Transformer Engine to a machine without it, and back."""
+    """For example from a container with Transformer Engine to a machine without it, and back."""
     options = {"use_distributed_optimizer": True} if distributed else {}
     whole = request.getfixturevalue("whole_distributed" if distributed else "whole")
     save = copy_of_step_2(whole, tmp_path / "run")
@@ -262,7 +259,7 @@ def test_another_adam_goes_on_to_the_same_end(distributed, request, ranks, tmp_p
 
 
 @pytest.mark.slow
-def test_other_data_are_refused_but_the_same_may_lie_elsewhere(ranks, tmp_path, whole, tiny_dataset, tiny_pruned):
+def test_other_data_are_refused_but_a_copy_of_the_same_is_not(ranks, tmp_path, whole, tiny_dataset, tiny_pruned):
     save = copy_of_step_2(whole, tmp_path / "run")
     moved = str(tmp_path / "moved")
     for suffix in (".bin", ".idx"):
@@ -278,7 +275,7 @@ def test_other_data_are_refused_but_the_same_may_lie_elsewhere(ranks, tmp_path, 
 
 
 @pytest.mark.slow
-def test_another_run_in_the_directory_is_left_alone(ranks, tmp_path, whole, tiny_dataset, tiny_pruned):
+def test_a_directory_with_another_run_is_refused_and_left_alone(ranks, tmp_path, whole, tiny_dataset, tiny_pruned):
     save = copy_of_step_2(whole, tmp_path / "run")
     before = sorted(save.rglob("*"))
     for source in (whole / "iter_0000004", tiny_pruned):
@@ -290,8 +287,8 @@ def test_another_run_in_the_directory_is_left_alone(ranks, tmp_path, whole, tiny
 
 
 @pytest.mark.slow
-def test_a_stage_whose_tensors_alone_are_of_another_type_and_a_directory_of_another_name(ranks, tmp_path, tiny_dataset):
-    """The embeddings are bf16, the rest and the computation fp32; the run goes on from a link to one of its iterations, elsewhere."""
+def test_stored_dtypes_survive_and_a_link_to_an_iteration_resumes_elsewhere(ranks, tmp_path, tiny_dataset):
+    """Only the first pipeline stage has a tensor in another dtype than the computation: bf16 embeddings."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

@@ -25,10 +25,13 @@ _CANNOT_LOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # for example Lus
 def output_lock(directory: Path) -> Iterator[None]:
     """Lock `directory` for one job, and create it if it is missing. The job's first rank must call this before it writes there.
 
-    The kernel holds the lock (flock). It releases the lock when the process ends, for whatever reason, and the processes that write its
-    checkpoints in the background have ended too; they end with it. This function waits up to three minutes in two cases: the holder
-    on this machine has died but its background processes still hold the lock, or another machine holds the lock for this same job and
-    torchrun has restarted the job. If the file system has no locks, it prints a warning and goes on.
+    The kernel holds the lock (flock). It releases the lock when the process ends, for whatever reason, together with the processes
+    that write its checkpoints in the background. Those end with it. This function waits up to three minutes in two cases:
+
+    * The holder on this machine has died, but its background processes still hold the lock.
+    * Another machine holds the lock for this same job, and torchrun has restarted the job.
+
+    If the file system has no locks, this function prints a warning and goes on.
 
     Raises MaskLLMError, with the holder's host and process ID, if another job holds the lock.
     """

@@ -30,10 +30,10 @@ class _Console(io.TextIOWrapper):
 
 @contextlib.contextmanager
 def rank_output(save: str | None, rank: int) -> Iterator[TextIO]:
-    """Redirect the output of this process and its children to SAVE/logs/rank_00000.log (the number is the rank). Yields the console.
+    """Redirect the output of this process and its children to SAVE/logs/rank_00000.log (for rank 0). Yields the console.
 
-    The console is the original standard error. The file descriptors are redirected, so the log also gets the output of C++ libraries
-    and of a crashing interpreter. If `save` is None, nothing is redirected. A restarted job appends to the log.
+    The console is the original standard error. The file descriptors are redirected, so the log also gets the output of C++
+    libraries and of a crashing interpreter. If `save` is None, nothing is redirected. A restarted job appends to the log.
     """
     if save is None:
         yield sys.stderr

@@ -55,13 +55,13 @@ class Watchdog:
     The thread calls `give_up` with one line that gives the reason. `give_up` must not return. There are three reasons:
 
     * This rank has made no progress for 15 seconds, and another rank on the same machine has died. NCCL does not report this.
-    * This rank has made no progress for `limit` seconds, and another rank has published no heartbeat for at least half of that time.
-      The line names the silent ranks and what they were last doing.
+    * This rank has made no progress for `limit` seconds, and another rank has published no heartbeat for at least half of that
+      time. The line names the silent ranks and what they were last doing.
     * This rank has made no progress for `limit` seconds because it waits for others in a collective. Another rank is alive, but for
-      at least half of that time it has neither made progress nor waited in a collective (a file system does not answer, for example).
+      at least half of that time it has neither made progress nor waited in a collective (for example, a file system hangs).
       The line names those ranks and the line of code that they are in.
 
-    In all other cases (all ranks work on something long, or all wait on a GPU), this rank's log gets the line of code of every rank.
+    In all other cases (all work on something long, or all wait on a GPU), this rank's log gets the line of code of every rank.
     A wait that never ends is then ended by the timeout of the process group.
 
     Args:
@@ -102,7 +102,7 @@ class Watchdog:
             self._publish()
 
     def progress(self, where: str | None = None) -> None:
-        """Record that this rank has made progress. `where` says what it does now, such as "iteration 7"; None means the same as before."""
+        """Record that this rank has made progress. `where` says what it does now, such as "iteration 7"; None: as before."""
         self._last_progress = time.monotonic()
         self._steps += 1
         if where not in (None, self._where):

@@ -1,4 +1,4 @@
-"""One job at a time in an output directory, and which job waits for which."""
+"""Only one job writes to an output directory. A restarted job waits for its own old lock."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from maskllm.training.surviving.output_lock import LOCK, output_lock
 
 @pytest.fixture
 def elsewhere(tmp_path):
-    """The lock of a process on another machine, of torchrun's job "mine"."""
+    """A lock that a process of torchrun's job "mine" holds on another machine."""
     with (tmp_path / LOCK).open("w", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write(json.dumps({"host": "another machine", "pid": 7, "job": "mine"}))
@@ -25,7 +25,7 @@ def elsewhere(tmp_path):
 
 
 @pytest.mark.parametrize(("job", "restarts"), [("mine", "0"), ("other", "1")])
-def test_another_job_and_a_job_that_starts_are_refused_at_once(job, restarts, elsewhere, tmp_path, monkeypatch):
+def test_another_job_and_a_first_start_are_refused_at_once(job, restarts, elsewhere, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
     started = time.monotonic()

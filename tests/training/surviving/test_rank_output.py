@@ -1,4 +1,4 @@
-"""What a rank prints: to its log in --save, and to the console only what it prints there on purpose."""
+"""A rank's output goes to its log in --save. Only what it prints to the console on purpose goes there."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def lines_of_log(save: Path) -> list[str]:
     return (save / "logs" / "rank_00003.log").read_text().splitlines()
 
 
-def test_everything_but_the_console_goes_to_the_ranks_log(tmp_path):
+def test_output_goes_to_the_ranks_log_except_for_the_console(tmp_path):
     for _ in range(2):  # a restarted job appends
         done = subprocess.run([*COMMAND, tmp_path], capture_output=True, text=True, check=True)
         assert (done.stdout, done.stderr) == ("after the block\n", "for the console\n")

@@ -1,4 +1,4 @@
-"""The watchdog names ranks that are silent or stuck, and none while all get further."""
+"""The watchdog names ranks that are silent or stuck, and none while all make progress."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LIMIT = 1.2
 
 
 def watchdogs(count: int, store: dist.Store) -> tuple[list[Watchdog], list[tuple[int, str]], threading.Event]:
-    """One for each rank, the accusations (rank, line), and an event that the first accusation sets."""
+    """One watchdog for each rank, their accusations (rank, line), and an event that the first accusation sets."""
     lines: list[tuple[int, str]] = []
     said = threading.Event()
 
@@ -36,27 +36,27 @@ def watchdogs(count: int, store: dist.Store) -> tuple[list[Watchdog], list[tuple
 
 
 def hang(dog: Watchdog) -> None:
-    """End its thread: from then on it publishes nothing."""
+    """End its thread, so that it publishes nothing more."""
     dog._closed = True
     dog._wake.set()
     dog._thread.join()
 
 
 def stand(dog: Watchdog, position: str, *, in_collective: bool) -> None:
-    """Let the main thread, which all dogs here share, seem to be somewhere."""
+    """Set where the main thread of its rank is. All watchdogs here share one main thread."""
     dog._main_thread = lambda: (position, in_collective)
 
 
 @pytest.fixture
 def clock(monkeypatch) -> list[float]:
-    """The watchdog's time, which stands still."""
+    """The watchdog's time, which only the test moves."""
     now = [0.0]
     monkeypatch.setattr("maskllm.training.surviving.watchdog.time", SimpleNamespace(monotonic=lambda: now[0]))
     return now
 
 
 def watch(dog: Watchdog, clock: list[float], looks: list[tuple[float, Callable[[], None]]]) -> None:
-    """Run the thread of `dog` here: for each look, so many seconds pass, and something happens before it."""
+    """Run the loop of `dog` in this thread. For each look, so many seconds pass, and the function is called before it."""
     left, dog._closed = iter(looks), False
 
     def wait(_: float) -> None:
@@ -112,11 +112,11 @@ def test_a_rank_that_makes_progress_within_a_long_step_is_not_stuck(clock):
     stand(dog, "stopping.py:10 (any_rank)", in_collective=True)
     stand(other, "data.py:88 (__getitem__)", in_collective=False)
 
-    def get_further() -> None:
+    def make_progress() -> None:
         other.progress()
         other._publish()
 
-    watch(dog, clock, [(0.1, get_further)] * 40)
+    watch(dog, clock, [(0.1, make_progress)] * 40)
     assert not lines
     watch(dog, clock, [(0.1, other._publish)] * 40)
     assert lines, "it would not have been named without progress either"
