@@ -154,6 +154,12 @@ def distributed_optimizer_of_cpu_tensors() -> None:
     )
 
 
+@_patch("megatron.core.optimizer.distrib_optimizer", "torch.cuda.current_device()")
+def distributed_optimizer_states_on_cpu() -> None:
+    """`DistributedOptimizer` allocates the states that it loads for another Adam than torch's on the current CUDA device."""
+    _redirect("megatron.core.optimizer.distrib_optimizer")
+
+
 @_patch(
     "megatron.core.models.common.language_module.language_module:LanguageModule.setup_embeddings_and_output_layer",
     "weight.data.cuda()",

@@ -72,8 +72,11 @@ class Job:
         self._connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._connection.connect(server)
         socket.send_fds(self._connection, [json.dumps(request).encode()], outputs)
-        started = json.loads(self._connection.recv(1 << 16) or "null")
-        assert started is not None, "the server of tests.ranks has ended"
+        try:
+            started = json.loads(self._connection.recv(1 << 16) or "null")
+        except ConnectionResetError:
+            started = None
+        assert started is not None, f"the server has ended:\n{Path(server).with_name('log').read_text()}"
         self.ranks: list[int] = started["ranks"]
         """The ranks' process IDs."""
         self.pid: int = started["launcher"] if ranks else self.ranks[0]

@@ -36,12 +36,12 @@ class FloatMoment:
 
 
 class BlockwiseMoment:
+    """A moment in 8 bits per entry: block-wise dynamic quantization (Dettmers et al., arXiv 2110.02861, section 2).
+
     This rank's flattened tensor is cut into blocks of QUANTIZATION_BLOCK entries. Each block is divided by its largest magnitude.
     Each quotient is stored as the index of the nearest of 256 numbers between -1 (or 0, for a moment that is never negative) and 1.
     These numbers are dense near zero. A positive entry of the second moment never becomes zero, because the step divides by its
     square root.
-    quotient is stored as the index of the nearest of 256 numbers between -1 (or 0, for a moment that is never negative) and 1. These
-    numbers are dense near zero. A positive entry of the second moment never becomes zero, because the step divides by its square root.
 
     A checkpoint holds the numbers that the codes stand for, in fp32. Quantizing them again in the same blocks gives the same codes.
     Another parallel layout has other blocks, so there the numbers are rounded once more.
