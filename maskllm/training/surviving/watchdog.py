@@ -157,10 +157,7 @@ class Watchdog:
                     elif not told:
                         told = True
                         print(f"no progress for {self.limit:.0f} s; {_positions(now)}", file=sys.stderr, flush=True)
-            except (
-                RuntimeError,
-                ValueError,
-            ):  # the store does not answer: the rank that hosts it is gone, so collectives will fail
+            except (RuntimeError, ValueError):  # the store does not answer: the rank hosting it is gone, and collectives will fail
                 before = None
 
     def _accuse(self, before: dict[int, Heartbeat], now: dict[int, Heartbeat]) -> str | None:
