@@ -1,12 +1,11 @@
-"""Kill and resume a tiny run many times at random moments, and compare its logits with those of an uninterrupted run.
+"""Kill and resume a tiny run many times at random moments: it must end with the logits of the run that nothing interrupted.
 
 usage: python benchmarks/kill_resume.py --cycles 200 --json kill_resume.json
 
-Each cycle starts the run under torchrun and sends SIGKILL either to one rank, or to torchrun and all ranks. In a sixth of the cycles this
-happens after a random time of up to half of the whole run's, most often before the first step; in the others it happens at a random moment
-after a random number of steps, up to two saves later. When a run reaches its end, all logits and optimizer states are compared bit for bit
-with the uninterrupted run's, and the next cycle starts a new run. After the last cycle the run is finished. Ctrl-C ends the cycles early.
-The exit status is 1 if a tensor differs.
+Each cycle starts the run under torchrun and kills either one rank or torchrun and all ranks with SIGKILL: a sixth of them after a random
+time of up to half of the whole run's, most often before the first step, the others at a random moment after a random number of steps, up
+to two saves later. A run that reaches its end is compared, bit for bit, with the uninterrupted one, logits and optimizer states, and
+the cycles go on with a new one; the last run is taken to its end. Ctrl-C ends the cycles early. Exits with 1 where a tensor differs.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ def make_inputs(folder: Path) -> tuple[Path, str]:
 
 
 def command(model: Path, data: str, save: Path, steps: int, ranks: int) -> list[str]:
-    """The command of the run. It saves in the background."""
+    """The run, which saves in the background."""
     words = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "maskllm.train",
         "--data-path", data, "--pretrained-checkpoint", model, "--save", save, "--load", save, "--train-iters", steps,
@@ -83,7 +82,7 @@ def start(words: list[str], log: Path) -> subprocess.Popen:
 
 
 def run_to_the_end(words: list[str], log: Path) -> float:
-    """Run `words` to the end; returns the seconds."""
+    """Returns the seconds it took."""
     begin = time.monotonic()
     if start(words, log).wait() != 0:
         raise SystemExit(f"the run failed:\n{log.read_text()[-3000:]}")
@@ -91,14 +90,14 @@ def run_to_the_end(words: list[str], log: Path) -> float:
 
 
 def steps_logged(log: Path, since: int) -> int:
-    """How many steps the console reports from byte `since` on."""
+    """How many steps the console has had, from the byte `since` on."""
     with log.open("rb") as file:
         file.seek(since)
         return file.read().count(b"train iteration ")
 
 
 def live(process: subprocess.Popen, log: Path, since: int, steps: int | None, seconds: float) -> None:
-    """Wait until the run has done `steps` steps (None: do not wait for steps), then for `seconds`. Return early if the run ends."""
+    """Wait until the run has done `steps` steps and then, or at once for None, for `seconds`; no longer than the run lives."""
     while steps is not None and process.poll() is None and steps_logged(log, since) < steps:
         time.sleep(0.005)
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -106,14 +105,14 @@ def live(process: subprocess.Popen, log: Path, since: int, steps: int | None, se
 
 
 def kill(process: subprocess.Popen, *, one_rank: bool, choose: random.Random) -> None:
-    """Send SIGKILL to one rank (torchrun then ends the others), or to torchrun and all processes that it has started."""
+    """SIGKILL to one rank, after which torchrun ends the others, or to torchrun and everything it has started."""
     with contextlib.suppress(psutil.NoSuchProcess):
         agent = psutil.Process(process.pid)
         ranks = agent.children()
         if one_rank and ranks:
             victims = [choose.choice(ranks)]
         else:
-            agent.suspend()  # so that it starts no further process, which would survive and hold the lock of the output
+            agent.suspend()  # or it may start one more while it is killed, which would live on and hold the output
             victims = [*agent.children(recursive=True), agent]
         for victim in victims:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -149,7 +148,7 @@ def measure(cycles: int, steps: int, ranks: int, seed: int, folder: Path) -> dic
         runs += 1
         shutil.rmtree(killed)
 
-    # A flag instead of KeyboardInterrupt: an exception inside of Popen.wait can leave its lock locked.
+    # A flag, since an exception in the midst of Popen's own waiting can leave its lock behind.
     interrupted = threading.Event()
     before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
     with tqdm(total=cycles, desc="kill and resume", unit="cycle", file=sys.stderr) as bar:
@@ -171,7 +170,7 @@ def measure(cycles: int, steps: int, ranks: int, seed: int, folder: Path) -> dic
                 raise SystemExit(f"a resumed run failed:\n{log.read_text()[-3000:]}")
     signal.signal(signal.SIGINT, before)
     if interrupted.is_set():
-        print("interrupted: the report covers the cycles so far", file=sys.stderr)
+        print("interrupted: the report is of the cycles until now", file=sys.stderr)
     run_to_the_end(words, log)
     compare()
     return {

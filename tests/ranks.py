@@ -45,7 +45,7 @@ PRELOADED = (
     "transformers.models.llama.modeling_llama",
     "transformers.models.nemotron.modeling_nemotron",
 )
-"""What the server imports in addition to Megatron."""
+"""What the server imports beside Megatron."""
 ROOT = Path(__file__).parents[1]
 MONITOR_SECONDS = 0.1
 GRACE_SECONDS = 30

@@ -1,4 +1,4 @@
-"""Frame 1: tensor-parallel linears that apply an N:M mask to their weight before the matrix product.
+"""Frame 1: tensor-parallel linears whose weight passes through an N:M mask on its way to the matrix product.
 
 Megatron Core's own `ColumnParallelLinear` and `RowParallelLinear` do the product, the communication and the weight's gradient. The
 classes here hold a `MaskedParameter`, multiply by the weight that it gives, and shard its tensors in checkpoints.
@@ -73,7 +73,7 @@ class MaskedRowParallelLinear(_MaskedLinear, RowParallelLinear):
     partition_dim = 1
 
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Upstream's, but the bias that it returns (`skip_bias_add`) is detached from the parameter.
+        """Upstream's, but the bias that it hands on (`skip_bias_add`) is a tensor of its own.
 
         Upstream's recomputation of the MLP returns that bias from an autograd function, which turns the tensor in place into an output
         of that function. A frozen parameter would stay one, and the next backward pass would go through it into the old function.
@@ -126,3 +126,4 @@ def attach_logits(model: torch.nn.Module, sampler: MaskSampler, *, dtype: torch.
     for linear in masked_linears(model):
         linear.masked.attach_logits(sampler, dtype=dtype)
         set_tensor_model_parallel_attributes(linear.mask_logits, True, linear.partition_dim, 1)
+        linear.mask_logits.allreduce = True

@@ -1,4 +1,4 @@
-"""Megatron Core's data parallelism. No two model-parallel ranks share a trained parameter, so it has no other gradients to reduce."""
+"""Megatron Core's data parallelism around a model whose only trained parameters are each rank's own."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from maskllm.training.arguments import TrainArguments
 def data_parallel(arguments: TrainArguments, model: torch.nn.Module) -> DistributedDataParallel:
     """`model` with its gradients in buffers that are reduced over data-parallel ranks at the end of a step."""
     model.config.finalize_model_grads_func = _finish_gradients
+    model.config.no_sync_func = None
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=arguments.mask_logits_dtype == "fp32",
         overlap_grad_reduce=False,

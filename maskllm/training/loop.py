@@ -72,16 +72,16 @@ class Trainer:
         self._say(before if self.start.resumed else f"starting from {self.start.checkpoint.path}")
 
         progress("loading the checkpoint")
-        sampler = MaskSampler(
+        self.sampler = MaskSampler(
             pattern=pattern,
             seed=arguments.seed,
             hard=arguments.hard,
             recompute_masked_weight=arguments.recomputes("masked_weight"),
         )
-        self.state = TrainingState.load(self.start, sampler)
+        self.state = TrainingState.load(self.start, self.sampler)
         masked = masked_parameters(self.state.model)
-        model = data_parallel(arguments, self.state.model)
-        self.optimizer = build_optimizer(arguments, parameter_groups(arguments, masked), masked, model)
+        self.model = data_parallel(arguments, self.state.model)
+        self.optimizer = build_optimizer(arguments, parameter_groups(arguments, masked), masked, self.model)
         lr_scheduler = build_lr_scheduler(arguments, self.optimizer)
         if self.start.resumed:
             progress("loading the training state")
@@ -95,11 +95,11 @@ class Trainer:
         schedule = AnnealingSchedule(
             arguments.train_iters, arguments.gumbel_temperature_range, arguments.gumbel_scale_range, arguments.weight_reg
         )
-        self.micro_batches = MicroBatches(arguments, model, Objective(schedule, sampler), progress)
+        self.micro_batches = MicroBatches(arguments, self.model, Objective(schedule, self.sampler), progress)
         self.step = Step(
             arguments,
-            model,
-            sampler,
+            self.model,
+            self.sampler,
             self.micro_batches,
             train_batches,
             self.optimizer,
@@ -108,7 +108,9 @@ class Trainer:
         )
         self.validation = None
         if valid_batches is not None:
-            self.validation = Validation(model, sampler, self.micro_batches, valid_batches, arguments.eval_iters, self.stopping)
+            self.validation = Validation(
+                self.model, self.sampler, self.micro_batches, valid_batches, arguments.eval_iters, self.stopping
+            )
         self.metrics = TrainMetrics(arguments, masked, self.micro_batches)
         self.saver = self._build_saver()
         self.bad_steps = 0

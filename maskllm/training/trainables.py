@@ -13,7 +13,7 @@ from maskllm.training.arguments import TrainArguments
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters with the same learning rates and dtypes."""
+    """Parameters that are trained alike."""
 
     name: str
     parameters: tuple[torch.nn.Parameter, ...]

@@ -39,7 +39,7 @@ def pruned_after(folder: Path, damage: Callable[[torch.nn.Module], None]) -> Pat
 
 @pytest.fixture(scope="module")
 def poisoned_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pruned model with NaN as the input embedding of POISON."""
+    """A pruned model whose input embedding of POISON is NaN."""
     return pruned_after(tmp_path_factory.mktemp("poisoned"), lambda model: model.model.embed_tokens.weight[POISON].fill_(torch.nan))
 
 

@@ -1,4 +1,4 @@
-"""Save the batch of a step with a loss or gradient that is not finite, for inspection."""
+"""Keeps the batch of a step whose loss or gradient was not finite, for inspection."""
 
 from __future__ import annotations
 
