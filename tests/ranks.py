@@ -203,12 +203,7 @@ def python(server: str, words: list[str]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda received, _: job.pass_signal(received))
-    status = job.wait()
-    if status < 0:  # end by the signal that ended the program
-        with contextlib.suppress(OSError):  # SIGKILL has no other handler
-            signal.signal(-status, signal.SIG_DFL)
-        os.kill(os.getpid(), -status)
-    sys.exit(status)
+    _end(job.wait())
 
 
 def main(descriptor: int) -> None:
@@ -228,11 +223,20 @@ def main(descriptor: int) -> None:
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
+    _end(status)
+
+
+def _end(status: int) -> None:
+    """End this process with an exit status, or by signal -`status` if it is negative."""
+    if status < 0:
+        with contextlib.suppress(OSError):  # SIGKILL has no other handler
+            signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
     os._exit(status)
 
 
 def _run(words: list[str]) -> int:
-    """`python WORDS` in this process; returns the exit status."""
+    """Run `python WORDS` in this process. Returns the exit status as `subprocess` does: negative for a signal."""
     try:
         if words[0] == "-m":
             sys.argv[1:] = words[2:]
@@ -245,9 +249,9 @@ def _run(words: list[str]) -> int:
             return stop.code or 0
         print(stop.code, file=sys.stderr)
         return 1
-    except BaseException:
+    except BaseException as error:
         traceback.print_exc()
-        return 1
+        return -signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
     return 0
 
 
