@@ -14,7 +14,7 @@ from maskllm.masking.parameter import MaskedParameter
 from maskllm.patterns import unpack_mask
 from maskllm.processes import peak_resident_bytes
 from maskllm.training.arguments import TrainArguments
-from maskllm.training.micro_batches import MicroBatches
+from maskllm.training.micro_batches import MicroBatches, mean_loss
 from maskllm.training.step import StepResult
 
 
@@ -66,10 +66,7 @@ class TrainMetrics:
         steps = len(good)
         since_last, since_prior = self.tracker.changed()
         local = torch.stack([step.sums for step in good] or [torch.zeros_like(window[0].sums)]).double()
-        losses = local[:, :2].sum(0)
-        if parallel_state.get_tensor_model_parallel_rank() != 0:
-            losses.zero_()
-        dist.all_reduce(losses)
+        loss = mean_loss(local[:, :2].sum(0))
         # Every data-parallel rank draws its own masks; all of them count.
         draws = self.micro_batches.per_step
         squares, probability = local[:, 2].clone(), local[:, 3].clone()
@@ -80,7 +77,7 @@ class TrainMetrics:
         tokens = len(window) * self.arguments.global_batch_size * self.arguments.seq_length
         sampler = self.objective.sampler
         return {
-            "loss": float(losses[0] / losses[1]) if steps else None,
+            "loss": loss if steps else None,
             "regularizer": self.objective.regularizer([step.iteration for step in good], squares.tolist(), draws)
             if steps
             else None,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
@@ -69,3 +70,14 @@ class MicroBatches:
         if self.losses:
             total[0], total[1] = torch.stack(self.losses).sum(), len(self.losses)
         return total
+
+
+def mean_loss(total: torch.Tensor) -> float:
+    """The mean loss over all ranks of the job, from each rank's fp64 (sum of losses, their number), which this overwrites.
+
+    All ranks call this. Tensor-parallel ranks have the same losses, so only the first of them counts. NaN if there was no loss.
+    """
+    if parallel_state.get_tensor_model_parallel_rank() != 0:
+        total.zero_()
+    dist.all_reduce(total)
+    return float(total[0] / total[1])

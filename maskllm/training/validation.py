@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
-from megatron.core import parallel_state
 
 from maskllm.distributed import device
 from maskllm.masking.sampler import VALIDATION_SAMPLES, MaskMode, MaskSampler
 from maskllm.training.data import Batches
-from maskllm.training.micro_batches import MicroBatches
+from maskllm.training.micro_batches import MicroBatches, mean_loss
 from maskllm.training.surviving.stopping import Stopping
 
 
@@ -27,7 +25,7 @@ class Validation:
     stopping: Stopping
 
     def __call__(self) -> dict[str, float] | None:
-        """The mean losses, the same on every rank; None if a signal broke the validation off."""
+        """The mean losses, the same on every rank; None if a signal stopped the validation."""
         self.sampler.stats = None
         self.sampler.weight_reg = 0.0
         self.model.eval()
@@ -56,7 +54,4 @@ class Validation:
                 )
             if self.stopping.agree_on_signals():
                 return None
-        if parallel_state.get_tensor_model_parallel_rank() != 0:
-            losses.zero_()
-        dist.all_reduce(losses)
-        return float(losses[0] / losses[1])
+        return mean_loss(losses)
