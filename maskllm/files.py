@@ -1,4 +1,4 @@
-"""Files: outputs that appear complete or not at all (write a temporary file, fsync, rename), and JSON objects.
+"""Files: outputs that appear complete or not at all (write a temporary file, fsync, rename), JSON objects, git-lfs pointers.
 
 The names of temporary files and directories start with a dot and end with `.tmp`; `.old` is a directory that is being replaced.
 """
@@ -136,9 +136,30 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2) + "\n")
 
 
+_LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
+"""The start of a pointer file, as the specification of git-lfs (docs/spec.md) has it."""
+
+
+def check_not_lfs_pointer(path: str | os.PathLike) -> None:
+    """Raise MaskLLMError if `path` is a git-lfs pointer: the small text that a clone without git-lfs has in place of a large file.
+
+    Something other than a regular file passes, because reading a pipe would take its bytes. Raises OSError if it cannot be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        start = file.read(len(_LFS_POINTER))
+    if start == _LFS_POINTER:
+        raise MaskLLMError(
+            f"{path}: is a git-lfs pointer, not the file itself; run `git lfs pull` in the cloned repository to download the file"
+        )
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises MaskLLMError naming the file, and the line of a syntax error, if it is anything else."""
     try:
+        check_not_lfs_pointer(path)
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MaskLLMError(f"{path}: no such file") from None

@@ -11,7 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from maskllm.errors import MaskLLMError
-from maskllm.files import atomic_directory, atomic_file, explain_safetensors_errors
+from maskllm.files import atomic_directory, atomic_file, check_not_lfs_pointer, explain_safetensors_errors, read_json_object
+
+LFS_POINTER = """version https://git-lfs.github.com/spec/v1
+oid sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08
+size 4976698672
+"""
 
 
 @pytest.mark.parametrize("atomic", [atomic_file, atomic_directory])
@@ -70,3 +75,19 @@ def test_directories_made_for_a_failed_output_are_removed(tmp_path, atomic):
     with pytest.raises(KeyboardInterrupt), atomic(tmp_path / "some" / "where" / "out"):
         raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("reader", [check_not_lfs_pointer, read_json_object])
+def test_a_git_lfs_pointer_is_told_by_name(tmp_path, reader):
+    path = tmp_path / "config.json"
+    path.write_text(LFS_POINTER)
+    with pytest.raises(MaskLLMError, match=r"config.json: is a git-lfs pointer, not the file itself; run `git lfs pull`"):
+        reader(path)
+
+
+def test_other_files_are_no_git_lfs_pointers(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "text").write_text("version https://example.org/\n")
+    (tmp_path / "short").write_text("version https://git-lfs")
+    for path in (tmp_path / "pipe", tmp_path / "text", tmp_path / "short", tmp_path, tmp_path / "missing"):
+        check_not_lfs_pointer(path)
