@@ -152,6 +152,7 @@ setup(
         "tokenizers>=0.21",
         "sentencepiece>=0.2",
         "gigatoken>=0.10",
+        "backports.zstd>=1; python_version < '3.14'",
         "awkward>=2",
         # Megatron Core 0.17 and later, which need Python 3.12, import triton everywhere. CPU builds of torch do not install it.
         "triton>=3; python_version >= '3.12' and platform_system == 'Linux'",

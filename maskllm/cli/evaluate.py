@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         required=True,
         metavar="FILE",
-        help="held-out text: WikiText raw, JSON lines or plain text, each also as gzip",
+        help="held-out text: WikiText raw, JSON lines or plain text, each also as gzip or Zstandard",
     )
     parser.add_argument("--mask", metavar="F.npz", help="mask file to apply to the weights of --model first")
     parser.add_argument(

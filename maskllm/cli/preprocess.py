@@ -14,7 +14,12 @@ from maskllm.processes import peak_resident_bytes
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
     parser.add_argument(
-        "--input", nargs="+", action="extend", required=True, metavar="FILE", help="JSON lines, plain or gzip, as C4's shards"
+        "--input",
+        nargs="+",
+        action="extend",
+        required=True,
+        metavar="FILE",
+        help="JSON lines, plain, gzip or Zstandard, as C4's shards",
     )
     parser.add_argument(
         "--output-prefix", required=True, metavar="P", help="writes P_KEY_document.bin and .idx; KEY is the value of --json-key"

@@ -14,6 +14,7 @@ library, which works outside of Python's interpreter lock.
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from array import array
@@ -68,8 +69,9 @@ def available_cores() -> int:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Consecutive lines of the input, encoded."""
+    """Consecutive lines of a file, encoded."""
 
+    path: Path
     batch: TokenBatch
     bad_lines: list[str]
     position: int
@@ -88,13 +90,14 @@ def preprocess(
     """Tokenize JSON-lines files, in order, into `{output_prefix}_{json_key}_document.bin` and `.idx`.
 
     Args:
-        inputs: JSON-lines files, plain or gzip. Lines with only white space are ignored.
+        inputs: JSON-lines files, plain, gzip or Zstandard. Lines with only white space are ignored.
         tokenizer: what `load_tokenizer` reads.
         append_eod: end every document that has tokens with the tokenizer's end-of-sequence token.
         workers: threads that tokenize; `available_cores` by default. Memory is bounded by a few chunks of CHUNK_BYTES a worker (or
             the longest line), plus 12 bytes a document for the index.
         json_key: the key of the text in a line's object.
-        skip_bad_lines: count and report lines without a document; otherwise the first one raises.
+        skip_bad_lines: count and report lines without a document; otherwise the first one raises. A file in which no line holds a
+            document raises in any case: it is not what it should be.
 
     The two files appear complete or not at all, and replace an existing dataset. Raises MaskLLMError if an input is missing or
     damaged, a line is bad (BadLineError), the tokenizer cannot be read or lacks an end-of-sequence token that is needed, or the
@@ -129,7 +132,7 @@ def _preprocess(
         builder = IndexedDatasetBuilder(str(new_bin), dtype=DType.optimal_dtype(tokenizer.vocab_size))
         builder.sequence_lengths, builder.document_indices = array("i"), array("q", [0])  # lists take six times the memory
         with tqdm(total=summary.input_bytes, desc="preprocess", unit="B", unit_scale=True, disable=None) as progress:
-            for chunk in _encoded(inputs, tokenizer, append_eod, workers, json_key, skip_bad_lines):
+            for chunk in _with_documents(_encoded(inputs, tokenizer, append_eod, workers, json_key, skip_bad_lines)):
                 _write(builder, chunk.batch)
                 summary.documents += len(chunk.batch.lengths)
                 summary.empty_documents += int((chunk.batch.lengths == 0).sum())
@@ -138,8 +141,7 @@ def _preprocess(
                 summary.bad_line_messages += chunk.bad_lines[: REPORTED_BAD_LINES - len(summary.bad_line_messages)]
                 progress.update(chunk.position - progress.n)
         if not summary.tokens:
-            bad = f"; {summary.bad_lines} lines skipped, the first: {summary.bad_line_messages[0]}" if summary.bad_lines else ""
-            raise MaskLLMError(f"{', '.join(map(str, inputs))}: no document with text, nothing to write{bad}")
+            raise MaskLLMError(f"{', '.join(map(str, inputs))}: no document with text, nothing to write")
         builder.finalize(str(new_idx))
         real_file(idx_path).unlink(missing_ok=True)
     summary.seconds = time.perf_counter() - started
@@ -163,7 +165,7 @@ def _encoded(
         batch = tokenizer.encode_batch(texts)
         if append_eod:
             batch = batch.wrapped(after=[tokenizer.eod], empty=False)
-        return _Chunk(batch, bad_lines, lines[-1].position)
+        return _Chunk(lines[0].path, batch, bad_lines, lines[-1].position)
 
     pending: deque[Future[_Chunk]] = deque()
     with one_core_a_call(), ThreadPoolExecutor(workers) as pool:
@@ -178,18 +180,31 @@ def _encoded(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _chunks(inputs: list[Path]) -> Iterator[list[Line]]:
-    """The lines of the input in lists of about CHUNK_BYTES."""
-    chunk: list[Line] = []
-    size = 0
-    for line in read_lines(inputs):
-        chunk.append(line)
-        size += len(line.data)
-        if size >= CHUNK_BYTES:
+def _with_documents(chunks: Iterator[_Chunk]) -> Iterator[_Chunk]:
+    """Pass the chunks on. Raises MaskLLMError after those of a file in which no line holds a document: it is of another form."""
+    for path, of_file in itertools.groupby(chunks, key=lambda chunk: chunk.path):
+        documents, bad_lines = 0, []
+        for chunk in of_file:
+            documents += len(chunk.batch.lengths)
+            bad_lines += chunk.bad_lines[: 1 - len(bad_lines)]
             yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
+        if not documents:
+            raise MaskLLMError(f"{path}: no line holds a document, wanted JSON lines; the first bad line: {bad_lines[0]}")
+
+
+def _chunks(inputs: list[Path]) -> Iterator[list[Line]]:
+    """The lines of the input in lists of about CHUNK_BYTES, each of one file."""
+    for _, lines in itertools.groupby(read_lines(inputs), key=lambda line: line.path):
+        chunk: list[Line] = []
+        size = 0
+        for line in lines:
+            chunk.append(line)
+            size += len(line.data)
+            if size >= CHUNK_BYTES:
+                yield chunk
+                chunk, size = [], 0
+        if chunk:
+            yield chunk
 
 
 def _write(builder: IndexedDatasetBuilder, batch: TokenBatch) -> None:

@@ -24,7 +24,7 @@ class EvaluationText:
 
 
 def read_evaluation_text(path: str | os.PathLike) -> EvaluationText:
-    """Read a held-out text, plain or gzip. The contents decide the kind, not the file's name.
+    """Read a held-out text, plain, gzip or Zstandard. The contents decide the kind, not the file's name.
 
     * JSON lines, if the first line that is not blank begins like JSON: the `text` of every line, joined by blank lines ("\\n\\n").
       JSON of another form is refused with its line number, so no model is evaluated on JSON syntax.
@@ -33,7 +33,7 @@ def read_evaluation_text(path: str | os.PathLike) -> EvaluationText:
       line end. With the Llama-2 tokenizer and BOS, the test split has 341469 tokens.
     * Any other file: its contents (UTF-8, with line ends converted to "\\n").
 
-    Raises MaskLLMError if the file cannot be read, is empty, or is JSON without a `text` in every line.
+    Raises MaskLLMError if the file cannot be read, is not text, is empty, or is JSON without a `text` in every line.
     """
     (path,) = check_inputs([path])
     first = next(read_lines([path]), None)

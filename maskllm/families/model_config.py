@@ -70,8 +70,10 @@ def check_context(seq_length: int, context: int, option: str = "--seq-length") -
         raise MaskLLMError(f"{option} {seq_length}: the model has a context of {context} tokens; use at most that")
 
 
-def check_vocabulary(largest_token: int, vocab_size: int, source: str) -> None:
-    """Raise MaskLLMError if `largest_token`, found in `source`, lies outside of the model's vocabulary."""
+def check_vocabulary(smallest_token: int, largest_token: int, vocab_size: int, source: str) -> None:
+    """Raise MaskLLMError if the tokens that were found in `source` do not all lie in the model's vocabulary."""
+    if smallest_token < 0:
+        raise MaskLLMError(f"{source}: found token {smallest_token}, wanted 0 or more; the data is damaged, make it again")
     if largest_token >= vocab_size:
         raise MaskLLMError(
             f"{source}: found token {largest_token}, wanted less than the model's vocabulary of {vocab_size}; its tokenizer is "

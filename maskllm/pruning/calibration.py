@@ -40,7 +40,7 @@ class IndexedDocuments(Sequence[np.ndarray]):
 
 
 class JsonLinesDocuments(Sequence[np.ndarray]):
-    """The `text` fields of a JSON-lines file (plain or gzip), each int64 [tokens]. A document is tokenized when it is read."""
+    """The `text` fields of a JSON-lines file (plain, gzip or Zstandard), each int64 [tokens]. A document is tokenized when it is read."""
 
     def __init__(self, path: str | Path, tokenizer: Tokenizer, *, append_eod: bool) -> None:
         """Read the file into memory. `append_eod` adds the tokenizer's end-of-sequence token, if it has one, to each document.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
@@ -51,17 +52,14 @@ class Batches:
         self.device = device
 
     def __getitem__(self, index: int) -> Batch:
-        """Return micro-batch `index`. Raises MaskLLMError if it cannot be read or a token is outside the model's vocabulary."""
+        """Return micro-batch `index`. Raises MaskLLMError if a token is outside of the model's vocabulary."""
         first = index * self.micro_batch_size
-        try:
-            samples = [self.dataset[first + i] for i in range(self.micro_batch_size)]
-        except ValueError as error:  # an offset lies outside the .bin file
-            raise MaskLLMError(f"--data-path: sample {first} and on cannot be read ({error}); the dataset is damaged") from None
+        samples = [self.dataset[first + i] for i in range(self.micro_batch_size)]
         tokens, labels, position_ids = (
             torch.stack([sample[key] for sample in samples]) for key in ("tokens", "labels", "position_ids")
         )
-        largest = int(torch.maximum(tokens.max(), labels.max()))
-        check_vocabulary(largest, self.vocab_size, "--data-path")
+        for ids in (tokens, labels):
+            check_vocabulary(int(ids.min()), int(ids.max()), self.vocab_size, "--data-path")
         return Batch(*(x.to(self.device, non_blocking=True) for x in (tokens, labels, position_ids)))
 
 
@@ -109,8 +107,9 @@ def build_batches(arguments: TrainArguments, vocab_size: int, device: torch.devi
     used = {0: "training", 1: "validation"} if arguments.eval_iters else {0: "training"}
     config.split_matrix = [bounds if part in used else None for part, bounds in enumerate(config.split_matrix)]
     for prefix in config.blend[0]:
+        dataset = open_indexed(prefix)  # keep a reference: the lengths lie in memory that is mapped only while `dataset` exists
         for part, name in used.items():
-            _check_not_empty(prefix, config.split_matrix[part], name, arguments.split)
+            _check_not_empty(prefix, dataset.sequence_lengths, config.split_matrix[part], name, arguments.split)
     train, valid, _ = BlendedMegatronDatasetBuilder(GPTDataset, samples, lambda: True, config).build()
     return (
         Batches(train, arguments.micro_batch_size, vocab_size, device),
@@ -118,10 +117,8 @@ def build_batches(arguments: TrainArguments, vocab_size: int, device: torch.devi
     )
 
 
-def _check_not_empty(prefix: str, bounds: tuple[float, float] | None, part: str, split: str) -> None:
+def _check_not_empty(prefix: str, lengths: np.ndarray, bounds: tuple[float, float] | None, part: str, split: str) -> None:
     """Raise MaskLLMError if a part of the split has no token in a dataset. Upstream would search for its samples for ever."""
-    dataset = open_indexed(prefix)  # keep a reference: `lengths` lies in memory that is mapped only while `dataset` exists
-    lengths = dataset.sequence_lengths
     first, last = (round(bound * float(len(lengths))) for bound in bounds) if bounds else (0, 0)
     if not lengths[first:last].any():
         advice = "change it, or set --eval-iters 0" if part == "validation" else "change it"

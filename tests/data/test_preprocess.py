@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 from maskllm.cli import main
 from maskllm.data import preprocess as module
 from maskllm.data import tokenizer as tokenizer_module
-from maskllm.data.json_lines import BadLineError
+from maskllm.data.json_lines import BadLineError, zstd
 from maskllm.data.preprocess import preprocess
 from maskllm.errors import MaskLLMError
 
@@ -68,17 +68,23 @@ def test_large_vocabularies_are_int32(tmp_path):
     assert dataset[0].dtype == np.int32
 
 
-def test_gzip_byte_order_mark_crlf_and_blank_lines_change_nothing(tokenizers_directory, corpus, tmp_path):
+def test_compression_byte_order_mark_crlf_and_blank_lines_change_nothing(tokenizers_directory, corpus, tmp_path):
     plain = write_json_lines(tmp_path / "plain.json", corpus)
     lines = plain.read_bytes().splitlines()
     with gzip.open(tmp_path / "a.json.gz", "wb") as stream:
         stream.write(b"\xef\xbb\xbf" + b"\r\n".join(lines[:60]) + b"\r\n\r\n")
     with (tmp_path / "b.data").open("wb") as stream:  # two gzip members, no .gz in the name, and no line end at the end
         stream.write(gzip.compress(b"\n".join(lines[60:80])) + gzip.compress(b"\n \n" + b"\n".join(lines[80:100])))
-    (tmp_path / "c.json").write_bytes(b"\n".join(lines[100:]))
-    for inputs, output in (([plain], "one"), ([tmp_path / name for name in ("a.json.gz", "b.data", "c.json")], "three")):
+    with (tmp_path / "c.jsonl.zst").open("wb") as stream:  # a frame to skip, as pzstd writes first, and two frames
+        stream.write(b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"skip")
+        stream.write(zstd.compress(b"\n".join(lines[100:120]) + b"\n") + zstd.compress(b"\n" + b"\n".join(lines[120:140])))
+    (tmp_path / "d.json").write_bytes(b"\n".join(lines[140:]))
+    for inputs, output in (
+        ([plain], "one"),
+        ([tmp_path / name for name in ("a.json.gz", "b.data", "c.jsonl.zst", "d.json")], "four"),
+    ):
         preprocess(inputs, tmp_path / output, tokenizers_directory / "digits", workers=2)
-    assert files(tmp_path / "one_text_document") == files(tmp_path / "three_text_document")
+    assert files(tmp_path / "one_text_document") == files(tmp_path / "four_text_document")
 
 
 def test_the_dataset_is_named_for_the_key(tokenizers_directory, tmp_path):
@@ -136,6 +142,10 @@ def failing_inputs(root: Path) -> dict[str, tuple[list[str], str]]:
     (root / "good.json").write_bytes(document)
     (root / "cut.json.gz").write_bytes(whole[: len(whole) // 2])
     (root / "damaged.json.gz").write_bytes(whole[:200] + bytes(50) + whole[250:])
+    (root / "cut.json.zst").write_bytes(zstd.compress(document * 50)[:-1])
+    (root / "table.csv").write_bytes(b"text\nthe model\n")
+    (root / "table.parquet").write_bytes(b"PAR1\x15\x04PAR1")
+    (root / "pointer.json").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     (root / "empty.json").write_bytes(b"\n")
     (root / "no_text.json").write_bytes(b'{"text": ""}\n')
     (root / "folder").mkdir()
@@ -146,12 +156,22 @@ def failing_inputs(root: Path) -> dict[str, tuple[list[str], str]]:
         "pipe": (["pipe"], "pipe: is not a regular file"),
         "cut": (["good.json", "cut.json.gz"], "cut.json.gz: the gzip stream is damaged or cut off after line"),
         "damaged": (["damaged.json.gz"], "damaged.json.gz: the gzip stream is damaged or cut off after line"),
+        "cut zst": (["good.json", "cut.json.zst"], "cut.json.zst: the Zstandard stream is damaged or cut off after line"),
+        "not JSON lines": (
+            ["good.json", "table.csv", "good.json"],
+            "table.csv: no line holds a document, wanted JSON lines; the first ",
+        ),
+        "parquet": (["good.json", "table.parquet"], "table.parquet: is a Parquet file; wanted text"),
+        "pointer": (["good.json", "pointer.json"], "pointer.json: is a git-lfs pointer"),
         "empty": (["empty.json"], "no document with text"),
         "no_text": (["no_text.json"], "no document with text"),
     }
 
 
-@pytest.mark.parametrize("case", ["missing", "folder", "pipe", "cut", "damaged", "empty", "no_text"])
+@pytest.mark.parametrize(
+    "case",
+    ["missing", "folder", "pipe", "cut", "damaged", "cut zst", "not JSON lines", "parquet", "pointer", "empty", "no_text"],
+)
 def test_an_input_that_cannot_be_used_ends_with_one_line(tokenizers_directory, tmp_path, capsys, case):
     names, message = failing_inputs(tmp_path)[case]
     before = {entry.name for entry in tmp_path.iterdir()}

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from maskllm.data.json_lines import BadLineError
+from maskllm.data.json_lines import BadLineError, zstd
 from maskllm.data.tokenizer import load_tokenizer
 from maskllm.errors import MaskLLMError
 from maskllm.evaluation.text import read_evaluation_text
@@ -38,11 +38,12 @@ def test_other_text_is_read_unchanged(tmp_path, name):
     assert (read_evaluation_text(tmp_path / name).text, read_evaluation_text(tmp_path / name).kind) == (text, "text")
 
 
-@pytest.mark.parametrize("name", ["held.json", "held.ndjson", "held", "held.json.gz", "C4.JSON.GZ"])
+@pytest.mark.parametrize("name", ["held.json", "held.ndjson", "held", "held.json.gz", "C4.JSON.GZ", "held.zst"])
 def test_json_lines_are_joined_by_blank_lines(tmp_path, name):
     data = b"".join(json.dumps({"text": text, "url": ""}).encode() + b"\n" for text in ("one é", "two\nlines", "three"))
     data = b"\xef\xbb\xbf\n \n" + data
-    (tmp_path / name).write_bytes(gzip.compress(data) if name.lower().endswith("gz") else data)
+    data = gzip.compress(data) if name.lower().endswith("gz") else zstd.compress(data) if name.endswith("zst") else data
+    (tmp_path / name).write_bytes(data)
     read = read_evaluation_text(tmp_path / name)
     assert (read.text, read.kind) == ("one é\n\ntwo\nlines\n\nthree", "json lines")
 

@@ -10,6 +10,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from maskllm.data.json_lines import zstd
 from maskllm.errors import MaskLLMError
 from maskllm.pruning.calibration import IndexedDocuments, open_documents, sample_windows
 
@@ -80,7 +81,8 @@ def test_an_indexed_dataset_and_json_lines_give_the_same_documents(tmp_path):
     (tmp_path / "data.json").write_bytes(lines)
     (tmp_path / "data.json.gz").write_bytes(gzip.compress(lines))
     tokenizer = write_tokenizer(tmp_path / "tokenizer")
-    for name in ("data", "data.json", "data.json.gz"):
+    (tmp_path / "data.json.zst").write_bytes(zstd.compress(lines))
+    for name in ("data", "data.json", "data.json.gz", "data.json.zst"):
         found = open_documents(tmp_path / name, tokenizer)
         assert [doc.tolist() for doc in found] == [doc.tolist() for doc in docs], name
         assert all(doc.dtype == np.int64 for doc in found)

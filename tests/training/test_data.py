@@ -9,6 +9,7 @@ import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from maskllm.errors import MaskLLMError
 from maskllm.training.arguments import TrainArguments
 from maskllm.training.data import build_batches
 
@@ -28,6 +29,14 @@ def arguments(tmp_path) -> TrainArguments:
         data_path=[str(tmp_path / "data")], load="checkpoint", train_iters=20, global_batch_size=2, seq_length=32, eval_iters=0,
         split="1,0,0",
     )  # fmt: skip
+
+
+def test_a_negative_token_is_refused(arguments, tmp_path):
+    builder = IndexedDatasetBuilder(str(tmp_path / "data.bin"), dtype=np.int32)
+    builder.add_document(torch.full([100], -7), [100])
+    builder.finalize(str(tmp_path / "data.idx"))
+    with pytest.raises(MaskLLMError, match="--data-path: found token -7, wanted 0 or more"):
+        tokens(arguments)
 
 
 def tokens(arguments: TrainArguments) -> torch.Tensor:
