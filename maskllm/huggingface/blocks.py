@@ -32,4 +32,9 @@ def linears_of(block: torch.nn.Module, prefix: str) -> dict[str, torch.nn.Module
 
 def matrix(linear: torch.nn.Module) -> torch.Tensor:
     """The weight of a linear as a matrix [out, in], a view without gradient. `Conv1D` (GPT-2) stores it as [in, out]."""
-    return linear.weight.data.t() if isinstance(linear, Conv1D) else linear.weight.data
+    return as_matrix(linear, linear.weight.data)
+
+
+def as_matrix(linear: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """`weight`, which has the layout of the linear's own weight, as a matrix [out, in]; a view."""
+    return weight.t() if isinstance(linear, Conv1D) else weight

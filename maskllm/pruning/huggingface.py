@@ -56,14 +56,17 @@ def prune_hf(model: PreTrainedModel, input_ids: torch.Tensor, settings: PruneSet
         calls = layer_calls(model, layers, input_ids[:1])
         hidden = [layer_calls(model, layers[:1], ids)[0].hidden.cpu() for ids in input_ids.split(1)]
         store = _Memory()
-        prepared = (
-            Layer(layer_forward(layer, call), linears_of(layer, names[layer])) for layer, call in zip(layers, calls, strict=True)
-        )
+        prepared = (_prepared(layer, call, names[layer]) for layer, call in zip(layers, calls, strict=True))
         reports = prune_layers(prepared, len(layers), hidden, settings, store=store)
     finally:
         model.train(was_training)
     calibration = {"samples": input_ids.shape[0], "seq_length": input_ids.shape[1]}
     return PruneResult(store.masks, {**settings.as_dict(), "calibration": calibration, "layers": reports})
+
+
+def _prepared(layer: torch.nn.Module, call: LayerCall, prefix: str) -> Layer:
+    linears = linears_of(layer, prefix)
+    return Layer(layer_forward(layer, call), linears, {name: matrix(linear) for name, linear in linears.items()})
 
 
 class _Memory:

@@ -37,8 +37,9 @@ class Layer:
 
     forward: Callable[[torch.Tensor], torch.Tensor]
     linears: dict[str, torch.nn.Module]
-    dtype: torch.dtype | None = None
-    """The dtype of the stored weights, if the layer computes in another dtype."""
+    stored: dict[str, torch.Tensor]
+    """The weights [out, in] of `linears` as they are stored, each in its own dtype, on any device. They are what is pruned; the layer
+    may compute in another dtype."""
 
     @property
     def device(self) -> torch.device:
@@ -132,40 +133,52 @@ def _prune_layer(
     }
 
 
-def calibrate(layer: Layer, hidden: list[torch.Tensor], *, keep_outputs: bool) -> dict[tuple[str, ...], InputStatistics]:
-    """The input statistics of a layer's linears over this rank's samples.
+def calibrate(layer: Layer, hidden: list[torch.Tensor], *, keep_outputs: bool) -> dict[str, InputStatistics]:
+    """The input statistics of each of the layer's linears over this rank's samples.
 
-    The keys are tuples of names: linears that read the same tensor share their statistics. With `keep_outputs`, the layer's outputs
-    replace the samples in `hidden`.
+    Linears that read the same tensors in every sample share one object. A linear that no sample reaches has statistics of 0 samples.
+    With `keep_outputs`, the layer's outputs replace the samples in `hidden`.
     """
-    inputs: dict[str, torch.Tensor] = {}
+    inputs: dict[str, list[torch.Tensor]] = {}
 
     def capture(name: str) -> Callable[..., None]:
         def hook(_module: torch.nn.Module, args: tuple) -> None:
-            inputs[name] = args[0]
+            inputs.setdefault(name, []).append(args[0])
 
         return hook
 
+    widths = {name: weight.shape[1] for name, weight in layer.stored.items()}
+    empty = {width: InputStatistics(width, layer.device) for width in widths.values()}
+    statistics = {name: empty[width] for name, width in widths.items()}
+    del empty
     handles = [linear.register_forward_pre_hook(capture(name)) for name, linear in layer.linears.items()]
-    statistics: dict[tuple[str, ...], InputStatistics] = {}
     try:
         for index, sample in enumerate(hidden):
             output = layer.forward(sample.to(layer.device))
             if keep_outputs:
                 hidden[index] = output.cpu()
-            readers: dict[int, list[str]] = {}
-            for name, tensor in inputs.items():
-                readers.setdefault(id(tensor), []).append(name)
-            for names in readers.values():
-                tensor = inputs[names[0]]
-                if tuple(names) not in statistics:
-                    statistics[tuple(names)] = InputStatistics(tensor.shape[-1], tensor.device)
-                statistics[tuple(names)].add(tensor)
+            _add_inputs(statistics, inputs)
             inputs.clear()
     finally:
         for handle in handles:
             handle.remove()
     return statistics
+
+
+def _add_inputs(statistics: dict[str, InputStatistics], inputs: dict[str, list[torch.Tensor]]) -> None:
+    """Add one sample's `inputs` of each linear that it reached. Linears that so far read the same tensors, but now do not, part."""
+    readers: dict[tuple[int, ...], list[str]] = {}
+    for name, own in statistics.items():
+        readers.setdefault((id(own), *map(id, inputs.get(name, []))), []).append(name)
+    for names in readers.values():
+        if names[0] not in inputs:
+            continue
+        own = statistics[names[0]]
+        if sum(other is own for other in statistics.values()) > len(names):
+            own = own.copy()
+            statistics.update(dict.fromkeys(names, own))
+        for tensor in inputs[names[0]]:
+            own.add(tensor)
 
 
 def _advance(layer: Layer, hidden: list[torch.Tensor]) -> None:
@@ -176,42 +189,61 @@ def _advance(layer: Layer, hidden: list[torch.Tensor]) -> None:
 
 def _solve(
     layer: Layer,
-    statistics: dict[tuple[str, ...], InputStatistics],
+    statistics: dict[str, InputStatistics],
     settings: PruneSettings,
     group: dist.ProcessGroup | None,
 ) -> dict[str, PrunedMatrix]:
-    """Prune the layer's matrices. Matrices with the same input are solved together, on one of the ranks."""
+    """Prune the layer's matrices, and empty `statistics`. Matrices with the same input are solved together, on one of the ranks."""
     pruned: dict[str, PrunedMatrix] = {}
-    ranks = 1 if group is None else group.size()
+    ranks, rank = (1, 0) if group is None else (group.size(), group.rank())
     # Largest first: the cost grows with the cube of the number of inputs.
-    order = sorted(statistics, key=lambda names: -len(statistics[names].gram))
-    for position, names in enumerate(order):
-        if group is not None:
-            statistics[names].reduce(position % ranks, group)
-    for position, names in enumerate(order):
-        if group is None or group.rank() == position % ranks:
-            weights = {name: layer.weight(name) for name in names}
-            pruned.update(prune_matrices(weights, statistics.pop(names), settings, dtype=layer.dtype))
-        else:
-            del statistics[names]
+    groups = sorted(_groups(statistics, group), key=lambda names: -len(statistics[names[0]].gram))
+    of_groups = [statistics[names[0]] for names in groups]
+    statistics.clear()
     if group is not None:
-        for position, names in enumerate(order):
+        # Each is reduced in place, so groups that only other ranks tell apart need copies.
+        of_groups = [own.copy() if own in of_groups[:position] else own for position, own in enumerate(of_groups)]
+        for position in range(len(groups)):
+            of_groups[position].reduce(position % ranks, group)
+    for position, names in enumerate(groups):
+        own = of_groups.pop(0)  # frees the one before
+        if position % ranks == rank:
+            weights = {name: layer.stored[name].to(layer.device) for name in names}
+            pruned.update(prune_matrices(weights, own, settings))
+    if group is not None:
+        for position, names in enumerate(groups):
             for name in names:
-                pruned[name] = _broadcast(layer.weight(name), pruned.get(name), position % ranks, settings, group)
+                pruned[name] = _broadcast(layer, name, pruned.get(name), position % ranks, settings, group)
     return {name: pruned[name] for name in layer.linears}
 
 
+def _groups(statistics: dict[str, InputStatistics], group: dist.ProcessGroup | None) -> list[list[str]]:
+    """The linears that share their statistics on every rank, in the same order on every rank."""
+    numbers = {name: id(own) for name, own in statistics.items()}
+    everywhere = [numbers]
+    if group is not None:
+        everywhere = [numbers] * group.size()
+        dist.all_gather_object(everywhere, numbers, group=group)
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name in statistics:
+        groups.setdefault(tuple(of_rank[name] for of_rank in everywhere), []).append(name)
+    return list(groups.values())
+
+
 def _broadcast(
-    weight: torch.Tensor, solved: PrunedMatrix | None, source: int, settings: PruneSettings, group: dist.ProcessGroup
+    layer: Layer, name: str, solved: PrunedMatrix | None, source: int, settings: PruneSettings, group: dist.ProcessGroup
 ) -> PrunedMatrix:
-    """Send the matrix that rank `source` has `solved` to every rank."""
-    out_features, in_features = weight.shape
-    bits = pack_mask(solved.mask) if solved else weight.new_empty(out_features, -(-in_features // 8), dtype=torch.uint8)
+    """Send the matrix `name` of `layer`, which rank `source` has `solved`, to every rank."""
+    stored = layer.stored[name]
+    out_features, in_features = stored.shape
+    empty = torch.empty(out_features, -(-in_features // 8), dtype=torch.uint8, device=layer.device)
+    bits = pack_mask(solved.mask) if solved else empty
     report = [solved.report if solved else None]
     dist.broadcast(bits, group_src=source, group=group)
     dist.broadcast_object_list(report, group_src=source, group=group)
     updated = None
     if settings.update_weights:
-        updated = solved.weight.contiguous() if solved else torch.empty_like(weight, memory_format=torch.contiguous_format)
+        empty = torch.empty(stored.shape, dtype=stored.dtype, device=layer.device)
+        updated = solved.weight.contiguous() if solved else empty
         dist.broadcast(updated, group_src=source, group=group)
     return PrunedMatrix(unpack_mask(bits, in_features), updated, report[0])

@@ -134,8 +134,7 @@ def prune_calibrated(
     def stored(kind: str, mapping: Mapping) -> torch.Tensor:
         layer = int(re.search(r"\.layers\.(\d+)\.", mapping.megatron)[1])
         parts = [store.tensor(layer, f"{name.removesuffix('.weight')}.{kind}") for name in mapping.hf]
-        tensor = mapping.fuse(parts, checkpoint.model_config)
-        return tensor if kind == "mask_bits" else tensor.to(checkpoint.tensors[mapping.megatron].dtype)
+        return mapping.fuse(parts, checkpoint.model_config)
 
     path = output / iteration_name("release")
     if rank == 0:

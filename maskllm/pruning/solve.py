@@ -61,7 +61,7 @@ class PrunedMatrix:
     mask: torch.Tensor
     """bool [out, in]"""
     weight: torch.Tensor | None
-    """The updated weight [out, in] in the original dtype, 0 for removed weights. None if the kept weights do not change."""
+    """The updated weight [out, in] in its stored dtype, 0 for removed weights. None if the kept weights do not change."""
     report: dict[str, Any]
     """JSON values: errors and counts."""
 
@@ -74,12 +74,12 @@ class PrunedMatrix:
 
 @torch.no_grad()
 def prune_matrices(
-    weights: dict[str, torch.Tensor], statistics: InputStatistics, settings: PruneSettings, *, dtype: torch.dtype | None = None
+    weights: dict[str, torch.Tensor], statistics: InputStatistics, settings: PruneSettings
 ) -> dict[str, PrunedMatrix]:
-    """Prune `weights` (name -> [out, in] of any float dtype), which all have the inputs of `statistics`.
+    """Prune `weights` (name -> [out, in], each of any float dtype), which all have the inputs of `statistics`.
 
-    They share one factorization of the Hessian. Updated weights are rounded to `dtype`, the dtype for storing them; the default is
-    the dtype of `weights`. Raises MaskLLMError if a weight is not finite or the pattern does not fit.
+    They share one factorization of the Hessian. Each updated weight is rounded once, to the dtype of its matrix. Raises
+    MaskLLMError if a weight is not finite or the pattern does not fit.
     """
     first = next(iter(weights))
     for name, weight in weights.items():
@@ -88,7 +88,9 @@ def prune_matrices(
     note = {"calibration_tokens": statistics.tokens, "skipped_tokens": statistics.skipped_tokens, "dead_inputs": dead}
     if statistics.skipped_tokens:
         logger.warning("%s: skipped %d tokens with non-finite inputs", ", ".join(weights), statistics.skipped_tokens)
-    if statistics.tokens == 0:
+    if statistics.samples == 0:
+        logger.warning("%s: no calibration sample reaches it; all inputs get the same weight", ", ".join(weights))
+    elif statistics.tokens == 0:
         logger.warning("%s: no calibration token has finite inputs; all inputs get the same weight", ", ".join(weights))
     elif dead:
         logger.warning("%s: %d of %d inputs are 0 for every token", ", ".join(weights), dead, len(statistics.gram))
@@ -106,11 +108,11 @@ def prune_matrices(
         else:
             mask, updated = sparsegpt(weight, factor, settings.sparsity)
             if settings.update_weights:
-                return mask, updated.to(dtype or weight.dtype).to(weight.dtype)
+                return mask, updated
         return mask, weight * mask
 
     if isinstance(settings.sparsity, Pattern):
-        # Rows are independent, so one sweep serves all matrices.
+        # Rows are independent, so one sweep serves all matrices. If their dtypes differ, `cat` takes one that holds all values.
         rows = [len(weight) for weight in weights.values()]
         masks, sparse = (tensor.split(rows) for tensor in solve(torch.cat(list(weights.values()))))
         solved = list(zip(masks, sparse, strict=True))
@@ -119,6 +121,7 @@ def prune_matrices(
 
     pruned = {}
     for (name, weight), (mask, sparse_weight) in zip(weights.items(), solved, strict=True):
+        sparse_weight = sparse_weight.to(weight.dtype)
         error = output_norm(weight.float() - sparse_weight.float(), hessian) / output_norm(weight.float(), hessian)
         report = {"relative_error": None if error.isnan() else error.item(), "kept": mask.float().mean().item(), **note}
         pruned[name] = PrunedMatrix(mask, sparse_weight if settings.update_weights else None, report)

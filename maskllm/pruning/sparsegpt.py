@@ -70,7 +70,9 @@ def factor_hessian(hessian: torch.Tensor, name: str, *, damping: float = DAMPING
 
 
 def sparsegpt(weight: torch.Tensor, factor: HessianFactor, sparsity: Sparsity) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sweep `weight` [out, in] from left to right; returns the mask, bool [out, in], and the updated weight, fp32 [out, in].
+    """Sweep `weight` [out, in] from left to right; returns the mask, bool [out, in], and the updated weight [out, in].
+
+    The sweep and the updated weight are fp32, or fp64 if `weight` is, so a weight that no update moves keeps its value.
 
     In each block of M columns, the mask keeps the N largest W^2 / diag(upper)^2 of each row. It is chosen when the sweep reaches
     the block, so W includes the updates from all columns before. With a share instead of a pattern, the mask is chosen for 128
@@ -86,13 +88,15 @@ def sparsegpt(weight: torch.Tensor, factor: HessianFactor, sparsity: Sparsity) -
     width = BLOCK_SIZE // step * step
 
     # Work on the transpose, so that a column is contiguous.
-    columns = weight.t().float().clone(memory_format=torch.contiguous_format)
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    columns = weight.t().to(dtype).clone(memory_format=torch.contiguous_format)
+    whole = factor.upper.to(dtype)
     columns[factor.dead] = 0
     keep = torch.empty(in_features, out_features, dtype=torch.bool, device=weight.device)
     for start in range(0, in_features, width):
         end = min(start + width, in_features)
         block, block_keep = columns[start:end], keep[start:end]
-        upper = factor.upper[start:end, start:end]
+        upper = whole[start:end, start:end]
         diagonal = upper.diagonal().unsqueeze(1)
         errors = torch.empty_like(block)
         if not isinstance(sparsity, Pattern):
@@ -108,6 +112,6 @@ def sparsegpt(weight: torch.Tensor, factor: HessianFactor, sparsity: Sparsity) -
                 if column + 1 < high:
                     block[column + 1 : high].addr_(upper[column, column + 1 : high], errors[column], alpha=-1)
             block[high:].addmm_(upper[low:high, high:].t(), errors[low:high], alpha=-1)
-        columns[end:].addmm_(factor.upper[start:end, end:].t(), errors, alpha=-1)
+        columns[end:].addmm_(whole[start:end, end:].t(), errors, alpha=-1)
     columns.masked_fill_(~keep, 0)
     return keep.t().contiguous(), columns.t().contiguous()

@@ -41,6 +41,13 @@ class InputStatistics:
         self.samples += 1
         self.tokens += len(inputs)
 
+    def copy(self) -> InputStatistics:
+        """The same statistics in memory of their own."""
+        copied = InputStatistics(0, self.gram.device)
+        copied.gram = self.gram.clone()
+        copied.samples, copied.tokens, copied.skipped_tokens = self.samples, self.tokens, self.skipped_tokens
+        return copied
+
     def reduce(self, destination: int, group: dist.ProcessGroup) -> None:
         """Sum the statistics of the ranks in `group` on its rank `destination`. Each rank has seen other samples."""
         dist.reduce(self.gram, group_dst=destination, group=group)

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 
 from maskllm.checkpoints.reading import Checkpoint
 from maskllm.families.registry import parameter_map
-from maskllm.huggingface.blocks import linears_of, transformer_blocks
+from maskllm.huggingface.blocks import as_matrix, linears_of, transformer_blocks
 from maskllm.pruning.huggingface import LayerCall, layer_calls, layer_forward
 from maskllm.pruning.layerwise import Layer
 
@@ -47,16 +47,20 @@ class LayerStream:
         return hidden
 
     def __iter__(self) -> Iterator[Layer]:
-        """Each layer in turn. Loading a layer frees the one before. Call `first_hidden` first."""
+        """Each layer in turn. Loading a layer frees the one before, with its stored weights. Call `first_hidden` first."""
+        stored: dict[str, torch.Tensor] = {}
         for index in range(self._checkpoint.model_config.num_layers):
             self._layer.to("meta")  # frees the weights of the layer before
-            prefix, state, stored = f"{self._prefix}.{index}", {}, None
+            stored.clear()
+            prefix, state = f"{self._prefix}.{index}", {}
+            linears = linears_of(self._layer, prefix)
             for name, tensor in self._tensors(f"{prefix}."):
-                stored = tensor.dtype
                 state[name] = tensor.to(self._device, self._dtype)
+                if (linear := f"{prefix}.{name.removesuffix('.weight')}") in linears and name.endswith(".weight"):
+                    stored[linear] = as_matrix(linears[linear], tensor)
             self._layer.load_state_dict(state, assign=True)
             del state, tensor
-            yield Layer(layer_forward(self._layer, self._call), linears_of(self._layer, prefix), stored)
+            yield Layer(layer_forward(self._layer, self._call), linears, stored)
 
     def _one_layer_model(self) -> PreTrainedModel:
         """The model on the host with the real embeddings and one layer with random weights."""

@@ -124,7 +124,8 @@ def live_bytes():
 
 
 def test_memory_holds_one_layer(tiny_dense, tiny_dataset, tmp_path, monkeypatch, live_bytes):
-    """While statistics are collected: a layer's weights, its Gram matrices, its inputs for one sample, and all hidden states."""
+    """While statistics are collected: a layer's weights, in fp32 and as stored, its Gram matrices, its inputs for one sample, and all
+    hidden states."""
     hidden, ffn, qkv, tokens, samples = 64, 128, 128, 48, 6
     seen = []
     add = InputStatistics.add
@@ -137,11 +138,12 @@ def test_memory_holds_one_layer(tiny_dense, tiny_dataset, tmp_path, monkeypatch,
     monkeypatch.setattr(InputStatistics, "add", measured)
     assert prune(tiny_dense, tmp_path / "out", *calibrated(tiny_dataset, "sparsegpt")) == 0
     weights = 4 * (qkv * hidden + hidden * hidden + 3 * ffn * hidden + 2 * hidden)
+    stored = 2 * (qkv * hidden + hidden * hidden + 3 * ffn * hidden)
     grams = 8 * (3 * hidden**2 + ffn**2)
     one_sample = 4 * tokens * (3 * hidden + ffn + 2 * hidden)  # the inputs of the linears, the layer's input and output
     between_layers = 4 * samples * tokens * hidden + 8 * samples * tokens  # and the tokens themselves
     rotary = 2 * 4 * tokens * 16
-    expected = weights + grams + one_sample + between_layers + rotary
+    expected = weights + stored + grams + one_sample + between_layers + rotary
     assert 0.8 * expected <= max(seen) <= expected + 4096
     assert len(seen) == 4 * 4
     per_layer = [max(seen[i : i + len(seen) // 4]) for i in range(0, len(seen), len(seen) // 4)]
