@@ -22,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 _RUN = "run.json"
 
+_FORMAT = 2
+"""Of the layers' files. In 2, a weight has the dtype that it is stored in; in 1, it had the dtype that the layers computed in."""
+
 
 class DirectoryStore:
     """A directory with one safetensors file per layer: mask bits, updated weights, report.
@@ -35,6 +38,7 @@ class DirectoryStore:
         All ranks of the default process group must call it.
         """
         self.directory = directory
+        run = {"format": _FORMAT, **run}
         finished: list[list[int]] = [[]]
         if dist.get_rank() == 0:
             if (directory / _RUN).is_file() and read_json_object(directory / _RUN) == run:
