@@ -89,7 +89,7 @@ def prune_matrices(
     if statistics.skipped_tokens:
         logger.warning("%s: skipped %d tokens with non-finite inputs", ", ".join(weights), statistics.skipped_tokens)
     if statistics.samples == 0:
-        logger.warning("%s: no calibration sample reaches it; all inputs get the same weight", ", ".join(weights))
+        logger.warning("%s: reached by no calibration sample; all inputs get the same weight", ", ".join(weights))
     elif statistics.tokens == 0:
         logger.warning("%s: no calibration token has finite inputs; all inputs get the same weight", ", ".join(weights))
     elif dead:
