@@ -1,6 +1,7 @@
 """Files: outputs that appear complete or not at all (write a temporary file, fsync, rename), JSON objects, git-lfs pointers.
 
-The names of temporary files and directories start with a dot and end with `.tmp`; `.old` is a directory that is being replaced.
+The permissions of outputs follow the umask. The names of temporary files and directories start with a dot and end with `.tmp`;
+`.old` is a directory that is being replaced.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,12 @@ def real_file(path: str | os.PathLike) -> Path:
     return Path(os.path.realpath(path))
 
 
+def _make_readable(path: Path, mode: int) -> None:
+    """Give the file `path` the permissions in `mode`. Some libraries, such as safetensors, make files that only their owner can read."""
+    if stat.S_IMODE(path.stat().st_mode) != mode & 0o666:
+        path.chmod(mode & 0o666)
+
+
 @contextlib.contextmanager
 def _directory(path: Path) -> Iterator[None]:
     """A block that writes into the directory `path`. Makes it, and removes the directories that it made if the block raises."""
@@ -67,7 +75,11 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.tmp")
     with _directory(path.parent):
         try:
+            temporary.unlink(missing_ok=True)
+            temporary.touch()
+            mode = temporary.stat().st_mode
             yield temporary
+            _make_readable(temporary, mode)
             _fsync(temporary)
             os.replace(temporary, path)
             _fsync(path.parent)
@@ -101,8 +113,14 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def publish_directory(temporary: Path, path: Path) -> None:
-    """Sync every file under `temporary` and rename it to `path`, replacing a directory already there."""
+    """Sync every file under `temporary` and rename it to `path`, replacing a directory already there.
+
+    The files get the permissions that the umask gives to `temporary`, which is new.
+    """
+    mode = temporary.stat().st_mode
     for entry in sorted(temporary.rglob("*")):
+        if entry.is_file():
+            _make_readable(entry, mode)
         _fsync(entry)
     _fsync(temporary)
     retired = path.with_name(f".{path.name}.old")
@@ -137,7 +155,7 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
 
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/v1"
-"""The start of a pointer file, as the specification of git-lfs (docs/spec.md) has it."""
+"""The start of a pointer file, as the specification of git-lfs has it."""
 
 
 def check_not_lfs_pointer(path: str | os.PathLike) -> None:

@@ -18,6 +18,7 @@ import torch
 import megatron_patches
 from tests.ranks import Pool, heed_interrupts
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no directory is a hub id
 megatron_patches.import_megatron()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:

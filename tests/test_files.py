@@ -91,3 +91,12 @@ def test_other_files_are_no_git_lfs_pointers(tmp_path):
     (tmp_path / "short").write_text("version https://git-lfs")
     for path in (tmp_path / "pipe", tmp_path / "text", tmp_path / "short", tmp_path, tmp_path / "missing"):
         check_not_lfs_pointer(path)
+
+
+def test_a_file_that_replaces_a_private_leftover_follows_the_umask(tmp_path):
+    leftover = tmp_path / ".out.tmp"
+    leftover.touch(mode=0o600)
+    (tmp_path / "reference").touch()
+    with atomic_file(tmp_path / "out") as temporary:
+        save_file({"a": torch.zeros(1)}, temporary)
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "reference").stat().st_mode

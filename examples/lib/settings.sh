@@ -86,10 +86,10 @@ fi
 # shellcheck disable=SC2034 # the steps use it
 HF_DIR=$HF_MODEL
 if [[ -z ${MODEL:-} && ! -d $HF_MODEL ]]; then
-  if [[ $HF_MODEL =~ ^[A-Za-z0-9_.-]*[A-Za-z0-9_]/[A-Za-z0-9_.-]+$ ]]; then
+  if [[ $HF_MODEL =~ ^([A-Za-z0-9_.-]*[A-Za-z0-9_]/)?[A-Za-z0-9_][A-Za-z0-9_.-]*$ ]]; then
     HF_DIR=$DATA_DIR/models/$(basename "$HF_MODEL")
   elif [[ -z ${DRY_RUN:-} ]]; then # a dry run may print commands for another machine
-    echo "HF_MODEL=$HF_MODEL: no such directory, and not a hub id like meta-llama/Llama-2-7b-hf" >&2
+    echo "HF_MODEL=$HF_MODEL: no such directory, and not a hub id like gpt2 or OWNER/NAME" >&2
     exit 2
   fi
 fi

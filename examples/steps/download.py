@@ -1,5 +1,4 @@
-"""Download the files of a Hugging Face checkpoint that a recipe needs: safetensors weights, configs, the tokenizer with its chat
-templates, and the license.
+"""Download the files of a Hugging Face checkpoint that a recipe needs: safetensors weights, and all other files but weights.
 
 usage: python download.py ID DIRECTORY
 
@@ -8,13 +7,10 @@ This is Python code because versions of `hf download` differ in how they take se
 
 import sys
 
-from huggingface_hub import snapshot_download
-
-PATTERNS = ["*.safetensors", "*.json", "tokenizer*", "*.jinja", "merges.txt", "LICENSE*"]
+from maskllm.errors import MaskLLMError
+from maskllm.huggingface.directory import NOT_DOWNLOADED, download
 
 try:
-    snapshot_download(sys.argv[1], local_dir=sys.argv[2], allow_patterns=PATTERNS, ignore_patterns=["original/*"])
-except Exception as error:  # the hub's client also raises errors of requests and httpx
-    sys.exit(
-        f"{sys.argv[1]}: no such directory, and the hub does not give it: {(str(error).strip() or repr(error)).splitlines()[0]}"
-    )
+    download(sys.argv[1], "directory", None, NOT_DOWNLOADED, to=sys.argv[2])
+except MaskLLMError as error:
+    sys.exit(str(error))

@@ -13,7 +13,8 @@ from maskllm.checkpoints.writing import release_directory, write_checkpoint
 from maskllm.errors import MaskLLMError
 from maskllm.families.mapping import Mapping
 from maskllm.families.model_config import ModelConfig
-from maskllm.families.registry import base_prefix, is_derived_buffer, parameter_map, read_model_config, tied_copies
+from maskllm.families.registry import find_stored, is_derived_buffer, parameter_map, read_model_config, tied_copies
+from maskllm.files import read_json_object
 from maskllm.huggingface.directory import find_source
 from maskllm.huggingface.tensors import HFTensors
 
@@ -41,51 +42,64 @@ def convert(hf: str | Path, output: str | Path) -> ConvertReport:
     release_directory(output, "dense")
     source = find_source(hf)
     config = read_model_config(source / "config.json")
-    tensors = HFTensors(source, base_prefix(config))
-    mappings = parameter_map(config)
-    _check_names(tensors, mappings, config)
-    lazy = {mapping.megatron: _converted(mapping, tensors, config) for mapping in mappings}
+    tensors = HFTensors(source)
+    stored = find_stored(tensors.names, config)
+    _check_names(tensors, stored, config)
+    lazy = {mapping.megatron: _converted(mapping, tensors, stored, config) for mapping in parameter_map(config)}
     info = CheckpointInfo(stage="dense", source=str(hf))
     path = write_checkpoint(output, lazy, info, hf_files_from=source, description="convert")
     parameters = sum(torch.Size(tensor.shape).numel() for tensor in lazy.values())
     return ConvertReport(str(path), len(lazy), parameters, sum(tensor.nbytes for tensor in lazy.values()))
 
 
-def _converted(mapping: Mapping, tensors: HFTensors, config: ModelConfig) -> LazyTensor:
-    """The Megatron tensor of `mapping`. Raises MaskLLMError if its Hugging Face tensors have wrong shapes or different dtypes."""
+def _converted(mapping: Mapping, tensors: HFTensors, stored: dict[str, str], config: ModelConfig) -> LazyTensor:
+    """The Megatron tensor of `mapping`. `stored` are the names of its Hugging Face tensors in the files.
+
+    Raises MaskLLMError if one of them is missing or has a wrong shape, or if they have different dtypes.
+    """
     for name, wanted in zip(mapping.hf, mapping.hf_shapes(config), strict=True):
-        found = tensors.shape(name)
+        if name not in stored:
+            raise MaskLLMError(f"{tensors.directory}: has no tensor {name}, which a {config.model_type} model with this config has")
+        found = tensors.shape(stored[name])
         if found != wanted:
             raise MaskLLMError(
-                f"{tensors.directory}: tensor {name} has shape {list(found)}; the model's config asks for {list(wanted)}"
+                f"{tensors.directory}: tensor {stored[name]} has shape {list(found)}; the model's config asks for {list(wanted)}"
             )
-    dtypes = [tensors.dtype(name) for name in mapping.hf]
+    names = [stored[name] for name in mapping.hf]
+    dtypes = [tensors.dtype(name) for name in names]
     if len(set(dtypes)) > 1:
-        listed = ", ".join(f"{name} {dtype}" for name, dtype in zip(mapping.hf, dtypes, strict=True))
+        listed = ", ".join(f"{name} {dtype}" for name, dtype in zip(names, dtypes, strict=True))
         raise MaskLLMError(f"{tensors.directory}: tensors that Megatron fuses must have one dtype; found {listed}")
     return LazyTensor(
         mapping.megatron_shape(config),
         dtypes[0],
-        lambda: mapping.to_megatron([tensors.load(name) for name in mapping.hf], config),
+        lambda: mapping.to_megatron([tensors.load(name) for name in names], config),
     )
 
 
-def _check_names(tensors: HFTensors, mappings: list[Mapping], config: ModelConfig) -> None:
+def _check_names(tensors: HFTensors, stored: dict[str, str], config: ModelConfig) -> None:
     """Check that every tensor is converted, is a buffer that the config determines, or equals the tensor that it is tied to.
 
     Raises MaskLLMError naming the first tensor that is none of these.
     """
-    unknown = set(tensors.names) - {name for mapping in mappings for name in mapping.hf}
+    unknown = set(tensors.names) - set(stored.values())
     unknown -= {name for name in unknown if is_derived_buffer(name, config)}
     for copy, original in tied_copies(config).items():
-        if copy in unknown and not torch.equal(tensors.load(copy), tensors.load(original)):
+        if copy in unknown and not _equal(tensors, copy, stored[original]):
             raise MaskLLMError(
-                f"{tensors.directory}: {copy} differs from {original}, but the config ties them; set tie_word_embeddings to false "
-                "in config.json if the model was trained with a separate output layer"
+                f"{tensors.directory}: {copy} differs from {stored[original]}, but the config ties them; set tie_word_embeddings "
+                "to false in config.json if the model was trained with a separate output layer"
             )
         unknown.discard(copy)
     if unknown:
         others = f", nor are {len(unknown) - 1} others" if len(unknown) > 1 else ""
+        architectures = read_json_object(tensors.directory / "config.json").get("architectures")
         raise MaskLLMError(
-            f"{tensors.directory}: tensor {min(unknown)} is not part of a {config.model_type} model with this config{others}"
+            f"{tensors.directory}: tensor {min(unknown)} is not part of a {config.model_type} language model with this config{others}; "
+            f"its architectures are {architectures}"
         )
+
+
+def _equal(tensors: HFTensors, one: str, other: str) -> bool:
+    same_kind = (tensors.shape(one), tensors.dtype(one)) == (tensors.shape(other), tensors.dtype(other))
+    return same_kind and torch.equal(tensors.load(one), tensors.load(other))

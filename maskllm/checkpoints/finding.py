@@ -3,7 +3,7 @@
 CKPT/latest_checkpointed_iteration.txt    "release" or a number, as Megatron-LM writes it
 CKPT/release/, CKPT/iter_0000010/         one iteration each:
     *.distcp, .metadata, metadata.json, common.pt      Megatron Core's torch_dist format (`torch_dist`)
-    hf/                                   config.json, generation_config.json and tokenizer files of the original
+    hf/                                   config.json, tokenizer and all other files of the original but weights
     maskllm.json                          what the tensors are: stage, pattern, origin (`info`)
     manifest.json                         size and checksum of every other file (`checksums`), written last
 """

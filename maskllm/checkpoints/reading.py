@@ -39,7 +39,7 @@ class Checkpoint:
 
     @property
     def hf_directory(self) -> Path:
-        """The original's config and tokenizer files."""
+        """The original's config, tokenizer and other `side_files`."""
         return self.path / "hf"
 
     @functools.cached_property

@@ -48,8 +48,8 @@ class CheckpointSaver:
 
     Args:
         root: The checkpoint directory.
-        hf_files_from: A Hugging Face directory. Each iteration gets a copy of its config and tokenizer files. They are read here,
-            once, so the directory may be removed afterwards.
+        hf_files_from: A Hugging Face directory. Each iteration gets a copy of its `side_files`. They are read here, once, so the
+            directory may be removed afterwards.
         background: Whether `save` returns as soon as this rank's tensors are copied (CUDA) or its process is forked (CPU), and the
             writing continues in the background (Megatron's `async_sharded_save`). A save waits for the one before it.
         keep_last: How many complete iterations to keep; None keeps all. "release" and `protected` always stay.

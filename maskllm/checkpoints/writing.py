@@ -19,13 +19,14 @@ def write_checkpoint(
 ) -> Path:
     """Write `ROOT/release` and return that directory. It appears, and replaces an older one, when it is complete.
 
-    Config and tokenizer files are copied from the Hugging Face directory `hf_files_from`. `description` labels the progress bar.
-    Raises MaskLLMError as `release_directory` does.
+    The `side_files` of the Hugging Face directory `hf_files_from` are copied. `description` labels the progress bar. Raises
+    MaskLLMError as `release_directory` and `read_side_files` do, before anything is written.
     """
     path = release_directory(root, info.stage)
+    hf_files = read_side_files(hf_files_from)
     with atomic_directory(path) as temporary:
         write_tensors(temporary, tensors, description)
-        write_metadata(temporary, info, read_side_files(hf_files_from))
+        write_metadata(temporary, info, hf_files)
         write_manifest(temporary)
     write_text(path.parent / LATEST, "release\n")
     return path

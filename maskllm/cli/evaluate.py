@@ -30,7 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="held-out text: WikiText raw, JSON lines or plain text, each also as gzip or Zstandard",
     )
-    parser.add_argument("--mask", metavar="F.npz", help="mask file to apply to the weights of --model first")
+    parser.add_argument(
+        "--mask",
+        metavar="F.npz_OR_ID",
+        help="mask file to apply to the weights of --model first, or the hub id of a repository that holds one",
+    )
     parser.add_argument(
         "--seq-length",
         type=int,

@@ -20,10 +20,12 @@ from maskllm.environment.cpu_speed import computes_natively
 from maskllm.errors import MaskLLMError, first_line
 from maskllm.evaluation.perplexity import Perplexity, WindowNLL, cut_windows, next_token_nll, perplexity
 from maskllm.evaluation.text import read_evaluation_text
-from maskllm.export.mask_file import apply_mask_file, check_mask_file
+from maskllm.export.mask_file import apply_mask_file, find_mask_file
 from maskllm.families.model_config import check_context, check_vocabulary
+from maskllm.files import check_not_lfs_pointer
 from maskllm.huggingface.blocks import linears_of, transformer_blocks
-from maskllm.huggingface.directory import FILES, find_source
+from maskllm.huggingface.directory import find_source
+from maskllm.huggingface.tensors import HFTensors, weight_files
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def evaluate_hf(
         model: a local directory or hub id.
         data: see `read_evaluation_text`.
         seq_length, max_windows: see `cut_windows`.
-        mask_file: masks (`maskllm.export.mask_file`) to apply to the weights first.
+        mask_file: masks (`maskllm.export.mask_file`) to apply to the weights first: a file, or a hub id (`find_mask_file`).
         dtype: dtype to compute in. The default is the checkpoint's dtype, but fp32 on a CPU without instructions for it: that is
             faster and more exact, with the same weights.
         device: the default is the GPU if there is one.
@@ -68,8 +70,8 @@ def evaluate_hf(
     the model's context.
     """
     if mask_file is not None:
-        check_mask_file(mask_file)
-    directory = find_source(model, (*FILES, "*.py") if trust_remote_code else FILES)
+        mask_file = find_mask_file(mask_file)
+    directory = find_source(model)
     text = read_evaluation_text(data)
     tokens = load_tokenizer(directory, use_gigatoken=False).encode(text.text)
     windows = cut_windows(tokens, seq_length, max_windows)
@@ -95,17 +97,23 @@ def load_hf_model(
 ) -> PreTrainedModel:
     """A causal language model in evaluation mode on `device`. `dtype` is as in `evaluate_hf`.
 
-    Raises MaskLLMError if it cannot be loaded, or if a tensor is missing.
+    The files are those that `weight_files` names, or pickled weights without any of them. Raises MaskLLMError if it cannot be
+    loaded, or if a tensor is missing.
     """
+    directory = Path(directory)
+    stored = HFTensors(directory) if weight_files(directory)[0] else None
+    if stored is None:
+        for file in directory.glob("pytorch_model*"):
+            check_not_lfs_pointer(file)
+    options = {"dtype": dtype or "auto", "output_loading_info": True}
     try:
         with _quiet_transformers():
             model, loading = AutoModelForCausalLM.from_pretrained(
-                directory,
-                dtype=dtype or "auto",
-                local_files_only=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
+                directory, local_files_only=True, trust_remote_code=trust_remote_code, **options
             )
+            if stored is not None and stored.has_duplicates:  # transformers took those of the last file
+                tensors = {name: stored.load(name) for name in stored.names}
+                model, loading = type(model).from_pretrained(None, config=model.config, state_dict=tensors, **options)
     except Exception as error:  # missing or damaged files and unknown architectures raise many types
         raise MaskLLMError(f"{directory}: transformers cannot load it: {first_line(error, with_type=False)}") from error
     if missing := sorted(loading["missing_keys"]):  # transformers would initialize these at random

@@ -163,11 +163,13 @@ def _checked_parts(checkpoint: Checkpoint, mapping: Mapping) -> list[torch.Tenso
 
 
 def _write_side_files(checkpoint: Checkpoint, directory: Path, dtypes: set[torch.dtype]) -> None:
-    """Write the original's config and tokenizer files. If all tensors have one dtype, config.json states that dtype."""
+    """Write the original's `side_files`. If all tensors have one dtype, config.json states that dtype."""
     write_side_files(read_side_files(checkpoint.hf_directory), directory)
     path = directory / "config.json"
     config = read_json_object(path)
     stated = [key for key in ("dtype", "torch_dtype") if key in config]
     actual = dtype_name(dtypes.pop()) if len(dtypes) == 1 else None
-    if actual is not None and any(config[key] != actual for key in stated):
-        write_json(path, config | dict.fromkeys(stated, actual))
+    changed = config | dict.fromkeys(stated if actual is not None else (), actual)
+    changed.pop("transformers_weights", None)  # the original's weights have another name
+    if changed != config:
+        write_json(path, changed)

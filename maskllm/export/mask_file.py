@@ -20,9 +20,15 @@ import torch
 from tqdm import tqdm
 
 from maskllm.errors import MaskLLMError, first_line
-from maskllm.files import atomic_file
+from maskllm.files import atomic_file, check_not_lfs_pointer
+from maskllm.huggingface.directory import download
 
 SUFFIX = ".mask"
+
+PUBLISHED = "mask_compressed.npz"
+"""The name of the mask file in the authors' repositories on the hub."""
+
+_PICKLES = (".pt", ".pth", ".bin", ".pkl")
 
 
 def write_mask_file(path: str | os.PathLike, masks: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -50,10 +56,40 @@ def apply_mask_file(path: str | os.PathLike, weights: Mapping[str, torch.Tensor]
             weight.masked_fill_(torch.from_numpy(~mask).to(weight.device), 0)
 
 
-def check_mask_file(path: str | os.PathLike) -> None:
-    """Raise MaskLLMError if `path` is not a mask file. This is quick: call it before a model is loaded."""
+def find_mask_file(path_or_id: str | os.PathLike) -> Path:
+    """The mask file at a path or in a directory, or downloaded from the repository with this id on the Hugging Face hub.
+
+    A path on disk goes before a hub id. In a directory or repository it is PUBLISHED, or else the only .npz file. Raises
+    MaskLLMError if there is no such file or if it is not a mask file. This is quick: call it before a model is loaded.
+    """
+    path = Path(path_or_id)
+    if not path.exists() and path.suffix not in _PICKLES and path.suffix != ".npz":
+        path = download(str(path_or_id), "mask file", ["*.npz"])
+    if path.is_dir():
+        found = sorted(path.glob("*.npz"))
+        if (path / PUBLISHED) in found:
+            found = [path / PUBLISHED]
+        if len(found) != 1:
+            names = ", ".join(file.name for file in found) or "none"
+            raise MaskLLMError(f"{path_or_id}: wanted {PUBLISHED} or one other .npz mask file in it, found {names}")
+        (path,) = found
     with _opened(path):
-        pass
+        return path
+
+
+def _check_not_pickle(path: Path) -> None:
+    """Raise MaskLLMError if `path` is what `torch.save` or `pickle.dump` writes, whatever its name."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            pickled = any(name.endswith("data.pkl") for name in archive.namelist())
+    else:
+        with path.open("rb") as file:
+            pickled = file.read(1) == b"\x80"
+    if pickled or path.suffix in _PICKLES:
+        raise MaskLLMError(
+            f"{path}: is a pickle, which can run code when read, so it is not read; use the .npz file with the same masks, or write "
+            "one: masks = torch.load(F, weights_only=True), then maskllm.export.mask_file.write_mask_file(F.npz, masks.items())"
+        )
 
 
 @contextlib.contextmanager
@@ -63,6 +99,8 @@ def _opened(path: str | os.PathLike) -> Iterator[np.lib.npyio.NpzFile]:
     if not path.is_file():
         raise MaskLLMError(f"{path}: no such mask file")
     try:
+        check_not_lfs_pointer(path)
+        _check_not_pickle(path)
         archive = np.load(path, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise MaskLLMError(f"{path}: a single array, wanted an .npz mask file")

@@ -71,7 +71,7 @@ OUTPUT = Direct("output_layer.weight", ("lm_head.weight",), ("vocab", "hidden"))
 
 TIED_COPIES = {"lm_head.weight": "model.embed_tokens.weight"}
 
-DERIVED_BUFFERS = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+DERIVED_BUFFERS = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 """The rotary frequencies that old checkpoints hold."""
 
 

@@ -8,6 +8,7 @@ tests.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol
 
@@ -72,9 +73,21 @@ def parameter_map(config: ModelConfig) -> list[Mapping]:
     return FAMILIES[config.model_type].parameter_map(config)
 
 
-def base_prefix(config: ModelConfig) -> str:
-    """`Family.BASE_PREFIX` of the model's family."""
-    return FAMILIES[config.model_type].BASE_PREFIX
+def find_stored(names: Collection[str], config: ModelConfig) -> dict[str, str]:
+    """The Hugging Face tensors of the model that are among `names`, a checkpoint's: a tensor's name -> the one it is stored under.
+
+    As in transformers, each name may lack `Family.BASE_PREFIX`, and of tied tensors the copy alone is enough.
+    """
+    names = set(names)
+    prefix = FAMILIES[config.model_type].BASE_PREFIX
+    copies = {original: copy for copy, original in tied_copies(config).items()}
+    stored = {}
+    for name in (name for mapping in parameter_map(config) for name in mapping.hf):
+        for place in (name, name.removeprefix(prefix), copies.get(name)):
+            if place in names:
+                stored[name] = place
+                break
+    return stored
 
 
 def tied_copies(config: ModelConfig) -> dict[str, str]:
@@ -83,5 +96,6 @@ def tied_copies(config: ModelConfig) -> dict[str, str]:
 
 
 def is_derived_buffer(name: str, config: ModelConfig) -> bool:
-    """Whether the config determines the Hugging Face tensor `name`, so that it is not converted."""
-    return re.fullmatch(FAMILIES[config.model_type].DERIVED_BUFFERS, name) is not None
+    """Whether the config determines the Hugging Face tensor `name`, which may lack `BASE_PREFIX`, so that it is not converted."""
+    family = FAMILIES[config.model_type]
+    return any(re.fullmatch(family.DERIVED_BUFFERS, whole) is not None for whole in (name, family.BASE_PREFIX + name))

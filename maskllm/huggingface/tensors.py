@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import torch
@@ -9,56 +10,51 @@ from safetensors import SafetensorError, safe_open
 
 from maskllm.dtypes import BY_SAFETENSORS
 from maskllm.errors import MaskLLMError
-from maskllm.files import read_json_object
+from maskllm.files import check_not_lfs_pointer, read_json_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
 
 class HFTensors:
-    """The tensors of a safetensors checkpoint by name. Shapes and dtypes come from the headers; `load` reads the data."""
+    """The tensors of a safetensors checkpoint by name. Shapes and dtypes come from the headers; `load` reads the data.
 
-    def __init__(self, directory: Path, base_prefix: str) -> None:
+    The files are those that transformers loads (`weight_files`). If two of them hold a tensor of one name, the index decides.
+    """
+
+    def __init__(self, directory: Path) -> None:
         """Read the headers of all files.
 
-        If no name starts with `base_prefix` (such as "model."), the checkpoint is one of the base model alone, as GPT-2's original
-        is. Here its tensors have the names that they have in the whole model, with the prefix. Raises MaskLLMError if files are
-        missing, damaged, or in another format than safetensors.
+        Says on stderr if there are other weights, which are ignored. Raises MaskLLMError if files are missing, damaged, or in
+        another format than safetensors.
         """
         self.directory = directory
+        self.has_duplicates = False
+        """Whether two files hold a tensor of one name. transformers does not ask the index then."""
         self._files: dict[str, str] = {}
         self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
-        for name in self._file_names():
-            self._read_header(name)
-        self._missing_prefix = "" if any(name.startswith(base_prefix) for name in self._files) else base_prefix
-        if self._missing_prefix:
-            self._files = {base_prefix + name: file for name, file in self._files.items()}
-            self._headers = {base_prefix + name: header for name, header in self._headers.items()}
-
-    def _file_names(self) -> list[str]:
-        if (self.directory / INDEX).is_file():
-            weight_map = read_json_object(self.directory / INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-                raise MaskLLMError(f"{self.directory / INDEX}: weight_map is missing or does not map tensor names to files")
-            names = sorted(set(weight_map.values()))
-            for name in names:
-                if Path(name).name != name or not (self.directory / name).is_file():
-                    raise MaskLLMError(f"{self.directory / INDEX}: names the file {name!r}, which is not in its directory")
-            return names
-        if (self.directory / SINGLE).is_file():
-            return [SINGLE]
-        if any(self.directory.glob("*.bin")):
+        names, weight_map = weight_files(directory)
+        if not names and any(directory.glob("*.bin")):
             raise MaskLLMError(
-                f"{self.directory}: has only pickled weights (.bin), which can run code when read; load it once with "
+                f"{directory}: has only pickled weights (.bin), which can run code when read; load it once with "
                 "transformers and write it back with model.save_pretrained(DIR, safe_serialization=True)"
             )
-        raise MaskLLMError(f"{self.directory}: neither {SINGLE} nor {INDEX} is there; wanted a Hugging Face checkpoint")
+        if not names:
+            raise MaskLLMError(f"{directory}: neither {SINGLE} nor {INDEX} is there; wanted a Hugging Face checkpoint")
+        for name in names:
+            self._read_header(name, weight_map)
+        _say_what_is_ignored(directory, names)
 
-    def _read_header(self, name: str) -> None:
+    def _read_header(self, name: str, weight_map: dict[str, str]) -> None:
         path = self.directory / name
+        check_not_lfs_pointer(path)
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 (a safe_open is not a dict)
+                    if key in self._files:
+                        self.has_duplicates = True
+                        if weight_map.get(key) == self._files[key]:
+                            continue
                     part = file.get_slice(key)
                     self._files[key] = name
                     self._headers[key] = (tuple(part.get_shape()), part.get_dtype())
@@ -95,6 +91,50 @@ class HFTensors:
         path = self.directory / self._files[name]
         try:
             with safe_open(path, framework="pt") as file:
-                return file.get_tensor(name.removeprefix(self._missing_prefix))
+                return file.get_tensor(name)
         except SafetensorError as error:
             raise MaskLLMError(f"{path}: tensor {name} cannot be read: {error}") from None
+
+
+def weight_files(directory: Path) -> tuple[list[str], dict[str, str]]:
+    """The names of the safetensors files that transformers loads, and the index: tensor name -> file name, empty without an index.
+
+    The order is that of transformers' `_get_resolved_checkpoint_files`: the file or index that config.json names
+    (`transformers_weights`), then model.safetensors, then the index. Without any of them the list is empty. Raises MaskLLMError if
+    the index cannot be read or names a file that is not there.
+    """
+    stated = read_json_object(directory / "config.json").get("transformers_weights")
+    for name in (SINGLE, INDEX) if stated is None else (stated,):
+        if not (isinstance(name, str) and name.endswith((".safetensors", ".safetensors.index.json")) and Path(name).name == name):
+            raise MaskLLMError(
+                f"{directory / 'config.json'}: transformers_weights is {name!r}; wanted the name of a .safetensors file or of an index"
+            )
+        if not (directory / name).is_file():
+            continue
+        return ([name], {}) if name.endswith(".safetensors") else _indexed_files(directory / name)
+    if stated is not None:
+        raise MaskLLMError(f"{directory / 'config.json'}: transformers_weights names the file {stated!r}, which is not there")
+    return [], {}
+
+
+def _indexed_files(index: Path) -> tuple[list[str], dict[str, str]]:
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise MaskLLMError(f"{index}: weight_map is missing or does not map tensor names to files")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if Path(name).name != name or not (index.parent / name).is_file():
+            raise MaskLLMError(f"{index}: names the file {name!r}, which is not in its directory")
+    return names, weight_map
+
+
+def _say_what_is_ignored(directory: Path, names: list[str]) -> None:
+    others = {file.name for pattern in ("*.safetensors", "pytorch_model*.bin") for file in directory.glob(pattern)} - set(names)
+    if others:
+        more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+        print(
+            f"{directory}: reads {names[0]}{' and so on' if len(names) > 1 else ''}, as transformers does; other weights are there "
+            f"and ignored: {min(others)}{more}",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -113,13 +113,13 @@ def named_model(name: str) -> StoredModel:
         checkpoint = resolve(path)
         linear = next(mapping for mapping in parameter_map(checkpoint.model_config) if mapping.linear is not None)
         return StoredModel(**vars(checkpoint.model_config), stored_dtype=checkpoint.tensors[linear.megatron].dtype)
-    if path.name == name and not path.exists():  # a hub id has a slash
+    try:
+        file = find_source(name, files=["config.json"]) / "config.json"
+    except MaskLLMError as error:
+        if path.exists() or path.name != name:  # a built-in name has no slash
+            raise
         closest = "".join(f"; the closest is {known}" for known in difflib.get_close_matches(name.lower(), BUILT_IN, n=1))
-        raise MaskLLMError(
-            f"{name}: no such directory, and neither a hub id like meta-llama/Llama-3.2-1B "
-            f"nor one of {', '.join(BUILT_IN)}{closest}"
-        )
-    file = find_source(name, files=["config.json"]) / "config.json"
+        raise MaskLLMError(f"{error}; wanted a directory, a hub id or one of {', '.join(BUILT_IN)}{closest}") from None
     return StoredModel(**vars(read_model_config(file)), stored_dtype=_stored_dtype(HFConfig(read_json_object(file), str(file))))
 
 

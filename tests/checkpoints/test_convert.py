@@ -15,10 +15,18 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+)
 
 from maskllm.checkpoints.convert import convert
 from maskllm.checkpoints.reading import Checkpoint, load_model, resolve
@@ -26,11 +34,10 @@ from maskllm.cli import main
 from maskllm.errors import MaskLLMError
 from maskllm.export.huggingface import export
 from maskllm.families.rope import rotary_frequencies
-from maskllm.huggingface.directory import find_source
 from maskllm.megatron.build import build_model
 from maskllm.megatron.transformer_config import set_rotary_frequencies
 from maskllm.quickstart.smollm2 import write_smollm2
-from tests.families.tiny import CONFIGS, write_tiny
+from tests.families.tiny import CONFIGS, tiny_config, write_tiny
 from tests.megatron.layout_worker import upstream_model
 
 
@@ -113,24 +120,30 @@ def test_smollm2_computes_the_same_and_comes_back_bit_for_bit(tmp_path):
     assert all(torch.equal(back[name], tensor) for name, tensor in original.items())
 
 
-def test_config_tokenizer_and_license_files_are_copied_and_no_others(hf, tmp_path):
-    for name in ("tokenizer.json", "tokenizer.model", "chat_template.jinja", "LICENSE", "pytorch_model.bin", "training_args.bin"):
-        (tmp_path / "hf" / name).write_text(name)
-    for name in ("additional_chat_templates/tool_use.jinja", "additional_chat_templates/model.bin", "original/tokenizer.model"):
-        (tmp_path / "hf" / name).parent.mkdir(exist_ok=True)
-        (tmp_path / "hf" / name).write_text(name)
-    path = Path(convert(tmp_path / "hf", tmp_path / "dense").path)
-    kept = {
-        "config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja", "LICENSE",
-        "additional_chat_templates/tool_use.jinja",
-    }  # fmt: skip
+PASSED_ON = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer.model", "spiece.model", "tekken.json", "qwen.tiktoken"),
+    *("chat_template.jinja", "LICENSE", "README.md", "params.json", "modeling_code.py"),
+    "additional_chat_templates/tool_use.jinja",
+)
+
+
+def test_all_files_but_weights_are_passed_on(hf, tmp_path):
+    others = (
+        *("pytorch_model.bin", "pytorch_model.bin.index.json", "training_args.bin", "consolidated.00.pth", "optimizer.pt"),
+        *("tf_model.h5", "flax_model.msgpack", "rust_model.ot", "m.gguf", "model.onnx", "model.onnx_data", "mask_compressed.npz"),
+        *("consolidated.safetensors", "adapter_config.json", ".gitattributes", "original/tokenizer.model"),
+        "additional_chat_templates/model.bin",
+    )
+    for name in (*PASSED_ON, *others):
+        if not (hf / name).exists():
+            (hf / name).parent.mkdir(exist_ok=True)
+            (hf / name).write_text(name)
+    path = Path(convert(hf, tmp_path / "dense").path)
     export(tmp_path / "dense", tmp_path / "back")
     for directory, more in ((path / "hf", set()), (tmp_path / "back", {"model.safetensors"})):
-        assert {str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file()} == kept | more
-    assert (
-        tmp_path / "back" / "additional_chat_templates" / "tool_use.jinja"
-    ).read_text() == "additional_chat_templates/tool_use.jinja"
-    assert resolve(tmp_path / "dense").info.source == str(tmp_path / "hf")
+        assert {str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file()} == {*PASSED_ON} | more
+        assert [name for name in PASSED_ON if (directory / name).read_bytes() != (hf / name).read_bytes()] == []
+    assert resolve(tmp_path / "dense").info.source == str(hf)
 
 
 def rewrite(path, change) -> None:
@@ -168,10 +181,79 @@ def test_tensors_that_contradict_the_config_are_named(hf, tmp_path, change, word
     assert not (tmp_path / "dense").exists()
 
 
-def test_rotary_buffers_of_old_checkpoints_are_not_converted(hf, tmp_path):
-    rewrite(hf, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
-    convert(hf, tmp_path / "dense")
-    assert not [key for key in resolve(tmp_path / "dense").tensors if "rotary" in key]
+EMBEDDING, GPT2_EMBEDDING, OUTPUT = "model.embed_tokens.weight", "transformer.wte.weight", "lm_head.weight"
+
+
+def as_base(tensors, prefix) -> None:
+    """Remove the prefix, as in checkpoints of the base model alone."""
+    for name in [name for name in tensors if name.startswith(prefix)]:
+        tensors[name.removeprefix(prefix)] = tensors.pop(name)
+
+
+def moved(tensors, old, new) -> None:
+    tensors[new] = tensors.pop(old)
+
+
+def copied(tensors, old, new) -> None:
+    tensors[new] = tensors[old].clone()
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("llama3.2", [(moved, EMBEDDING, OUTPUT)]),
+        ("nemotron_biases", [(moved, EMBEDDING, OUTPUT)]),
+        ("gpt2", [(moved, GPT2_EMBEDDING, OUTPUT)]),
+        ("gpt2", [(as_base, "transformer.")]),
+        ("gpt2", [(copied, GPT2_EMBEDDING, OUTPUT), (as_base, "transformer.")]),
+        ("gpt2", [(moved, GPT2_EMBEDDING, OUTPUT), (as_base, "transformer.")]),
+        ("gpt2", [(as_base, "transformer.h.1.")]),
+        ("gpt2_untied", [(as_base, "transformer.")]),
+        ("llama3.2", [(copied, EMBEDDING, OUTPUT), (as_base, "model.")]),
+        ("llama3.2", [(moved, EMBEDDING, OUTPUT), (as_base, "model.")]),
+        ("llama3", [(as_base, "model.")]),
+        ("nemotron", [(as_base, "model.")]),
+    ],
+)
+def test_names_that_transformers_loads_convert_and_come_back_with_its_logits(name, changes, tmp_path):
+    model = write_tiny(name, tmp_path / "hf")
+    if changes[0] == (as_base, "transformer.h.1."):  # names with and without the prefix in one file
+        changes = [(moved, f"transformer.h.1.{part}", f"h.1.{part}") for part in ("ln_1.weight", "mlp.c_fc.weight")]
+    rewrite(tmp_path / "hf", lambda tensors: [change(tensors, *names) for change, *names in changes])
+    convert(tmp_path / "hf", tmp_path / "dense")
+    export(tmp_path / "dense", tmp_path / "back")
+    tokens = torch.arange(40)[None]
+    back, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True)
+    assert not any(loading.values()), loading
+    with torch.no_grad():
+        theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")(tokens).logits
+        assert torch.equal(theirs, model(tokens).logits)
+        assert torch.equal(back(tokens).logits, theirs)
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix", "buffers"),
+    [
+        ("llama3", "model.", ["layers.0.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq"]),
+        ("nemotron", "model.", ["layers.1.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq"]),
+        ("gpt2", "transformer.", ["h.0.attn.bias", "h.1.attn.masked_bias"]),
+    ],
+)
+@pytest.mark.parametrize("base", [False, True])
+def test_buffers_of_old_checkpoints_are_not_converted(converted, name, prefix, buffers, base, tmp_path):
+    _, whole = converted(name)
+    write_tiny(name, tmp_path / "hf")
+
+    def add_buffers(tensors) -> None:
+        tensors.update({prefix + buffer: torch.ones(4) for buffer in buffers})
+        if base:
+            as_base(tensors, prefix)
+
+    rewrite(tmp_path / "hf", add_buffers)
+    convert(tmp_path / "hf", tmp_path / "dense")
+    found = resolve(tmp_path / "dense").tensors
+    assert set(found) == set(whole.tensors)
+    assert all(torch.equal(found[key].load(), whole.tensors[key].load()) for key in found)
 
 
 def test_a_second_copy_of_a_tied_embedding_must_be_a_copy(tmp_path):
@@ -183,16 +265,49 @@ def test_a_second_copy_of_a_tied_embedding_must_be_a_copy(tmp_path):
         convert(tmp_path / "hf", tmp_path / "dense")
 
 
-def test_a_checkpoint_of_the_base_model_alone_converts_to_the_same(converted, tmp_path):
-    """openai-community/gpt2 is one: names without `transformer.`, and the causal masks of each layer."""
-    model, whole = converted("gpt2")
-    model.base_model.save_pretrained(tmp_path / "hf")
-    rewrite(tmp_path / "hf", lambda tensors: tensors.update({"h.1.attn.bias": torch.ones(1, 1, 8, 8)}))
-    assert "wte.weight" in load_file(tmp_path / "hf" / "model.safetensors")
-    convert(tmp_path / "hf", tmp_path / "base")
-    expected, found = whole.tensors, resolve(tmp_path / "base").tensors
-    assert set(expected) == set(found)
-    assert all(torch.equal(expected[key].load(), found[key].load()) for key in expected)
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        # A name in an error is one that a file holds or that the model needs.
+        ("gpt2", [(copied, "h.0.ln_1.weight", "h.7.ln_1.weight")], "tensor h.7.ln_1.weight is not part of a gpt2 language model"),
+        ("gpt2", [(copied, "h.0.mlp.c_fc.weight", "h.0.mlp.c_proj.weight")], "tensor h.0.mlp.c_proj.weight has shape [32, 48]"),
+        ("gpt2", [(copied, "wpe.weight", OUTPUT)], "lm_head.weight differs from wte.weight, but the config ties them"),
+        (
+            "gpt2",
+            [(moved, "wte.weight", "score.weight")],
+            "tensor score.weight is not part of a gpt2 language model with this config",
+        ),
+        ("gpt2", [(dict.pop, "wte.weight")], "has no tensor transformer.wte.weight, which a gpt2 model with this config has"),
+        ("gpt2_untied", [(dict.pop, OUTPUT)], "has no tensor lm_head.weight"),
+        ("llama3", [(dict.pop, OUTPUT)], "has no tensor lm_head.weight"),
+        ("llama3", [(moved, OUTPUT, "score.weight")], "tensor score.weight is not part of a llama language model with this config"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named_as_they_are_stored(name, changes, words, tmp_path):
+    write_tiny(name, tmp_path / "hf")
+
+    def change_all(tensors) -> None:
+        as_base(tensors, "transformer.")
+        for change, *names in changes:
+            change(tensors, *names)
+
+    rewrite(tmp_path / "hf", change_all)
+    with pytest.raises(MaskLLMError) as error:
+        convert(tmp_path / "hf", tmp_path / "dense")
+    assert words in str(error.value)
+
+
+def test_a_checkpoint_of_another_kind_of_model_is_told_by_its_architecture(tmp_path):
+    LlamaForSequenceClassification(tiny_config("llama3")).save_pretrained(tmp_path / "hf")
+    with pytest.raises(MaskLLMError, match=r"score\.weight .* its architectures are \['LlamaForSequenceClassification'\]"):
+        convert(tmp_path / "hf", tmp_path / "dense")
+
+
+def test_a_copy_of_another_dtype_differs(tmp_path):
+    write_tiny("llama3.2", tmp_path / "hf")
+    rewrite(tmp_path / "hf", lambda tensors: tensors.update({OUTPUT: tensors[EMBEDDING].bfloat16()}))
+    with pytest.raises(MaskLLMError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        convert(tmp_path / "hf", tmp_path / "dense")
 
 
 def test_shards_are_read_through_their_index(hf, tmp_path):
@@ -205,6 +320,7 @@ def test_shards_are_read_through_their_index(hf, tmp_path):
 
 
 def spoil_index(path) -> None:
+    (path / "model.safetensors").unlink()
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../elsewhere.safetensors"}}))
 
 
@@ -225,7 +341,7 @@ def only_pickle(path) -> None:
         (cut, "not a readable safetensors file"),
         (spoil_index, "names the file '../elsewhere.safetensors'"),
         (lambda path: (path / "config.json").unlink(), "config.json: no such file"),
-        (shutil.rmtree, "no such directory, and not a hub id"),
+        (shutil.rmtree, "no such directory, and not a hub id like gpt2 or OWNER/NAME"),
     ],
 )
 def test_files_that_cannot_be_read_are_named(hf, tmp_path, capsys, spoil, words):
@@ -237,46 +353,10 @@ def test_files_that_cannot_be_read_are_named(hf, tmp_path, capsys, spoil, words)
     assert not (tmp_path / "dense").exists()
 
 
-def test_a_hub_id_that_cannot_be_downloaded_is_one_line(monkeypatch, tmp_path):
-    import huggingface_hub
-
-    def offline(repo_id, **_):
-        raise OSError("cannot reach the hub\nmore lines")
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(MaskLLMError, match=r"^some/model: no such directory, and the hub does not give it: cannot reach the hub$"):
-        convert("some/model", tmp_path / "dense")
-
-
 def test_a_hub_id_is_converted_from_its_download(monkeypatch, hf, tmp_path):
-    import huggingface_hub
-
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo_id, **_: str(hf))
-    convert("some/model", tmp_path / "dense")
-    assert resolve(tmp_path / "dense").info.source == "some/model"
-
-
-def test_only_the_files_that_are_needed_are_downloaded(monkeypatch, hf, tmp_path):
-    import huggingface_hub
-    from huggingface_hub.utils import filter_repo_objects
-
-    wanted = ["config.json", "model.safetensors", "tokenizer.json", "additional_chat_templates/tool_use.jinja"]
-    others = [
-        "pytorch_model.bin",
-        "original/tokenizer.model",
-        "adapter/adapter_model.safetensors",
-        "tokenizer/tokenizer.json",
-        "a/LICENSE",
-    ]
-    fetched = []
-
-    def snapshot_download(repo_id, **patterns):
-        fetched.extend(filter_repo_objects(wanted + others, **patterns))
-        return str(hf)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    find_source("some/model")
-    assert fetched == wanted
+    convert("gpt2", tmp_path / "dense")
+    assert resolve(tmp_path / "dense").info.source == "gpt2"
 
 
 def test_the_report_counts_the_parameters_of_transformers_model(hf, tmp_path, capsys):

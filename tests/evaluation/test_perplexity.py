@@ -84,6 +84,7 @@ def test_command_line_writes_what_it_prints(model_directory, text_file, tmp_path
         (["--max-windows", "0"], "--max-windows 0"),
         (["--data", "short.txt"], "less than one window of 32"),
         (["--mask", "nowhere.npz"], "nowhere.npz: no such mask file"),
+        (["--mask", "owner/masks"], "owner/masks: no such mask file, and the hub does not give it"),
     ],
 )
 def test_bad_input_ends_with_one_line(model_directory, text_file, tmp_path, monkeypatch, capsys, changed, message):
@@ -99,13 +100,17 @@ def test_a_damaged_model_and_a_model_that_overflows(model_directory, text_file, 
     for file in model_directory.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"garbage!")
-    with pytest.raises(MaskLLMError, match="transformers cannot load it"):
+    with pytest.raises(MaskLLMError, match=r"model\.safetensors: not a readable safetensors file"):
         evaluate_hf(tmp_path, text_file, seq_length=32)
     model = AutoModelForCausalLM.from_pretrained(model_directory)
     model.lm_head.weight.data[3] = math.inf
     model.save_pretrained(tmp_path)
     with pytest.raises(MaskLLMError, match="likelihood of window 1 is not a number"):
         evaluate_hf(tmp_path, text_file, seq_length=32)
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(config.replace('"llama"', '"no-such-family"'))
+    with pytest.raises(MaskLLMError, match="transformers cannot load it"):
+        load_hf_model(tmp_path, device=torch.device("cpu"))
 
 
 def test_a_model_without_one_of_its_tensors_is_refused(model_directory, text_file, tmp_path, capfd):

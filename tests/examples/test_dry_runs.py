@@ -234,6 +234,11 @@ def test_dry_run_set_to_0_or_nothing_runs_the_commands(script, arguments, first,
     assert called.startswith(first) and called.count("\n") == 1
 
 
+def test_a_model_may_have_a_hub_id_without_owner(tmp_path):
+    done = bash(RUN, tmp_path, "llama2-7b", "1_download", DRY_RUN=1, HF_MODEL="gpt2")
+    assert done.stdout.splitlines()[0].endswith("/steps/download.py gpt2 data/models/gpt2")
+
+
 def test_the_readme_trains_as_the_recipe_does(tmp_path):
     readme = (EXAMPLES.parent / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
     (command,) = re.findall("^torchrun .* -m maskllm.train .*", readme, re.MULTILINE)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
+
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 
 from maskllm.errors import MaskLLMError
-from maskllm.export.mask_file import apply_mask_file, write_mask_file
+from maskllm.export.mask_file import apply_mask_file, find_mask_file, write_mask_file
+from tests.test_files import LFS_POINTER
 
 NAMES = ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"]
 
@@ -89,6 +93,82 @@ def test_a_file_that_is_not_a_mask_file_is_named(tmp_path, weights, masks):
         with pytest.raises(MaskLLMError, match=name) as error:
             apply_mask_file(tmp_path / name, weights)
         assert "\n" not in str(error.value)
+
+
+def snapshot(monkeypatch, folder, *names) -> None:
+    """Let the hub give `folder` with empty mask files of these names."""
+    folder.mkdir()
+    for name in names:
+        np.savez_compressed(folder / name)
+
+    def snapshot_download(repo_id, *, allow_patterns, **_) -> str:
+        assert (repo_id, allow_patterns) == ("Owner/LLaMA-2-7B-MaskLLM-C4", ["*.npz"])
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+
+
+@pytest.mark.parametrize(
+    ("names", "found"),
+    [
+        (["mask_compressed.npz"], "mask_compressed.npz"),
+        (["a.npz", "mask_compressed.npz"], "mask_compressed.npz"),
+        (["m.npz"], "m.npz"),
+    ],
+)
+def test_a_hub_id_gives_the_mask_file_in_its_repository(tmp_path, monkeypatch, names, found):
+    snapshot(monkeypatch, tmp_path / "snapshot", *names)
+    assert find_mask_file("Owner/LLaMA-2-7B-MaskLLM-C4") == tmp_path / "snapshot" / found
+    assert find_mask_file(tmp_path / "snapshot") == tmp_path / "snapshot" / found  # a clone of it
+    monkeypatch.chdir(tmp_path)
+    here = tmp_path / "Owner" / "LLaMA-2-7B-MaskLLM-C4"
+    here.parent.mkdir()
+    np.savez_compressed(here.parent / "file.npz")
+    (here.parent / "file.npz").rename(here)
+    assert find_mask_file("Owner/LLaMA-2-7B-MaskLLM-C4").resolve() == here  # a path on disk goes first
+
+
+@pytest.mark.parametrize(("names", "found"), [([], "none"), (["a.npz", "b.npz"], "a.npz, b.npz")])
+def test_a_repository_without_one_mask_file_is_told(tmp_path, monkeypatch, names, found):
+    snapshot(monkeypatch, tmp_path / "snapshot", *names)
+    words = f"^Owner/LLaMA-2-7B-MaskLLM-C4: wanted mask_compressed.npz or one other .npz mask file in it, found {found}$"
+    with pytest.raises(MaskLLMError, match=words):
+        find_mask_file("Owner/LLaMA-2-7B-MaskLLM-C4")
+
+
+def test_a_mask_that_the_hub_does_not_give_and_one_that_is_no_hub_id(tmp_path):
+    with pytest.raises(MaskLLMError, match=r"^Owner/masks: no such mask file, and the hub does not give it: it cannot be reached"):
+        find_mask_file("Owner/masks")
+    for name in ("masks.npz", "owner/masks.npz", "masks.pt"):
+        with pytest.raises(MaskLLMError, match=f"^{name}: no such mask file$"):
+            find_mask_file(name)
+
+
+def test_a_pickle_is_refused_whatever_its_name(tmp_path, masks):
+    torch.save(masks, tmp_path / "masks.pt")
+    torch.save(masks, tmp_path / "zipped.npz")
+    torch.save(masks, tmp_path / "old.npz", _use_new_zipfile_serialization=False)
+    (tmp_path / "plain.npz").write_bytes(pickle.dumps({name: mask.numpy() for name, mask in masks.items()}))
+    for name in ("masks.pt", "zipped.npz", "old.npz", "plain.npz"):
+        with pytest.raises(
+            MaskLLMError, match=rf"{name}: is a pickle, which can run code when read, so it is not read; use the \.npz"
+        ):
+            find_mask_file(tmp_path / name)
+
+
+def test_what_the_refusal_of_a_pickle_advises_works(tmp_path, weights, masks):
+    torch.save(masks, tmp_path / "masks.pt")
+    loaded = torch.load(tmp_path / "masks.pt", weights_only=True)
+    write_mask_file(tmp_path / "masks.npz", loaded.items())
+    before = {name: weight.clone() for name, weight in weights.items()}
+    apply_mask_file(find_mask_file(tmp_path / "masks.npz"), weights)
+    assert all(torch.equal(weights[name], before[name] * masks[name]) for name in NAMES)
+
+
+def test_a_git_lfs_pointer_is_no_mask_file(tmp_path):
+    (tmp_path / "m.npz").write_text(LFS_POINTER)
+    with pytest.raises(MaskLLMError, match=r"m\.npz: is a git-lfs pointer, not the file itself"):
+        find_mask_file(tmp_path)
 
 
 def test_a_failed_write_leaves_no_file(tmp_path, masks):

@@ -337,7 +337,7 @@ def test_an_unknown_name_lists_the_known_ones_and_the_closest(name, closest, cap
     assert main(["plan", "--model", name]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"maskllm plan: error: {name}: no such directory, ")
-    names, _, found = line.partition(" nor one of ")[2].partition("; the closest is ")
+    names, _, found = line.partition(" a hub id or one of ")[2].partition("; the closest is ")
     assert names.split(", ") == list(BUILT_IN)
     assert found == (closest or "")
 
