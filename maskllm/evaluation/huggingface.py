@@ -24,6 +24,7 @@ from maskllm.export.mask_file import apply_mask_file, find_mask_file
 from maskllm.families.model_config import check_context, check_vocabulary
 from maskllm.files import check_not_lfs_pointer
 from maskllm.huggingface.blocks import linears_of, transformer_blocks
+from maskllm.huggingface.config import load_config
 from maskllm.huggingface.directory import find_source
 from maskllm.huggingface.tensors import HFTensors, weight_files
 
@@ -108,8 +109,9 @@ def load_hf_model(
     options = {"dtype": dtype or "auto", "output_loading_info": True}
     try:
         with _quiet_transformers():
+            config = load_config(directory, trust_remote_code=trust_remote_code)
             model, loading = AutoModelForCausalLM.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=trust_remote_code, **options
+                directory, config=config, local_files_only=True, trust_remote_code=trust_remote_code, **options
             )
             if stored is not None and stored.has_duplicates:  # transformers took those of the last file
                 tensors = {name: stored.load(name) for name in stored.names}

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 
 import torch
 from torch.utils import _pytree
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from maskllm.checkpoints.reading import Checkpoint
 from maskllm.families.registry import parameter_map
 from maskllm.huggingface.blocks import as_matrix, linears_of, transformer_blocks
+from maskllm.huggingface.config import load_config
 from maskllm.pruning.huggingface import LayerCall, layer_calls, layer_forward
 from maskllm.pruning.layerwise import Layer
 
@@ -64,7 +65,7 @@ class LayerStream:
 
     def _one_layer_model(self) -> PreTrainedModel:
         """The model on the host with the real embeddings and one layer with random weights."""
-        config = AutoConfig.from_pretrained(self._checkpoint.hf_directory)
+        config = load_config(self._checkpoint.hf_directory)
         config.num_hidden_layers = 1
         config.vocab_size, config.pad_token_id = 1, None  # a small random embedding; the real one replaces it below
         model = AutoModel.from_config(config).eval()
