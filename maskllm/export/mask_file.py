@@ -70,7 +70,7 @@ def find_mask_file(path_or_id: str | os.PathLike) -> Path:
         if (path / PUBLISHED) in found:
             found = [path / PUBLISHED]
         if len(found) != 1:
-            names = ", ".join(file.name for file in found) or "none"
+            names = ", ".join(file.name for file in found) or "none; a .pt file is a pickle and is not read"
             raise MaskLLMError(f"{path_or_id}: wanted {PUBLISHED} or one other .npz mask file in it, found {names}")
         (path,) = found
     with _opened(path):

@@ -18,9 +18,9 @@ WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 OTHER_WEIGHTS = (
     *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl"),  # PyTorch, also training arguments and optimizer states
     *("*.h5", "*.msgpack", "*.ot", "*.tflite"),  # TensorFlow, Flax, Rust
-    *("*.gguf", "*.ggml", "*.onnx", "*.onnx[._]data", "*.nemo"),
+    *("*.gguf*", "*.ggml", "*.onnx*", "*.nemo"),
     *("*.npz", "*.npy"),  # masks, which belong to other weights than those that are written
-    *("*.bin.index.json", "*.h5.index.json", "*.msgpack.index.json"),
+    *("*.bin.index*.json", "*.h5.index.json", "*.msgpack.index.json", "*.safetensors.index.*.json"),  # the last for variants
     "adapter_config.json",  # without its weights, peft cannot load the directory
 )
 """The files of a checkpoint that hold weights in a format that is not read, or belong to such weights."""

@@ -130,6 +130,7 @@ PASSED_ON = (
 def test_all_files_but_weights_are_passed_on(hf, tmp_path):
     others = (
         *("pytorch_model.bin", "pytorch_model.bin.index.json", "training_args.bin", "consolidated.00.pth", "optimizer.pt"),
+        *("model.safetensors.index.fp16.json", "pytorch_model.bin.index.fp16.json", "model.fp16.safetensors"),
         *("tf_model.h5", "flax_model.msgpack", "rust_model.ot", "m.gguf", "model.onnx", "model.onnx_data", "mask_compressed.npz"),
         *("consolidated.safetensors", "adapter_config.json", ".gitattributes", "original/tokenizer.model"),
         "additional_chat_templates/model.bin",

@@ -128,7 +128,9 @@ def test_a_hub_id_gives_the_mask_file_in_its_repository(tmp_path, monkeypatch, n
     assert find_mask_file("Owner/LLaMA-2-7B-MaskLLM-C4").resolve() == here  # a path on disk goes first
 
 
-@pytest.mark.parametrize(("names", "found"), [([], "none"), (["a.npz", "b.npz"], "a.npz, b.npz")])
+@pytest.mark.parametrize(
+    ("names", "found"), [([], "none; a .pt file is a pickle and is not read"), (["a.npz", "b.npz"], "a.npz, b.npz")]
+)
 def test_a_repository_without_one_mask_file_is_told(tmp_path, monkeypatch, names, found):
     snapshot(monkeypatch, tmp_path / "snapshot", *names)
     words = f"^Owner/LLaMA-2-7B-MaskLLM-C4: wanted mask_compressed.npz or one other .npz mask file in it, found {found}$"
