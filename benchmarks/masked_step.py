@@ -22,7 +22,7 @@ from maskllm.checkpoints.reading import Checkpoint, load_model, resolve
 from maskllm.distributed import device
 from maskllm.files import write_json
 from maskllm.masking.draw import Draw, open_draw
-from maskllm.masking.sampler import MaskMode, MaskSampler
+from maskllm.masking.sampler import MaskSampler
 from maskllm.megatron.build import build_model
 from maskllm.megatron.linears import attach_logits, masked_linears
 from maskllm.megatron.process_groups import parallel_processes
@@ -35,7 +35,7 @@ def make_step(checkpoint: Checkpoint, tokens: torch.Tensor, *, masked: bool) -> 
     model = build_model(checkpoint.model_config, params_dtype=dtype)
     load_model(checkpoint, model)
     sampler = MaskSampler(pattern=Pattern(2, 4), seed=1234)
-    sampler.mode, sampler.temperature, sampler.scale = MaskMode.SAMPLE, 4.0, 100.0
+    sampler.temperature, sampler.scale = 4.0, 100.0
     sampler.weight_reg = 1e-5 / len(tokens)
     if masked:
         attach_logits(model, sampler)

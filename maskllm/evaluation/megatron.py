@@ -17,7 +17,8 @@ from maskllm.evaluation.huggingface import Evaluation
 from maskllm.evaluation.perplexity import WindowNLL, cut_windows, perplexity
 from maskllm.evaluation.text import read_evaluation_text
 from maskllm.families.model_config import check_context, check_vocabulary
-from maskllm.masking.sampler import MaskMode, MaskSampler
+from maskllm.masking.parameter import use_winners
+from maskllm.masking.sampler import MaskSampler
 from maskllm.megatron.build import build_model
 from maskllm.megatron.gpt import FrozenVocabularyGPTModel
 from maskllm.megatron.linears import attach_bits, attach_logits, masked_parameters
@@ -45,24 +46,26 @@ def evaluate_checkpoint(
     check_context(seq_length, config.max_position_embeddings)
     dtype = params_dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     model = load_masked_model(checkpoint, dtype)
-    result = perplexity(megatron_window_nll(model), windows)
+    with use_winners(masked_parameters(model)):
+        result = perplexity(megatron_window_nll(model), windows)
+        zeros = zero_share(model)
     return Evaluation(
         **dataclasses.asdict(result),
         text_tokens=len(tokens),
         data_kind=text.kind,
         dtype=dtype_name(dtype),
         device=device().type,
-        zeros=zero_share(model),
+        zeros=zeros,
     )
 
 
 def load_masked_model(checkpoint: Checkpoint, params_dtype: torch.dtype) -> FrozenVocabularyGPTModel:
-    """This rank's part of the model: with the winners of its logits if it has logits, else with its fixed mask, else dense."""
+    """This rank's part of the model: with its logits if it has logits (see `use_winners`), else with its fixed mask, else dense."""
     model = build_model(checkpoint.model_config, params_dtype=params_dtype).eval()
     if checkpoint.info.stage == "trained":
         first = masked_parameters(model)[0]
         stored = checkpoint.tensors[f"{first.location.name}.mask_logits"].dtype
-        attach_logits(model, MaskSampler(checkpoint.info.block_pattern, mode=MaskMode.WINNER), dtype=stored)
+        attach_logits(model, MaskSampler(checkpoint.info.block_pattern), dtype=stored)
     elif checkpoint.info.stage != "dense":
         attach_bits(model)
     load_model(checkpoint, model)

@@ -11,7 +11,7 @@ that state dicts, `.to()` and optimizers see them, and holds a `MaskedParameter`
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,8 +19,8 @@ import torch
 
 from maskllm.masking.draw import current_draw
 from maskllm.masking.prior import add_prior, initial_logits
-from maskllm.masking.sampler import MaskMode, MaskSampler
-from maskllm.ops import NoiseKey, ShardMap, masked_weight, philox_key, winner_bits, winner_mask
+from maskllm.masking.sampler import MaskSampler
+from maskllm.ops import NoiseKey, ShardMap, masked_weight, philox_key, winner_bits, winner_bits_of_all
 from maskllm.patterns import Pattern, unpack_mask
 
 
@@ -65,6 +65,8 @@ class MaskedParameter:
         self.location = location
         self.sampler: MaskSampler | None = None
         """How masks are drawn from the logits; None while there are none."""
+        self._winner: torch.Tensor | None = None
+        """The bits of the mask that `use_winners` has chosen; None outside of its block."""
         owner.register_buffer("mask_bits", None)
         owner.register_parameter("mask_logits", None)
 
@@ -129,10 +131,6 @@ class MaskedParameter:
         """The mask in `bits`, bool [out, in]."""
         return unpack_mask(self.bits, self.shape[1])
 
-    def winner(self) -> torch.Tensor:
-        """The arg-max mask of the logits, bool [out, in]."""
-        return winner_mask(self.logits, self.sampler.pattern)
-
     def winner_bits(self) -> torch.Tensor:
         """The arg-max mask of the logits, as `bits` holds masks."""
         return winner_bits(self.logits, self.sampler.pattern)
@@ -140,13 +138,13 @@ class MaskedParameter:
     def effective_weight(self) -> torch.Tensor:
         """The weight that the matrix product uses, [out, in], in the weight's dtype.
 
-        With logits it is the weight times a mask drawn in the open draw (`maskllm.masking.draw`), or the winner's weight in
-        MaskMode.WINNER; with bits alone the weight times the fixed mask; else the dense weight.
+        With logits it is the weight times a mask drawn in the open draw (`maskllm.masking.draw`), or times the winner inside of
+        `use_winners`; with bits alone the weight times the fixed mask; else the dense weight.
         """
         if self.logits is None:
             return self.weight if self.bits is None else self.weight * self.fixed_mask()
-        if self.sampler.mode is MaskMode.WINNER:
-            return self.weight * self.winner()
+        if self._winner is not None:
+            return self.weight * unpack_mask(self._winner, self.shape[1])
         draw = current_draw()
         return self._masked_weight(draw.sample, None if draw.recomputing else self.sampler.stats)
 
@@ -189,3 +187,22 @@ class MaskedParameter:
             hard=sampler.hard,
             stats=stats,
         )
+
+
+@contextlib.contextmanager
+def use_winners(parameters: Sequence[MaskedParameter]) -> Iterator[None]:
+    """A block in which each of `parameters` that has logits multiplies by its winner, the arg-max mask, as after training.
+
+    The winners are those of the logits when the block begins. They are found once, and kept as one bit a weight. The parameters share
+    a pattern and a device. Raises MaskLLMError if a logit is NaN.
+    """
+    learned = [parameter for parameter in parameters if parameter.logits is not None]
+    if learned:
+        winners = winner_bits_of_all([parameter.logits for parameter in learned], learned[0].sampler.pattern)
+        for parameter, bits in zip(learned, winners, strict=True):
+            parameter._winner = bits
+    try:
+        yield
+    finally:
+        for parameter in learned:
+            parameter._winner = None

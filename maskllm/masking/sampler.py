@@ -5,7 +5,6 @@ Which draw it is, the sample index, is not among them: it belongs to a micro-bat
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass
 
 import torch
@@ -16,15 +15,6 @@ VALIDATION_SAMPLES = 1 << 62
 """Sample indices from here on belong to validation, so a validation never changes what training draws."""
 
 
-class MaskMode(enum.Enum):
-    """Which mask a weight with learned logits uses."""
-
-    SAMPLE = "sample"
-    """A Gumbel-Softmax draw."""
-    WINNER = "winner"
-    """The arg-max candidate of every block, as after training."""
-
-
 @dataclass
 class MaskSampler:
     """One object a process: the step sets it, every masked weight reads it."""
@@ -32,7 +22,6 @@ class MaskSampler:
     pattern: Pattern
     seed: int = 1234
     hard: bool = False
-    mode: MaskMode = MaskMode.SAMPLE
     scale: float = 1.0
     """kappa"""
     temperature: float = 1.0

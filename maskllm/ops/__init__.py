@@ -5,7 +5,7 @@ from maskllm.ops.masked_weight import masked_weight
 from maskllm.ops.noise import NoiseKey, ShardMap, philox_key
 from maskllm.ops.rounding import rounding_bits, stochastic_bf16
 from maskllm.ops.sparse24 import Sparse24Linear
-from maskllm.ops.winner import check_mask, winner_bits, winner_mask
+from maskllm.ops.winner import check_mask, winner_bits, winner_bits_of_all, winner_mask
 
 __all__ = [
     "NoiseKey",
@@ -19,5 +19,6 @@ __all__ = [
     "rounding_bits",
     "stochastic_bf16",
     "winner_bits",
+    "winner_bits_of_all",
     "winner_mask",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from maskllm.errors import MaskLLMError
@@ -19,15 +21,22 @@ def winner_bits(mask_logits: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     `mask_logits` is [out, in / M, C(M, N)], fp32, bf16 or fp16. Of equal logits the lowest candidate wins. Raises MaskLLMError if
     the shape is wrong or a logit is NaN.
     """
-    if mask_logits.dim() != 3 or mask_logits.shape[-1] != pattern.num_candidates:
-        raise MaskLLMError(
-            f"mask_logits {list(mask_logits.shape)}: for pattern {pattern} wanted [out, in / {pattern.m}, {pattern.num_candidates}]"
-        )
-    bad = mask_logits.isnan()
-    if bad.any():
-        row, block, _ = bad.nonzero()[0].tolist()
+    (bits,) = winner_bits_of_all([mask_logits], pattern)
+    return bits
+
+
+def winner_bits_of_all(all_logits: Sequence[torch.Tensor], pattern: Pattern) -> list[torch.Tensor]:
+    """`winner_bits` of each of `all_logits`, which are on one device. Waits for the device only once, to look for NaN."""
+    for logits in all_logits:
+        if logits.dim() != 3 or logits.shape[-1] != pattern.num_candidates:
+            raise MaskLLMError(
+                f"mask_logits {list(logits.shape)}: for pattern {pattern} wanted [out, in / {pattern.m}, {pattern.num_candidates}]"
+            )
+    bad = [logits.isnan().any() for logits in all_logits]
+    if bad and (first := torch.stack(bad).nonzero().flatten().tolist()[:1]):
+        row, block, _ = all_logits[first[0]].isnan().nonzero()[0].tolist()
         raise MaskLLMError(f"mask_logits: NaN in row {row}, block {block}; the run that trained them has diverged")
-    return torch.ops.maskllm.winner_bits(mask_logits.detach().contiguous(), pattern.n, pattern.m)
+    return [torch.ops.maskllm.winner_bits(logits.detach().contiguous(), pattern.n, pattern.m) for logits in all_logits]
 
 
 def winner_mask(mask_logits: torch.Tensor, pattern: Pattern) -> torch.Tensor:

@@ -109,7 +109,7 @@ class Trainer:
         self.validation = None
         if valid_batches is not None:
             self.validation = Validation(
-                self.model, self.sampler, self.micro_batches, valid_batches, arguments.eval_iters, self.stopping
+                self.model, self.sampler, masked, self.micro_batches, valid_batches, arguments.eval_iters, self.stopping
             )
         self.metrics = TrainMetrics(arguments, masked, self.micro_batches)
         self.saver = self._build_saver()

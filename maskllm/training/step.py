@@ -11,8 +11,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from maskllm.distributed import device
-from maskllm.errors import MaskLLMError
-from maskllm.masking.sampler import MaskMode, MaskSampler
+from maskllm.masking.sampler import MaskSampler
 from maskllm.training.arguments import TrainArguments
 from maskllm.training.data import Batches
 from maskllm.training.micro_batches import MicroBatches
@@ -49,11 +48,9 @@ class Step:
     def __call__(self, iteration: int) -> StepResult:
         """Do step `iteration`, counted from 0.
 
-        If the loss or a gradient is not finite on any rank, all ranks leave parameters and optimizer as they are. Raises MaskLLMError
-        if the optimizer finds such a gradient by itself.
+        If the loss or a gradient is not finite on any rank, all ranks leave parameters and optimizer as they are.
         """
         sampler, objective = self.sampler, self.micro_batches.objective
-        sampler.mode = MaskMode.SAMPLE
         sampler.temperature = objective.schedule.temperature(iteration)
         sampler.scale = objective.schedule.scale(iteration)
         sampler.stats = torch.zeros(2, dtype=torch.float32, device=device())
@@ -73,15 +70,14 @@ class Step:
         skipped = self.stopping.agree_after_step(iteration, skip=problem is not None)
         grad_norm = 0.0
         if not skipped:
-            updated, norm, _ = self.optimizer.step()
-            if not updated:
-                raise MaskLLMError(f"iteration {iteration + 1}: the optimizer found a gradient that is not finite")
+            # Megatron's optimizers look for gradients that are not finite only if they scale the loss, which fp16 weights need.
+            _, norm, _ = self.optimizer.step()
             grad_norm = float(norm)
         self.lr_scheduler.step(increment=self.arguments.global_batch_size)
         return StepResult(iteration, sums, grad_norm, float(lr), skipped)
 
     def _not_finite(self, sums: torch.Tensor) -> str | None:
-        """Which of this rank's losses and gradients is not finite; None if all are."""
+        """Which of this rank's losses and gradients, averaged over data-parallel ranks, is not finite; None if all are."""
         if not bool(torch.isfinite(sums).all()):
             return f"the loss is not finite on this rank: {[float(loss) for loss in self.micro_batches.losses]}"
         for buffer in self.model.buffers:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from maskllm.distributed import device
-from maskllm.masking.sampler import VALIDATION_SAMPLES, MaskMode, MaskSampler
+from maskllm.masking.parameter import MaskedParameter, use_winners
+from maskllm.masking.sampler import VALIDATION_SAMPLES, MaskSampler
 from maskllm.training.data import Batches
 from maskllm.training.micro_batches import MicroBatches, mean_loss
 from maskllm.training.surviving.stopping import Stopping
@@ -19,6 +22,7 @@ class Validation:
 
     model: torch.nn.Module
     sampler: MaskSampler
+    masked: Sequence[MaskedParameter]
     micro_batches: MicroBatches
     batches: Batches
     eval_iters: int
@@ -31,9 +35,9 @@ class Validation:
         self.model.eval()
         try:
             means = {}
-            for name, mode in (("loss_sampled", MaskMode.SAMPLE), ("loss_winner", MaskMode.WINNER)):
-                self.sampler.mode = mode
-                mean = self._mean_loss()
+            for name, masks in (("loss_sampled", contextlib.nullcontext()), ("loss_winner", use_winners(self.masked))):
+                with masks:
+                    mean = self._mean_loss()
                 if mean is None:
                     return None
                 means[name] = mean

@@ -15,13 +15,13 @@ from maskllm.errors import MaskLLMError
 from maskllm.families.registry import parameter_map
 from maskllm.huggingface.masked_linear import MaskedLinear, mask_linears
 from maskllm.masking.draw import Draw, keep_draw, open_draw
-from maskllm.masking.parameter import Location
-from maskllm.masking.sampler import MaskMode, MaskSampler
+from maskllm.masking.parameter import Location, use_winners
+from maskllm.masking.sampler import MaskSampler
 from maskllm.megatron.build import build_model
 from maskllm.megatron.linears import attach_logits, masked_parameters
 from maskllm.megatron.process_groups import parallel_processes
 from maskllm.ops import NoiseKey, masked_weight, philox_key
-from maskllm.patterns import Pattern, unpack_mask
+from maskllm.patterns import Pattern
 from maskllm.pruning import PruneSettings, prune_hf
 from tests.families.tiny import CONFIGS, tiny_model, write_tiny
 
@@ -45,7 +45,7 @@ def test_a_pruned_model_draws_masks_and_backpropagates(name, sampler):
         parameter.attach_bits()
         parameter.bits.copy_(masks[f"{linear}.weight"])
         parameter.reset(prior_strength=30.0)
-        assert torch.equal(parameter.winner(), unpack_mask(masks[f"{linear}.weight"], parameter.shape[1]))
+        assert torch.equal(parameter.winner_bits(), masks[f"{linear}.weight"])
 
     linear, parameter = list(masked.items())[1]
     module = model.get_submodule(linear)
@@ -63,11 +63,11 @@ def test_a_pruned_model_draws_masks_and_backpropagates(name, sampler):
 
 def test_without_an_open_draw_a_forward_pass_says_what_is_missing(sampler):
     model = tiny_model("llama2")
-    mask_linears(model, sampler)
+    masked = mask_linears(model, sampler)
     with pytest.raises(RuntimeError, match="no draw of masks is open"):
         model(torch.zeros(1, 4, dtype=torch.long))
-    sampler.mode = MaskMode.WINNER
-    model(torch.zeros(1, 4, dtype=torch.long))
+    with use_winners(list(masked.values())):
+        model(torch.zeros(1, 4, dtype=torch.long))
 
 
 def test_a_pattern_that_does_not_fit_names_the_linear():

@@ -9,8 +9,8 @@ import torch
 
 from maskllm.errors import MaskLLMError
 from maskllm.masking.draw import Draw, open_draw
-from maskllm.masking.parameter import Location, MaskedParameter
-from maskllm.masking.sampler import MaskMode, MaskSampler
+from maskllm.masking.parameter import Location, MaskedParameter, use_winners
+from maskllm.masking.sampler import MaskSampler
 from maskllm.patterns import Pattern, pack_mask, unpack_mask
 
 OUT, IN = 6, 16
@@ -58,9 +58,10 @@ def test_the_draw_decides_the_mask_and_the_winner_needs_none():
     assert not torch.equal(drawn(1), drawn(2))
     with pytest.raises(RuntimeError, match="no draw of masks is open"):
         parameter.effective_weight()
-    sampler.mode = MaskMode.WINNER
     best = PATTERN.candidates(device="cpu")[parameter.logits.argmax(-1)].view(OUT, IN)
-    assert torch.equal(parameter.effective_weight(), parameter.weight * best)
+    with use_winners([parameter]):
+        assert torch.equal(parameter.effective_weight(), parameter.weight * best)
+    assert torch.equal(drawn(1), drawn(1)) and not torch.equal(drawn(1), parameter.weight * best)
     assert torch.equal(unpack_mask(parameter.winner_bits(), IN), best.bool())
 
 
@@ -70,7 +71,7 @@ def test_a_strong_prior_wins_in_every_block():
     parameter.bits.copy_(pack_mask(two_of_four()))
     parameter.attach_logits(MaskSampler(PATTERN))
     parameter.reset(prior_strength=20.0)
-    assert torch.equal(parameter.winner(), two_of_four())
+    assert torch.equal(parameter.winner_bits(), pack_mask(two_of_four()))
 
 
 def test_recomputed_passes_add_nothing_to_the_statistics():
@@ -127,3 +128,29 @@ def test_rows_of_broken_blocks_are_refused():
     owner.weight = torch.nn.Parameter(torch.zeros(4, 6), requires_grad=False)
     with pytest.raises(MaskLLMError, match="layer"):
         MaskedParameter(owner, Location("layer", 6)).attach_logits(MaskSampler(PATTERN))
+
+
+def test_winners_are_those_of_the_blocks_beginning():
+    parameters = [masked() for _ in range(3)]
+    for parameter in parameters[:2]:
+        parameter.attach_logits(MaskSampler(PATTERN))
+        parameter.reset()
+    expected = [parameter.weight * unpack_mask(parameter.winner_bits(), IN) for parameter in parameters[:2]]
+    with use_winners(parameters):
+        for _ in range(3):
+            for parameter, weight in zip(parameters, expected, strict=False):
+                assert torch.equal(parameter.effective_weight(), weight)
+                parameter.logits.data.neg_()
+        assert torch.equal(parameters[2].effective_weight(), parameters[2].weight), "it has no logits"
+    for parameter in parameters[:2]:
+        with pytest.raises(RuntimeError, match="no draw of masks is open"):
+            parameter.effective_weight()
+
+
+def test_a_diverged_logit_is_found_in_any_of_the_weights():
+    parameters = [masked() for _ in range(3)]
+    for parameter in parameters:
+        parameter.attach_logits(MaskSampler(PATTERN))
+    parameters[1].logits.data[4, 2, 5] = torch.nan
+    with pytest.raises(MaskLLMError, match="NaN in row 4, block 2"), use_winners(parameters):
+        pass

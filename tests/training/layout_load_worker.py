@@ -17,11 +17,10 @@ from maskllm.checkpoints.reading import Checkpoint, resolve
 from maskllm.evaluation.megatron import load_masked_model
 from maskllm.masking.draw import Draw, open_draw
 from maskllm.masking.parameter import MaskedParameter
-from maskllm.masking.sampler import MaskMode
 from maskllm.megatron.linears import masked_parameters
 from maskllm.megatron.process_groups import parallel_processes
 from maskllm.ops import NoiseKey, ShardMap, masked_weight, philox_key, winner_mask
-from maskllm.patterns import Pattern
+from maskllm.patterns import Pattern, pack_mask
 
 SAMPLE, SETTINGS = 5, {"scale": 200.0, "temperature": 1.0}
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)]
@@ -43,11 +42,9 @@ def own_part(name: str, mask: torch.Tensor, rank: int, ranks: int) -> torch.Tens
 
 def is_own_part_of_the_draw(layer: MaskedParameter, checkpoint: Checkpoint, tp: int) -> bool:
     """Whether the masked weight of SAMPLE is, bit for bit, this rank's part of the masked weight in a single process."""
-    layer.sampler.mode = MaskMode.SAMPLE
     layer.sampler.scale, layer.sampler.temperature = SETTINGS["scale"], SETTINGS["temperature"]
     with open_draw(Draw(SAMPLE)):
         found = layer.effective_weight()
-    layer.sampler.mode = MaskMode.WINNER
     weight, logits = (checkpoint.tensors[f"{layer.location.name}.{kind}"].load() for kind in ("weight", "mask_logits"))
     key = NoiseKey(philox_key(layer.sampler.seed, layer.location.name), SAMPLE, ShardMap(logits.shape[1]))
     whole = masked_weight(weight.float(), logits, pattern=Pattern(2, 4), key=key, **SETTINGS)
@@ -66,7 +63,10 @@ def main(path: str, output: str) -> None:
             for layer in masked_parameters(model):
                 whole = winner_mask(checkpoint.tensors[f"{layer.location.name}.mask_logits"].load(), Pattern(2, 4))
                 wanted = own_part(layer.location.name, whole, parallel_state.get_tensor_model_parallel_rank(), tp)
-                same[layer.location.name] = torch.equal(layer.winner(), wanted), is_own_part_of_the_draw(layer, checkpoint, tp)
+                same[layer.location.name] = (
+                    torch.equal(layer.winner_bits(), pack_mask(wanted)),
+                    is_own_part_of_the_draw(layer, checkpoint, tp),
+                )
             found[f"{tp} {pp}"] = same
     Path(f"{output}-{rank}.json").write_text(json.dumps(found))
 

@@ -85,3 +85,20 @@ def test_low_precision_takes_this_projects_optimizer(name, value, model):
     optimizer = build_optimizer(arguments, parameter_groups(arguments, masked), masked, data_parallel(arguments, model))
     assert isinstance(optimizer, LogitsOptimizer)
     assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"use_distributed_optimizer": True}, {"mask_logits_dtype": "bf16"}], ids=["plain", "distributed", "own"]
+)
+@pytest.mark.parametrize("clip_grad", [0.0, 1.0])
+def test_no_optimizer_refuses_a_gradient_that_is_not_finite(options, clip_grad, model):
+    """So a step has to look at the gradients itself, before the optimizer does."""
+    arguments = dataclasses.replace(ARGUMENTS, clip_grad=clip_grad, **options)
+    masked = masked_parameters(model)
+    wrapped = data_parallel(arguments, model)
+    optimizer = build_optimizer(arguments, parameter_groups(arguments, masked), masked, wrapped)
+    wrapped.zero_grad_buffer()
+    masked[0].logits.main_grad.fill_(torch.nan)
+    wrapped.finish_grad_sync()
+    assert optimizer.step()[0] is True
+    assert masked[0].logits.isnan().any()
