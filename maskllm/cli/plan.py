@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> None:
 
     model = named_model(args.model)
     if args.seq_length is None:
-        args.seq_length = min(TrainArguments.seq_length, model.max_position_embeddings)
+        args.seq_length = min(TrainArguments.seq_length, model.context)
     arguments = TrainArguments(**option_values(vars(args)))
     arguments.check_settings()
     if args.num_gpus is not None and args.num_gpus < 1:

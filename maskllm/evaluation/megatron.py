@@ -43,7 +43,7 @@ def evaluate_checkpoint(
     windows = cut_windows(tokens, seq_length, max_windows)
     config = checkpoint.model_config
     check_vocabulary(int(tokens.min()), int(tokens.max()), config.vocab_size, str(data))
-    check_context(seq_length, config.max_position_embeddings)
+    check_context(seq_length, config.context)
     dtype = params_dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     model = load_masked_model(checkpoint, dtype)
     with use_winners(masked_parameters(model)):

@@ -38,6 +38,13 @@ class ModelConfig:
     add_bias: bool
     """Whether every linear of a layer has a bias."""
 
+    @property
+    def context(self) -> int:
+        """The longest sequence, in tokens: `max_position_embeddings`, or more if the scaling of rotary frequencies stretches it."""
+        if self.rope is None or self.rope.scaling is None:
+            return self.max_position_embeddings
+        return self.rope.scaling.context(self.max_position_embeddings)
+
     def dimensions(self) -> dict[str, int]:
         """The sizes of tensors' dimensions, by the names that `linears` and the parameter maps use."""
         return {

@@ -11,7 +11,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 
 from maskllm.families.model_config import ModelConfig
-from maskllm.families.rope import rotary_frequencies
+from maskllm.megatron.rotary import RopeEmbedding, multiply_rotated_channels
 
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
@@ -70,7 +70,10 @@ def transformer_config(model: ModelConfig, *, params_dtype: torch.dtype, **overr
         "apply_rope_fusion": False,
         "persist_layer_norm": False,
     }
-    return TransformerConfig(**(fields | overrides))
+    config = TransformerConfig(**(fields | overrides))
+    if model.rope is not None:
+        multiply_rotated_channels(config, model.rope.attention_factor)
+    return config
 
 
 def gpt_model_arguments(model: ModelConfig) -> dict[str, Any]:
@@ -93,8 +96,7 @@ def gpt_model_arguments(model: ModelConfig) -> dict[str, Any]:
 def set_rotary_frequencies(gpt_model: GPTModel, model: ModelConfig) -> None:
     """Give a freshly built `gpt_model` the frequencies of `model`, if it has rotary embeddings.
 
-    Megatron's own `rope_scaling` argument fixes all factors but one to those of LLaMA 3.1; setting the frequencies supports any.
+    Megatron's own arguments support neither all types of scaling nor all of their settings.
     """
     if model.rope is not None:
-        rotary = gpt_model.rotary_pos_emb
-        rotary.inv_freq = rotary_frequencies(model.rope).to(rotary.inv_freq.device)
+        gpt_model.rotary_pos_emb = RopeEmbedding(model.rope, gpt_model.config, gpt_model.pg_collection.cp)

@@ -94,7 +94,7 @@ def option(model: StoredModel, arguments: TrainArguments, ranks: int, *, cluster
     _check_pattern(model, arguments, tensor)
     arguments.num_microbatches(layout.data)
     memory = largest_stage(model, arguments, layout, device="cpu" if cluster is None else "cuda")
-    check_context(arguments.seq_length, model.max_position_embeddings)
+    check_context(arguments.seq_length, model.context)
     groups = (tensor > 1) + (pipeline > 1) + (layout.data > 1)
     outside = CUDA_CONTEXT + groups * NCCL_COMMUNICATOR if cluster is not None else 0.0
     return Option(arguments, layout, memory, outside, step_cost(model, arguments, layout, cluster))

@@ -90,7 +90,7 @@ class Calibration:
 
     def tokens(self, checkpoint: Checkpoint) -> torch.Tensor:
         """Draw the tokens, int64 [samples, seq_length]. Raises MaskLLMError if the data do not fit the checkpoint's model."""
-        check_context(self.seq_length, checkpoint.model_config.max_position_embeddings)
+        check_context(self.seq_length, checkpoint.model_config.context)
         documents = open_documents(self.data, checkpoint.hf_directory, append_eod=self.pack)
         tokens = sample_windows(documents, self.samples, self.seq_length, seed=self.seed, pack=self.pack)
         check_vocabulary(int(tokens.min()), int(tokens.max()), checkpoint.model_config.vocab_size, self.data)

@@ -65,7 +65,7 @@ class QuickstartSettings:
         if model.num_layers % self.processes:
             raise MaskLLMError(f"--processes {self.processes}: wanted a number that divides the model's {model.num_layers} layers")
         for name in ("seq_length", "eval_seq_length"):
-            check_context(getattr(self, name), model.max_position_embeddings, flag(name))
+            check_context(getattr(self, name), model.context, flag(name))
 
 
 def quickstart(

@@ -135,7 +135,7 @@ def _open_intact(path: str, *, fall_back: bool, say: Callable[[str], None]) -> C
 def _check_can_start(checkpoint: Checkpoint, arguments: TrainArguments, pattern: Pattern) -> None:
     """Raise MaskLLMError if masks with these arguments cannot be learned from this checkpoint."""
     info = checkpoint.info
-    check_context(arguments.seq_length, checkpoint.model_config.max_position_embeddings)
+    check_context(arguments.seq_length, checkpoint.model_config.context)
     if info.stage == "trimmed":
         raise MaskLLMError(
             f"{checkpoint.path}: a trimmed checkpoint's weights have their zeros written in; start from the pruned one"

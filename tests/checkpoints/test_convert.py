@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import gc
 import json
@@ -33,9 +34,8 @@ from maskllm.checkpoints.reading import Checkpoint, load_model, resolve
 from maskllm.cli import main
 from maskllm.errors import MaskLLMError
 from maskllm.export.huggingface import export
-from maskllm.families.rope import rotary_frequencies
 from maskllm.megatron.build import build_model
-from maskllm.megatron.transformer_config import set_rotary_frequencies
+from maskllm.megatron.rotary import RopeEmbedding
 from maskllm.quickstart.smollm2 import write_smollm2
 from tests.families.tiny import CONFIGS, tiny_config, write_tiny
 from tests.megatron.layout_worker import upstream_model
@@ -71,13 +71,8 @@ def test_logits_equal_those_of_transformers(name, converted):
         # The comparison notices differences: without the scaling of its rotary frequencies the model gives other logits.
         rope = checkpoint.model_config.rope
         if rope is not None and rope.scaling is not None:
-            plain = 1000.0 ** -(torch.arange(0, rope.dim, 2) / rope.dim)
-            assert not torch.equal(plain, rotary_frequencies(rope))
-            model.rotary_pos_emb.inv_freq = plain
-            model.rotary_pos_emb.forward.cache_clear()
+            model.rotary_pos_emb = RopeEmbedding(dataclasses.replace(rope, scaling=None), model.config, model.pg_collection.cp)
             assert (model(tokens, positions, None) - expected).abs().max() > 1e-2
-            set_rotary_frequencies(model, checkpoint.model_config)
-            model.rotary_pos_emb.forward.cache_clear()
 
 
 @pytest.mark.usefixtures("megatron")

@@ -7,13 +7,11 @@ import json
 import pytest
 import torch
 from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from maskllm.errors import MaskLLMError
 from maskllm.families.registry import read_model_config
-from maskllm.families.rope import rotary_frequencies
 from maskllm.megatron.transformer_config import transformer_config
-from tests.families.tiny import BASE, CONFIGS, GPT2, NEMOTRON, SCALED_ROPE, tiny_config
+from tests.families.tiny import BASE, CONFIGS, GPT2, LONGROPE, NEMOTRON, tiny_config
 
 PLAIN = BASE | {"model_type": "llama", "hidden_act": "silu"}
 
@@ -34,7 +32,8 @@ def test_a_config_that_transformers_wrote_is_read(name, tmp_path):
     hf.save_pretrained(tmp_path)
     config = read_model_config(tmp_path / "config.json")
     assert config.model_type == hf.model_type
-    assert (config.num_layers, config.hidden_size, config.ffn_hidden_size, config.max_position_embeddings) == (2, 32, 48, 512)
+    assert (config.num_layers, config.hidden_size, config.ffn_hidden_size) == (2, 32, 48)
+    assert config.max_position_embeddings == hf.max_position_embeddings
     assert config.num_query_groups == getattr(hf, "num_key_value_heads", 4)
     assert config.head_dim == getattr(hf, "head_dim", 8)
     assert config.tie_word_embeddings == hf.tie_word_embeddings
@@ -50,15 +49,6 @@ def test_an_old_nemotron_config_has_rotary_settings_outside_of_a_section(read):
     assert read(NEMOTRON).rope.dim == 4
 
 
-@pytest.mark.parametrize("type_key", ["rope_type", "type"])
-def test_both_spellings_of_rope_mean_the_same(read, type_key):
-    older = dict(SCALED_ROPE)
-    theta, kind = older.pop("rope_theta"), older.pop("rope_type")
-    assert read(PLAIN | {"rope_theta": theta, "rope_scaling": older | {type_key: kind}}) == read(
-        PLAIN | {"rope_parameters": SCALED_ROPE}
-    )
-
-
 def test_absent_keys_have_the_defaults_of_transformers(read):
     required = {key: BASE[key] for key in BASE if key not in ("max_position_embeddings", "rms_norm_eps")}
     config, defaults = read(required | {"model_type": "llama", "rope_scaling": None}), LlamaConfig(**required)
@@ -70,43 +60,18 @@ def test_absent_keys_have_the_defaults_of_transformers(read):
 
 
 @pytest.mark.parametrize(
-    ("rope", "head_dim"),
-    [
-        ({"rope_type": "default", "rope_theta": 10000.0}, 128),
-        (SCALED_ROPE, 16),
-        # LLaMA 3.1 and LLaMA 3.2, as published
-        (SCALED_ROPE | {"rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                        "original_max_position_embeddings": 8192}, 128),
-        (SCALED_ROPE | {"rope_theta": 5e5, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                        "original_max_position_embeddings": 8192}, 64),
-    ],
-)  # fmt: skip
-def test_rotary_frequencies_are_those_of_transformers(read, rope, head_dim):
-    hf = LlamaConfig(**BASE, head_dim=head_dim, rope_parameters=dict(rope))
-    if rope["rope_type"] == "default":
-        expected = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2) / head_dim)
-    else:
-        expected, attention_factor = ROPE_INIT_FUNCTIONS["llama3"](hf)
-        assert attention_factor == 1.0
-    found = rotary_frequencies(read(PLAIN | {"head_dim": head_dim, "rope_parameters": rope}).rope)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize(
     ("values", "words"),
     [
         ({"model_type": "mamba"}, "model_type 'mamba'"),
         ({"model_type": ["llama"]}, "model_type"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters: rope_type 'yarn'"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32.0}}, "rope_parameters: rope_type 'yarn'"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling: rope_type 'dynamic'"),
+        ({"rope_parameters": {"rope_type": "mrope", "factor": 4.0}}, "rope_parameters: rope_type 'mrope'"),
+        ({"rope_scaling": {"type": ["linear"], "factor": 2.0}}, "rope_scaling: rope_type ['linear']"),
+        ({"rope_scaling": {"type": "dynamic"}}, "rope_scaling: factor is missing"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor is missing"),
-        ({"rope_parameters": SCALED_ROPE | {"low_freq_factor": 5.0}}, "must be below high_freq_factor"),
-        (
-            {"rope_parameters": SCALED_ROPE, "rope_scaling": {"type": "linear", "factor": 2.0}},
-            "differ; wanted one of them",
-        ),
+        ({"rope_scaling": LONGROPE | {"short_factor": [1.0] * 3}}, "short_factor is a list of 3; wanted a list of 4 numbers"),
+        ({"rope_scaling": LONGROPE | {"long_factor": None}}, "long_factor is None; wanted a list of 4 numbers"),
+        ({"rope_scaling": LONGROPE | {"long_factor": [1.0, 2.0, "3", 4.0]}}, "long_factor is '3'; wanted a positive number"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters: 'full_attention' is not supported"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
         ({"attention_bias": True}, "attention_bias is True and mlp_bias is False"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,28 @@ SCALED_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 4.0,
+    "beta_fast": 12.0,
+    "beta_slow": 1.5,
+    "original_max_position_embeddings": 32,
+}
+
+LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.1, 1.3, 1.7], "long_factor": [1.2, 2.0, 3.5, 5.0]}
+"""For heads with 8 rotated channels."""
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama2": BASE,
     "llama3": BASE | {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
     "llama3.1": BASE | {"num_key_value_heads": 2, "rope_parameters": SCALED_ROPE},
     "llama3.2": BASE | {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True, "rope_parameters": SCALED_ROPE},
+    "linear": BASE | {"rope_theta": 1000.0, "rope_scaling": {"type": "linear", "factor": 3.0}},
+    # Original lengths that are below the lengths of the tests' sequences.
+    "dynamic": BASE | {"max_position_embeddings": 96, "rope_theta": 1000.0, "rope_scaling": {"type": "dynamic", "factor": 4.0}},
+    "yarn": BASE | {"rope_parameters": YARN, "original_max_position_embeddings": 96},
+    "longrope": BASE | {"rope_theta": 1000.0, "rope_scaling": LONGROPE, "original_max_position_embeddings": 96},
     "biases": BASE | {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
     "nemotron": NEMOTRON,
     "nemotron_biases": NEMOTRON
@@ -67,7 +85,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 def tiny_config(name: str) -> PreTrainedConfig:
     """The transformers config of CONFIGS[name]."""
-    return AutoConfig.for_model(**({"model_type": "llama"} | CONFIGS[name]))
+    return AutoConfig.for_model(**copy.deepcopy({"model_type": "llama"} | CONFIGS[name]))
 
 
 def tiny_model(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
