@@ -78,9 +78,10 @@ def megatron_window_nll(model: FrozenVocabularyGPTModel) -> WindowNLL:
     @torch.inference_mode()
     def window_nll(tokens: torch.Tensor) -> float:
         tokens = tokens.to(device())
-        positions = torch.arange(len(tokens) - 1, device=tokens.device)
-        losses = model(tokens[None, :-1], positions[None], None, labels=tokens[None, 1:].contiguous())
-        return losses.double().sum().item()
+        positions = torch.arange(len(tokens), device=tokens.device)
+        # The last token too, as transformers gets it: some rotary frequencies depend on the length. Its loss does not count.
+        losses = model(tokens[None], positions[None], None, labels=tokens.roll(-1)[None])
+        return losses[:, :-1].double().sum().item()
 
     return window_nll
 

@@ -177,3 +177,20 @@ def test_a_device_that_cannot_be_used_is_named(device):
     with pytest.raises(MaskLLMError, match=f"--device {device}: cannot be used here"):
         usable_device(device)
     assert usable_device("cpu").type == "cpu"
+
+
+def test_both_paths_agree_beyond_the_length_that_dynamic_rotary_embeddings_stretch(model_directory, text_file, tmp_path, capsys):
+    """The frequencies depend on the length of the sequence, so both paths must see windows of one length."""
+    source = shutil.copytree(model_directory, tmp_path / "hf")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"rope_scaling": {"type": "dynamic", "factor": 4.0}}))
+    assert main(["convert", "--hf", str(source), "--output", str(tmp_path / "dense")]) == 0
+    arguments = ["--data", str(text_file), "--params-dtype", "fp32", "--json", str(tmp_path / "out.json")]
+    found = {}
+    for length in (64, 65, 200):
+        for path in (["--model", str(source)], ["--load", str(tmp_path / "dense")]):
+            assert main(["evaluate", *path, *arguments, "--seq-length", str(length)]) == 0
+            found[path[0], length] = json.loads((tmp_path / "out.json").read_text())["perplexity"]
+        assert found["--load", length] == pytest.approx(found["--model", length], rel=1e-5)
+    assert main(["evaluate", "--load", str(tmp_path / "dense"), *arguments, "--seq-length", "257"]) == 1
+    assert "--seq-length 257: the model has a context of 256 tokens" in capsys.readouterr().err

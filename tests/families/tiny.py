@@ -69,7 +69,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "yarn": BASE | {"rope_parameters": YARN, "original_max_position_embeddings": 96},
     "longrope": BASE | {"rope_theta": 1000.0, "rope_scaling": LONGROPE, "original_max_position_embeddings": 96},
     "biases": BASE | {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
-    "nemotron": NEMOTRON,
+    "nemotron": NEMOTRON | {"rope_parameters": YARN},
     "nemotron_biases": NEMOTRON
     | {
         "head_dim": 16,

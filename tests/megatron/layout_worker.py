@@ -59,7 +59,10 @@ def main(spec: str, tp: str, pp: str, *directories: str) -> None:
         for directory in map(Path, directories):
             checkpoint = resolve(directory / "dense")
             config = checkpoint.model_config
-            model = upstream_model(config, int(tp)) if spec == "upstream" else build_model(config, params_dtype=torch.float32)
+            if spec == "upstream":
+                model = upstream_model(config, int(tp))
+            else:
+                model = build_model(config, params_dtype=torch.float32, sequence_parallel=spec == "sequence-parallel")
             model.eval()
             model.load_state_dict(checkpoint.load({"model": model.sharded_state_dict()})["model"])
             found = logits(model, torch.load(directory / "tokens.pt", weights_only=True))

@@ -17,6 +17,7 @@ from tests.families.tiny import write_tiny
         ("upstream", 2, 1, ["biases"]),
         ("ours", 2, 1, ["nemotron", "gpt2_untied"]),
         ("ours", 1, 2, ["llama3.2", "gpt2"]),
+        ("sequence-parallel", 2, 1, ["dynamic"]),
     ],
 )
 def test_a_layout_loads_and_saves_the_same_model(spec, tp, pp, names, ranks, tmp_path):
