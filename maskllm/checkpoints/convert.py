@@ -13,10 +13,13 @@ from maskllm.checkpoints.writing import release_directory, write_checkpoint
 from maskllm.errors import MaskLLMError
 from maskllm.families.mapping import Mapping
 from maskllm.families.model_config import ModelConfig
-from maskllm.families.registry import find_stored, is_derived_buffer, parameter_map, read_model_config, tied_copies
+from maskllm.families.registry import find_stored, is_derived_buffer, num_parameters, parameter_map, read_model_config, tied_copies
 from maskllm.files import read_json_object
 from maskllm.huggingface.directory import find_source
 from maskllm.huggingface.tensors import HFTensors
+
+MAKE_VOCAB_SIZE_DIVISIBLE_BY = 128
+"""Megatron-LM's default (`--make-vocab-size-divisible-by`), which suits the kernels of matrix products."""
 
 
 @dataclass(frozen=True)
@@ -29,27 +32,30 @@ class ConvertReport:
     """Megatron tensors. Some of them hold several Hugging Face tensors."""
     parameters: int
     bytes: int
-    """Size of the parameters."""
+    """Size of the parameters and of the vocabulary's padding."""
 
 
-def convert(hf: str | Path, output: str | Path) -> ConvertReport:
+def convert(
+    hf: str | Path, output: str | Path, *, make_vocab_size_divisible_by: int = MAKE_VOCAB_SIZE_DIVISIBLE_BY
+) -> ConvertReport:
     """Convert the Hugging Face checkpoint `hf`, a directory or a hub id, to the Megatron checkpoint directory `output`.
 
-    Every tensor keeps its dtype and its bits. The iteration directory is OUTPUT/release. Raises MaskLLMError naming the config key
-    if the model is not supported, and naming the tensor if one is missing, unknown or of the wrong shape. Raises as
-    `release_directory` does before anything is downloaded.
+    Every tensor keeps its dtype and its bits. The embedding and the output matrix get rows of zeros up to a multiple of
+    `make_vocab_size_divisible_by`; any tensor-parallel size loads them. The iteration directory is OUTPUT/release.
+
+    Raises MaskLLMError naming the config key if the model is not supported, and naming the tensor if one is missing, unknown or of
+    the wrong shape. Raises as `release_directory` does before anything is downloaded.
     """
     release_directory(output, "dense")
     source = find_source(hf)
-    config = read_model_config(source / "config.json")
+    config = read_model_config(source / "config.json").padded(make_vocab_size_divisible_by)
     tensors = HFTensors(source)
     stored = find_stored(tensors.names, config)
     _check_names(tensors, stored, config)
     lazy = {mapping.megatron: _converted(mapping, tensors, stored, config) for mapping in parameter_map(config)}
     info = CheckpointInfo(stage="dense", source=str(hf))
     path = write_checkpoint(output, lazy, info, hf_files_from=source, description="convert")
-    parameters = sum(torch.Size(tensor.shape).numel() for tensor in lazy.values())
-    return ConvertReport(str(path), len(lazy), parameters, sum(tensor.nbytes for tensor in lazy.values()))
+    return ConvertReport(str(path), len(lazy), num_parameters(config), sum(tensor.nbytes for tensor in lazy.values()))
 
 
 def _converted(mapping: Mapping, tensors: HFTensors, stored: dict[str, str], config: ModelConfig) -> LazyTensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from maskllm.checkpoints.info import INFO, CheckpointInfo, read_info
 from maskllm.checkpoints.torch_dist import TensorReader, is_short_write
 from maskllm.distributed import lost_connection, raised_together
 from maskllm.errors import MaskLLMError, first_line
+from maskllm.families.mapping import Vocabulary
 from maskllm.families.model_config import ModelConfig
 from maskllm.families.registry import parameter_map, read_model_config
 
@@ -44,8 +46,13 @@ class Checkpoint:
 
     @functools.cached_property
     def model_config(self) -> ModelConfig:
-        """The architecture. Raises MaskLLMError if the config is missing or not supported."""
-        return read_model_config(self.hf_directory / "config.json")
+        """The architecture, with the vocabulary's padding that this checkpoint's embedding has.
+
+        Raises MaskLLMError if the config is missing or not supported, or if there is no embedding.
+        """
+        config = read_model_config(self.hf_directory / "config.json")
+        embedding = next(mapping.megatron for mapping in parameter_map(config) if isinstance(mapping, Vocabulary))
+        return dataclasses.replace(config, vocab_padding=max(0, self.tensors[embedding].shape[0] - config.vocab_size))
 
     @functools.cached_property
     def tensors(self) -> TensorReader:
@@ -82,12 +89,15 @@ class Checkpoint:
         """Megatron's `dist_checkpointing.load` of a sharded state dict that was made under any parallel layout; all ranks call it.
 
         Returns the state dict with tensors in place of `ShardedTensor`s. Raises MaskLLMError naming the first tensor that the
-        checkpoint lacks or holds with another global shape, or a damaged file.
+        checkpoint lacks or holds with another global shape, or a damaged file. Only the vocabulary's padding may differ.
         """
         self.verify()
         sharded_state_dict = without_extra_state(sharded_state_dict)
         for tensor in _sharded_tensors(sharded_state_dict):
-            self.check_shape(tensor.key, tuple(tensor.global_shape))
+            rows, *others = tensor.global_shape
+            if tensor.allow_shape_mismatch:  # Megatron's mark of the vocabulary's matrices
+                rows = self.model_config.dimensions()["vocab"]
+            self.check_shape(tensor.key, (rows, *others))
         with one_line(f"{self.path}: cannot be loaded"):
             return dist_checkpointing.load(sharded_state_dict, str(self.path))
 

@@ -42,6 +42,13 @@ def writable_file(text: str) -> str:
     return text
 
 
+def positive_integer(text: str) -> int:
+    """An argparse type: an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text!r}, wanted a positive integer")
+    return int(text)
+
+
 def refuse_empty(options: Mapping[str, Any]) -> None:
     """Raise MaskLLMError if an option (field name -> value) is, or contains, the empty string.
 

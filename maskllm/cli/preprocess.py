@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import sys
 
-from maskllm.cli.options import writable_file
+from maskllm.cli.options import positive_integer, writable_file
 from maskllm.files import write_json
 from maskllm.processes import peak_resident_bytes
 
@@ -63,10 +63,3 @@ def run(args: argparse.Namespace) -> None:
     )
     if args.json:
         write_json(args.json, dataclasses.asdict(summary) | {"peak_memory_bytes": peak_resident_bytes()})
-
-
-def positive_integer(text: str) -> int:
-    """An argparse type: an integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"found {text!r}, wanted a positive integer")
-    return int(text)

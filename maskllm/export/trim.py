@@ -14,7 +14,7 @@ from maskllm.checkpoints.reading import Checkpoint, resolve
 from maskllm.checkpoints.torch_dist import LazyTensor
 from maskllm.checkpoints.writing import write_checkpoint
 from maskllm.errors import MaskLLMError
-from maskllm.families.registry import parameter_map
+from maskllm.families.registry import num_parameters, parameter_map
 from maskllm.ops import winner_mask
 from maskllm.patterns import Pattern, pack_mask, unpack_mask
 
@@ -83,7 +83,7 @@ def trim(load: str | Path, output: str | Path) -> TrimReport:
         path=str(path),
         trimmed_from=checkpoint.info.stage,
         pattern=checkpoint.info.pattern,
-        parameters=sum(torch.Size(tensor.shape).numel() for key, tensor in tensors.items() if not key.endswith(".mask_bits")),
+        parameters=num_parameters(checkpoint.model_config),
         pruned_parameters=pruned_parameters,
         zeros=sum(removed.values()),
         blocks=pruned_parameters // pattern.m if pattern is not None else None,

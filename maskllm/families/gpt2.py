@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from maskllm.families.hf_config import HFConfig
 from maskllm.families.linears import FC1, FC2, PROJ, QKV
-from maskllm.families.mapping import Direct, Mapping, StackedQKV, expand
+from maskllm.families.mapping import Direct, Mapping, StackedQKV, Vocabulary, expand
 from maskllm.families.model_config import ModelConfig
 
 BASE_PREFIX = "transformer."
 
 EMBEDDINGS = [
-    Direct("embedding.word_embeddings.weight", ("transformer.wte.weight",), ("vocab", "hidden")),
+    Vocabulary("embedding.word_embeddings.weight", ("transformer.wte.weight",), ("vocab", "hidden")),
     Direct("embedding.position_embeddings.weight", ("transformer.wpe.weight",), ("positions", "hidden")),
 ]
 
@@ -50,7 +50,7 @@ FINAL_NORM = [
     Direct("decoder.final_layernorm.bias", ("transformer.ln_f.bias",), ("hidden",)),
 ]
 
-OUTPUT = Direct("output_layer.weight", ("lm_head.weight",), ("vocab", "hidden"))
+OUTPUT = Vocabulary("output_layer.weight", ("lm_head.weight",), ("vocab", "hidden"))
 """Only if the output layer is not tied to the embedding."""
 
 TIED_COPIES = {"lm_head.weight": "transformer.wte.weight"}

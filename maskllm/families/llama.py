@@ -6,13 +6,13 @@ from typing import Any
 
 from maskllm.families.hf_config import HFConfig
 from maskllm.families.linears import FC1, FC2, PROJ, QKV
-from maskllm.families.mapping import Direct, GatedMLP, Mapping, QKVByGroup, expand
+from maskllm.families.mapping import Direct, GatedMLP, Mapping, QKVByGroup, Vocabulary, expand
 from maskllm.families.model_config import ModelConfig
 from maskllm.families.rope import read_rope
 
 BASE_PREFIX = "model."
 
-EMBEDDING = Direct("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ("vocab", "hidden"))
+EMBEDDING = Vocabulary("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), ("vocab", "hidden"))
 
 INPUT_NORM = Direct(
     "decoder.layers.*.self_attention.linear_qkv.layer_norm_weight", ("model.layers.*.input_layernorm.weight",), ("hidden",)
@@ -66,7 +66,7 @@ MLP_DOWN_BIAS = Direct(FC2.bias, ("model.layers.*.mlp.down_proj.bias",), ("hidde
 
 FINAL_NORM = Direct("decoder.final_layernorm.weight", ("model.norm.weight",), ("hidden",))
 
-OUTPUT = Direct("output_layer.weight", ("lm_head.weight",), ("vocab", "hidden"))
+OUTPUT = Vocabulary("output_layer.weight", ("lm_head.weight",), ("vocab", "hidden"))
 """Only if the output layer is not tied to the embedding."""
 
 TIED_COPIES = {"lm_head.weight": "model.embed_tokens.weight"}

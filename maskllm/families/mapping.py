@@ -93,6 +93,21 @@ class Direct(Mapping):
 
 
 @dataclass(frozen=True)
+class Vocabulary(Direct):
+    """A matrix with a row for each token. Megatron's has `ModelConfig.vocab_padding` rows of zeros after them."""
+
+    def rows(self, config: ModelConfig) -> list[int]:
+        return [config.vocab_size]
+
+    def fuse(self, parts: Sequence[torch.Tensor], config: ModelConfig) -> torch.Tensor:
+        (tokens,) = parts
+        return torch.cat([tokens, tokens.new_zeros(config.vocab_padding, *tokens.shape[1:])]) if config.vocab_padding else tokens
+
+    def split(self, tensor: torch.Tensor, config: ModelConfig) -> list[torch.Tensor]:
+        return [tensor[: config.vocab_size]]
+
+
+@dataclass(frozen=True)
 class GatedMLP(Mapping):
     """fc1 of a gated MLP: all gate rows, then all up rows (`hf` is gate, up)."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from dataclasses import dataclass, field
 
 from maskllm.errors import MaskLLMError
 from maskllm.families.rope import Rope
@@ -37,6 +38,13 @@ class ModelConfig:
     tie_word_embeddings: bool
     add_bias: bool
     """Whether every linear of a layer has a bias."""
+    vocab_padding: int = field(default=0, kw_only=True)
+    """Rows of zeros after the vocabulary's in Megatron's embedding and output matrices, so that ranks can split them evenly."""
+
+    def padded(self, multiple: int) -> ModelConfig:
+        """This model with enough `vocab_padding`, and at least as much as before, for a multiple of `multiple` rows."""
+        rows = self.vocab_size + self.vocab_padding
+        return dataclasses.replace(self, vocab_padding=self.vocab_padding + -rows % multiple)
 
     @property
     def context(self) -> int:
@@ -48,7 +56,7 @@ class ModelConfig:
     def dimensions(self) -> dict[str, int]:
         """The sizes of tensors' dimensions, by the names that `linears` and the parameter maps use."""
         return {
-            "vocab": self.vocab_size,
+            "vocab": self.vocab_size + self.vocab_padding,
             "positions": self.max_position_embeddings,
             "hidden": self.hidden_size,
             "ffn": self.ffn_hidden_size,
@@ -58,9 +66,8 @@ class ModelConfig:
         }
 
     def check_tensor_parallel(self, size: int) -> None:
-        """Raise MaskLLMError if `size` tensor-parallel ranks cannot split this model evenly. Nothing is padded."""
+        """Raise MaskLLMError if `size` tensor-parallel ranks cannot split this model's layers evenly."""
         for what, value in (
-            ("vocabulary", self.vocab_size),
             ("number of attention heads", self.num_attention_heads),
             ("number of key-value heads", self.num_query_groups),
             ("MLP width", self.ffn_hidden_size),

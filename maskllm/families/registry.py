@@ -7,6 +7,7 @@ tests.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -88,6 +89,11 @@ def find_stored(names: Collection[str], config: ModelConfig) -> dict[str, str]:
                 stored[name] = place
                 break
     return stored
+
+
+def num_parameters(config: ModelConfig) -> int:
+    """The number of parameters as Hugging Face counts them: without the vocabulary's padding, and tied embeddings once."""
+    return sum(math.prod(shape) for mapping in parameter_map(config) for shape in mapping.hf_shapes(config))
 
 
 def tied_copies(config: ModelConfig) -> dict[str, str]:

@@ -38,6 +38,7 @@ def build_model(
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     if model_config.num_layers % pp_size:
         raise MaskLLMError(f"pipeline-model-parallel size {pp_size} does not divide the model's {model_config.num_layers} layers")
+    model_config = model_config.padded(tp_size)
     recomputation = recomputation or {}
     check_recomputation(recomputation, model_config.num_layers // pp_size)
     config = transformer_config(
@@ -54,6 +55,7 @@ def build_model(
         transformer_layer_spec=block_spec(config, parallel_state.get_pipeline_model_parallel_rank(), transformer_impl),
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
+        unpadded_vocab_size=model_config.vocab_size,
         **gpt_model_arguments(model_config),
     )
     hold_masked_parameters(model, model_config)

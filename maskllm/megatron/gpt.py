@@ -6,7 +6,11 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
 
 from maskllm.megatron.loss import frozen_linear_cross_entropy
 
@@ -18,8 +22,10 @@ class FrozenVocabularyGPTModel(GPTModel):
     `checkpoint` runs the backward pass of a recomputed function only if one of its inputs requires a gradient.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, unpadded_vocab_size: int, **kwargs: Any) -> None:
+        """`unpadded_vocab_size` is the number of tokens; `GPTModel`'s `vocab_size` also counts the rows of padding after them."""
         super().__init__(*args, **kwargs)
+        self.unpadded_vocab_size = unpadded_vocab_size
         if self.pre_process and self.config.recompute_granularity is not None:
             self.embedding.register_forward_hook(_require_gradient)
 
@@ -38,11 +44,15 @@ class FrozenVocabularyGPTModel(GPTModel):
             labels: int64 [batch, sequence], or None for logits.
 
         Returns:
-            On the last stage: fp32 losses [batch, sequence] if `labels` is given, otherwise logits
-            [batch, sequence, vocabulary / tensor-parallel ranks]. On earlier stages: hidden states [sequence, batch, hidden size].
+            On the last stage: fp32 losses [batch, sequence] if `labels` is given, otherwise logits [batch, sequence, vocabulary] of
+            all tensor-parallel ranks, without the padding. On earlier stages: hidden states [sequence, batch, hidden size].
         """
+        tp_group = self.pg_collection.tp
         if labels is None or not self.post_process:
-            return super().forward(input_ids, position_ids, attention_mask)
+            output = super().forward(input_ids, position_ids, attention_mask)
+            if not self.post_process:
+                return output
+            return gather_from_tensor_model_parallel_region(output, group=tp_group)[..., : self.unpadded_vocab_size]
         # Without `post_process`, upstream's forward returns the decoder's output, which the loss below needs.
         self.post_process = False
         try:
@@ -50,12 +60,11 @@ class FrozenVocabularyGPTModel(GPTModel):
         finally:
             self.post_process = True
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
-        tp_group = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, group=tp_group)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=tp_group)
-        losses = frozen_linear_cross_entropy(hidden.flatten(0, 1), weight, labels.t().flatten(), tp_group)
+        losses = frozen_linear_cross_entropy(hidden.flatten(0, 1), weight, labels.t().flatten(), tp_group, self.unpadded_vocab_size)
         return losses.view(labels.shape[1], labels.shape[0]).t()
 
 

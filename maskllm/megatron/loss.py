@@ -21,7 +21,7 @@ class _FrozenLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, tp_group: dist.ProcessGroup
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, tp_group: dist.ProcessGroup, vocab_size: int
     ) -> torch.Tensor:
         vocabulary = weight.shape[0]
         first = tp_group.rank() * vocabulary
@@ -32,6 +32,7 @@ class _FrozenLinearCrossEntropy(torch.autograd.Function):
         for start in range(0, hidden.shape[0], step):
             tokens = slice(start, start + step)
             logits = (hidden[tokens] @ weight.t()).float()
+            logits[:, max(0, vocab_size - first) :] = -torch.inf  # padding
             maximum = logits.amax(-1, keepdim=True)
             if parallel:
                 dist.all_reduce(maximum, op=dist.ReduceOp.MAX, group=tp_group)
@@ -39,7 +40,7 @@ class _FrozenLinearCrossEntropy(torch.autograd.Function):
             local = labels[tokens, None] - first
             inside = (local >= 0) & (local < vocabulary)
             local = local.clamp(0, vocabulary - 1)
-            target = logits.gather(1, local).mul_(inside)
+            target = logits.gather(1, local).masked_fill_(~inside, 0)  # 0 times a padding's -inf would not be a number
             probabilities = logits.exp_()
             total = probabilities.sum(-1, keepdim=True)
             if parallel:
@@ -56,21 +57,22 @@ class _FrozenLinearCrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    def backward(ctx: Any, grad_losses: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+    def backward(ctx: Any, grad_losses: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_losses.unsqueeze(1).to(gradient.dtype), None, None, None
+        return gradient * grad_losses.unsqueeze(1).to(gradient.dtype), None, None, None, None
 
 
 def frozen_linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, tp_group: dist.ProcessGroup
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, tp_group: dist.ProcessGroup, vocab_size: int
 ) -> torch.Tensor:
     """The cross-entropy loss of each token, in fp32.
 
     Args:
         hidden: [tokens, hidden size], the same on every rank of `tp_group`. Each rank computes its part of the gradient; the
             sum over the ranks is the gradient.
-        weight: [vocabulary / ranks, hidden size], this rank's rows of the output matrix. It gets no gradient.
+        weight: [(vocabulary + padding) / ranks, hidden size], this rank's rows of the output matrix. It gets no gradient.
         labels: int64 [tokens].
+        vocab_size: The size of the vocabulary. The rows of the whole output matrix after it are padding, which the softmax leaves out.
 
     Returns:
         fp32 [tokens].
@@ -80,4 +82,4 @@ def frozen_linear_cross_entropy(
     """
     if weight.requires_grad:
         raise ValueError("frozen_linear_cross_entropy: the output matrix requires a gradient, wanted a frozen one")
-    return _FrozenLinearCrossEntropy.apply(hidden, weight, labels, tp_group)
+    return _FrozenLinearCrossEntropy.apply(hidden, weight, labels, tp_group, vocab_size)

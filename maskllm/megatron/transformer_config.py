@@ -86,7 +86,7 @@ def gpt_model_arguments(model: ModelConfig) -> dict[str, Any]:
             "rotary_percent": model.rope.dim / model.head_dim,
         }
     return {
-        "vocab_size": model.vocab_size,
+        "vocab_size": model.dimensions()["vocab"],
         "max_sequence_length": model.max_position_embeddings,
         "share_embeddings_and_output_weights": model.tie_word_embeddings,
         **positions,

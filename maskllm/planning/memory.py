@@ -75,6 +75,7 @@ class Shapes:
         """Elements in a layer's norms and biases."""
         self.outside: dict[str, float] = {"embedding": 0.0, "output_layer": 0.0, "decoder.final_layernorm": 0.0}
         """Elements outside the layers: start of a tensor's name -> elements."""
+        model = model.padded(tensor)
         for mapping in parameter_map(model):
             size = math.prod(mapping.megatron_shape(model))
             name = mapping.megatron
@@ -254,7 +255,7 @@ def backward_activations(model: ModelConfig, arguments: TrainArguments, layout: 
 
 def loss_temporary(model: ModelConfig, arguments: TrainArguments, layout: Layout) -> float:
     """Bytes of one chunk of vocabulary logits in the loss, in fp32 and again in the weights' dtype."""
-    vocabulary = model.vocab_size // layout.tensor
+    vocabulary = model.padded(layout.tensor).dimensions()["vocab"] // layout.tensor
     tokens = min(arguments.seq_length * arguments.micro_batch_size, max(1, MAX_CHUNK_LOGITS // vocabulary))
     return tokens * vocabulary * (4 + FLOAT_BYTES[arguments.params_dtype])
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from maskllm.checkpoints.convert import MAKE_VOCAB_SIZE_DIVISIBLE_BY
 from maskllm.checkpoints.reading import resolve
 from maskllm.dtypes import BY_NAME
 from maskllm.errors import MaskLLMError
@@ -96,7 +97,10 @@ embeddings are left out, since they change neither memory nor time.
 
 @dataclass(frozen=True)
 class StoredModel(ModelConfig):
-    """An architecture and the dtype of its checkpoint's weights. Every checkpoint made from it keeps that dtype."""
+    """An architecture, with the vocabulary's padding of its Megatron checkpoint, and the dtype of the checkpoint's weights.
+
+    Every checkpoint made from it keeps that dtype.
+    """
 
     stored_dtype: torch.dtype
 
@@ -120,13 +124,18 @@ def named_model(name: str) -> StoredModel:
             raise
         closest = "".join(f"; the closest is {known}" for known in difflib.get_close_matches(name.lower(), BUILT_IN, n=1))
         raise MaskLLMError(f"{error}; wanted a directory, a hub id or one of {', '.join(BUILT_IN)}{closest}") from None
-    return StoredModel(**vars(read_model_config(file)), stored_dtype=_stored_dtype(HFConfig(read_json_object(file), str(file))))
+    return _converted(read_model_config(file), HFConfig(read_json_object(file), str(file)))
 
 
 def config_of(values: dict[str, Any], name: str = "config") -> StoredModel:
     """The model that the values of a `config.json` describe. Errors call it `name`."""
     hf = HFConfig(values, name)
-    return StoredModel(**vars(FAMILIES[values["model_type"]].read_config(hf)), stored_dtype=_stored_dtype(hf))
+    return _converted(FAMILIES[values["model_type"]].read_config(hf), hf)
+
+
+def _converted(config: ModelConfig, hf: HFConfig) -> StoredModel:
+    """The model as `maskllm convert` stores it."""
+    return StoredModel(**vars(config.padded(MAKE_VOCAB_SIZE_DIVISIBLE_BY)), stored_dtype=_stored_dtype(hf))
 
 
 def _stored_dtype(hf: HFConfig) -> torch.dtype:

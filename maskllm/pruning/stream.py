@@ -69,12 +69,12 @@ class LayerStream:
         config.num_hidden_layers = 1
         config.vocab_size, config.pad_token_id = 1, None  # a small random embedding; the real one replaces it below
         model = AutoModel.from_config(config).eval()
-        for mapping in parameter_map(self._checkpoint.model_config):
+        model_config = self._checkpoint.model_config
+        for mapping in parameter_map(model_config):
             if mapping.megatron.startswith("embedding."):
-                (name,) = mapping.hf
+                (name,), (tensor,) = mapping.hf, mapping.to_hf(self._checkpoint.tensors[mapping.megatron].load(), model_config)
                 embedding = model.get_submodule(name.removeprefix(f"{model.base_model_prefix}.").removesuffix(".weight"))
-                tensor = self._checkpoint.tensors[mapping.megatron].load().to(self._dtype)
-                embedding.weight = torch.nn.Parameter(tensor, requires_grad=False)
+                embedding.weight = torch.nn.Parameter(tensor.to(self._dtype), requires_grad=False)
         return model
 
     def _tensors(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -119,7 +119,7 @@ def test_a_file_that_is_not_a_json_object_is_refused(tmp_path, text, words):
 @pytest.mark.parametrize(
     ("values", "size", "words"),
     [
-        ({}, 5, "vocabulary, 96"),
+        ({}, 3, "number of attention heads, 4"),
         ({"num_key_value_heads": 2}, 4, "key-value heads, 2"),
         ({"intermediate_size": 50}, 4, "MLP width, 50"),
     ],

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from maskllm.families.linears import LINEARS
-from maskllm.families.mapping import GatedMLP, QKVByGroup
+from maskllm.families.mapping import GatedMLP, QKVByGroup, Vocabulary
 from maskllm.families.model_config import ModelConfig
 from maskllm.families.registry import parameter_map
 from maskllm.families.rope import Rope
@@ -72,7 +72,9 @@ def test_the_columns_of_a_stacked_transposed_qkv_become_rows_ordered_by_head():
 
 
 @FAMILIES
-def test_to_hf_undoes_to_megatron(config):
+@pytest.mark.parametrize("multiple", [1, 4])
+def test_to_hf_undoes_to_megatron(config, multiple):
+    config = config.padded(multiple)
     generator = torch.Generator().manual_seed(0)
     for each in parameter_map(config):
         parts = [torch.randn(shape, generator=generator) for shape in each.hf_shapes(config)]
@@ -80,6 +82,14 @@ def test_to_hf_undoes_to_megatron(config):
         assert tuple(fused.shape) == each.megatron_shape(config), each.megatron
         for part, back in zip(parts, each.to_hf(fused, config), strict=True):
             assert torch.equal(part, back), each.megatron
+
+
+def test_padding_grows_to_a_multiple_and_never_shrinks():
+    assert [CONFIG.padded(multiple).dimensions()["vocab"] for multiple in (1, 2, 7, 128)] == [7, 8, 7, 128]
+    assert CONFIG.padded(128).padded(3).dimensions()["vocab"] == 129
+    assert CONFIG.padded(128).padded(2) == CONFIG.padded(128)
+    embedding = mapping(Vocabulary, "word_embeddings.weight").to_megatron([torch.ones(7, 12)], CONFIG.padded(8))
+    assert torch.equal(embedding, torch.cat([torch.ones(7, 12), torch.zeros(1, 12)]))
 
 
 @FAMILIES

@@ -19,6 +19,7 @@ from maskllm.checkpoints.saving import CheckpointSaver
 from maskllm.errors import MaskLLMError
 from maskllm.families.model_config import ModelConfig
 from maskllm.megatron.build import build_model
+from maskllm.megatron.gpt import FrozenVocabularyGPTModel
 from maskllm.megatron.process_groups import parallel_processes
 from maskllm.megatron.transformer_config import gpt_model_arguments, set_rotary_frequencies, transformer_config
 
@@ -34,8 +35,8 @@ def upstream_model(config: ModelConfig, tensor_model_parallel_size: int = 1) -> 
     return model
 
 
-def logits(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor | None:
-    """The model's logits [batch, sequence, vocabulary], on the last pipeline stage."""
+def logits(model: GPTModel, tokens: torch.Tensor, vocab_size: int) -> torch.Tensor | None:
+    """The model's logits [batch, sequence, vocab_size], on the last pipeline stage."""
     positions = torch.arange(tokens.shape[1]).expand_as(tokens)
     mask = torch.ones(1, 1, tokens.shape[1], tokens.shape[1]).triu(1).bool()
     with torch.no_grad():
@@ -47,7 +48,9 @@ def logits(model: GPTModel, tokens: torch.Tensor) -> torch.Tensor | None:
         if not parallel_state.is_pipeline_last_stage():
             dist.send(output, parallel_state.get_pipeline_model_parallel_next_rank())
             return None
-        return tensor_parallel.gather_from_tensor_model_parallel_region(output)
+        if isinstance(model, FrozenVocabularyGPTModel):
+            return output
+        return tensor_parallel.gather_from_tensor_model_parallel_region(output)[..., :vocab_size]
 
 
 def main(spec: str, tp: str, pp: str, *directories: str) -> None:
@@ -65,7 +68,7 @@ def main(spec: str, tp: str, pp: str, *directories: str) -> None:
                 model = build_model(config, params_dtype=torch.float32, sequence_parallel=spec == "sequence-parallel")
             model.eval()
             model.load_state_dict(checkpoint.load({"model": model.sharded_state_dict()})["model"])
-            found = logits(model, torch.load(directory / "tokens.pt", weights_only=True))
+            found = logits(model, torch.load(directory / "tokens.pt", weights_only=True), config.vocab_size)
             if found is not None and parallel_state.get_tensor_model_parallel_rank() == 0:
                 torch.save(found, directory / "logits.pt")
             state = model.sharded_state_dict(metadata={"dp_cp_group": parallel_state.get_data_parallel_group(True)})

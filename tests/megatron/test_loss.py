@@ -39,12 +39,18 @@ def expected() -> tuple[torch.Tensor, torch.Tensor]:
     return losses.detach(), hidden.grad
 
 
+def padded(weight: torch.Tensor, rows: int) -> torch.Tensor:
+    """The matrix with `rows` more rows, which would win every softmax that they took part in."""
+    return torch.cat([weight, 1e3 * torch.ones(rows, HIDDEN)])
+
+
+@pytest.mark.parametrize("padding", [0, 80])
 @pytest.mark.parametrize("chunk_logits", [VOCABULARY, 5 * VOCABULARY, 1 << 25])
-def test_the_loss_and_its_gradient_are_those_of_cross_entropy(monkeypatch, chunk_logits):
+def test_the_loss_and_its_gradient_are_those_of_cross_entropy(monkeypatch, chunk_logits, padding):
     monkeypatch.setattr(loss_module, "MAX_CHUNK_LOGITS", chunk_logits)
     hidden, weight, labels, scale = problem()
     hidden = hidden.float().requires_grad_()
-    losses = frozen_linear_cross_entropy(hidden, weight.float(), labels, OneRank())
+    losses = frozen_linear_cross_entropy(hidden, padded(weight.float(), padding), labels, OneRank(), VOCABULARY)
     (losses * scale).sum().backward()
     expected_losses, expected_gradient = expected()
     torch.testing.assert_close(losses.double(), expected_losses, rtol=1e-5, atol=1e-5)
@@ -54,7 +60,7 @@ def test_the_loss_and_its_gradient_are_those_of_cross_entropy(monkeypatch, chunk
 def test_large_logits_stay_finite():
     hidden = torch.tensor([[1e4, -1e4]], requires_grad=True)
     weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-    losses = frozen_linear_cross_entropy(hidden, weight, torch.tensor([1]), OneRank())
+    losses = frozen_linear_cross_entropy(hidden, weight, torch.tensor([1]), OneRank(), 3)
     losses.sum().backward()
     assert losses.item() == pytest.approx(2e4)
     assert hidden.grad.isfinite().all()
@@ -63,7 +69,7 @@ def test_large_logits_stay_finite():
 def test_a_trainable_output_matrix_is_refused():
     weight = torch.zeros(4, 2, requires_grad=True)
     with pytest.raises(ValueError, match="frozen"):
-        frozen_linear_cross_entropy(torch.zeros(1, 2), weight, torch.zeros(1, dtype=torch.long), OneRank())
+        frozen_linear_cross_entropy(torch.zeros(1, 2), weight, torch.zeros(1, dtype=torch.long), OneRank(), 4)
 
 
 @pytest.mark.slow
@@ -77,14 +83,16 @@ def _rank_main() -> None:
     dist.init_process_group("gloo")
     hidden, weight, labels, scale = problem()
     hidden = hidden.float().requires_grad_()
-    half = weight.float().chunk(2)[dist.get_rank()]
-    losses = frozen_linear_cross_entropy(hidden, half, labels, dist.group.WORLD)
-    (losses * scale).sum().backward()
-    dist.all_reduce(hidden.grad)
-    dist.destroy_process_group()
     expected_losses, expected_gradient = expected()
-    torch.testing.assert_close(losses.detach().double(), expected_losses, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(hidden.grad.double(), expected_gradient, rtol=1e-5, atol=1e-5)
+    for padding in (0, 2, 80):  # with 80 rows of padding the second rank has nothing else
+        hidden.grad = None
+        half = padded(weight.float(), padding).chunk(2)[dist.get_rank()]
+        losses = frozen_linear_cross_entropy(hidden, half, labels, dist.group.WORLD, VOCABULARY)
+        (losses * scale).sum().backward()
+        dist.all_reduce(hidden.grad)
+        torch.testing.assert_close(losses.detach().double(), expected_losses, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(hidden.grad.double(), expected_gradient, rtol=1e-5, atol=1e-5)
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
