@@ -91,6 +91,7 @@ __device__ void write_sums(double squares, double certainty, double* sums) {
       shared[1][threadIdx.x] += shared[1][threadIdx.x + half];
     }
   }
+  __syncthreads();  // thread 0 wrote the sum that thread 1 reads
   if (threadIdx.x < 2) sums[2 * blockIdx.x + threadIdx.x] = shared[threadIdx.x][0];
 }
 
