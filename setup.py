@@ -50,6 +50,20 @@ def why_no_cuda() -> str | None:
     return None
 
 
+def why_no_cusparselt(folders: list[str]) -> str | None:
+    """Why the calls of cuSPARSELt cannot be compiled with the header that is first in `folders`, or None."""
+    header = next((path for path in (Path(folder) / "cusparseLt.h" for folder in folders) if path.exists()), None)
+    if header is None:
+        return "cuSPARSELt's header was not found"
+    text = header.read_text(encoding="utf-8", errors="replace")
+    major, minor = (re.search(rf"#define\s+CUSPARSELT_VER_{part}\s+(\d+)", text) for part in ("MAJOR", "MINOR"))
+    if major is None or minor is None:
+        return f"{header} states no version"
+    if (int(major[1]), int(minor[1])) < (0, 8):
+        return f"{header} is version {major[1]}.{minor[1]}, older than 0.8"
+    return None
+
+
 def toolkit_folders(variable: str, option: str) -> list[str]:
     """The folders with headers (INCLUDES, -I) or libraries (LIBRARIES, -L) of nvcc's toolkit, as nvcc reports them.
 
@@ -114,11 +128,12 @@ def kernels() -> dict:
         packages = Path(torch.__file__).parent.parent / "nvidia"
         includes = [*toolkit_folders("INCLUDES", "-I"), *(str(path) for path in packages.glob("*/include"))]
         library_dirs = [*toolkit_folders("LIBRARIES", "-L"), *(str(path) for path in packages.glob("*/lib"))]
-        if any((Path(path) / "cusparseLt.h").exists() for path in [*includes, "/usr/include"]):
+        reason = why_no_cusparselt([*includes, "/usr/include"])
+        if reason is None:
             macros.append(("MASKLLM_CUSPARSELT", "1"))
             link.append("-l:libcusparseLt.so.0")  # torch has already loaded this file
         else:
-            say("cuSPARSELt's header was not found: Sparse24Linear will use torch's semi-structured tensors")
+            say(f"{reason}: Sparse24Linear will use torch's semi-structured tensors")
     extension = (CUDAExtension if with_cuda else CppExtension)(
         name="maskllm.ops._kernels",
         sources=[str(path) for path in sources],
