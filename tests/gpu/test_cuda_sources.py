@@ -1,6 +1,8 @@
 """The CUDA sources compile: needs nvcc but no GPU and no CUDA build of torch."""
 
 import os
+import re
+import runpy
 import shutil
 import subprocess
 from pathlib import Path
@@ -62,3 +64,30 @@ def test_registers_of_the_2_4_kernels_do_not_spill_to_memory(tmp_path):
             found += 1
             assert "0 bytes spill stores, 0 bytes spill loads" in line, kernel
     assert found
+
+
+@pytest.mark.parametrize(
+    ("versions", "reason"),
+    [
+        ([(0, 8)], None),
+        ([(1, 0)], None),
+        ([(0, 7)], r"0/cusparseLt\.h is version 0\.7, older than 0\.8"),
+        ([(0, 7), (0, 8)], r"0/cusparseLt\.h is version 0\.7"),  # the compiler takes the first
+        ([None], r"0/cusparseLt\.h states no version"),
+        ([], "cuSPARSELt's header was not found"),
+    ],
+)
+def test_the_build_uses_cusparselt_only_with_a_header_that_has_its_functions(tmp_path, monkeypatch, versions, reason):
+    monkeypatch.setenv("MASKLLM_BUILD_CUDA", "0")
+    monkeypatch.setattr("setuptools.setup", lambda **_arguments: None)
+    build = runpy.run_path(str(SOURCES.parents[1] / "setup.py"))
+    folders = [str(tmp_path / "none")]
+    for number, version in enumerate(versions):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        major, minor = version or (0, 0)
+        defined = f"#define CUSPARSELT_VER_MAJOR {major}\n#define CUSPARSELT_VER_MINOR   {minor}\n" if version else "// nothing\n"
+        (folder / "cusparseLt.h").write_text(defined)
+        folders.append(str(folder))
+    found = build["why_no_cusparselt"](folders)
+    assert found is None if reason is None else re.search(reason, found)

@@ -13,6 +13,7 @@ from maskllm.ops import NoiseKey, ShardMap, masked_weight, philox_key, reference
 from maskllm.ops.extension import has_kernels, kernels
 from maskllm.ops.noise import gumbel, uniform_bits
 from maskllm.patterns import Pattern
+from tests.gradients import TOLERANCE, logits_gradient_error
 
 TWO_OF_FOUR = Pattern(2, 4)
 
@@ -75,6 +76,27 @@ def test_kernels_match_the_reference_over_shapes(instruction_set, pattern, out, 
     found = _run(*inputs, pattern, _key(blocks), **options)
     for result, expected in zip(found, _expected(*inputs, pattern, _key(blocks), **options), strict=True):
         _assert_close(result, expected, 4e-6)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_a_gradient_that_cancels_is_as_exact_as_its_terms(instruction_set, hard):
+    """Of 4000 blocks, none is further off than rounding explains; most are if a term is missing."""
+    weight, logits, grad = _inputs(TWO_OF_FOUR, 4000, 1)
+    draw = {"scale": 3.0, "temperature": 0.7}
+    found = _run(weight, logits, grad, TWO_OF_FOUR, _key(1), **draw, weight_reg=0.1, hard=hard)[2].double()
+    inputs = (grad, weight, logits, TWO_OF_FOUR, _key(1), *draw.values(), 0.1, hard)
+    assert logits_gradient_error(found, *inputs).max() <= TOLERANCE
+
+    probability = reference.probabilities(logits.double(), _key(1), **draw)
+    mask = reference.mask_of(probability, TWO_OF_FOUR, hard)
+    products = (grad.double().view_as(mask) - 0.2 * weight.view_as(mask) * mask) * weight.view_as(mask)
+    terms = probability * (products @ TWO_OF_FOUR.candidates(dtype=torch.float64).T)
+    largest = terms.gather(-1, terms.abs().argmax(-1, keepdim=True))[..., 0]
+    for missing, least in ((terms.sum(-1), 3990), (largest, 3990), (terms[..., 0], 3000), (terms[..., 5], 3000)):
+        wrong = found + probability * missing[..., None] * (3.0 / 0.7)
+        assert (logits_gradient_error(wrong, *inputs) > TOLERANCE).sum() >= least
+    without = reference.backward(grad, weight, *inputs[2:5], **draw, weight_reg=0.0, hard=hard)[0]
+    assert (logits_gradient_error(without, *inputs) > TOLERANCE).sum() >= 3990
 
 
 @pytest.mark.parametrize("logits_dtype", [torch.float32, torch.bfloat16])
