@@ -18,6 +18,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <tuple>
 #include <vector>
 
@@ -27,8 +28,9 @@ namespace {
 constexpr uint32_t kAlignment = 16;
 constexpr int64_t kTokens = 8;  // the number of tokens must be a multiple of this
 
-void check(cusparseStatus_t status, const char* call) {
-  TORCH_CHECK(status == CUSPARSE_STATUS_SUCCESS, "cuSPARSELt: ", call, " failed: ", cusparseLtGetErrorString(status));
+void check(cusparseStatus_t status, std::string_view call) {
+  TORCH_CHECK(status == CUSPARSE_STATUS_SUCCESS, "cuSPARSELt: ", call.substr(0, call.find('(')),
+              " failed: ", cusparseLtGetErrorString(status));
 }
 #define MASKLLM_CHECK(call) check(call, #call)
 
@@ -181,7 +183,7 @@ class Product {
   }
 
   template <class Call>
-  void call(Call function, const char* name, const at::Tensor& compressed, const at::Tensor& input, at::Tensor& output) {
+  void call(Call function, std::string_view name, const at::Tensor& compressed, const at::Tensor& input, at::Tensor& output) {
     TORCH_CHECK(compressed.numel() == compressed_bytes_, "cuSPARSELt: the compressed weight has ", compressed.numel(),
                 " bytes; this GPU wants ", compressed_bytes_, " for this shape");
     at::Tensor workspace = at::empty({workspace_bytes_}, input.options().dtype(at::kByte));
