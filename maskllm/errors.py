@@ -33,6 +33,14 @@ def first_line(error: BaseException, *, with_type: bool = True) -> str:
     return f"{name}: {lines[0]}" if with_type else lines[0]
 
 
+def one_line(error: BaseException) -> str:
+    """An exception's whole message on one line; without a message, the name of its type.
+
+    For the errors of libraries, whose first line is often only a title: "Class validation error:".
+    """
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def as_line(error: BaseException) -> str | None:
     """One line for the user about an error that is not this program's fault; None for any other error."""
     if isinstance(error, MaskLLMError):

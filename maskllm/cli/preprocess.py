@@ -57,6 +57,8 @@ def run(args: argparse.Namespace) -> None:
         print(f"maskllm preprocess: skipped {message}", file=sys.stderr)
     if summary.bad_lines > len(summary.bad_line_messages):
         print(f"maskllm preprocess: skipped {summary.bad_lines} lines in all", file=sys.stderr)
+    for message in summary.warnings:
+        print(f"maskllm preprocess: warning: {message}", file=sys.stderr)
     print(
         f"{summary.prefix}: {summary.documents} documents ({summary.empty_documents} empty, {summary.bad_lines} lines skipped), "
         f"{summary.tokens} tokens, {summary.input_bytes / 1e6 / summary.seconds:.1f} MB/s with {summary.library}"

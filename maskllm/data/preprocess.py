@@ -30,12 +30,15 @@ from tqdm import tqdm
 
 from maskllm.data.dataset_files import dataset_files, document_prefix
 from maskllm.data.json_lines import BadLineError, Line, check_inputs, document, read_lines
+from maskllm.data.round_trip import Fidelity, RoundTrip
 from maskllm.data.tokenizer import InexactError, TokenBatch, Tokenizer, load_tokenizer, one_core_a_call
 from maskllm.errors import MaskLLMError
 from maskllm.files import atomic_file, real_file
 
 CHUNK_BYTES = 1 << 20
 """A worker gets lines in chunks of about this size."""
+SAMPLED_TEXTS, SAMPLED_CHARACTERS = 16, 500
+"""Up to twice as many texts of each chunk, and so many characters of each, are compared with what their tokens spell."""
 REPORTED_BAD_LINES = 20
 """How many bad lines the summary quotes."""
 
@@ -57,6 +60,8 @@ class PreprocessSummary:
     bad_lines: int = 0
     bad_line_messages: list[str] = field(default_factory=list)
     """File, line number and reason of the first REPORTED_BAD_LINES bad lines."""
+    warnings: list[str] = field(default_factory=list)
+    """What the tokens do not keep of a sample of the texts; see `Fidelity`."""
     input_bytes: int = 0
     """Size of the input files as they are stored."""
     seconds: float = 0.0
@@ -75,6 +80,8 @@ class _Chunk:
     batch: TokenBatch
     bad_lines: list[str]
     position: int
+    sample: list[RoundTrip]
+    """What the tokens of some of its texts spell."""
 
 
 def preprocess(
@@ -100,16 +107,16 @@ def preprocess(
             document raises in any case: it is not what it should be.
 
     The two files appear complete or not at all, and replace an existing dataset. Raises MaskLLMError if an input is missing or
-    damaged, a line is bad (BadLineError), the tokenizer cannot be read or lacks an end-of-sequence token that is needed, or the
-    input has no token.
+    damaged, a line is bad (BadLineError), the tokenizer cannot be read or lacks an end-of-sequence token that is needed, its tokens
+    lose the spaces of a sample of the texts, or the input has no token.
     """
     inputs = check_inputs(inputs)
     workers = workers or available_cores()
-    options = (append_eod, workers, json_key, skip_bad_lines)
+    options = (os.fspath(tokenizer), append_eod, workers, json_key, skip_bad_lines)
     loaded = load_tokenizer(tokenizer)
     if append_eod and loaded.eod is None:
         raise MaskLLMError(
-            f"{tokenizer}: the tokenizer names no end-of-sequence token to append; give its directory with tokenizer_config.json"
+            f"{tokenizer}: the tokenizer names no end-of-sequence token to append; wanted eos_token in a tokenizer_config.json beside it"
         )
     try:
         return _preprocess(inputs, document_prefix(output_prefix, json_key), loaded, *options)
@@ -120,9 +127,17 @@ def preprocess(
 
 
 def _preprocess(
-    inputs: list[Path], prefix: str, tokenizer: Tokenizer, append_eod: bool, workers: int, json_key: str, skip_bad_lines: bool
+    inputs: list[Path],
+    prefix: str,
+    tokenizer: Tokenizer,
+    tokenizer_name: str,
+    append_eod: bool,
+    workers: int,
+    json_key: str,
+    skip_bad_lines: bool,
 ) -> PreprocessSummary:
     started = time.perf_counter()
+    fidelity = Fidelity()
     summary = PreprocessSummary(prefix, tokenizer.library, tokenizer.vocab_size)
     summary.input_bytes = sum(path.stat().st_size for path in inputs)
     bin_path, idx_path = dataset_files(prefix)
@@ -133,6 +148,8 @@ def _preprocess(
         builder.sequence_lengths, builder.document_indices = array("i"), array("q", [0])  # lists take six times the memory
         with tqdm(total=summary.input_bytes, desc="preprocess", unit="B", unit_scale=True, disable=None) as progress:
             for chunk in _with_documents(_encoded(inputs, tokenizer, append_eod, workers, json_key, skip_bad_lines)):
+                fidelity.add(chunk.sample)
+                fidelity.check(tokenizer_name)
                 _write(builder, chunk.batch)
                 summary.documents += len(chunk.batch.lengths)
                 summary.empty_documents += int((chunk.batch.lengths == 0).sum())
@@ -144,6 +161,7 @@ def _preprocess(
             raise MaskLLMError(f"{', '.join(map(str, inputs))}: no document with text, nothing to write")
         builder.finalize(str(new_idx))
         real_file(idx_path).unlink(missing_ok=True)
+    summary.warnings = fidelity.warnings(tokenizer_name)
     summary.seconds = time.perf_counter() - started
     return summary
 
@@ -163,9 +181,11 @@ def _encoded(
                     raise BadLineError(f"{error}; correct the line or pass --skip-bad-lines") from error
                 bad_lines.append(str(error))
         batch = tokenizer.encode_batch(texts)
+        sampled = texts[:: max(len(texts) // SAMPLED_TEXTS, 1)]
+        sample = [tokenizer.round_trip(text[:SAMPLED_CHARACTERS]) for text in sampled]
         if append_eod:
             batch = batch.wrapped(after=[tokenizer.eod], empty=False)
-        return _Chunk(lines[0].path, batch, bad_lines, lines[-1].position)
+        return _Chunk(lines[0].path, batch, bad_lines, lines[-1].position, sample)
 
     pending: deque[Future[_Chunk]] = deque()
     with one_core_a_call(), ThreadPoolExecutor(workers) as pool:

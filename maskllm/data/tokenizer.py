@@ -1,8 +1,9 @@
-"""Tokenizers as Megatron-LM reads them: Hugging Face `tokenizer.json` and SentencePiece `tokenizer.model`.
+"""Tokenizers, from the files of the model itself: `tokenizer.json` and SentencePiece's `tokenizer.model`.
 
-A Hugging Face tokenizer gives `tokenizer(text).input_ids`, with the tokens that its post-processor adds. Megatron-LM's
-`_HuggingFaceTokenizer` does the same (since megatron-core 0.15 with `--tokenizer-hf-include-special-tokens`). A SentencePiece model
-gives BOS and the text's pieces, as Megatron-LM's `_Llama2Tokenizer` does.
+The library that defines a file's format reads it, so that the tokens do not depend on the version of transformers. A
+`tokenizer.json` is read by tokenizers and gives what its post-processor adds, as `tokenizer(text).input_ids` of transformers and
+Megatron-LM's `_HuggingFaceTokenizer` do (since megatron-core 0.15 with `--tokenizer-hf-include-special-tokens`). A SentencePiece
+model gives BOS and the text's pieces, as Megatron-LM's `_Llama2Tokenizer` does. transformers reads what has neither file.
 
 For some tokenizers, the library gigatoken gives the same tokens much faster. It is used if it is exact: see `GigatokenTokenizer`.
 """
@@ -16,8 +17,9 @@ import itertools
 import json
 import os
 import random
+import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,9 +27,12 @@ import awkward
 import gigatoken
 import numpy as np
 import sentencepiece
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+import tokenizers
+from tokenizers import processors
 
-from maskllm.errors import MaskLLMError, first_line
+from maskllm.data.round_trip import RoundTrip
+from maskllm.data.tokenizer_files import FILE_NAMES, TokenizerFiles, read_json_if_there, read_tokenizer_files
+from maskllm.errors import MaskLLMError, one_line
 
 
 @dataclass(frozen=True)
@@ -70,11 +75,16 @@ class Tokenizer(abc.ABC):
     eod: int | None
     """The token that ends a document: the tokenizer's end-of-sequence token, or None if it has none."""
     special_tokens: list[str]
-    """Strings of the special tokens. A Hugging Face tokenizer reads such a string in a text as the token, SentencePiece as text."""
+    """Strings of the special tokens. A Hugging Face tokenizer reads such a string in a text as the token. SentencePiece reads it as
+    text, unless Hugging Face files beside the model say that it is a token."""
 
     @abc.abstractmethod
     def encode_batch(self, texts: list[str]) -> TokenBatch:
         """The tokens of each text."""
+
+    @abc.abstractmethod
+    def round_trip(self, text: str) -> RoundTrip:
+        """What the tokens of `text` spell. The tokens that are added around every text do not count."""
 
     def encode(self, text: str) -> np.ndarray:
         """The tokens of one text, int32 [tokens]."""
@@ -82,57 +92,193 @@ class Tokenizer(abc.ABC):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A fast tokenizer of transformers."""
+    """A tokenizer of the library tokenizers."""
 
     library = "tokenizers"
 
-    def __init__(self, path: Path) -> None:
-        try:
-            if path.is_dir():
-                tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-            else:
-                tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
-        except Exception as error:  # transformers and tokenizers raise many types, even plain Exception
-            raise MaskLLMError(f"{path}: not a readable Hugging Face tokenizer: {first_line(error, with_type=False)}") from error
-        if not tokenizer.is_fast:
-            raise MaskLLMError(f"{path}: {type(tokenizer).__name__} has no tokenizer.json; convert it to a fast tokenizer")
-        self.backend = tokenizer.backend_tokenizer
+    def __init__(self, path: Path, backend: tokenizers.Tokenizer, eod: int | None) -> None:
+        """Encode with `backend`, which was read from `path`. Raises MaskLLMError if its ids have gaps."""
+        self.backend = backend
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.vocab_size = len(tokenizer)
-        self.eod = tokenizer.eos_token_id
-        self.special_tokens = [token.content for token in self.backend.get_added_tokens_decoder().values()]
-        largest = max(self.backend.get_vocab(with_added_tokens=True).values())
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self.eod = eod
+        self.special_tokens = [token.content for token in backend.get_added_tokens_decoder().values()]
+        largest = max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         if largest >= self.vocab_size:
             raise MaskLLMError(
                 f"{path}: token {largest} lies outside the {self.vocab_size} tokens of the vocabulary; its ids must have no gaps"
             )
+        self._unknown = getattr(backend.model, "unk_token", None)
 
     def encode_batch(self, texts: list[str]) -> TokenBatch:
         return TokenBatch.from_lists([encoding.ids for encoding in self.backend.encode_batch_fast(texts)])
 
+    def round_trip(self, text: str) -> RoundTrip:
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        if self.backend.decoder is None:  # the spelling is not known, but whether spaces make a difference is
+            squeezed = text.replace(" ", "")
+            pieces = self.backend.encode(squeezed, add_special_tokens=False).tokens
+            spelled = squeezed if "".join(pieces) == "".join(encoding.tokens) else text
+        else:
+            spelled = self.backend.decode(encoding.ids, skip_special_tokens=False)
+        normalizer = self.backend.normalizer
+        same = spelled == text or (normalizer is not None and normalizer.normalize_str(spelled) == normalizer.normalize_str(text))
+        return RoundTrip(text, spelled, same, self._unknown is not None and self._unknown in encoding.tokens)
+
+
+def read_tokenizer_json(path: Path, files: TokenizerFiles) -> HuggingFaceTokenizer:
+    """The tokenizer in a `tokenizer.json`, with what the `files` beside it say.
+
+    `tokenizer.json` decides about everything that is in it. The other files name the end-of-sequence token, add tokens, and say by
+    `add_bos_token` and `add_eos_token` whether every text begins with BOS and ends with EOS; transformers does the same.
+
+    Raises MaskLLMError if the file cannot be read, or if the files disagree on the id of a token that is to be added.
+    """
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise MaskLLMError(f"{path}: not a readable Hugging Face tokenizer: {one_line(error)}") from error
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    for index, token in sorted(files.added_tokens.items()):
+        if token.content not in known:
+            backend.add_tokens([token])
+            if (found := backend.token_to_id(token.content)) != index:
+                raise MaskLLMError(
+                    f"{path}: gives token {token.content!r} the id {found}, and {files.directory} lists it with id {index}; "
+                    "use the files of one model"
+                )
+    bos, eos = (
+        (index if index is not None and backend.id_to_token(index) else None) if name is None else backend.token_to_id(name)
+        for name, index in ((files.bos_token, files.bos_id), (files.eos_token, files.eos_id))
+    )
+    with contextlib.suppress(InexactError):
+        before, after = _added_around(backend)
+        outwards = _switched(before[::-1], bos, files.add_bos), _switched(after, eos, files.add_eos)
+        if outwards != (before[::-1], after):
+            names = [[backend.id_to_token(token) for token in tokens] for tokens in (outwards[0][::-1], outwards[1])]
+            added = {name: backend.token_to_id(name) for name in names[0] + names[1]}
+            backend.post_processor = processors.TemplateProcessing(
+                single=[*names[0], "$A", *names[1]], special_tokens=list(added.items())
+            )
+    return HuggingFaceTokenizer(path, backend, eos)
+
+
+def _switched(tokens: list[int], token: int | None, wanted: bool | None) -> list[int]:
+    """`tokens`, with `token` at the end or without it, as is `wanted`. If either is None, nothing changes."""
+    if token is None or wanted is None or (token in tokens) == wanted:
+        return tokens
+    return [*tokens, token] if wanted else [other for other in tokens if other != token]
+
+
+def read_with_transformers(directory: Path) -> HuggingFaceTokenizer:
+    """The tokenizer that transformers makes of a directory without `tokenizer.json` and SentencePiece model.
+
+    The model's config is not read but for `model_type`, so that it need not pass the checks of transformers. Raises MaskLLMError if
+    transformers cannot read the directory, or has no tokenizer of the library tokenizers for it.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig
+
+    try:
+        model_type = read_json_if_there(directory / "config.json").get("model_type")
+        config = AutoConfig.for_model(model_type) if model_type in CONFIG_MAPPING else PretrainedConfig()
+        tokenizer = AutoTokenizer.from_pretrained(directory, config=config, local_files_only=True, trust_remote_code=False)
+    except MaskLLMError:
+        raise
+    except Exception as error:  # transformers and tokenizers raise many types, even plain Exception
+        raise MaskLLMError(f"{directory}: not a readable Hugging Face tokenizer: {one_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise MaskLLMError(f"{directory}: {type(tokenizer).__name__} has no tokenizer.json; convert it to a fast tokenizer")
+    return HuggingFaceTokenizer(directory, tokenizer.backend_tokenizer, tokenizer.eos_token_id)
+
 
 class SentencePieceTokenizer(Tokenizer):
-    """A SentencePiece model. Every text starts with BOS."""
+    """A SentencePiece model, which normalizes and splits text as it did in its training.
+
+    Every text starts with BOS. A model alone reads the strings of its control symbols as text. With Hugging Face files beside it, the
+    strings of its control symbols and those of the tokens that the files list are tokens, and `add_bos_token` and `add_eos_token` say
+    what is added around a text. The text between two such tokens is encoded as a text of its own. With `legacy` false, it gets no
+    leading space, but for the text at the start (transformers 4's `LlamaTokenizer` does the same).
+    """
 
     library = "sentencepiece"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, files: TokenizerFiles) -> None:
+        """Raises MaskLLMError if `path` is no SentencePiece model, or has no BOS token though every text starts with it."""
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
-            raise MaskLLMError(f"{path}: not a readable SentencePiece model: {first_line(error, with_type=False)}") from error
-        if self.processor.bos_id() < 0:
-            raise MaskLLMError(f"{path}: the SentencePiece model has no BOS token, which every text starts with")
-        self.bos = self.processor.bos_id()
-        self.vocab_size = self.processor.vocab_size()
-        self.eod = None if self.processor.eos_id() < 0 else self.processor.eos_id()
-        ids = range(self.vocab_size)
+            raise MaskLLMError(f"{path}: not a readable SentencePiece model: {one_line(error)}") from error
+        size = self.processor.vocab_size()
         kinds = (self.processor.is_control, self.processor.is_unknown)
-        self.special_tokens = [self.processor.id_to_piece(i) for i in ids if any(kind(i) for kind in kinds)]
+        own = {self.processor.id_to_piece(i): i for i in range(size) if any(kind(i) for kind in kinds)}
+        added = {token.content: i for i, token in files.added_tokens.items()}
+        self._ids = own | {name: i for name in files.named_tokens if (i := self._piece(name)) is not None} | added
+        self.vocab_size = max(size, *(i + 1 for i in added.values()), 0)
+        self.special_tokens = list(self._ids)
+        eos, bos = self._token(files.eos_token, self.processor.eos_id()), self._token(files.bos_token, self.processor.bos_id())
+        self.eod = eos
+        if bos is None and files.add_bos is not False:
+            raise MaskLLMError(f"{path}: the SentencePiece model has no BOS token, which every text starts with")
+        self.before = [] if files.add_bos is False else [bos]
+        self.after = [eos] if files.add_eos and eos is not None else []
+        self._tokens = _one_of(files.added_tokens.values(), self._ids) if files.found else None
+        self._stripping = {token.content: token for token in files.added_tokens.values() if token.lstrip or token.rstrip}
+        self._later = self.processor
+        if self._tokens is not None and files.legacy is False:
+            # A field that follows overrides the one before: ModelProto.normalizer_spec (3) . add_dummy_prefix (3) = false.
+            model = self.processor.serialized_model_proto() + b"\x1a\x02\x18\x00"
+            self._later = sentencepiece.SentencePieceProcessor(model_proto=model)
+        self.left_out = self._tokens or _one_of((), self._ids)
+        """Texts in which this pattern is found are not for gigatoken."""
 
     def encode_batch(self, texts: list[str]) -> TokenBatch:
-        return TokenBatch.from_lists(self.processor.encode(texts, num_threads=1)).wrapped([self.bos])
+        rows = self.processor.encode(texts, num_threads=1)
+        if self._tokens is not None:
+            for index, text in enumerate(texts):
+                if self._tokens.search(text):
+                    rows[index] = [token for _, tokens, _ in self._parts(text) for token in tokens]
+        return TokenBatch.from_lists(rows).wrapped(self.before, self.after)
+
+    def round_trip(self, text: str) -> RoundTrip:
+        parts = list(self._parts(text))
+        text, spelled = ("".join(strings) for strings in ((part for part, _, _ in parts), (back for _, _, back in parts)))
+        same = spelled == text or self.processor.normalize(spelled) == self.processor.normalize(text)
+        return RoundTrip(text, spelled, same, any(self.processor.unk_id() in tokens for _, tokens, _ in parts))
+
+    def _parts(self, text: str) -> Iterator[tuple[str, list[int], str]]:
+        """The special tokens in `text`, and the texts between them: each with its tokens and with what these spell."""
+        strings = [text] if self._tokens is None else self._tokens.split(text)
+        for index, string in enumerate(strings):
+            if index % 2:
+                yield string, [self._ids[string]], string
+                continue
+            if index and (token := self._stripping.get(strings[index - 1])) and token.rstrip:
+                string = string.lstrip()
+            if index + 1 < len(strings) and (token := self._stripping.get(strings[index + 1])) and token.lstrip:
+                string = string.rstrip()
+            processor = self._later if index else self.processor
+            tokens = processor.encode(string)
+            yield string, tokens, processor.decode(tokens)
+
+    def _piece(self, name: str) -> int | None:
+        """The id of a piece, or None if the model has no such piece."""
+        index = self.processor.piece_to_id(name)
+        return index if self.processor.id_to_piece(index) == name else None
+
+    def _token(self, name: str | None, own: int) -> int | None:
+        """The id of the token that the files beside the model name, or else of the model's `own`, which is -1 if it has none."""
+        if name is not None:
+            return self._ids.get(name)
+        return None if own < 0 else own
+
+
+def _one_of(tokens: Iterable[tokenizers.AddedToken], ids: Iterable[str]) -> re.Pattern | None:
+    """A pattern with one group, which finds the special tokens `ids`. The longest counts. `tokens` say which are whole words only."""
+    words = {token.content for token in tokens if token.single_word}
+    longest_first = sorted(ids, key=len, reverse=True)
+    alternatives = (rf"(?<!\w){re.escape(name)}(?!\w)" if name in words else re.escape(name) for name in longest_first)
+    return re.compile(f"({'|'.join(alternatives)})") if longest_first else None
 
 
 class InexactError(Exception):
@@ -149,7 +295,7 @@ class GigatokenTokenizer(Tokenizer):
     * It must agree with the reference on `probe_texts`.
     * Both encode a passage of every batch, and the results are compared.
 
-    A text that contains the string of a special token is left to a SentencePiece reference, which treats that string as plain text.
+    A text that contains the string of a special token is left to a SentencePiece reference: gigatoken reads such strings in its own way.
 
     gigatoken remembers every word that it has met, which takes up to ten bytes for each byte of text. To bound memory, a fresh
     gigatoken replaces it after RENEW_CHARACTERS.
@@ -168,17 +314,17 @@ class GigatokenTokenizer(Tokenizer):
             if isinstance(reference, SentencePieceTokenizer):
                 model = reference.processor.serialized_model_proto()
                 self._fresh = functools.partial(gigatoken.Tokenizer.from_sentencepiece, model)
-                self._before, self._after = [reference.bos], []
-                self._left_to_reference = reference.special_tokens
+                self._before, self._after = reference.before, reference.after
+                self._left_to_reference = reference.left_out
             else:
                 contents = reference.backend.to_str()
                 _refuse_inexact_features(json.loads(contents))
                 self._fresh = functools.partial(gigatoken.Tokenizer.from_json, contents)
-                self._before, self._after = _added_around(reference)
-                self._left_to_reference = []
+                self._before, self._after = _added_around(reference.backend)
+                self._left_to_reference = None
             self._tokenizer = self._fresh()
         except (ValueError, RuntimeError, KeyError, TypeError) as error:  # what gigatoken raises for what it does not support
-            raise InexactError(first_line(error, with_type=False)) from error
+            raise InexactError(one_line(error)) from error
         self._compare(probe_texts(reference.special_tokens))
 
     def encode_batch(self, texts: list[str]) -> TokenBatch:
@@ -193,8 +339,12 @@ class GigatokenTokenizer(Tokenizer):
         self._compare([passage])
         return self._encode(texts)
 
+    def round_trip(self, text: str) -> RoundTrip:
+        return self.reference.round_trip(text)
+
     def _encode(self, texts: list[str]) -> TokenBatch:
-        left = [i for i, text in enumerate(texts) if any(token in text for token in self._left_to_reference)]
+        pattern = self._left_to_reference
+        left = [] if pattern is None else [i for i, text in enumerate(texts) if pattern.search(text)]
         if left:
             rows = {i: self.reference.encode(texts[i]) for i in left}
             rest = self._encode([text for i, text in enumerate(texts) if i not in rows])
@@ -213,24 +363,49 @@ class GigatokenTokenizer(Tokenizer):
             raise InexactError("gigatoken and the tokenizer's own library disagree")
 
 
+VOCABULARIES = ("vocab.json", "vocab.txt", "merges.txt", "spiece.model", "*.bpe.model", "*.tiktoken", "tekken.json")
+"""Files from which transformers can make a tokenizer if there is no `tokenizer.json` and no `tokenizer.model`."""
+
+
 def load_tokenizer(path: str | os.PathLike, *, use_gigatoken: bool = True) -> Tokenizer:
     """Read a tokenizer from a Hugging Face directory or tokenizer.json, or a SentencePiece tokenizer.model.
 
-    transformers reads a directory with a tokenizer.json, or with other files that it can turn into a fast tokenizer. A directory
-    with only a tokenizer.model is read as a SentencePiece model. Raises MaskLLMError for anything else.
+    In a directory, tokenizer.json comes first, then tokenizer.model. transformers reads a directory with other vocabulary files, and
+    a tokenizer.model in tiktoken's format. A file with one of these two names is read as its directory is: with the
+    tokenizer_config.json and the other files beside it. Raises MaskLLMError for anything else.
     """
     path = Path(path)
     if not path.exists():
         raise MaskLLMError(f"{path}: no such tokenizer; wanted a directory with tokenizer.json, or a tokenizer.model file")
-    if path.is_dir() and not (path / "tokenizer.json").exists() and not (path / "tokenizer_config.json").exists():
-        if not (path / "tokenizer.model").exists():
-            raise MaskLLMError(f"{path}: no tokenizer.json and no tokenizer.model in this directory")
-        path = path / "tokenizer.model"
-    reference = SentencePieceTokenizer(path) if path.suffix == ".model" else HuggingFaceTokenizer(path)
+    reference = _read_directory(path) if path.is_dir() else _read_file(path)
     if use_gigatoken:
         with contextlib.suppress(InexactError):
             return GigatokenTokenizer(reference)
     return reference
+
+
+def _read_directory(directory: Path) -> HuggingFaceTokenizer | SentencePieceTokenizer:
+    for name in FILE_NAMES:
+        if (directory / name).exists():
+            return _read_file(directory / name)
+    if not any(any(directory.glob(pattern)) for pattern in VOCABULARIES):
+        raise MaskLLMError(f"{directory}: no tokenizer.json and no tokenizer.model in this directory, and no other vocabulary")
+    return read_with_transformers(directory)
+
+
+def _read_file(path: Path) -> HuggingFaceTokenizer | SentencePieceTokenizer:
+    files = read_tokenizer_files(path.parent) if path.name in FILE_NAMES else TokenizerFiles(path.parent)
+    if path.suffix != ".model":
+        return read_tokenizer_json(path, files)
+    if files.found and _is_tiktoken(path):
+        return read_with_transformers(path.parent)
+    return SentencePieceTokenizer(path, files)
+
+
+def _is_tiktoken(path: Path) -> bool:
+    """Whether the file has lines of a token in base64 and its rank."""
+    with path.open("rb") as stream:
+        return re.fullmatch(rb"[A-Za-z0-9+/]+=* \d+\s*", stream.readline(1000)) is not None
 
 
 def probe_texts(special_tokens: Sequence[str]) -> list[str]:
@@ -264,10 +439,10 @@ def _refuse_inexact_features(contents: dict) -> None:
             raise InexactError(f"added token {token['content']!r} strips white space or matches whole words only")
 
 
-def _added_around(tokenizer: HuggingFaceTokenizer) -> tuple[list[int], list[int]]:
+def _added_around(backend: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     """The tokens that the post-processor puts before and after a text. Raises InexactError if it does anything else."""
-    alone = tokenizer.backend.encode("a", add_special_tokens=False).ids
-    whole = tokenizer.backend.encode("a").ids
+    alone = backend.encode("a", add_special_tokens=False).ids
+    whole = backend.encode("a").ids
     for start in range(len(whole) - len(alone) + 1):
         if whole[start : start + len(alone)] == alone:
             return whole[:start], whole[start + len(alone) :]

@@ -210,7 +210,8 @@ def test_an_output_that_cannot_be_written_ends_with_one_line(tokenizers_director
 
 def test_no_end_of_sequence_token_to_append(tokenizers_directory, tmp_path):
     write_json_lines(tmp_path / "in.json", ["the model"])
-    tokenizer = tokenizers_directory / "digits" / "tokenizer.json"  # this file alone does not name the token
+    tokenizer = tmp_path / "tokenizer.json"  # this file alone does not name the token
+    tokenizer.write_bytes((tokenizers_directory / "digits" / "tokenizer.json").read_bytes())
     with pytest.raises(MaskLLMError, match="names no end-of-sequence token"):
         preprocess([tmp_path / "in.json"], tmp_path / "out", tokenizer, append_eod=True)
     assert preprocess([tmp_path / "in.json"], tmp_path / "out", tokenizer).documents == 1
