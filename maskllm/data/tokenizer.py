@@ -33,6 +33,7 @@ from tokenizers import processors
 from maskllm.data.round_trip import RoundTrip
 from maskllm.data.tokenizer_files import FILE_NAMES, TokenizerFiles, read_json_if_there, read_tokenizer_files
 from maskllm.errors import MaskLLMError, one_line
+from maskllm.files import check_not_lfs_pointer
 
 
 @dataclass(frozen=True)
@@ -372,7 +373,7 @@ def load_tokenizer(path: str | os.PathLike, *, use_gigatoken: bool = True) -> To
 
     In a directory, tokenizer.json comes first, then tokenizer.model. transformers reads a directory with other vocabulary files, and
     a tokenizer.model in tiktoken's format. A file with one of these two names is read as its directory is: with the
-    tokenizer_config.json and the other files beside it. Raises MaskLLMError for anything else.
+    tokenizer_config.json and the other files beside it. Raises MaskLLMError for anything else, and for a git-lfs pointer.
     """
     path = Path(path)
     if not path.exists():
@@ -388,12 +389,16 @@ def _read_directory(directory: Path) -> HuggingFaceTokenizer | SentencePieceToke
     for name in FILE_NAMES:
         if (directory / name).exists():
             return _read_file(directory / name)
-    if not any(any(directory.glob(pattern)) for pattern in VOCABULARIES):
+    vocabularies = [file for pattern in VOCABULARIES for file in directory.glob(pattern)]
+    if not vocabularies:
         raise MaskLLMError(f"{directory}: no tokenizer.json and no tokenizer.model in this directory, and no other vocabulary")
+    for file in vocabularies:
+        check_not_lfs_pointer(file)
     return read_with_transformers(directory)
 
 
 def _read_file(path: Path) -> HuggingFaceTokenizer | SentencePieceTokenizer:
+    check_not_lfs_pointer(path)
     files = read_tokenizer_files(path.parent) if path.name in FILE_NAMES else TokenizerFiles(path.parent)
     if path.suffix != ".model":
         return read_tokenizer_json(path, files)

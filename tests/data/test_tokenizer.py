@@ -6,11 +6,13 @@ import json
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models
 
 from maskllm.data import tokenizer as module
 from maskllm.data.tokenizer import TokenBatch, load_tokenizer
 from maskllm.errors import MaskLLMError
 from tests.conftest import real_data
+from tests.test_files import LFS_POINTER
 
 from .conftest import passages, read_with_library
 
@@ -124,3 +126,19 @@ def test_a_vocabulary_with_gaps_is_refused(tmp_path):
     Tokenizer(models.WordLevel({"a": 0, "b": 70000}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(MaskLLMError, match="token 70000 lies outside the 2 tokens"):
         load_tokenizer(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model", "tokenizer_config.json", "spiece.model", "merges.txt"])
+def test_a_git_lfs_pointer_is_told_by_name(name, tmp_path):
+    if name == "tokenizer_config.json":
+        Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / name).write_text(LFS_POINTER)
+    with pytest.raises(MaskLLMError, match=f"{name}: is a git-lfs pointer, not the file itself"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_a_file_that_is_a_git_lfs_pointer_is_told_by_name(name, tmp_path):
+    (tmp_path / name).write_text(LFS_POINTER)
+    with pytest.raises(MaskLLMError, match=f"{name}: is a git-lfs pointer, not the file itself"):
+        load_tokenizer(tmp_path / name)
