@@ -19,23 +19,36 @@ from maskllm.families.registry import parameter_map
 from maskllm.patterns import Pattern, unpack_mask
 from maskllm.pruning import PruneSettings, prune_hf
 from maskllm.pruning.calibration import open_documents, sample_windows
+from tests.training.conftest import arguments, metrics
 
 pytestmark = pytest.mark.usefixtures("signal_handlers")
+
+SIZES = {
+    "vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.15, "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+WINDOW = {"sliding_window": 20, "head_dim": 16}
+"""A window below the tests' sequence length, and heads that do not divide the hidden size."""
 
 FAMILIES = {
     "gpt2": {
         "vocab_size": 256, "n_embd": 32, "n_inner": 64, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.15,
         "bos_token_id": 0, "eos_token_id": 0,
     },
-    "nemotron": {
-        "vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.15, "bos_token_id": 0, "eos_token_id": 0,
-    },
+    "nemotron": SIZES,
+    "qwen2": SIZES | {"use_sliding_window": True, "sliding_window": 20, "max_window_layers": 1},
+    "qwen3": SIZES | {"head_dim": 16, "tie_word_embeddings": True},
+    "mistral": SIZES | WINDOW,
+    "gemma2": SIZES | WINDOW | {"attn_logit_softcapping": 5.0, "final_logit_softcapping": 10.0},
+    "gemma3_text": SIZES | WINDOW | {"sliding_window_pattern": 2},
+    "phi3": SIZES | {"pad_token_id": 0},
 }  # fmt: skip
 
-MATRICES = {
+SEPARATE = (*(f"self_attn.{name}_proj" for name in "qkvo"), "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+MATRICES = dict.fromkeys(FAMILIES, SEPARATE) | {
     "gpt2": ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
-    "nemotron": (*(f"self_attn.{name}_proj" for name in "qkvo"), "mlp.up_proj", "mlp.down_proj"),
+    "nemotron": tuple(name for name in SEPARATE if "gate" not in name),
+    "phi3": ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"),
 }
 
 
@@ -80,9 +93,10 @@ def learn(load: Path, save: Path, dataset: str, *flags: str) -> None:
     assert train.main([*(str(part) for option in options.items() for part in option), *flags]) == 0
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["gpt2", "nemotron", "gemma2", pytest.param("gemma3_text", marks=pytest.mark.long)])
 def test_recomputation_changes_nothing(family, tmp_path, tiny_dataset):
-    """These families have linears with frozen biases, which Megatron's recomputation of the MLP returns."""
+    """The first two have linears with frozen biases, which Megatron's recomputation of the MLP returns. The others have norms after
+    the linears, and attention that is recomputed in any case."""
     write_model(family, tmp_path / "hf")
     run("convert", "--hf", tmp_path / "hf", "--output", tmp_path / "dense")
     run("prune", "--load", tmp_path / "dense", "--output", tmp_path / "pruned", "--method", "magnitude")
@@ -94,6 +108,27 @@ def test_recomputation_changes_nothing(family, tmp_path, tiny_dataset):
     assert len(names) == 3 * 2 * 4, "the logits and their two moments"
     for name in names:
         assert torch.equal(kept[name].load(), recomputed[name].load()), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "family", ["gemma3_text", *(pytest.param(name, marks=pytest.mark.long) for name in FAMILIES if name != "gemma3_text")]
+)
+def test_split_training_gives_the_run_of_a_single_process(family, ranks, tmp_path, tiny_dataset):
+    """Tensor-parallel, pipeline-parallel and with split sequences: the run of one process."""
+    write_model(family, tmp_path / "hf")
+    run("convert", "--hf", tmp_path / "hf", "--output", tmp_path / "dense")
+    run("prune", "--load", tmp_path / "dense", "--output", tmp_path / "pruned", "--method", "magnitude")
+    options = {"steps": 3, "save_interval": 3, "eval_iters": 1, "split": "80,20,0"}
+    split = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}
+    for name, count, layout in (("single", 1, {}), ("split", 4, split)):
+        ranks(count, "maskllm.train", *arguments(tmp_path / name, tiny_dataset, tmp_path / "pruned", **options, **layout))
+    for kind, keys in (("train", ("loss", "regularizer", "grad_norm")), ("validation", ("loss_sampled", "loss_winner"))):
+        expected, found = (metrics(tmp_path / name, kind) for name in ("single", "split"))
+        assert len(expected) == len(found) > 0
+        for one, other in zip(expected, found, strict=True):
+            for key in keys:
+                assert other[key] == pytest.approx(one[key], rel=1e-4 if key == "grad_norm" else 1e-5), (one["iteration"], key)
 
 
 @pytest.mark.slow

@@ -100,5 +100,7 @@ def read_config(hf: HFConfig) -> ModelConfig:
         gated_mlp=False,
         rope=None,
         tie_word_embeddings=hf.boolean("tie_word_embeddings", default=True),
-        add_bias=True,
+        qkv_bias=True,
+        proj_bias=True,
+        mlp_bias=True,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +54,12 @@ class HFConfig:
     def boolean(self, key: str, *, default: bool) -> bool:
         """True or false. Raises MaskLLMError if it is anything else."""
         return self._get(key, (bool,), "true or false", default)
+
+    def nullable(self, read: Callable[[str], Any], key: str, *, default: Any) -> Any:
+        """`read(key)`, but None if the key has the value null. `default` only if the key is not there at all."""
+        if key not in self.values:
+            return default
+        return read(key) if self.has(key) else None
 
     def section(self, key: str) -> HFConfig:
         """A JSON object inside this one. Raises MaskLLMError if it is absent or anything else."""

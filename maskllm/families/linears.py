@@ -25,6 +25,8 @@ class Linear:
     """The number of outputs, as a name in `ModelConfig.dimensions`."""
     columns: str
     """The number of inputs, as a name in `ModelConfig.dimensions`."""
+    bias_field: str
+    """The field of `ModelConfig` that says whether it has a bias."""
     partition_dim: int
     """The dimension of the weight that tensor-parallel ranks split: 0 for column-parallel linears, 1 for row-parallel linears.
     (Megatron's terms refer to the columns and rows of W^T in x W^T.)"""
@@ -57,6 +59,10 @@ class Linear:
         """Whether its rows are gate rows and then as many up rows (fc1 of a gated MLP). Each rank holds a part of both."""
         return self.may_be_gated and config.gated_mlp
 
+    def has_bias(self, config: ModelConfig) -> bool:
+        """Whether it has a bias."""
+        return getattr(config, self.bias_field)
+
     def location(self, config: ModelConfig, layer: int, rank: int, tensor_parallel: int) -> Location:
         """Which part of the whole weight tensor-parallel rank `rank` holds.
 
@@ -74,13 +80,13 @@ class Linear:
         return Location(name, columns, row_offset=rank * rows_here)
 
 
-QKV = Linear("self_attention.linear_qkv", "qkv", "hidden", 0)
+QKV = Linear("self_attention.linear_qkv", "qkv", "hidden", "qkv_bias", 0)
 """The fused query, key and value projections. Rows are ordered by query group."""
-PROJ = Linear("self_attention.linear_proj", "hidden", "heads", 1)
+PROJ = Linear("self_attention.linear_proj", "hidden", "heads", "proj_bias", 1)
 """The attention's output projection."""
-FC1 = Linear("mlp.linear_fc1", "fc1", "hidden", 0, may_be_gated=True)
+FC1 = Linear("mlp.linear_fc1", "fc1", "hidden", "mlp_bias", 0, may_be_gated=True)
 """The MLP's first linear; in a gated MLP the fused gate and up projections."""
-FC2 = Linear("mlp.linear_fc2", "hidden", "ffn", 1)
+FC2 = Linear("mlp.linear_fc2", "hidden", "ffn", "mlp_bias", 1)
 """The MLP's second linear."""
 
 LINEARS = (QKV, PROJ, FC1, FC2)

@@ -43,17 +43,21 @@ MLP_GATE_AND_UP = GatedMLP(
 
 MLP_DOWN = Direct(FC2.weight, ("model.layers.*.mlp.down_proj.weight",), FC2.dimensions)
 
-ATTENTION_BIASES = [
-    QKVByGroup(
-        QKV.bias,
-        (
-            "model.layers.*.self_attn.q_proj.bias",
-            "model.layers.*.self_attn.k_proj.bias",
-            "model.layers.*.self_attn.v_proj.bias",
-        ),
-        QKV.dimensions[:1],
+QKV_BIAS = QKVByGroup(
+    QKV.bias,
+    (
+        "model.layers.*.self_attn.q_proj.bias",
+        "model.layers.*.self_attn.k_proj.bias",
+        "model.layers.*.self_attn.v_proj.bias",
     ),
-    Direct(PROJ.bias, ("model.layers.*.self_attn.o_proj.bias",), ("hidden",)),
+    QKV.dimensions[:1],
+)
+
+PROJ_BIAS = Direct(PROJ.bias, ("model.layers.*.self_attn.o_proj.bias",), ("hidden",))
+
+QK_NORMS = [
+    Direct("decoder.layers.*.self_attention.q_layernorm.weight", ("model.layers.*.self_attn.q_norm.weight",), ("head",)),
+    Direct("decoder.layers.*.self_attention.k_layernorm.weight", ("model.layers.*.self_attn.k_norm.weight",), ("head",)),
 ]
 
 MLP_GATE_AND_UP_BIAS = GatedMLP(
@@ -77,9 +81,24 @@ DERIVED_BUFFERS = r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"
 
 def parameter_map(config: ModelConfig) -> list[Mapping]:
     """Every tensor of the model, in the order of the forward pass."""
-    layer = [INPUT_NORM, *ATTENTION, MLP_NORM, MLP_GATE_AND_UP, MLP_DOWN]
-    if config.add_bias:
-        layer += [*ATTENTION_BIASES, MLP_GATE_AND_UP_BIAS, MLP_DOWN_BIAS]
+    layer = [INPUT_NORM, *attention(config), MLP_NORM, MLP_GATE_AND_UP, MLP_DOWN]
+    if config.mlp_bias:
+        layer += [MLP_GATE_AND_UP_BIAS, MLP_DOWN_BIAS]
+    return with_ends(layer, config)
+
+
+def attention(config: ModelConfig) -> list[Mapping]:
+    """The tensors of a layer's attention, without the norm before it."""
+    mappings = list(ATTENTION)
+    if config.qkv_bias:
+        mappings.append(QKV_BIAS)
+    if config.proj_bias:
+        mappings.append(PROJ_BIAS)
+    return mappings + QK_NORMS if config.qk_norm else mappings
+
+
+def with_ends(layer: list[Mapping], config: ModelConfig) -> list[Mapping]:
+    """`layer` for all layers, between the embedding, and the final norm and output layer."""
     output = [] if config.tie_word_embeddings else [OUTPUT]
     return [EMBEDDING, *expand(layer, config.num_layers), FINAL_NORM, *output]
 
@@ -103,25 +122,39 @@ def read_config(hf: HFConfig) -> ModelConfig:
         gated_mlp=True,
         rope=rope,
         **sizes,
+        **read_biases(hf),
     )
 
 
-def read_sizes(hf: HFConfig, *, max_position_embeddings: int) -> dict[str, Any]:
+def read_biases(hf: HFConfig) -> dict[str, bool]:
+    """The fields of `ModelConfig` that `attention_bias` and `mlp_bias` set. Raises MaskLLMError as `read_config` does."""
+    attention_bias = hf.boolean("attention_bias", default=False)
+    return {
+        "qkv_bias": attention_bias,
+        "proj_bias": attention_bias,
+        "mlp_bias": hf.boolean("mlp_bias", default=False),
+    }
+
+
+def read_sizes(
+    hf: HFConfig,
+    *,
+    max_position_embeddings: int,
+    num_key_value_heads: int | None = None,
+    head_dim: int | None = None,
+    tie_word_embeddings: bool = False,
+) -> dict[str, Any]:
     """The fields of `ModelConfig` that LLaMA and the families with the same keys in `config.json` share.
 
-    `max_position_embeddings` is the family's default. Raises MaskLLMError as `read_config` does.
+    The arguments are the family's defaults; None for as many key-value heads as heads, and for heads that divide the hidden size.
+    Raises MaskLLMError as `read_config` does.
     """
-    attention_bias = hf.boolean("attention_bias", default=False)
-    if attention_bias != hf.boolean("mlp_bias", default=False):
-        raise hf.error(
-            f"attention_bias is {attention_bias} and mlp_bias is {not attention_bias}; only both or neither is supported"
-        )
     hidden_size = hf.integer("hidden_size")
     heads = hf.integer("num_attention_heads")
-    groups = hf.integer("num_key_value_heads", default=heads)
+    groups = hf.nullable(hf.integer, "num_key_value_heads", default=num_key_value_heads) or heads
     if heads % groups:
         raise hf.error(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}")
-    if not hf.has("head_dim") and hidden_size % heads:
+    if not hf.has("head_dim") and head_dim is None and hidden_size % heads:
         raise hf.error(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}, and there is no head_dim")
     return {
         "num_layers": hf.integer("num_hidden_layers"),
@@ -129,9 +162,8 @@ def read_sizes(hf: HFConfig, *, max_position_embeddings: int) -> dict[str, Any]:
         "ffn_hidden_size": hf.integer("intermediate_size"),
         "num_attention_heads": heads,
         "num_query_groups": groups,
-        "head_dim": hf.integer("head_dim", default=hidden_size // heads),
+        "head_dim": hf.integer("head_dim", default=head_dim or hidden_size // heads),
         "vocab_size": hf.integer("vocab_size"),
         "max_position_embeddings": hf.integer("max_position_embeddings", default=max_position_embeddings),
-        "tie_word_embeddings": hf.boolean("tie_word_embeddings", default=False),
-        "add_bias": attention_bias,
+        "tie_word_embeddings": hf.boolean("tie_word_embeddings", default=tie_word_embeddings),
     }

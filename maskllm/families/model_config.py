@@ -11,7 +11,10 @@ from maskllm.families.rope import Rope
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer. Each layer has a norm, attention, a norm and an MLP. Sizes are in elements."""
+    """A decoder-only transformer. Each layer has a norm, attention, a norm and an MLP. Sizes are in elements.
+
+    The fields with defaults are what only some families have.
+    """
 
     model_type: str
     """The Hugging Face name of the family, a key of `registry.FAMILIES`."""
@@ -36,8 +39,30 @@ class ModelConfig:
     rope: Rope | None
     """Rotary position embeddings; None if positions are learned and added to the word embeddings."""
     tie_word_embeddings: bool
-    add_bias: bool
-    """Whether every linear of a layer has a bias."""
+    qkv_bias: bool
+    """Whether the query, key and value projections have biases."""
+    proj_bias: bool
+    """Whether the attention's output projection has a bias."""
+    mlp_bias: bool
+    """Whether the MLP's linears have biases."""
+    qk_norm: bool = False
+    """Whether the queries and keys of each head are normalized before they are rotated."""
+    post_norms: bool = False
+    """Whether the outputs of attention and MLP are normalized too, before they are added to the residual stream."""
+    window: int | None = None
+    """In layers with a window, a token attends to the last `window` tokens, itself included."""
+    windowed_layers: tuple[bool, ...] = ()
+    """For each layer whether it has the window; empty if no layer has one."""
+    local_rope: Rope | None = None
+    """The rotary embeddings of the layers with a window, if they differ from the others' (`rope`)."""
+    attention_scale: float | None = None
+    """The factor of the attention scores; None for head_dim ** -0.5."""
+    attention_softcap: float | None = None
+    """Attention scores x become cap * tanh(x / cap)."""
+    logit_softcap: float | None = None
+    """Logits x become cap * tanh(x / cap)."""
+    embedding_scale: float | None = None
+    """The factor of the word embeddings at the input."""
     vocab_padding: int = field(default=0, kw_only=True)
     """Rows of zeros after the vocabulary's in Megatron's embedding and output matrices, so that ranks can split them evenly."""
 
@@ -57,6 +82,7 @@ class ModelConfig:
         """The sizes of tensors' dimensions, by the names that `linears` and the parameter maps use."""
         return {
             "vocab": self.vocab_size + self.vocab_padding,
+            "head": self.head_dim,
             "positions": self.max_position_embeddings,
             "hidden": self.hidden_size,
             "ffn": self.ffn_hidden_size,

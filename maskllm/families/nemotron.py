@@ -30,9 +30,9 @@ FINAL_NORM_BIAS = Direct("decoder.final_layernorm.bias", ("model.norm.bias",), (
 
 def parameter_map(config: ModelConfig) -> list[Mapping]:
     """Every tensor of the model, in the order of the forward pass."""
-    layer = [llama.INPUT_NORM, INPUT_NORM_BIAS, *llama.ATTENTION, llama.MLP_NORM, MLP_NORM_BIAS, MLP_UP, llama.MLP_DOWN]
-    if config.add_bias:
-        layer += [*llama.ATTENTION_BIASES, MLP_UP_BIAS, llama.MLP_DOWN_BIAS]
+    layer = [llama.INPUT_NORM, INPUT_NORM_BIAS, *llama.attention(config), llama.MLP_NORM, MLP_NORM_BIAS, MLP_UP, llama.MLP_DOWN]
+    if config.mlp_bias:
+        layer += [MLP_UP_BIAS, llama.MLP_DOWN_BIAS]
     output = [] if config.tie_word_embeddings else [llama.OUTPUT]
     return [llama.EMBEDDING, *expand(layer, config.num_layers), llama.FINAL_NORM, FINAL_NORM_BIAS, *output]
 
@@ -58,4 +58,5 @@ def read_config(hf: HFConfig) -> ModelConfig:
             partial_rotary_factor=0.5,
         ),
         **sizes,
+        **llama.read_biases(hf),
     )

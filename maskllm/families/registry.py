@@ -1,6 +1,6 @@
 """The model families, by the name that Hugging Face gives them (`model_type`).
 
-To add a family, write one module in this folder and add it to FAMILIES. `Family` says what the module must hold. `nemotron.py` is
+To add a family, write one module in this folder and add it to FAMILIES. `Family` says what the module must hold. `qwen3.py` is
 an example of a family that shares LLaMA's names; `gpt2.py` shares none. CONTRIBUTING.md ("How to add a model family") lists the
 tests.
 """
@@ -13,7 +13,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol
 
-from maskllm.families import gpt2, llama, nemotron
+from maskllm.families import gemma2, gemma3, gpt2, llama, mistral, nemotron, phi3, qwen2, qwen3
 from maskllm.families.hf_config import HFConfig
 from maskllm.families.mapping import Mapping
 from maskllm.families.model_config import ModelConfig
@@ -44,14 +44,27 @@ class Family(Protocol):
         """
 
 
-FAMILIES: dict[str, Family] = {"gpt2": gpt2, "llama": llama, "nemotron": nemotron}
-
-_REFUSED = {
-    "quantization_config": "quantized weights",
-    "auto_map": "code that comes with the checkpoint",
-    "sliding_window": "sliding-window attention",
+FAMILIES: dict[str, Family] = {
+    "gemma2": gemma2,
+    "gemma3_text": gemma3,
+    "gpt2": gpt2,
+    "llama": llama,
+    "mistral": mistral,
+    "nemotron": nemotron,
+    "phi3": phi3,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
 }
-"""Keys of `config.json` that no family supports, and what they mean."""
+
+_NOT_SUPPORTED = {
+    "gemma3": "models for images and text; the text models have model_type 'gemma3_text'",
+    "mixtral": "mixture of experts",
+    "qwen2_moe": "mixture of experts",
+    "qwen3_moe": "mixture of experts",
+    "gpt_oss": "mixture of experts",
+    "phimoe": "mixture of experts",
+}
+"""Well-known families that are not supported, and why."""
 
 
 def read_model_config(path: Path) -> ModelConfig:
@@ -62,10 +75,10 @@ def read_model_config(path: Path) -> ModelConfig:
     hf = HFConfig(read_json_object(path), str(path))
     model_type = hf.values.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise hf.error(f"model_type {model_type!r} is not supported, only {', '.join(map(repr, sorted(FAMILIES)))}")
-    for key, meaning in _REFUSED.items():
-        if hf.has(key):
-            raise hf.error(f"{key} ({meaning}) is not supported")
+        reason = f" ({_NOT_SUPPORTED[model_type]})" if str(model_type) in _NOT_SUPPORTED else ""
+        raise hf.error(f"model_type {model_type!r}{reason} is not supported, only {', '.join(map(repr, sorted(FAMILIES)))}")
+    if hf.has("quantization_config"):
+        raise hf.error("quantization_config (quantized weights) is not supported; give the model that was quantized")
     return FAMILIES[model_type].read_config(hf)
 
 

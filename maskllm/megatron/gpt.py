@@ -12,7 +12,7 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
 )
 
-from maskllm.megatron.loss import frozen_linear_cross_entropy
+from maskllm.megatron.loss import frozen_linear_cross_entropy, softcap
 
 
 class FrozenVocabularyGPTModel(GPTModel):
@@ -26,6 +26,8 @@ class FrozenVocabularyGPTModel(GPTModel):
         """`unpadded_vocab_size` is the number of tokens; `GPTModel`'s `vocab_size` also counts the rows of padding after them."""
         super().__init__(*args, **kwargs)
         self.unpadded_vocab_size = unpadded_vocab_size
+        if self.pre_process and self.config.embedding_scale is not None:
+            self.embedding.register_forward_hook(_scale)
         if self.pre_process and self.config.recompute_granularity is not None:
             self.embedding.register_forward_hook(_require_gradient)
 
@@ -48,11 +50,11 @@ class FrozenVocabularyGPTModel(GPTModel):
             all tensor-parallel ranks, without the padding. On earlier stages: hidden states [sequence, batch, hidden size].
         """
         tp_group = self.pg_collection.tp
-        if labels is None or not self.post_process:
-            output = super().forward(input_ids, position_ids, attention_mask)
-            if not self.post_process:
-                return output
-            return gather_from_tensor_model_parallel_region(output, group=tp_group)[..., : self.unpadded_vocab_size]
+        if not self.post_process:
+            return super().forward(input_ids, position_ids, attention_mask)
+        if labels is None:
+            logits = softcap(super().forward(input_ids, position_ids, attention_mask), self.config.logit_softcap)
+            return gather_from_tensor_model_parallel_region(logits, group=tp_group)[..., : self.unpadded_vocab_size]
         # Without `post_process`, upstream's forward returns the decoder's output, which the loss below needs.
         self.post_process = False
         try:
@@ -64,8 +66,20 @@ class FrozenVocabularyGPTModel(GPTModel):
             hidden = gather_from_sequence_parallel_region(hidden, group=tp_group)
         else:
             hidden = copy_to_tensor_model_parallel_region(hidden, group=tp_group)
-        losses = frozen_linear_cross_entropy(hidden.flatten(0, 1), weight, labels.t().flatten(), tp_group, self.unpadded_vocab_size)
+        losses = frozen_linear_cross_entropy(
+            hidden.flatten(0, 1),
+            weight,
+            labels.t().flatten(),
+            tp_group,
+            self.unpadded_vocab_size,
+            self.config.logit_softcap,
+        )
         return losses.view(labels.shape[1], labels.shape[0]).t()
+
+
+def _scale(embedding: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    """Scale the embeddings. Their dtype rounds the factor, as in transformers' Gemma models."""
+    return output * torch.tensor(embedding.config.embedding_scale, dtype=output.dtype, device=output.device)
 
 
 def _require_gradient(_module: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,8 @@ from maskllm.families.linears import LINEARS
 from maskllm.families.model_config import ModelConfig
 from maskllm.masking.parameter import MaskedParameter
 from maskllm.masking.sampler import MaskSampler
+from maskllm.megatron.norm import LocalNorm
+from maskllm.megatron.transformer_config import FamilyTransformerConfig
 
 
 class _MaskedLinear:
@@ -68,17 +70,26 @@ class MaskedColumnParallelLinear(_MaskedLinear, ColumnParallelLinear):
 
 
 class MaskedRowParallelLinear(_MaskedLinear, RowParallelLinear):
-    """`RowParallelLinear` (inputs split over tensor-parallel ranks) with a masked weight."""
+    """`RowParallelLinear` (inputs split over tensor-parallel ranks) with a masked weight.
+
+    It also holds the norm of attention's and MLP's outputs (`ModelConfig.post_norms`), as `post_layernorm`.
+    """
 
     partition_dim = 1
 
+    def __init__(self, *args: Any, config: FamilyTransformerConfig, **kwargs: Any) -> None:
+        super().__init__(*args, config=config, **kwargs)
+        self.post_layernorm = LocalNorm(config, self.output_size, config.layernorm_epsilon) if config.post_norms else None
+
     def forward(self, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Upstream's, but the bias that it hands on (`skip_bias_add`) is a tensor of its own.
+        """Upstream's, with `post_layernorm`, and with a bias of its own to hand on (`skip_bias_add`).
 
         Upstream's recomputation of the MLP returns that bias from an autograd function, which turns the tensor in place into an output
         of that function. A frozen parameter would stay one, and the next backward pass would go through it into the old function.
         """
         output, bias = super().forward(input_)
+        if self.post_layernorm is not None:
+            output = self.post_layernorm(output)
         return output, None if bias is None else bias.detach()
 
 
@@ -87,13 +98,18 @@ BY_PARTITION_DIM = {kind.partition_dim: kind for kind in (MaskedColumnParallelLi
 
 
 def hold_masked_parameters(model: torch.nn.Module, config: ModelConfig) -> None:
-    """Give every masked linear of a freshly built model its `MaskedParameter`: its name in the whole model and the part held here."""
+    """Give every masked linear of a freshly built model its `MaskedParameter`: its name in the whole model and the part held here.
+
+    Megatron gives a bias to all linears if one besides the QKV projection has one. The others' biases are removed.
+    """
     for module in model.modules():
         if isinstance(module, TransformerLayer):
             for linear in LINEARS:
                 owner = module.get_submodule(linear.name)
                 location = linear.location(config, module.layer_number - 1, owner.tp_group.rank(), owner.tp_group.size())
                 owner.masked = MaskedParameter(owner, location)
+                if not linear.has_bias(config):
+                    owner.bias = None
 
 
 def masked_linears(model: torch.nn.Module) -> Iterator[MaskedColumnParallelLinear | MaskedRowParallelLinear]:

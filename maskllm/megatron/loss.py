@@ -11,17 +11,29 @@ MAX_CHUNK_LOGITS = 1 << 25
 """The largest number of logits computed at once: 128 MiB in fp32."""
 
 
+def softcap(scores: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """cap * tanh(scores / cap), which keeps scores between -cap and cap (arXiv 2408.00118, section 2); `scores` if cap is None."""
+    return scores if cap is None else cap * torch.tanh(scores / cap)
+
+
 class _FrozenLinearCrossEntropy(torch.autograd.Function):
     """Cross-entropy of `hidden @ weight.T`, in chunks of tokens. The vocabulary is split over the tensor-parallel ranks.
 
-    The gradient of a token's loss with respect to its hidden state is (softmax - one-hot) @ weight. The backward pass needs
+    The gradient of a token's loss with respect to its hidden state is (softmax - one-hot) @ weight. If logits are soft-capped, each
+    factor of the product with `weight` is multiplied by the slope of the cap, 1 - (capped logit / cap)^2. The backward pass needs
     nothing else, because the weight is frozen. So the forward pass computes this gradient while the chunk's logits exist, and
     the backward pass only scales it.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, tp_group: dist.ProcessGroup, vocab_size: int
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        tp_group: dist.ProcessGroup,
+        vocab_size: int,
+        cap: float | None,
     ) -> torch.Tensor:
         vocabulary = weight.shape[0]
         first = tp_group.rank() * vocabulary
@@ -31,7 +43,8 @@ class _FrozenLinearCrossEntropy(torch.autograd.Function):
         step = max(1, MAX_CHUNK_LOGITS // vocabulary)
         for start in range(0, hidden.shape[0], step):
             tokens = slice(start, start + step)
-            logits = (hidden[tokens] @ weight.t()).float()
+            logits = softcap((hidden[tokens] @ weight.t()).float(), cap)
+            slope = 1 - (logits / cap).square() if cap is not None and gradient is not None else None
             logits[:, max(0, vocab_size - first) :] = -torch.inf  # padding
             maximum = logits.amax(-1, keepdim=True)
             if parallel:
@@ -51,19 +64,26 @@ class _FrozenLinearCrossEntropy(torch.autograd.Function):
             if gradient is not None:
                 probabilities /= total
                 probabilities.scatter_add_(1, local, -inside.to(probabilities.dtype))
+                if slope is not None:
+                    probabilities *= slope
                 gradient[tokens] = probabilities.to(weight.dtype) @ weight
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return losses
 
     @staticmethod
-    def backward(ctx: Any, grad_losses: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, grad_losses: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_losses.unsqueeze(1).to(gradient.dtype), None, None, None, None
+        return gradient * grad_losses.unsqueeze(1).to(gradient.dtype), None, None, None, None, None
 
 
 def frozen_linear_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, tp_group: dist.ProcessGroup, vocab_size: int
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    tp_group: dist.ProcessGroup,
+    vocab_size: int,
+    cap: float | None = None,
 ) -> torch.Tensor:
     """The cross-entropy loss of each token, in fp32.
 
@@ -73,6 +93,7 @@ def frozen_linear_cross_entropy(
         weight: [(vocabulary + padding) / ranks, hidden size], this rank's rows of the output matrix. It gets no gradient.
         labels: int64 [tokens].
         vocab_size: The size of the vocabulary. The rows of the whole output matrix after it are padding, which the softmax leaves out.
+        cap: the soft cap of the logits (`softcap`).
 
     Returns:
         fp32 [tokens].
@@ -82,4 +103,4 @@ def frozen_linear_cross_entropy(
     """
     if weight.requires_grad:
         raise ValueError("frozen_linear_cross_entropy: the output matrix requires a gradient, wanted a frozen one")
-    return _FrozenLinearCrossEntropy.apply(hidden, weight, labels, tp_group, vocab_size)
+    return _FrozenLinearCrossEntropy.apply(hidden, weight, labels, tp_group, vocab_size, cap)

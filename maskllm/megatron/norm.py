@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from maskllm.environment.optional_parts import uses_apex_norms
-from maskllm.errors import MaskLLMError
 
 
 class ZeroCenteredLayerNorm(torch.nn.LayerNorm):
@@ -20,8 +19,17 @@ class ZeroCenteredLayerNorm(torch.nn.LayerNorm):
         return F.layer_norm(input, self.normalized_shape, self.weight + 1, self.bias, self.eps)
 
 
+class ZeroCenteredRMSNorm(torch.nn.RMSNorm):
+    """RMSNorm that multiplies by 1 + weight. The sum and the product are computed in fp32, as in transformers' `Gemma2RMSNorm`."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Normalize the last dimension of `input` [..., hidden size]."""
+        return F.rms_norm(input.float(), self.normalized_shape, self.weight.float() + 1, self.eps).to(input.dtype)
+
+
 NORMS: dict[tuple[str, bool], type[torch.nn.Module]] = {
     ("RMSNorm", False): torch.nn.RMSNorm,
+    ("RMSNorm", True): ZeroCenteredRMSNorm,
     ("LayerNorm", False): torch.nn.LayerNorm,
     ("LayerNorm", True): ZeroCenteredLayerNorm,
 }
@@ -41,15 +49,10 @@ class LocalNorm:
 
     Upstream's `WrappedTorchNorm` does the same but refuses zero-centered weights and sequence parallelism. For sequence
     parallelism a norm only needs a mark on its parameters, because each rank normalizes its part of the sequence.
-
-    Raises MaskLLMError if `local_norms` has no such norm.
     """
 
     def __new__(cls, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: object) -> torch.nn.Module:
-        kind = local_norms().get((config.normalization, config.layernorm_zero_centered_gamma))
-        if kind is None:
-            centered = "zero-centered " if config.layernorm_zero_centered_gamma else ""
-            raise MaskLLMError(f"normalization {centered}{config.normalization} is not supported")
+        kind = local_norms()[config.normalization, config.layernorm_zero_centered_gamma]
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
         norm = kind(hidden_size, eps=eps).to(dtype=config.params_dtype, device=device)
         for parameter in norm.parameters():

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.utils import is_layer_window_attention
 
 from maskllm.families.rope import Rope, rotary_frequencies
 
@@ -28,6 +31,30 @@ class RopeEmbedding(RotaryEmbedding):
         """The angles of a sequence of `max_seq_len` tokens, in radians, fp32 [max_seq_len, rope.dim / 2]."""
         self.inv_freq = rotary_frequencies(self.rope, max_seq_len).to(self.inv_freq.device)
         return super().get_freqs_non_repeated(max_seq_len, offset)
+
+
+class RopeEmbeddingByKind(RopeEmbedding):
+    """The angles of two kinds of layers: those without a window, and those with one, which rotate by `local`.
+
+    Megatron hands one tensor to all layers. Here it holds the angles of both kinds, and `SelfAttentionByKind` picks its own.
+    """
+
+    def __init__(self, rope: Rope, local: Rope, config: TransformerConfig, cp_group: dist.ProcessGroup) -> None:
+        super().__init__(rope, config, cp_group)
+        self.local = RopeEmbedding(local, config, cp_group)
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """fp32 [2, sequence, 1, 1, rope.dim]: the angles without a window, then those with one."""
+        return torch.stack([super().forward(*args, **kwargs), self.local(*args, **kwargs)])
+
+
+class SelfAttentionByKind(SelfAttention):
+    """Megatron's self-attention with the angles of its layer's kind (`RopeEmbeddingByKind`)."""
+
+    def forward(self, *args: Any, rotary_pos_emb: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Upstream's; `rotary_pos_emb` is fp32 [2, sequence, 1, 1, rope.dim]."""
+        windowed = is_layer_window_attention(self.config.window_size, self.config.window_attn_skip_freq, self.layer_number)
+        return super().forward(*args, rotary_pos_emb=rotary_pos_emb[int(windowed)], **kwargs)
 
 
 def multiply_rotated_channels(config: TransformerConfig, factor: float) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 
 from maskllm.families.model_config import ModelConfig
-from maskllm.megatron.rotary import RopeEmbedding, multiply_rotated_channels
+from maskllm.megatron.rotary import RopeEmbedding, RopeEmbeddingByKind, multiply_rotated_channels
 
 
 def squared_relu(x: torch.Tensor) -> torch.Tensor:
@@ -32,8 +33,20 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 """The activations of an MLP by the names that `ModelConfig.activation` may have."""
 
 
-def transformer_config(model: ModelConfig, *, params_dtype: torch.dtype, **overrides: Any) -> TransformerConfig:
-    """The `TransformerConfig` of `model`, with parameters in `params_dtype` left uninitialized (they are loaded).
+@dataclass
+class FamilyTransformerConfig(TransformerConfig):
+    """Megatron's config with what only some families have. `ModelConfig` explains the fields."""
+
+    post_norms: bool = False
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_scale: float | None = None
+    local_rope: bool = False
+    """Whether layers with a window have rotary embeddings of their own (`RopeEmbeddingByKind`)."""
+
+
+def transformer_config(model: ModelConfig, *, params_dtype: torch.dtype, **overrides: Any) -> FamilyTransformerConfig:
+    """The config of `model`, with parameters in `params_dtype` left uninitialized (they are loaded).
 
     `overrides` are further `TransformerConfig` fields: parallel sizes, sequence parallelism, recomputation. Raises MaskLLMError
     if the tensor-parallel size does not divide the model.
@@ -51,7 +64,18 @@ def transformer_config(model: ModelConfig, *, params_dtype: torch.dtype, **overr
         "layernorm_epsilon": model.norm_epsilon,
         "gated_linear_unit": model.gated_mlp,
         "activation_func": ACTIVATIONS[model.activation],
-        "add_bias_linear": model.add_bias,
+        # Megatron knows two cases: all linears have biases, or QKV alone. `hold_masked_parameters` removes those that are too many.
+        "add_bias_linear": model.proj_bias or model.mlp_bias,
+        "add_qkv_bias": model.qkv_bias,
+        "qk_layernorm": model.qk_norm,
+        "post_norms": model.post_norms,
+        "attention_softcap": model.attention_softcap,
+        "logit_softcap": model.logit_softcap,
+        "embedding_scale": model.embedding_scale,
+        "local_rope": model.local_rope is not None,
+        "softmax_scale": model.attention_scale,
+        "window_size": None if model.window is None else (model.window - 1, 0),
+        "window_attn_skip_freq": [int(windowed) for windowed in model.windowed_layers] or None,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "params_dtype": params_dtype,
@@ -70,7 +94,7 @@ def transformer_config(model: ModelConfig, *, params_dtype: torch.dtype, **overr
         "apply_rope_fusion": False,
         "persist_layer_norm": False,
     }
-    config = TransformerConfig(**(fields | overrides))
+    config = FamilyTransformerConfig(**(fields | overrides))
     if model.rope is not None:
         multiply_rotated_channels(config, model.rope.attention_factor)
     return config
@@ -98,5 +122,8 @@ def set_rotary_frequencies(gpt_model: GPTModel, model: ModelConfig) -> None:
 
     Megatron's own arguments support neither all types of scaling nor all of their settings.
     """
-    if model.rope is not None:
-        gpt_model.rotary_pos_emb = RopeEmbedding(model.rope, gpt_model.config, gpt_model.pg_collection.cp)
+    rest = (gpt_model.config, gpt_model.pg_collection.cp)
+    if model.local_rope is not None:
+        gpt_model.rotary_pos_emb = RopeEmbeddingByKind(model.rope, model.local_rope, *rest)
+    elif model.rope is not None:
+        gpt_model.rotary_pos_emb = RopeEmbedding(model.rope, *rest)

@@ -186,7 +186,8 @@ def activations(model: ModelConfig, arguments: TrainArguments, layout: Layout, s
         kept_layers = 0 if uniform else layers - group
         others += (layers // group if uniform else group) * boundary
         if model.rope is not None:
-            others += 4 * arguments.seq_length * model.rope.dim  # the rotary angles
+            kinds = 2 if model.local_rope is not None else 1
+            others += 4 * kinds * arguments.seq_length * model.rope.dim  # the rotary angles
         recomputed = (group if uniform else 1) * (layer + masked)
     if arguments.recomputes("mlp"):
         kept_masked -= mlp_masked
@@ -203,24 +204,30 @@ def activations(model: ModelConfig, arguments: TrainArguments, layout: Layout, s
 
 
 def norm_activations(model: ModelConfig, arguments: TrainArguments, layout: Layout, *, device: str) -> float:
-    """Bytes that a norm keeps: its input, and one (RMSNorm) or two (LayerNorm) fp32 factors per token.
-
-    On a CPU torch composes RMSNorm from fp32 operators, so the input is kept in fp32.
-    """
+    """Bytes that a norm keeps: its input, and one (RMSNorm) or two (LayerNorm) fp32 factors per token."""
     tokens = arguments.seq_length * arguments.micro_batch_size / sequence_split(arguments, layout)
-    rms = model.normalization == "RMSNorm"
-    element = 4.0 if rms and device == "cpu" else FLOAT_BYTES[arguments.params_dtype]
-    return tokens * (model.hidden_size * element + (4 if rms else 8))
+    element = norm_element(model, arguments, device=device)
+    return tokens * (model.hidden_size * element + (4 if model.normalization == "RMSNorm" else 8))
+
+
+def norm_element(model: ModelConfig, arguments: TrainArguments, *, device: str) -> float:
+    """Bytes per entry of the input that a norm keeps.
+
+    On a CPU torch composes RMSNorm from fp32 operators. The norms of Gemma compute in fp32 (`ZeroCenteredRMSNorm`).
+    """
+    in_fp32 = model.normalization == "RMSNorm" and (device == "cpu" or model.zero_centered_norm)
+    return 4.0 if in_fp32 else FLOAT_BYTES[arguments.params_dtype]
 
 
 def layer_activations(model: ModelConfig, arguments: TrainArguments, layout: Layout, *, device: str) -> float:
-    """Bytes that one layer's forward pass keeps for its backward pass, without masked weights.
+    """Bytes that one layer's forward pass keeps for its backward pass, without masked weights; the mean over all layers.
 
-    Attention is torch's or Transformer Engine's fused attention, which never holds all scores.
+    Attention is torch's or Transformer Engine's fused attention, which never holds all scores, or soft-capped attention, which
+    computes them again in the backward pass.
     """
     element = FLOAT_BYTES[arguments.params_dtype]
     tokens = arguments.seq_length * arguments.micro_batch_size
-    norms = 2 * norm_activations(model, arguments, layout, device=device)
+    norms = (4 if model.post_norms else 2) * norm_activations(model, arguments, layout, device=device)
     normed = 2 * tokens * model.hidden_size * element / sequence_split(arguments, layout)  # the inputs of QKV and fc1
     query = model.num_attention_heads * model.head_dim / layout.tensor
     key = model.num_query_groups * model.head_dim / layout.tensor
@@ -228,10 +235,22 @@ def layer_activations(model: ModelConfig, arguments: TrainArguments, layout: Lay
     attended = query  # the output projection's input
     rotated = query + key if model.rope is not None else 0.0
     attention = tokens * (projected + rotated + attended) * element
+    if model.qk_norm:
+        kept_as = norm_element(model, arguments, device=device)
+        # If the norm does not convert its input, the keys are part of `projected`; the queries are copied from it.
+        attention += tokens * (query * element if kept_as == element else (query + key) * kept_as)
+        attention += tokens * 4 * (model.num_attention_heads + model.num_query_groups) / layout.tensor
     if not arguments.recomputes("core_attn"):
-        attention += tokens * 4 * model.num_attention_heads / layout.tensor
-        if device == "cuda" and arguments.params_dtype == "fp32" and key < query:
-            attention += tokens * 2 * query * element  # keys and values repeated for each head: see `SDPACoreAttention`
+        window = model.window or arguments.seq_length
+        masked_layers = sum(model.windowed_layers) / model.num_layers if window < arguments.seq_length else 0.0
+        if model.attention_softcap is not None:
+            attention += arguments.seq_length**2  # the mask, in bools
+        else:
+            attention += tokens * 4 * model.num_attention_heads / layout.tensor
+            attention += masked_layers * arguments.seq_length**2 * element  # the window's mask
+            repeated = 1.0 if arguments.params_dtype == "fp32" else masked_layers
+            if device == "cuda" and key < query:
+                attention += repeated * tokens * 2 * query * element  # keys and values for each head: see `SDPACoreAttention`
     angles = 4 * arguments.seq_length * model.rope.dim * element if model.rope is not None else 0.0
     inner = 0.0 if arguments.recomputes("mlp") else tokens * mlp_activations(model, layout.tensor) * element
     return norms + normed + attention + angles + inner
@@ -247,17 +266,25 @@ def mlp_activations(model: ModelConfig, tensor: int) -> float:
 
 
 def backward_activations(model: ModelConfig, arguments: TrainArguments, layout: Layout) -> float:
-    """Bytes of the activation gradients that exist at the same time in a layer's backward pass: those of the MLP's inner width."""
+    """Bytes of the activation gradients that exist at the same time in a layer's backward pass: those of the MLP's inner width.
+
+    With soft-capping, the scores of one query group may need more: four in the weights' dtype and two in fp32.
+    """
     tokens = arguments.seq_length * arguments.micro_batch_size
     width = model.ffn_hidden_size / layout.tensor * (2 if model.gated_mlp else 1)
-    return tokens * (2 * width + 2 * model.hidden_size) * FLOAT_BYTES[arguments.params_dtype]
+    mlp = tokens * (2 * width + 2 * model.hidden_size) * FLOAT_BYTES[arguments.params_dtype]
+    if model.attention_softcap is None:
+        return mlp
+    scores = tokens * arguments.seq_length * model.num_attention_heads / model.num_query_groups
+    return max(mlp, scores * (4 * FLOAT_BYTES[arguments.params_dtype] + 2 * 4))
 
 
 def loss_temporary(model: ModelConfig, arguments: TrainArguments, layout: Layout) -> float:
-    """Bytes of one chunk of vocabulary logits in the loss, in fp32 and again in the weights' dtype."""
+    """Bytes of one chunk of vocabulary logits in the loss, in fp32 and again in the weights' dtype; with soft-capping also its slope."""
     vocabulary = model.padded(layout.tensor).dimensions()["vocab"] // layout.tensor
     tokens = min(arguments.seq_length * arguments.micro_batch_size, max(1, MAX_CHUNK_LOGITS // vocabulary))
-    return tokens * vocabulary * (4 + FLOAT_BYTES[arguments.params_dtype])
+    slope = 4 if model.logit_softcap is not None else 0
+    return tokens * vocabulary * (4 + slope + FLOAT_BYTES[arguments.params_dtype])
 
 
 def optimizer_temporary(shapes: Shapes, arguments: TrainArguments, pattern: Pattern) -> float:

@@ -95,7 +95,7 @@ embeddings are left out, since they change neither memory nor time.
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StoredModel(ModelConfig):
     """An architecture, with the vocabulary's padding of its Megatron checkpoint, and the dtype of the checkpoint's weights.
 

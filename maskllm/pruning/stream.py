@@ -28,45 +28,51 @@ class LayerStream:
         self._checkpoint = checkpoint
         self._device = device
         self._dtype = dtype
-        self._call: LayerCall | None = None
-        self._layer: torch.nn.Module | None = None
+        config = checkpoint.model_config
+        self._windowed = config.windowed_layers or (False,) * config.num_layers
+        self._kinds: dict[bool, tuple[torch.nn.Module, LayerCall]] = {}
+        """A layer with a window, and one without: the module, which all layers of its kind pass through, and its other arguments."""
         self._prefix = ""
 
     @torch.no_grad()
     def first_hidden(self, input_ids: torch.Tensor) -> list[torch.Tensor]:
         """The first layer's input for each row of `input_ids`, int64 [samples, sequence]: [1, sequence, hidden size] on the host."""
-        model = self._one_layer_model()
-        self._prefix, (self._layer,) = transformer_blocks(model)
-        hidden = []
-        for ids in input_ids.split(1):
-            (call,) = layer_calls(model, [self._layer], ids)
-            hidden.append(call.hidden)
-        # Rotary embeddings and the attention mask depend only on the positions, so they are the same for every layer.
-        others = {"args": call.args, "kwargs": call.kwargs}
-        others = _pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(self._device), others)
-        self._call = dataclasses.replace(call, **others)
+        hidden: list[torch.Tensor] = []
+        for windowed in dict.fromkeys(self._windowed):
+            model = self._one_layer_model(self._windowed.index(windowed))
+            self._prefix, (layer,) = transformer_blocks(model)
+            # Rotary embeddings and the attention mask depend only on the positions, so they are the same for all layers of a kind.
+            (call,) = layer_calls(model, [layer], input_ids[:1])
+            others = {"args": call.args, "kwargs": call.kwargs}
+            others = _pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(self._device), others)
+            self._kinds[windowed] = layer, dataclasses.replace(call, **others)
+            hidden = hidden or [layer_calls(model, [layer], ids)[0].hidden for ids in input_ids.split(1)]
         return hidden
 
     def __iter__(self) -> Iterator[Layer]:
         """Each layer in turn. Loading a layer frees the one before, with its stored weights. Call `first_hidden` first."""
         stored: dict[str, torch.Tensor] = {}
-        for index in range(self._checkpoint.model_config.num_layers):
-            self._layer.to("meta")  # frees the weights of the layer before
+        for index, windowed in enumerate(self._windowed):
+            for layer, _ in self._kinds.values():
+                layer.to("meta")  # frees the weights of the layer before
             stored.clear()
+            layer, call = self._kinds[windowed]
             prefix, state = f"{self._prefix}.{index}", {}
-            linears = linears_of(self._layer, prefix)
+            linears = linears_of(layer, prefix)
             for name, tensor in self._tensors(f"{prefix}."):
                 state[name] = tensor.to(self._device, self._dtype)
                 if (linear := f"{prefix}.{name.removesuffix('.weight')}") in linears and name.endswith(".weight"):
                     stored[linear] = as_matrix(linears[linear], tensor)
-            self._layer.load_state_dict(state, assign=True)
+            layer.load_state_dict(state, assign=True)
             del state, tensor
-            yield Layer(layer_forward(self._layer, self._call), linears, stored)
+            yield Layer(layer_forward(layer, call), linears, stored)
 
-    def _one_layer_model(self) -> PreTrainedModel:
-        """The model on the host with the real embeddings and one layer with random weights."""
+    def _one_layer_model(self, index: int) -> PreTrainedModel:
+        """The model on the host with the real embeddings and one layer of the kind of layer `index`, with random weights."""
         config = load_config(self._checkpoint.hf_directory)
         config.num_hidden_layers = 1
+        if hasattr(config, "layer_types"):
+            config.layer_types = [config.layer_types[index]]
         config.vocab_size, config.pad_token_id = 1, None  # a small random embedding; the real one replaces it below
         model = AutoModel.from_config(config).eval()
         model_config = self._checkpoint.model_config

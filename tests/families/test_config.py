@@ -6,14 +6,16 @@ import json
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from maskllm.errors import MaskLLMError
 from maskllm.families.registry import read_model_config
+from maskllm.huggingface.blocks import linears_of, transformer_blocks
 from maskllm.megatron.transformer_config import transformer_config
 from tests.families.tiny import BASE, CONFIGS, GPT2, LONGROPE, NEMOTRON, tiny_config
 
 PLAIN = BASE | {"model_type": "llama", "hidden_act": "silu"}
+QWEN2 = {"model_type": "qwen2", "num_key_value_heads": 4}
 
 
 @pytest.fixture
@@ -32,13 +34,20 @@ def test_a_config_that_transformers_wrote_is_read(name, tmp_path):
     hf.save_pretrained(tmp_path)
     config = read_model_config(tmp_path / "config.json")
     assert config.model_type == hf.model_type
-    assert (config.num_layers, config.hidden_size, config.ffn_hidden_size) == (2, 32, 48)
+    assert (config.num_layers, config.hidden_size, config.ffn_hidden_size) == (hf.num_hidden_layers, 32, 48)
     assert config.max_position_embeddings == hf.max_position_embeddings
     assert config.num_query_groups == getattr(hf, "num_key_value_heads", 4)
     assert config.head_dim == getattr(hf, "head_dim", 8)
     assert config.tie_word_embeddings == hf.tie_word_embeddings
-    assert config.add_bias == getattr(hf, "mlp_bias", True)
-    if config.rope is not None:
+    with torch.device("meta"):
+        block = transformer_blocks(AutoModelForCausalLM.from_config(hf))[1][0]
+    biased = {name.split(".")[-1]: linear.bias is not None for name, linear in linears_of(block, "").items()}
+    assert config.qkv_bias == next(biased[name] for name in ("q_proj", "qkv_proj", "c_attn") if name in biased)
+    assert config.proj_bias == next(biased[name] for name in ("o_proj", "c_proj") if name in biased)
+    assert config.mlp_bias == next(biased[name] for name in ("up_proj", "gate_up_proj", "c_fc") if name in biased)
+    if hf.model_type == "gemma3_text":
+        assert (config.rope.theta, config.local_rope.theta) == (1e4, 100.0)
+    elif config.rope is not None:
         assert config.rope.theta == hf.rope_parameters["rope_theta"]
         assert config.rope.dim == config.head_dim * hf.rope_parameters.get("partial_rotary_factor", 1.0)
 
@@ -74,10 +83,15 @@ def test_absent_keys_have_the_defaults_of_transformers(read):
         ({"rope_scaling": LONGROPE | {"long_factor": [1.0, 2.0, "3", 4.0]}}, "long_factor is '3'; wanted a positive number"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters: 'full_attention' is not supported"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
-        ({"attention_bias": True}, "attention_bias is True and mlp_bias is False"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"sliding_window": 4096}, "sliding_window"),
-        ({"auto_map": {"AutoModel": "x.Y"}}, "auto_map"),
+        ({"model_type": "mixtral"}, "model_type 'mixtral' (mixture of experts) is not supported"),
+        ({"model_type": "gemma3"}, "the text models have model_type 'gemma3_text'"),
+        (
+            {"model_type": "qwen2", "num_key_value_heads": 4, "use_sliding_window": True, "layer_types": ["full_attention"]},
+            "for each of the 2 layers",
+        ),
+        ({"model_type": "gemma2", "use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"model_type": "gemma2", "final_logit_softcapping": -1}, "final_logit_softcapping is -1"),
         ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
         ({"hidden_size": 33}, "hidden_size 33 is not a multiple of num_attention_heads"),
         ({"hidden_size": None}, "hidden_size is missing"),
@@ -90,7 +104,6 @@ def test_absent_keys_have_the_defaults_of_transformers(read):
         (NEMOTRON | {"hidden_act": "silu"}, "hidden_act 'silu' is not supported, only 'relu2'"),
         (NEMOTRON | {"hidden_act": "relu2", "partial_rotary_factor": 0.4}, "partial_rotary_factor 0.4 rotates 3"),
         (NEMOTRON | {"hidden_act": "relu2", "partial_rotary_factor": 1.5}, "partial_rotary_factor 1.5 rotates 12"),
-        (NEMOTRON | {"hidden_act": "relu2", "mlp_bias": True}, "attention_bias is False and mlp_bias is True"),
         (GPT2 | {"activation_function": "relu"}, "activation_function 'relu' is not supported, only 'gelu_new'"),
         (GPT2 | {"scale_attn_weights": False}, "scale_attn_weights False"),
         (GPT2 | {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),

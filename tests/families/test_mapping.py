@@ -31,13 +31,17 @@ CONFIG = ModelConfig(
     gated_mlp=True,
     rope=Rope(1e4, 4),
     tie_word_embeddings=False,
-    add_bias=True,
+    qkv_bias=True,
+    proj_bias=True,
+    mlp_bias=True,
 )
 
 
 GPT2 = dataclasses.replace(CONFIG, model_type="gpt2", num_attention_heads=3, num_query_groups=3, gated_mlp=False, rope=None)
 NEMOTRON = dataclasses.replace(CONFIG, model_type="nemotron", gated_mlp=False)
-FAMILIES = pytest.mark.parametrize("config", [CONFIG, NEMOTRON, GPT2], ids=lambda config: config.model_type)
+PHI3 = dataclasses.replace(CONFIG, model_type="phi3")
+GEMMA3 = dataclasses.replace(CONFIG, model_type="gemma3_text", qk_norm=True, post_norms=True)
+FAMILIES = pytest.mark.parametrize("config", [CONFIG, NEMOTRON, GPT2, PHI3, GEMMA3], ids=lambda config: config.model_type)
 
 
 def mapping(kind, suffix, config=CONFIG):

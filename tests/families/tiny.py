@@ -58,6 +58,15 @@ YARN = {
 LONGROPE = {"type": "longrope", "short_factor": [1.0, 1.1, 1.3, 1.7], "long_factor": [1.2, 2.0, 3.5, 5.0]}
 """For heads with 8 rotated channels."""
 
+GEMMA = SIZES | {
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 10,
+    "sliding_window": 60,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama2": BASE,
     "llama3": BASE | {"num_key_value_heads": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
@@ -69,6 +78,36 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "yarn": BASE | {"rope_parameters": YARN, "original_max_position_embeddings": 96},
     "longrope": BASE | {"rope_theta": 1000.0, "rope_scaling": LONGROPE, "original_max_position_embeddings": 96},
     "biases": BASE | {"num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
+    "attention_bias": BASE | {"num_key_value_heads": 2, "attention_bias": True},
+    "mlp_bias": BASE | {"mlp_bias": True},
+    "mistral": BASE | {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 100},
+    "mistral_without_window": BASE | {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": None},
+    "qwen2": BASE | {"model_type": "qwen2", "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "qwen2_window": BASE
+    | {"model_type": "qwen2", "num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 60, "max_window_layers": 1},
+    "qwen3": BASE | {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 16},
+    "qwen3_biases": BASE | {"model_type": "qwen3", "num_key_value_heads": 4, "head_dim": 8, "attention_bias": True},
+    "gemma2": GEMMA | {"model_type": "gemma2", "attn_logit_softcapping": 5.0, "final_logit_softcapping": 10.0},
+    "gemma2_without_caps": GEMMA | {"model_type": "gemma2", "attn_logit_softcapping": None, "final_logit_softcapping": None},
+    "gemma3": GEMMA
+    | {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 4,
+        "sliding_window_pattern": 2,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e4},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    },
+    "phi3": BASE | {"model_type": "phi3", "num_key_value_heads": 2, "pad_token_id": 0},
+    "phi3_window": BASE
+    | {
+        "model_type": "phi3",
+        "pad_token_id": 0,
+        "sliding_window": 70,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    },
     "nemotron": NEMOTRON | {"rope_parameters": YARN},
     "nemotron_biases": NEMOTRON
     | {

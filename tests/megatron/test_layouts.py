@@ -15,9 +15,29 @@ from tests.families.tiny import write_tiny
     ("spec", "tp", "pp", "names"),
     [
         ("upstream", 2, 1, ["biases"]),
-        ("ours", 2, 1, ["nemotron", "gpt2_untied"]),
-        ("ours", 1, 2, ["llama3.2", "gpt2"]),
-        ("sequence-parallel", 2, 1, ["dynamic"]),
+        (
+            "ours",
+            2,
+            1,
+            ["nemotron", "gpt2_untied", "attention_bias", "mistral", "qwen2", "qwen2_window", "qwen3", "gemma2", "gemma3", "phi3"],
+        ),
+        (
+            "ours",
+            1,
+            2,
+            [
+                "llama3.2",
+                "gpt2",
+                "mlp_bias",
+                "mistral_without_window",
+                "qwen2_window",
+                "qwen3_biases",
+                "gemma2_without_caps",
+                "gemma3",
+                "phi3_window",
+            ],
+        ),
+        ("sequence-parallel", 2, 1, ["dynamic", "gemma3"]),
     ],
 )
 def test_a_layout_loads_and_saves_the_same_model(spec, tp, pp, names, ranks, tmp_path):

@@ -31,10 +31,12 @@ def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     return hidden, weight, labels, scale
 
 
-def expected() -> tuple[torch.Tensor, torch.Tensor]:
+def expected(cap: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     hidden, weight, labels, scale = problem()
     hidden.requires_grad_()
-    losses = F.cross_entropy(hidden @ weight.t(), labels, reduction="none")
+    logits = hidden @ weight.t()
+    logits = logits if cap is None else cap * torch.tanh(logits / cap)
+    losses = F.cross_entropy(logits, labels, reduction="none")
     (losses * scale).sum().backward()
     return losses.detach(), hidden.grad
 
@@ -44,15 +46,16 @@ def padded(weight: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.cat([weight, 1e3 * torch.ones(rows, HIDDEN)])
 
 
+@pytest.mark.parametrize("cap", [None, 2.0])
 @pytest.mark.parametrize("padding", [0, 80])
 @pytest.mark.parametrize("chunk_logits", [VOCABULARY, 5 * VOCABULARY, 1 << 25])
-def test_the_loss_and_its_gradient_are_those_of_cross_entropy(monkeypatch, chunk_logits, padding):
+def test_the_loss_and_its_gradient_are_those_of_cross_entropy(monkeypatch, chunk_logits, padding, cap):
     monkeypatch.setattr(loss_module, "MAX_CHUNK_LOGITS", chunk_logits)
     hidden, weight, labels, scale = problem()
     hidden = hidden.float().requires_grad_()
-    losses = frozen_linear_cross_entropy(hidden, padded(weight.float(), padding), labels, OneRank(), VOCABULARY)
+    losses = frozen_linear_cross_entropy(hidden, padded(weight.float(), padding), labels, OneRank(), VOCABULARY, cap)
     (losses * scale).sum().backward()
-    expected_losses, expected_gradient = expected()
+    expected_losses, expected_gradient = expected(cap)
     torch.testing.assert_close(losses.double(), expected_losses, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(hidden.grad.double(), expected_gradient, rtol=1e-5, atol=1e-5)
 

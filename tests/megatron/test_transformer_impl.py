@@ -16,6 +16,7 @@ from maskllm.megatron.attention import SDPACoreAttention
 from maskllm.megatron.linears import MaskedColumnParallelLinear, MaskedRowParallelLinear
 from maskllm.megatron.norm import LocalNorm
 from maskllm.megatron.spec import masked_layer_spec
+from maskllm.megatron.transformer_config import FamilyTransformerConfig
 
 
 @pytest.mark.parametrize(
@@ -25,9 +26,13 @@ from maskllm.megatron.spec import masked_layer_spec
 )
 def test_both_implementations_have_masked_linears(name, norm, attention):
     """Megatron defines its Transformer Engine modules even if the package is not installed."""
-    layer = masked_layer_spec(name).submodules
+    config = FamilyTransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, qk_layernorm=True)
+    layer = masked_layer_spec(config, name).submodules
     assert layer.input_layernorm is layer.pre_mlp_layernorm is norm
+    assert layer.self_attention.submodules.q_layernorm is layer.self_attention.submodules.k_layernorm is norm
     assert layer.self_attention.submodules.core_attention is attention
+    config.attention_softcap = 50.0
+    assert masked_layer_spec(config, name).submodules.self_attention.submodules.core_attention is SDPACoreAttention
     assert layer.self_attention.submodules.linear_qkv is layer.mlp.submodules.linear_fc1 is MaskedColumnParallelLinear
     assert layer.self_attention.submodules.linear_proj is layer.mlp.submodules.linear_fc2 is MaskedRowParallelLinear
 

@@ -32,6 +32,9 @@ LLAMA = {
 }
 NEMOTRON = LLAMA | {"model_type": "nemotron", "tie_word_embeddings": False}
 GPT = {"model_type": "gpt2", "vocab_size": 256, "n_embd": 192, "n_layer": 4, "n_head": 6, "n_positions": 512, "dtype": "bfloat16"}
+QWEN3 = LLAMA | {"model_type": "qwen3", "head_dim": 32}
+MISTRAL = LLAMA | {"model_type": "mistral", "sliding_window": 50}
+GEMMA2 = LLAMA | {"model_type": "gemma2", "head_dim": 32, "sliding_window": 50}
 SELECTIVE = {"recompute_granularity": "selective"}
 FULL = {"recompute_granularity": "full", "recompute_num_layers": 2}
 
@@ -40,6 +43,11 @@ CASES = {
     "llama_fp32": (LLAMA, {"params_dtype": "fp32", "micro_batch_size": 1}),
     "nemotron": (NEMOTRON, {}),
     "gpt": (GPT, {}),
+    "qwen3": (QWEN3, {}),
+    "qwen3_fp32": (QWEN3, {"params_dtype": "fp32"}),
+    "mistral": (MISTRAL, {}),
+    "gemma2": (GEMMA2, {}),
+    "gemma2_without_caps": (GEMMA2 | {"attn_logit_softcapping": None}, {}),
     "core_attn": (LLAMA, SELECTIVE),
     "mlp": (LLAMA, SELECTIVE | {"recompute_modules": ["mlp"]}),
     "uniform": (LLAMA, FULL | {"recompute_method": "uniform"}),
@@ -101,7 +109,7 @@ def test_planned_activations_of_a_tensor_parallel_rank(sequence_parallel, ranks,
     compare(json.loads((tmp_path / "found.json").read_text()), LLAMA, TrainArguments(**settings), Layout(2, 1, 1))
 
 
-@pytest.mark.parametrize("model", [LLAMA, NEMOTRON, GPT], ids=lambda model: model["model_type"])
+@pytest.mark.parametrize("model", [LLAMA, NEMOTRON, GPT, QWEN3, GEMMA2], ids=lambda model: model["model_type"])
 def test_planned_weights_match_a_built_model(model):
     config = config_of(model)
     with parallel_processes():

@@ -1,0 +1,53 @@
+"""The Phi-3 family (Phi-3, Phi-3.5, Phi-4): LLaMA's architecture, with fused projections in the Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+from maskllm.families import llama
+from maskllm.families.hf_config import HFConfig
+from maskllm.families.linears import FC1, PROJ, QKV
+from maskllm.families.llama import BASE_PREFIX, DERIVED_BUFFERS, TIED_COPIES
+from maskllm.families.mapping import Direct, Mapping, StackedQKV
+from maskllm.families.model_config import ModelConfig
+from maskllm.families.rope import read_rope
+
+__all__ = ["BASE_PREFIX", "DERIVED_BUFFERS", "TIED_COPIES", "parameter_map", "read_config"]
+
+LAYER = [
+    llama.INPUT_NORM,
+    StackedQKV(QKV.weight, ("model.layers.*.self_attn.qkv_proj.weight",), QKV.dimensions),
+    Direct(PROJ.weight, ("model.layers.*.self_attn.o_proj.weight",), PROJ.dimensions),
+    llama.MLP_NORM,
+    # All gate rows, then all up rows, as Megatron orders them.
+    Direct(FC1.weight, ("model.layers.*.mlp.gate_up_proj.weight",), FC1.dimensions),
+    llama.MLP_DOWN,
+]
+
+
+def parameter_map(config: ModelConfig) -> list[Mapping]:
+    """Every tensor of the model, in the order of the forward pass."""
+    return llama.with_ends(LAYER, config)
+
+
+def read_config(hf: HFConfig) -> ModelConfig:
+    """The architecture in a `config.json` with model_type "phi3"; absent keys have the defaults of `transformers.Phi3Config`.
+
+    Raises MaskLLMError that names the key if a value is missing, malformed or not supported.
+    """
+    hf.require("hidden_act", "silu", default="silu")
+    sizes = llama.read_sizes(hf, max_position_embeddings=4096)
+    window = hf.nullable(hf.integer, "sliding_window", default=None)
+    return ModelConfig(
+        model_type="phi3",
+        normalization="RMSNorm",
+        zero_centered_norm=False,
+        norm_epsilon=hf.number("rms_norm_eps", default=1e-5),
+        activation="silu",
+        gated_mlp=True,
+        rope=read_rope(hf, head_dim=sizes["head_dim"], max_position_embeddings=sizes["max_position_embeddings"]),
+        qkv_bias=False,
+        proj_bias=False,
+        mlp_bias=False,
+        window=window,
+        windowed_layers=() if window is None else (True,) * sizes["num_layers"],
+        **sizes,
+    )
