@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from maskllm.families import llama
 from maskllm.families.hf_config import HFConfig
 from maskllm.families.linears import FC1, PROJ, QKV
 from maskllm.families.llama import BASE_PREFIX, DERIVED_BUFFERS, TIED_COPIES
 from maskllm.families.mapping import Direct, Mapping, StackedQKV
 from maskllm.families.model_config import ModelConfig
-from maskllm.families.rope import read_rope
+from maskllm.families.rope import LongRopeScaling, Rope, read_rope
 
 __all__ = ["BASE_PREFIX", "DERIVED_BUFFERS", "TIED_COPIES", "parameter_map", "read_config"]
 
@@ -43,7 +45,7 @@ def read_config(hf: HFConfig) -> ModelConfig:
         norm_epsilon=hf.number("rms_norm_eps", default=1e-5),
         activation="silu",
         gated_mlp=True,
-        rope=read_rope(hf, head_dim=sizes["head_dim"], max_position_embeddings=sizes["max_position_embeddings"]),
+        rope=_read_rope(hf, sizes),
         qkv_bias=False,
         proj_bias=False,
         mlp_bias=False,
@@ -51,3 +53,18 @@ def read_config(hf: HFConfig) -> ModelConfig:
         windowed_layers=() if window is None else (True,) * sizes["num_layers"],
         **sizes,
     )
+
+
+def _read_rope(hf: HFConfig, sizes: dict[str, Any]) -> Rope:
+    """The rotary settings. Like `transformers.Phi3Config`, it takes yarn, an early name, for longrope, and allows no other scaling."""
+    values = {"original_max_position_embeddings": 4096, **hf.values}
+    for key in ("rope_scaling", "rope_parameters"):
+        if hf.has(key):
+            section = hf.section(key).values
+            values[key] = {name: "longrope" if value == "yarn" else value for name, value in section.items()}
+    rope = read_rope(
+        HFConfig(values, hf.source), head_dim=sizes["head_dim"], max_position_embeddings=sizes["max_position_embeddings"]
+    )
+    if rope.scaling is not None and not isinstance(rope.scaling, LongRopeScaling):
+        raise hf.error("rope_parameters: rope_type is not supported in a phi3 model, only 'default' and 'longrope'")
+    return rope

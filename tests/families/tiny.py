@@ -100,6 +100,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
     },
     "phi3": BASE | {"model_type": "phi3", "num_key_value_heads": 2, "pad_token_id": 0},
+    "phi3_yarn": BASE
+    | {
+        "model_type": "phi3",
+        "pad_token_id": 0,
+        "original_max_position_embeddings": 96,
+        "rope_scaling": {"type": "yarn", **{key: LONGROPE[key] for key in ("short_factor", "long_factor")}},
+    },
     "phi3_window": BASE
     | {
         "model_type": "phi3",
