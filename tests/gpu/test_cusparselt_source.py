@@ -128,7 +128,7 @@ def test_the_number_of_kept_plans_is_bounded(library):
     for number in range(1200):
         linear(data, compressed, algorithm=[number % 40, 2 + number // 40, 1, 1])
         found.append(library.live())
-    assert 5 * 1000 < max(found) <= 5 * 1024  # three matrices, a selection and a plan each
+    assert 5 * 1000 < max(found) <= 5 * 1024 + 1  # three matrices, a selection and a plan each; the handle
 
 
 def test_arguments_that_do_not_fit_are_refused(library):

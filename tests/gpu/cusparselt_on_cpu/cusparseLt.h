@@ -32,7 +32,7 @@ enum {
 
 namespace fake {
 inline std::string calls;  // one a line
-inline int live = 0;       // descriptors, selections and plans
+inline int live = 0;       // handles, descriptors, selections and plans
 
 // Alive from `start` to `end`.
 struct Object {
