@@ -1,4 +1,4 @@
-"""The LLaMA family (2, 3, 3.1, 3.2), and all models with its architecture and model_type "llama", such as SmolLM2."""
+"""The LLaMA family (2 to 3.3), and all models with its architecture and model_type "llama", such as SmolLM2."""
 
 from __future__ import annotations
 
@@ -110,9 +110,6 @@ def read_config(hf: HFConfig) -> ModelConfig:
     """
     hf.require("hidden_act", "silu", default="silu")
     sizes = read_sizes(hf, max_position_embeddings=2048)
-    rope = read_rope(hf, head_dim=sizes["head_dim"], max_position_embeddings=sizes["max_position_embeddings"])
-    if rope.dim != sizes["head_dim"]:
-        raise hf.error(f"partial_rotary_factor {rope.dim / sizes['head_dim']} is not supported in a llama model, only 1.0")
     return ModelConfig(
         model_type="llama",
         normalization="RMSNorm",
@@ -120,7 +117,7 @@ def read_config(hf: HFConfig) -> ModelConfig:
         norm_epsilon=hf.number("rms_norm_eps", default=1e-6),
         activation="silu",
         gated_mlp=True,
-        rope=rope,
+        rope=read_rope(hf, head_dim=sizes["head_dim"], max_position_embeddings=sizes["max_position_embeddings"]),
         **sizes,
         **read_biases(hf),
     )

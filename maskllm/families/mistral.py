@@ -6,6 +6,7 @@ from maskllm.families.hf_config import HFConfig
 from maskllm.families.llama import BASE_PREFIX, DERIVED_BUFFERS, TIED_COPIES, parameter_map, read_sizes
 from maskllm.families.model_config import ModelConfig
 from maskllm.families.rope import read_rope
+from maskllm.families.windows import read_window_of_all_layers
 
 __all__ = ["BASE_PREFIX", "DERIVED_BUFFERS", "TIED_COPIES", "parameter_map", "read_config"]
 
@@ -17,7 +18,6 @@ def read_config(hf: HFConfig) -> ModelConfig:
     """
     hf.require("hidden_act", "silu", default="silu")
     sizes = read_sizes(hf, max_position_embeddings=131072, num_key_value_heads=8)
-    window = hf.nullable(hf.integer, "sliding_window", default=4096)
     return ModelConfig(
         model_type="mistral",
         normalization="RMSNorm",
@@ -29,7 +29,6 @@ def read_config(hf: HFConfig) -> ModelConfig:
         qkv_bias=False,
         proj_bias=False,
         mlp_bias=False,
-        window=window,
-        windowed_layers=() if window is None else (True,) * sizes["num_layers"],
+        **read_window_of_all_layers(hf, sizes["num_layers"], default=4096),
         **sizes,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from maskllm.errors import MaskLLMError
 from maskllm.families.rope import Rope
@@ -63,7 +63,7 @@ class ModelConfig:
     """Logits x become cap * tanh(x / cap)."""
     embedding_scale: float | None = None
     """The factor of the word embeddings at the input."""
-    vocab_padding: int = field(default=0, kw_only=True)
+    vocab_padding: int = 0
     """Rows of zeros after the vocabulary's in Megatron's embedding and output matrices, so that ranks can split them evenly."""
 
     def padded(self, multiple: int) -> ModelConfig:

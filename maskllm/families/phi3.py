@@ -11,6 +11,7 @@ from maskllm.families.llama import BASE_PREFIX, DERIVED_BUFFERS, TIED_COPIES
 from maskllm.families.mapping import Direct, Mapping, StackedQKV
 from maskllm.families.model_config import ModelConfig
 from maskllm.families.rope import LongRopeScaling, Rope, read_rope
+from maskllm.families.windows import read_window_of_all_layers
 
 __all__ = ["BASE_PREFIX", "DERIVED_BUFFERS", "TIED_COPIES", "parameter_map", "read_config"]
 
@@ -37,7 +38,6 @@ def read_config(hf: HFConfig) -> ModelConfig:
     """
     hf.require("hidden_act", "silu", default="silu")
     sizes = llama.read_sizes(hf, max_position_embeddings=4096)
-    window = hf.nullable(hf.integer, "sliding_window", default=None)
     return ModelConfig(
         model_type="phi3",
         normalization="RMSNorm",
@@ -49,8 +49,7 @@ def read_config(hf: HFConfig) -> ModelConfig:
         qkv_bias=False,
         proj_bias=False,
         mlp_bias=False,
-        window=window,
-        windowed_layers=() if window is None else (True,) * sizes["num_layers"],
+        **read_window_of_all_layers(hf, sizes["num_layers"], default=None),
         **sizes,
     )
 
@@ -63,7 +62,10 @@ def _read_rope(hf: HFConfig, sizes: dict[str, Any]) -> Rope:
             section = hf.section(key).values
             values[key] = {name: "longrope" if value == "yarn" else value for name, value in section.items()}
     rope = read_rope(
-        HFConfig(values, hf.source), head_dim=sizes["head_dim"], max_position_embeddings=sizes["max_position_embeddings"]
+        HFConfig(values, hf.source),
+        head_dim=sizes["head_dim"],
+        max_position_embeddings=sizes["max_position_embeddings"],
+        partial_rotary_factor=1.0,
     )
     if rope.scaling is not None and not isinstance(rope.scaling, LongRopeScaling):
         raise hf.error("rope_parameters: rope_type is not supported in a phi3 model, only 'default' and 'longrope'")

@@ -158,14 +158,16 @@ def rotary_frequencies(rope: Rope, seq_length: int) -> torch.Tensor:
     return rope.scaling.frequencies(rope, seq_length)
 
 
-def read_rope(hf: HFConfig, *, head_dim: int, max_position_embeddings: int, partial_rotary_factor: float = 1.0) -> Rope:
+def read_rope(hf: HFConfig, *, head_dim: int, max_position_embeddings: int, partial_rotary_factor: float | None = None) -> Rope:
     """The rotary settings of a `config.json`, in transformers 5's spelling (`rope_parameters`) or the older one (`rope_scaling`).
 
-    `partial_rotary_factor` is the family's default share of the `head_dim` channels of a head that are rotated. Raises MaskLLMError
-    that names the key if a value is missing, malformed or not supported.
+    `partial_rotary_factor` is the family's default share of the `head_dim` channels of a head that are rotated; None if the family
+    always rotates all. Raises MaskLLMError that names the key if a value is missing, malformed or not supported.
     """
     rope = _settings(hf)
-    share = rope.number("partial_rotary_factor", default=partial_rotary_factor)
+    share = rope.number("partial_rotary_factor", default=partial_rotary_factor or 1.0)
+    if partial_rotary_factor is None and share != 1:
+        raise rope.error(f"partial_rotary_factor {share} is not supported in this family, only 1.0")
     dim = int(head_dim * share)
     if share > 1 or dim < 2 or dim % 2:
         raise rope.error(

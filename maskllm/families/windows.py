@@ -10,11 +10,20 @@ from maskllm.families.hf_config import HFConfig
 _KINDS = {"full_attention": False, "sliding_attention": True}
 
 
+def read_window_of_all_layers(hf: HFConfig, num_layers: int, *, default: int | None) -> dict[str, Any]:
+    """The fields `window` and `windowed_layers` of `ModelConfig` if all layers have the window of `sliding_window` tokens.
+
+    `default` is the family's. Null, or a default of None, means no window. Raises MaskLLMError if the key is malformed.
+    """
+    window = hf.nullable(hf.integer, "sliding_window", default=default)
+    return {} if window is None else {"window": window, "windowed_layers": (True,) * num_layers}
+
+
 def read_windows(hf: HFConfig, num_layers: int, *, window: int | None, default: Callable[[int], bool]) -> dict[str, Any]:
     """The fields `window` and `windowed_layers` of `ModelConfig` for a window of `window` tokens.
 
-    `layer_types` says which layers have it. Older configs lack this key; then `default` says it of each layer's index. Raises
-    MaskLLMError that names `layer_types` if it is malformed.
+    `layer_types` says which layers have it. If an older config lacks this key, `default` says it for each layer's index. Without a
+    window, or a layer that has it, there are no fields. Raises MaskLLMError that names `layer_types` if it is malformed.
     """
     if not hf.has("layer_types"):
         windowed = tuple(default(layer) for layer in range(num_layers))

@@ -83,6 +83,7 @@ def test_absent_keys_have_the_defaults_of_transformers(read):
         ({"rope_scaling": LONGROPE | {"long_factor": [1.0, 2.0, "3", 4.0]}}, "long_factor is '3'; wanted a positive number"),
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "rope_parameters: 'full_attention' is not supported"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
+        (QWEN2 | {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported in this family, only 1.0"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"model_type": "phi3", "rope_scaling": {"type": "linear", "factor": 2.0}}, "only 'default' and 'longrope'"),
         ({"model_type": "mixtral"}, "model_type 'mixtral' (mixture of experts) is not supported"),
