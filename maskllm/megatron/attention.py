@@ -16,8 +16,8 @@ from maskllm.megatron.transformer_config import FamilyTransformerConfig
 class SDPACoreAttention(MegatronModule):
     """Causal attention by torch's fused kernels, which do not store the scores. It replaces upstream's `DotProductAttention`.
 
-    A layer with a sliding window has it from `config.window_size` and `config.window_attn_skip_freq`. The fused kernels have no
-    soft-capping of scores (`config.attention_softcap`); see `_softcapped_attention`.
+    `config.window_size` and `config.window_attn_skip_freq` say which layers have a sliding window. The fused kernels have no
+    soft-capping of scores (`config.attention_softcap`), so `_softcapped_attention` computes it.
 
     Raises ValueError if the mask type is not causal, because every supported model family is causal.
     """
@@ -85,8 +85,9 @@ def _window_mask(sequence: int, window: int, device: torch.device) -> torch.Tens
 def _softcapped_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, *, scale: float | None, cap: float
 ) -> torch.Tensor:
-    """Attention with soft-capped scores, as [batch, heads, sequence, head size]. The queries of one query group at a time have scores;
-    the backward pass computes them again.
+    """Attention with soft-capped scores, as [batch, heads, sequence, head size].
+
+    Only the scores of one query group exist at a time, and the backward pass computes them again.
 
     `query` is [batch, heads, sequence, head size], `key` and `value` [batch, query groups, sequence, head size], `mask` is bool
     [sequence, sequence].
