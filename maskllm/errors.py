@@ -33,7 +33,7 @@ def first_line(error: BaseException, *, with_type: bool = True) -> str:
     return f"{name}: {lines[0]}" if with_type else lines[0]
 
 
-def one_line(error: BaseException) -> str:
+def whole_message(error: BaseException) -> str:
     """An exception's whole message on one line; without a message, the name of its type.
 
     For the errors of libraries, whose first line is often only a title: "Class validation error:".

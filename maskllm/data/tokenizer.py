@@ -32,7 +32,7 @@ from tokenizers import processors
 
 from maskllm.data.round_trip import RoundTrip
 from maskllm.data.tokenizer_files import FILE_NAMES, TokenizerFiles, read_json_if_there, read_tokenizer_files
-from maskllm.errors import MaskLLMError, one_line
+from maskllm.errors import MaskLLMError, whole_message
 from maskllm.files import check_not_lfs_pointer
 
 
@@ -139,7 +139,7 @@ def read_tokenizer_json(path: Path, files: TokenizerFiles) -> HuggingFaceTokeniz
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises plain Exception
-        raise MaskLLMError(f"{path}: not a readable Hugging Face tokenizer: {one_line(error)}") from error
+        raise MaskLLMError(f"{path}: not a readable Hugging Face tokenizer: {whole_message(error)}") from error
     known = {token.content for token in backend.get_added_tokens_decoder().values()}
     for index, token in sorted(files.added_tokens.items()):
         if token.content not in known:
@@ -180,14 +180,12 @@ def read_with_transformers(directory: Path) -> HuggingFaceTokenizer:
     """
     from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig
 
+    model_type = read_json_if_there(directory / "config.json").get("model_type")
     try:
-        model_type = read_json_if_there(directory / "config.json").get("model_type")
         config = AutoConfig.for_model(model_type) if model_type in CONFIG_MAPPING else PretrainedConfig()
         tokenizer = AutoTokenizer.from_pretrained(directory, config=config, local_files_only=True, trust_remote_code=False)
-    except MaskLLMError:
-        raise
     except Exception as error:  # transformers and tokenizers raise many types, even plain Exception
-        raise MaskLLMError(f"{directory}: not a readable Hugging Face tokenizer: {one_line(error)}") from error
+        raise MaskLLMError(f"{directory}: not a readable Hugging Face tokenizer: {whole_message(error)}") from error
     if not tokenizer.is_fast:
         raise MaskLLMError(f"{directory}: {type(tokenizer).__name__} has no tokenizer.json; convert it to a fast tokenizer")
     return HuggingFaceTokenizer(directory, tokenizer.backend_tokenizer, tokenizer.eos_token_id)
@@ -209,7 +207,7 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             self.processor = sentencepiece.SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
-            raise MaskLLMError(f"{path}: not a readable SentencePiece model: {one_line(error)}") from error
+            raise MaskLLMError(f"{path}: not a readable SentencePiece model: {whole_message(error)}") from error
         size = self.processor.vocab_size()
         kinds = (self.processor.is_control, self.processor.is_unknown)
         own = {self.processor.id_to_piece(i): i for i in range(size) if any(kind(i) for kind in kinds)}
@@ -325,7 +323,7 @@ class GigatokenTokenizer(Tokenizer):
                 self._left_to_reference = None
             self._tokenizer = self._fresh()
         except (ValueError, RuntimeError, KeyError, TypeError) as error:  # what gigatoken raises for what it does not support
-            raise InexactError(one_line(error)) from error
+            raise InexactError(whole_message(error)) from error
         self._compare(probe_texts(reference.special_tokens))
 
     def encode_batch(self, texts: list[str]) -> TokenBatch:

@@ -46,7 +46,7 @@ class TokenizerFiles:
 def read_tokenizer_files(directory: Path) -> TokenizerFiles:
     """Read `tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json` and the ids in `config.json`.
 
-    The first two name special tokens; `tokenizer_config.json` counts where both name one. The tokens in its `added_tokens_decoder`
+    The first two name special tokens; `tokenizer_config.json` counts if both name one. The tokens in its `added_tokens_decoder`
     replace those of `added_tokens.json`, which older versions of transformers wrote. Raises MaskLLMError if a file is not a JSON
     object of the expected form.
     """

@@ -17,7 +17,7 @@ from transformers.utils import logging as hf_logging
 from maskllm.data.tokenizer import load_tokenizer
 from maskllm.dtypes import dtype_name
 from maskllm.environment.cpu_speed import computes_natively
-from maskllm.errors import MaskLLMError, one_line
+from maskllm.errors import MaskLLMError, whole_message
 from maskllm.evaluation.perplexity import Perplexity, WindowNLL, cut_windows, next_token_nll, perplexity
 from maskllm.evaluation.text import read_evaluation_text
 from maskllm.export.mask_file import apply_mask_file, find_mask_file
@@ -117,7 +117,7 @@ def load_hf_model(
                 tensors = {name: stored.load(name) for name in stored.names}
                 model, loading = type(model).from_pretrained(None, config=model.config, state_dict=tensors, **options)
     except Exception as error:  # missing or damaged files and unknown architectures raise many types
-        raise MaskLLMError(f"{directory}: transformers cannot load it: {one_line(error)}") from error
+        raise MaskLLMError(f"{directory}: transformers cannot load it: {whole_message(error)}") from error
     if missing := sorted(loading["missing_keys"]):  # transformers would initialize these at random
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise MaskLLMError(f"{directory}: has no tensor {missing[0]}{more}, which the model in its config.json has")
@@ -147,7 +147,7 @@ def usable_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
         torch.empty(1, device=found).item()
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
-        raise MaskLLMError(f"--device {device}: cannot be used here ({one_line(error)}); wanted cpu, cuda, cuda:1, ...") from None
+        raise MaskLLMError(f"--device {device}: cannot be used here ({whole_message(error)}); wanted cpu, cuda, cuda:1, ...") from None
     return found
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from maskllm.errors import MaskLLMError, one_line
+from maskllm.errors import MaskLLMError, whole_message
 from maskllm.files import atomic_file, check_not_lfs_pointer
 from maskllm.huggingface.directory import download
 
@@ -108,7 +108,7 @@ def _opened(path: str | os.PathLike) -> Iterator[np.lib.npyio.NpzFile]:
             yield archive
     except (ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         # zipfile raises RuntimeError if damaged flags ask for a password or for a compression method that it does not know.
-        reason = one_line(error)
+        reason = whole_message(error)
         raise MaskLLMError(f"{path}: not a readable .npz mask file ({reason})") from error
 
 
