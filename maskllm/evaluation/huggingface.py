@@ -147,7 +147,9 @@ def usable_device(device: str | torch.device) -> torch.device:
         found = torch.device(device)
         torch.empty(1, device=found).item()
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch was built without CUDA
-        raise MaskLLMError(f"--device {device}: cannot be used here ({whole_message(error)}); wanted cpu, cuda, cuda:1, ...") from None
+        raise MaskLLMError(
+            f"--device {device}: cannot be used here ({whole_message(error)}); wanted cpu, cuda, cuda:1, ..."
+        ) from None
     return found
 
 
