@@ -24,6 +24,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the other worker has the other core
 
+LFS_POINTER = """version https://git-lfs.github.com/spec/v1
+oid sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08
+size 4976698672
+"""
+"""What a clone without git-lfs has in place of a large file."""
+
 TEST_DATA_BESIDE_CHECKOUT = Path(__file__).parents[2] / "shared" / "data"
 
 

@@ -12,11 +12,7 @@ from safetensors.torch import save_file
 
 from maskllm.errors import MaskLLMError
 from maskllm.files import atomic_directory, atomic_file, check_not_lfs_pointer, explain_safetensors_errors, read_json_object
-
-LFS_POINTER = """version https://git-lfs.github.com/spec/v1
-oid sha256:9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08
-size 4976698672
-"""
+from tests.conftest import LFS_POINTER
 
 
 @pytest.mark.parametrize("atomic", [atomic_file, atomic_directory])

@@ -16,6 +16,7 @@ from maskllm.cli import main
 from maskllm.data.indexed import open_indexed
 from maskllm.errors import MaskLLMError
 from maskllm.pruning.calibration import open_documents
+from tests.conftest import LFS_POINTER
 
 HEADER = 34
 """Bytes before the lengths."""
@@ -57,10 +58,7 @@ DAMAGED = {
     "wider tokens": (lambda x: patched(x, 17, "<B", 4), "idx: sequence 1 begins at byte 10, wanted 20"),
     "cut": (lambda x: x[:-1], r"idx has \d+ bytes, wanted \d+ for 7 sequences"),
     "longer": (lambda x: x + b"\0", r"idx has \d+ bytes, wanted \d+ for 7 sequences"),
-    "pointer": (
-        lambda x: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
-        r"idx: is a git-lfs pointer, .* `git lfs pull`",
-    ),
+    "pointer": (lambda x: LFS_POINTER.encode(), "idx: is a git-lfs pointer, .* `git lfs pull`"),
 }
 
 

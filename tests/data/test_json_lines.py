@@ -14,6 +14,7 @@ import pytest
 
 from maskllm.data.json_lines import check_inputs, every_line, zstd
 from maskllm.errors import MaskLLMError
+from tests.conftest import LFS_POINTER
 
 LINES = b"".join(b'{"text": "line %d"}\n' % number for number in range(200))
 
@@ -47,7 +48,7 @@ OTHER = {
     "utf-16": (LINES.decode().encode("utf-16"), "is UTF-16 text; .*iconv"),
     "twice": (gzip.compress(gzip.compress(LINES)), "is compressed twice"),
     "twice, zst": (zstd.compress(zstd.compress(LINES)), "is compressed twice"),
-    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "is a git-lfs pointer, .*`git lfs pull`"),
+    "pointer": (LFS_POINTER.encode(), "is a git-lfs pointer, .*`git lfs pull`"),
 }
 
 

@@ -20,6 +20,7 @@ from maskllm.data import tokenizer as tokenizer_module
 from maskllm.data.json_lines import BadLineError, zstd
 from maskllm.data.preprocess import preprocess
 from maskllm.errors import MaskLLMError
+from tests.conftest import LFS_POINTER
 
 from .conftest import Reference, passages, read_with_library, write_hf_tokenizer, write_json_lines
 
@@ -145,7 +146,7 @@ def failing_inputs(root: Path) -> dict[str, tuple[list[str], str]]:
     (root / "cut.json.zst").write_bytes(zstd.compress(document * 50)[:-1])
     (root / "table.csv").write_bytes(b"text\nthe model\n")
     (root / "table.parquet").write_bytes(b"PAR1\x15\x04PAR1")
-    (root / "pointer.json").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    (root / "pointer.json").write_bytes(LFS_POINTER.encode())
     (root / "empty.json").write_bytes(b"\n")
     (root / "no_text.json").write_bytes(b'{"text": ""}\n')
     (root / "folder").mkdir()

@@ -11,8 +11,7 @@ from tokenizers import Tokenizer, models
 from maskllm.data import tokenizer as module
 from maskllm.data.tokenizer import TokenBatch, load_tokenizer
 from maskllm.errors import MaskLLMError
-from tests.conftest import real_data
-from tests.test_files import LFS_POINTER
+from tests.conftest import LFS_POINTER, real_data
 
 from .conftest import passages, read_with_library
 

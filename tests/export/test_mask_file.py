@@ -11,7 +11,7 @@ import torch
 
 from maskllm.errors import MaskLLMError
 from maskllm.export.mask_file import apply_mask_file, find_mask_file, write_mask_file
-from tests.test_files import LFS_POINTER
+from tests.conftest import LFS_POINTER
 
 NAMES = ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"]
 

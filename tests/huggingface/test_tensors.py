@@ -16,8 +16,8 @@ from maskllm.errors import MaskLLMError
 from maskllm.evaluation.huggingface import load_hf_model
 from maskllm.export.huggingface import export
 from maskllm.huggingface.tensors import INDEX, SINGLE, HFTensors
+from tests.conftest import LFS_POINTER
 from tests.families.tiny import write_tiny
-from tests.test_files import LFS_POINTER
 
 DOWN = "model.layers.0.mlp.down_proj.weight"
 
