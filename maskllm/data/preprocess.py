@@ -29,9 +29,12 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from tqdm import tqdm
 
 from maskllm.data.dataset_files import dataset_files, document_prefix
+from maskllm.data.gigatoken_tokenizer import InexactError
+from maskllm.data.huggingface_tokenizer import one_core_a_call
 from maskllm.data.json_lines import BadLineError, Line, check_inputs, document, read_lines
 from maskllm.data.round_trip import Fidelity, RoundTrip
-from maskllm.data.tokenizer import InexactError, TokenBatch, Tokenizer, load_tokenizer, one_core_a_call
+from maskllm.data.tokenizer import load_tokenizer
+from maskllm.data.tokens import TokenBatch, Tokenizer
 from maskllm.errors import MaskLLMError
 from maskllm.files import atomic_file, real_file
 

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from maskllm.data.dataset_files import SUFFIXES
 from maskllm.data.indexed import open_indexed
 from maskllm.data.json_lines import check_inputs, document, read_lines
-from maskllm.data.tokenizer import Tokenizer, load_tokenizer
+from maskllm.data.tokenizer import load_tokenizer
+from maskllm.data.tokens import Tokenizer
 from maskllm.distributed import is_first_rank
 from maskllm.errors import MaskLLMError
 

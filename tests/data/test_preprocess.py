@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from maskllm.cli import main
 from maskllm.data import preprocess as module
-from maskllm.data import tokenizer as tokenizer_module
+from maskllm.data.gigatoken_tokenizer import GigatokenTokenizer, InexactError
 from maskllm.data.json_lines import BadLineError, zstd
 from maskllm.data.preprocess import preprocess
 from maskllm.errors import MaskLLMError
@@ -221,16 +221,16 @@ def test_no_end_of_sequence_token_to_append(tokenizers_directory, tmp_path):
 def test_the_own_library_starts_over_when_gigatoken_is_found_inexact(
     tokenizers_directory, corpus, reference, tmp_path, monkeypatch
 ):
-    compare = tokenizer_module.GigatokenTokenizer._compare
+    compare = GigatokenTokenizer._compare
     calls = []
 
     def wrong_at_the_fifth(self, texts):
         calls.append(texts)
         if len(calls) == 5:
-            raise tokenizer_module.InexactError
+            raise InexactError
         compare(self, texts)
 
-    monkeypatch.setattr(tokenizer_module.GigatokenTokenizer, "_compare", wrong_at_the_fifth)
+    monkeypatch.setattr(GigatokenTokenizer, "_compare", wrong_at_the_fifth)
     monkeypatch.setattr(module, "CHUNK_BYTES", 3000)
     source = write_json_lines(tmp_path / "in.json", corpus)
     assert preprocess([source], tmp_path / "out", tokenizers_directory / "gigatoken", workers=2).library == "tokenizers"

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models
 
-from maskllm.data import tokenizer as module
-from maskllm.data.tokenizer import TokenBatch, load_tokenizer
+from maskllm.data import gigatoken_tokenizer as module
+from maskllm.data.tokenizer import load_tokenizer
+from maskllm.data.tokens import TokenBatch
 from maskllm.errors import MaskLLMError
 from tests.conftest import LFS_POINTER, real_data
 
