@@ -8,7 +8,7 @@ This is Python code because versions of `hf download` differ in how they take se
 import sys
 
 from maskllm.errors import MaskLLMError
-from maskllm.huggingface.directory import NOT_DOWNLOADED, download
+from maskllm.huggingface.hub import NOT_DOWNLOADED, download
 
 try:
     download(sys.argv[1], "directory", None, NOT_DOWNLOADED, to=sys.argv[2])

@@ -15,7 +15,7 @@ from maskllm.families.mapping import Mapping
 from maskllm.families.model_config import ModelConfig
 from maskllm.families.registry import find_stored, is_derived_buffer, num_parameters, parameter_map, read_model_config, tied_copies
 from maskllm.files import read_json_object
-from maskllm.huggingface.directory import find_source
+from maskllm.huggingface.hub import find_source
 from maskllm.huggingface.tensors import HFTensors
 
 MAKE_VOCAB_SIZE_DIVISIBLE_BY = 128

@@ -36,7 +36,7 @@ from maskllm.checkpoints.writing import write_metadata
 from maskllm.distributed import any_rank, from_first_rank
 from maskllm.errors import MaskLLMError, as_line, first_line
 from maskllm.files import publish_directory, write_text
-from maskllm.huggingface.directory import read_side_files
+from maskllm.huggingface.side_files import read_side_files
 
 _POLL_SECONDS = 0.02
 # From 0.19 on Megatron's default is the writer of an optional package. This selects Megatron's own.

@@ -11,7 +11,7 @@ from maskllm.checkpoints.info import INFO, CheckpointInfo, read_info, write_info
 from maskllm.checkpoints.torch_dist import LazyTensor, write_tensors
 from maskllm.errors import MaskLLMError
 from maskllm.files import atomic_directory, write_text
-from maskllm.huggingface.directory import read_side_files, write_side_files
+from maskllm.huggingface.side_files import read_side_files, write_side_files
 
 
 def write_checkpoint(

@@ -31,8 +31,9 @@ from tqdm import tqdm
 from maskllm.data.dataset_files import dataset_files, document_prefix
 from maskllm.data.gigatoken_tokenizer import InexactError
 from maskllm.data.huggingface_tokenizer import one_core_a_call
-from maskllm.data.json_lines import BadLineError, Line, check_inputs, document, read_lines
+from maskllm.data.json_lines import BadLineError, document
 from maskllm.data.round_trip import Fidelity, RoundTrip
+from maskllm.data.text_files import Line, check_inputs, read_lines
 from maskllm.data.tokenizer import load_tokenizer
 from maskllm.data.tokens import TokenBatch, Tokenizer
 from maskllm.errors import MaskLLMError

@@ -25,7 +25,7 @@ from maskllm.families.model_config import check_context, check_vocabulary
 from maskllm.files import check_not_lfs_pointer
 from maskllm.huggingface.blocks import linears_of, transformer_blocks
 from maskllm.huggingface.config import load_config
-from maskllm.huggingface.directory import find_source
+from maskllm.huggingface.hub import find_source
 from maskllm.huggingface.tensors import HFTensors, weight_files
 
 

@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from maskllm.data.json_lines import check_inputs, document, every_line, read_lines
+from maskllm.data.json_lines import document
+from maskllm.data.text_files import check_inputs, every_line, read_lines
 from maskllm.errors import MaskLLMError
 
 _JSON = re.compile(rb'\s*(\{\s*("|\}|$)|\[\s*("|\{|$))')

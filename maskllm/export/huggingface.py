@@ -22,7 +22,7 @@ from maskllm.export.mask_file import write_mask_file
 from maskllm.families.mapping import Mapping
 from maskllm.families.registry import parameter_map
 from maskllm.files import atomic_directory, explain_safetensors_errors, read_json_object, write_json
-from maskllm.huggingface.directory import read_side_files, write_side_files
+from maskllm.huggingface.side_files import read_side_files, write_side_files
 from maskllm.huggingface.tensors import INDEX
 from maskllm.ops import check_mask
 from maskllm.patterns import unpack_mask

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from maskllm.errors import MaskLLMError, whole_message
 from maskllm.files import atomic_file, check_not_lfs_pointer
-from maskllm.huggingface.directory import download
+from maskllm.huggingface.hub import download
 
 SUFFIX = ".mask"
 

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import json
-import os
 import warnings
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from maskllm.errors import MaskLLMError
-from maskllm.files import write_json
+from maskllm.ops.algorithm_cache import AlgorithmCache, algorithm_key, token_bucket
 from maskllm.ops.compress24 import compress24, decompress24
 from maskllm.ops.extension import kernels
 
@@ -23,10 +17,9 @@ _WHY_REFUSED = {
     torch.float32: " (of fp32 values the GPU keeps 1 of every 2, so a 2:4 weight would lose values)",
     torch.int8: " (an int8 product needs scales, which this layer does not have)",
 }
+_NEEDS = "2:4 products need an NVIDIA GPU of compute capability 8.0 or later"
 _MULTIPLE = 16
 """cuSPARSELt wants a weight whose two dimensions are multiples of this."""
-_FEWEST_TOKENS = 8
-"""cuSPARSELt multiplies a multiple of this number of tokens; the operator adds rows if there are fewer."""
 
 torch.library.define("maskllm::cusparselt_compress", "(Tensor weight) -> Tensor")
 torch.library.define(
@@ -41,69 +34,6 @@ torch.library.define(
 @torch.library.register_fake("maskllm::cusparselt_linear")
 def _linear_shape(input, compressed, out_features, bias, activation, algorithm):
     return input.new_empty((input.shape[0], out_features))
-
-
-class AlgorithmCache:
-    """The fastest cuSPARSELt algorithm of each product, in a JSON file that later runs read.
-
-    A key holds everything that the choice depends on: shape, dtype, bias, activation, GPU and library version. The file is
-    `$MASKLLM_CACHE_DIR/cusparselt.json`; the default folder is `~/.cache/maskllm`. Raises MaskLLMError if the file is damaged.
-    """
-
-    def __init__(self, path: Path | None = None) -> None:
-        folder = Path(os.environ.get("MASKLLM_CACHE_DIR", Path.home() / ".cache" / "maskllm"))
-        self.path = folder / "cusparselt.json" if path is None else path
-        self._choices: dict[str, list[int]] = self._read()
-
-    def _read(self) -> dict[str, list[int]]:
-        if not self.path.exists():
-            return {}
-        try:
-            choices = json.loads(self.path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise MaskLLMError(f"{self.path}: not JSON ({error}); delete it, and new searches will write it again") from error
-        for key, choice in choices.items() if isinstance(choices, dict) else [("the file", choices)]:
-            if not (isinstance(choice, list) and len(choice) == 4 and all(type(number) is int for number in choice)):
-                raise MaskLLMError(
-                    f"{self.path}: {key}: wanted a list of four integers; delete the file, and new searches will write it again"
-                )
-        return choices
-
-    def get(self, key: str) -> list[int]:
-        """The algorithm found for `key`, or an empty list, which means the library's default."""
-        return self._choices.get(key, [])
-
-    def put(self, key: str, choice: list[int]) -> None:
-        """Store an algorithm and write the file, including what other processes have added in the meantime."""
-        self._update(lambda choices: choices | {key: list(choice)})
-
-    def drop(self, key: str) -> None:
-        """Forget the algorithm of `key`, in the file too if it can be written."""
-        self._choices.pop(key, None)
-        with contextlib.suppress(OSError):
-            self._update(lambda choices: {other: choice for other, choice in choices.items() if other != key})
-
-    def _update(self, change: Callable[[dict[str, list[int]]], dict[str, list[int]]]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # closing the file releases the lock
-            self._choices = change(self._read())
-            write_json(self.path, self._choices)
-
-
-def token_bucket(tokens: int) -> int:
-    """The number of tokens to search an algorithm for: the next power of two, at least 8. Few searches serve all sizes."""
-    return max(_FEWEST_TOKENS, 1 << (tokens - 1).bit_length())
-
-
-def algorithm_key(
-    out_features: int, in_features: int, tokens: int, dtype: torch.dtype, bias: bool, activation: str, gpu: str, version: int
-) -> str:
-    """The key of a product in the cache. `tokens` comes from `token_bucket`."""
-    return f"{out_features}x{in_features}x{tokens} {dtype} bias={int(bias)} activation={activation or 'none'} {gpu} cuSPARSELt {version}"
-
-
-_NEEDS = "2:4 products need an NVIDIA GPU of compute capability 8.0 or later"
 
 
 def _can_multiply(device: torch.device) -> bool:

@@ -17,7 +17,7 @@ from maskllm.families.hf_config import HFConfig
 from maskllm.families.model_config import ModelConfig
 from maskllm.families.registry import FAMILIES, parameter_map, read_model_config
 from maskllm.files import read_json_object
-from maskllm.huggingface.directory import find_source
+from maskllm.huggingface.hub import find_source
 
 _LLAMA: dict[str, Any] = {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "torch_dtype": "bfloat16"}
 _LLAMA_3 = _LLAMA | {

@@ -17,7 +17,8 @@ from tqdm import tqdm
 
 from maskllm.data.dataset_files import SUFFIXES
 from maskllm.data.indexed import open_indexed
-from maskllm.data.json_lines import check_inputs, document, read_lines
+from maskllm.data.json_lines import document
+from maskllm.data.text_files import check_inputs, read_lines
 from maskllm.data.tokenizer import load_tokenizer
 from maskllm.data.tokens import Tokenizer
 from maskllm.distributed import is_first_rank

@@ -18,7 +18,7 @@ import torch
 
 from maskllm.checkpoints.reading import resolve
 from maskllm.data.indexed import open_indexed
-from maskllm.data.json_lines import check_inputs
+from maskllm.data.text_files import check_inputs
 from maskllm.errors import MaskLLMError, flag
 from maskllm.families.model_config import ModelConfig, check_context
 from maskllm.pruning.solve import METHODS

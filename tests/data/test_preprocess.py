@@ -17,8 +17,9 @@ from transformers import AutoTokenizer
 from maskllm.cli import main
 from maskllm.data import preprocess as module
 from maskllm.data.gigatoken_tokenizer import GigatokenTokenizer, InexactError
-from maskllm.data.json_lines import BadLineError, zstd
+from maskllm.data.json_lines import BadLineError
 from maskllm.data.preprocess import preprocess
+from maskllm.data.text_files import zstd
 from maskllm.errors import MaskLLMError
 from tests.conftest import LFS_POINTER
 

@@ -7,7 +7,8 @@ import json
 
 import pytest
 
-from maskllm.data.json_lines import BadLineError, zstd
+from maskllm.data.json_lines import BadLineError
+from maskllm.data.text_files import zstd
 from maskllm.data.tokenizer import load_tokenizer
 from maskllm.errors import MaskLLMError
 from maskllm.evaluation.text import read_evaluation_text

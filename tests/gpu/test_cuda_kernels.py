@@ -15,8 +15,8 @@ from maskllm.ops import (
     reference,
     winner_bits,
 )
+from maskllm.ops.algorithm_cache import AlgorithmCache
 from maskllm.ops.extension import has_kernels, kernels
-from maskllm.ops.sparse24 import AlgorithmCache
 from maskllm.patterns import Pattern
 from tests.gradients import TOLERANCE, logits_gradient_error
 

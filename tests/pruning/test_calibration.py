@@ -10,7 +10,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from maskllm.data.json_lines import zstd
+from maskllm.data.text_files import zstd
 from maskllm.errors import MaskLLMError
 from maskllm.pruning.calibration import IndexedDocuments, open_documents, sample_windows
 

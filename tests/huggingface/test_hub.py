@@ -8,7 +8,7 @@ from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, Repo
 from huggingface_hub.utils import filter_repo_objects
 
 from maskllm.errors import MaskLLMError
-from maskllm.huggingface.directory import find_source
+from maskllm.huggingface.hub import find_source
 
 
 @pytest.fixture

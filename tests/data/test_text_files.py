@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from maskllm.data.json_lines import check_inputs, every_line, zstd
+from maskllm.data.text_files import check_inputs, every_line, zstd
 from maskllm.errors import MaskLLMError
 from tests.conftest import LFS_POINTER
 
