@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as hf_logging
@@ -78,7 +79,7 @@ def evaluate_hf(
     windows = cut_windows(tokens, seq_length, max_windows)
     device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     loaded = load_hf_model(directory, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    _check_fits(directory, loaded, int(tokens.max()), seq_length)
+    _check_fits(directory, loaded, tokens, seq_length)
     weights = block_weights(loaded)
     if mask_file is not None:
         apply_mask_file(mask_file, weights)
@@ -179,8 +180,8 @@ def zero_share(weights: dict[str, torch.Tensor]) -> float:
     return zeros / sum(weight.numel() for weight in weights.values())
 
 
-def _check_fits(directory: Path, model: PreTrainedModel, largest_token: int, seq_length: int) -> None:
-    check_vocabulary(0, largest_token, model.get_input_embeddings().num_embeddings, f"{directory}'s tokenizer")
+def _check_fits(directory: Path, model: PreTrainedModel, tokens: np.ndarray, seq_length: int) -> None:
+    check_vocabulary(tokens, model.get_input_embeddings().num_embeddings, f"{directory}'s tokenizer")
     context = getattr(model.config, "max_position_embeddings", None)
     rope = getattr(model.config, "rope_parameters", None) or {}
     if context is not None and rope.get("rope_type") not in ("linear", "dynamic", "yarn"):  # these stretch the context

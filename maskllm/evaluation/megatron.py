@@ -42,7 +42,7 @@ def evaluate_checkpoint(
     tokens = load_tokenizer(checkpoint.hf_directory, use_gigatoken=False).encode(text.text)
     windows = cut_windows(tokens, seq_length, max_windows)
     config = checkpoint.model_config
-    check_vocabulary(int(tokens.min()), int(tokens.max()), config.vocab_size, str(data))
+    check_vocabulary(tokens, config.vocab_size, str(data))
     check_context(seq_length, config.context)
     dtype = params_dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     model = load_masked_model(checkpoint, dtype)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+
 from maskllm.errors import MaskLLMError
 from maskllm.families.rope import Rope
 
@@ -110,12 +113,13 @@ def check_context(seq_length: int, context: int, option: str = "--seq-length") -
         raise MaskLLMError(f"{option} {seq_length}: the model has a context of {context} tokens; use at most that")
 
 
-def check_vocabulary(smallest_token: int, largest_token: int, vocab_size: int, source: str) -> None:
-    """Raise MaskLLMError if the tokens that were found in `source` do not all lie in the model's vocabulary."""
-    if smallest_token < 0:
-        raise MaskLLMError(f"{source}: found token {smallest_token}, wanted 0 or more; the data is damaged, make it again")
-    if largest_token >= vocab_size:
+def check_vocabulary(tokens: np.ndarray | torch.Tensor, vocab_size: int, source: str) -> None:
+    """Raise MaskLLMError if `tokens`, integers of any shape found in `source`, do not all lie in the model's vocabulary."""
+    smallest, largest = int(tokens.min()), int(tokens.max())
+    if smallest < 0:
+        raise MaskLLMError(f"{source}: found token {smallest}, wanted 0 or more; the data is damaged, make it again")
+    if largest >= vocab_size:
         raise MaskLLMError(
-            f"{source}: found token {largest_token}, wanted less than the model's vocabulary of {vocab_size}; its tokenizer is "
+            f"{source}: found token {largest}, wanted less than the model's vocabulary of {vocab_size}; its tokenizer is "
             "another model's"
         )

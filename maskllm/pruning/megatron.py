@@ -93,7 +93,7 @@ class Calibration:
         check_context(self.seq_length, checkpoint.model_config.context)
         documents = open_documents(self.data, checkpoint.hf_directory, append_eod=self.pack)
         tokens = sample_windows(documents, self.samples, self.seq_length, seed=self.seed, pack=self.pack)
-        check_vocabulary(int(tokens.min()), int(tokens.max()), checkpoint.model_config.vocab_size, self.data)
+        check_vocabulary(tokens, checkpoint.model_config.vocab_size, self.data)
         return tokens
 
     def as_dict(self) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Batches:
             torch.stack([sample[key] for sample in samples]) for key in ("tokens", "labels", "position_ids")
         )
         for ids in (tokens, labels):
-            check_vocabulary(int(ids.min()), int(ids.max()), self.vocab_size, "--data-path")
+            check_vocabulary(ids, self.vocab_size, "--data-path")
         return Batch(*(x.to(self.device, non_blocking=True) for x in (tokens, labels, position_ids)))
 
 
