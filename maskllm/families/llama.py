@@ -108,19 +108,29 @@ def read_config(hf: HFConfig) -> ModelConfig:
 
     Raises MaskLLMError that names the key if a value is missing, malformed or not supported.
     """
-    hf.require("hidden_act", "silu", default="silu")
     sizes = read_sizes(hf, max_position_embeddings=2048)
     return ModelConfig(
         model_type="llama",
-        normalization="RMSNorm",
-        zero_centered_norm=False,
-        norm_epsilon=hf.number("rms_norm_eps", default=1e-6),
-        activation="silu",
-        gated_mlp=True,
         rope=read_rope(hf, head_dim=sizes["head_dim"], max_position_embeddings=sizes["max_position_embeddings"]),
+        **read_blocks(hf),
         **sizes,
         **read_biases(hf),
     )
+
+
+def read_blocks(hf: HFConfig, *, norm_epsilon: float = 1e-6) -> dict[str, Any]:
+    """The fields of `ModelConfig` for RMSNorm and a SiLU MLP with a gate. `norm_epsilon` is the family's default.
+
+    Raises MaskLLMError as `read_config` does.
+    """
+    hf.require("hidden_act", "silu", default="silu")
+    return {
+        "normalization": "RMSNorm",
+        "zero_centered_norm": False,
+        "norm_epsilon": hf.number("rms_norm_eps", default=norm_epsilon),
+        "activation": "silu",
+        "gated_mlp": True,
+    }
 
 
 def read_biases(hf: HFConfig) -> dict[str, bool]:

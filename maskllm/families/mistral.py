@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from maskllm.families.hf_config import HFConfig
-from maskllm.families.llama import BASE_PREFIX, DERIVED_BUFFERS, TIED_COPIES, parameter_map, read_sizes
+from maskllm.families.llama import BASE_PREFIX, DERIVED_BUFFERS, TIED_COPIES, parameter_map, read_blocks, read_sizes
 from maskllm.families.model_config import ModelConfig
 from maskllm.families.rope import read_rope
 from maskllm.families.windows import read_window_of_all_layers
@@ -16,19 +16,14 @@ def read_config(hf: HFConfig) -> ModelConfig:
 
     Raises MaskLLMError that names the key if a value is missing, malformed or not supported.
     """
-    hf.require("hidden_act", "silu", default="silu")
     sizes = read_sizes(hf, max_position_embeddings=131072, num_key_value_heads=8)
     return ModelConfig(
         model_type="mistral",
-        normalization="RMSNorm",
-        zero_centered_norm=False,
-        norm_epsilon=hf.number("rms_norm_eps", default=1e-6),
-        activation="silu",
-        gated_mlp=True,
         rope=read_rope(hf, head_dim=sizes["head_dim"], max_position_embeddings=sizes["max_position_embeddings"]),
         qkv_bias=False,
         proj_bias=False,
         mlp_bias=False,
         **read_window_of_all_layers(hf, sizes["num_layers"], default=4096),
+        **read_blocks(hf),
         **sizes,
     )

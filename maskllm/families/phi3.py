@@ -36,20 +36,15 @@ def read_config(hf: HFConfig) -> ModelConfig:
 
     Raises MaskLLMError that names the key if a value is missing, malformed or not supported.
     """
-    hf.require("hidden_act", "silu", default="silu")
     sizes = llama.read_sizes(hf, max_position_embeddings=4096)
     return ModelConfig(
         model_type="phi3",
-        normalization="RMSNorm",
-        zero_centered_norm=False,
-        norm_epsilon=hf.number("rms_norm_eps", default=1e-5),
-        activation="silu",
-        gated_mlp=True,
         rope=_read_rope(hf, sizes),
         qkv_bias=False,
         proj_bias=False,
         mlp_bias=False,
         **read_window_of_all_layers(hf, sizes["num_layers"], default=None),
+        **llama.read_blocks(hf, norm_epsilon=1e-5),
         **sizes,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from maskllm.families.hf_config import HFConfig
-from maskllm.families.llama import BASE_PREFIX, DERIVED_BUFFERS, TIED_COPIES, parameter_map, read_sizes
+from maskllm.families.llama import BASE_PREFIX, DERIVED_BUFFERS, TIED_COPIES, parameter_map, read_blocks, read_sizes
 from maskllm.families.model_config import ModelConfig
 from maskllm.families.rope import read_rope
 from maskllm.families.windows import read_windows
@@ -29,7 +29,6 @@ def read_config(hf: HFConfig) -> ModelConfig:
 
 def read_shared(hf: HFConfig, sizes: dict[str, Any]) -> dict[str, Any]:
     """The fields of `ModelConfig` that Qwen2 and Qwen3 share, with the fields `sizes`. Raises MaskLLMError as `read_config` does."""
-    hf.require("hidden_act", "silu", default="silu")
     window = None
     if hf.boolean("use_sliding_window", default=False):
         window = hf.nullable(hf.integer, "sliding_window", default=4096)
@@ -37,12 +36,8 @@ def read_shared(hf: HFConfig, sizes: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(first_windowed, int) or isinstance(first_windowed, bool):
         raise hf.error(f"max_window_layers is {first_windowed!r}; wanted an integer")
     return {
-        "normalization": "RMSNorm",
-        "zero_centered_norm": False,
-        "norm_epsilon": hf.number("rms_norm_eps", default=1e-6),
-        "activation": "silu",
-        "gated_mlp": True,
         "rope": read_rope(hf, head_dim=sizes["head_dim"], max_position_embeddings=sizes["max_position_embeddings"]),
         **read_windows(hf, sizes["num_layers"], window=window, default=lambda layer: layer >= first_windowed),
+        **read_blocks(hf),
         **sizes,
     }

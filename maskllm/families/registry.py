@@ -1,8 +1,7 @@
 """The model families, by the name that Hugging Face gives them (`model_type`).
 
-To add a family, write one module in this folder and add it to FAMILIES. `Family` says what the module must hold. `qwen3.py` is
-an example of a family that shares LLaMA's names; `gpt2.py` shares none. CONTRIBUTING.md ("How to add a model family") lists the
-tests.
+To add a family, write one module in this folder and add it to FAMILIES. `Family` says what the module must hold.
+CONTRIBUTING.md ("How to add a model family") names examples and lists the tests.
 """
 
 from __future__ import annotations

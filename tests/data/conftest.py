@@ -69,6 +69,22 @@ def write_hf_tokenizer(directory: Path, *, digits: bool = False, bos: bool = Fal
     return directory
 
 
+def train_sentencepiece(sentences: list[str], **settings: object) -> bytes:
+    """A SentencePiece model with the settings of Llama 2 that change text: byte fallback, no normalization."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+        **settings,
+    )
+    return model.getvalue()
+
+
 @pytest.fixture(scope="session")
 def tokenizers_directory(tmp_path_factory) -> Path:
     """`gigatoken`, `bos` and `digits` (Hugging Face directories) and `tokenizer.model` (SentencePiece BPE, byte fallback)."""
@@ -76,19 +92,8 @@ def tokenizers_directory(tmp_path_factory) -> Path:
     write_hf_tokenizer(root / "gigatoken")
     write_hf_tokenizer(root / "bos", bos=True)
     write_hf_tokenizer(root / "digits", digits=True)
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(line for text in passages(200) for line in text.splitlines() if line.strip()),
-        model_writer=model,
-        vocab_size=420,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        split_digits=True,
-        minloglevel=2,
-    )
-    (root / "tokenizer.model").write_bytes(model.getvalue())
+    lines = [line for text in passages(200) for line in text.splitlines() if line.strip()]
+    (root / "tokenizer.model").write_bytes(train_sentencepiece(lines, vocab_size=420, split_digits=True))
     return root
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import random
 from pathlib import Path
@@ -13,6 +12,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from maskllm.data.tokenizer import load_tokenizer
 from maskllm.errors import MaskLLMError
+
+from .conftest import train_sentencepiece
 
 TEXTS = ["hello world", " hello world", "  the  mask\n of", "", " ", "naïve 夜\t", "sparse weights ", "\n\nhello"]
 LIBRARIES = pytest.mark.parametrize("use_gigatoken", [False, True])
@@ -126,19 +127,9 @@ def test_a_damaged_file_beside_the_tokenizer_is_named(tmp_path, name, contents, 
 @pytest.fixture(scope="module")
 def llama2() -> bytes:
     """A SentencePiece model with the settings of Llama 2."""
-    generator, model = random.Random(0), io.BytesIO()
+    generator = random.Random(0)
     words = ["the", "a", "model", "weight", "of", "mask", "hello", "world", "sparse", "and", "trained", "in", "to", "text"]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([" ".join(generator.choices(words, k=12)) for _ in range(200)]),
-        model_writer=model,
-        vocab_size=330,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    return model.getvalue()
+    return train_sentencepiece([" ".join(generator.choices(words, k=12)) for _ in range(200)], vocab_size=330)
 
 
 LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
