@@ -99,7 +99,7 @@ def _switched(tokens: list[int], token: int | None, wanted: bool | None) -> list
 def read_with_transformers(directory: Path) -> HuggingFaceTokenizer:
     """The tokenizer that transformers makes of a directory without `tokenizer.json` and SentencePiece model.
 
-    The model's config is not read but for `model_type`, so that it need not pass the checks of transformers. Raises MaskLLMError if
+    Of the model's config only `model_type` is read, so the config need not pass the checks of transformers. Raises MaskLLMError if
     transformers cannot read the directory, or has no tokenizer of the library tokenizers for it.
     """
     from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PretrainedConfig
