@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="DIR_OR_FILE",
         help="Hugging Face directory or tokenizer.json, or a SentencePiece tokenizer.model (BOS first, as Llama2Tokenizer); "
-        "a tokenizer that adds BOS by itself adds it here too, as in Megatron-LM with --tokenizer-hf-include-special-tokens",
+        "a tokenizer that adds BOS by itself adds it here too, as in Megatron-LM with --tokenizer-hf-include-special-tokens; "
+        "tokenizer_config.json and the other files beside it count",
     )
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-sequence token")
     parser.add_argument("--workers", type=positive_integer, metavar="N", help="tokenizing threads; default: one per core")
