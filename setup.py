@@ -162,9 +162,9 @@ setup(
     install_requires=[
         torch_requirement(built=bool(arguments)),
         "megatron-core>=0.16,<0.20",
-        "transformers>=4.56",
+        "transformers>=5.22,<5.25",  # tested: 5.22.2 and 5.24.0; 5.20 and earlier differ in Gemma 2 or in partial rotary embeddings
         "safetensors>=0.4.5",
-        "tokenizers>=0.21",
+        "tokenizers>=0.23.1",
         "sentencepiece>=0.2",
         "gigatoken>=0.10",
         "backports.zstd>=1; python_version < '3.14'",
