@@ -162,7 +162,10 @@ setup(
     install_requires=[
         torch_requirement(built=bool(arguments)),
         "megatron-core>=0.16,<0.20",
-        "transformers>=5.22,<5.25",  # tested: 5.22.2 and 5.24.0; 5.20 and earlier differ in Gemma 2 or in partial rotary embeddings
+        # Tested: 5.22.2 and 5.24.0. 5.20.2, the last tested one for Python 3.10, leaves out Gemma 2's soft-capping of attention scores.
+        # Earlier ones also differ in partial rotary embeddings.
+        "transformers>=5.22,<5.25; python_version >= '3.11'",
+        "transformers>=5.20.2,<5.21; python_version < '3.11'",
         "safetensors>=0.4.5",
         "tokenizers>=0.23.1",
         "sentencepiece>=0.2",
