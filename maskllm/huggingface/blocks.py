@@ -30,6 +30,21 @@ def linears_of(block: torch.nn.Module, prefix: str) -> dict[str, torch.nn.Module
     return {f"{prefix}.{name}": module for name, module in block.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
 
 
+def check_no_fused_experts(model: PreTrainedModel) -> None:
+    """Raise MaskLLMError if a transformer block has weights that are no linear's: those of several experts in one tensor.
+
+    transformers 5 stores a mixture of experts so ("MoE": Mixtral, Qwen3-MoE). Its experts would stay dense.
+    """
+    prefix, blocks = transformer_blocks(model)
+    for name, module in blocks.named_modules(prefix=prefix):
+        for key, weight in module.named_parameters(recurse=False):
+            if weight.dim() == 3 and 1 not in weight.shape and not isinstance(module, torch.nn.Conv1d):
+                raise MaskLLMError(
+                    f"{type(model).__name__}: {name}.{key} is {list(weight.shape)}, the weights of {weight.shape[0]} experts; mixture of "
+                    "experts is not supported, only linears [out, in]"
+                )
+
+
 def matrix(linear: torch.nn.Module) -> torch.Tensor:
     """The weight of a linear as a matrix [out, in], a view without gradient. `Conv1D` (GPT-2) stores it as [in, out]."""
     return as_matrix(linear, linear.weight.data)

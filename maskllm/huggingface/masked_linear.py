@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from maskllm.huggingface.blocks import linears_of, transformer_blocks
+from maskllm.huggingface.blocks import check_no_fused_experts, linears_of, transformer_blocks
 from maskllm.masking.parameter import Location, MaskedParameter
 from maskllm.masking.sampler import MaskSampler
 
@@ -40,9 +40,10 @@ def mask_linears(
             not listed is a whole weight with its own name. With the locations of Megatron's fused weights, both frames draw alike.
 
     Returns the masked weights by the linears' names. Their logits are zero; `MaskedParameter.reset` draws the initial logits.
-    Raises MaskLLMError if the model has no transformer blocks, or if the pattern does not fit a weight.
+    Raises MaskLLMError if the model has no transformer blocks or is a mixture of experts, or if the pattern does not fit a weight.
     """
     prefix, blocks = transformer_blocks(model)
+    check_no_fused_experts(model)
     model.requires_grad_(False)
     found = {}
     for name, linear in linears_of(blocks, prefix).items():

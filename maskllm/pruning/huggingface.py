@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from maskllm.errors import MaskLLMError
-from maskllm.huggingface.blocks import linears_of, matrix, transformer_blocks
+from maskllm.huggingface.blocks import check_no_fused_experts, linears_of, matrix, transformer_blocks
 from maskllm.patterns import pack_mask
 from maskllm.pruning.layerwise import Layer, prune_layers
 from maskllm.pruning.solve import PrunedMatrix, PruneSettings, check_matrix
@@ -38,11 +38,12 @@ def prune_hf(model: PreTrainedModel, input_ids: torch.Tensor, settings: PruneSet
         input_ids: int64 [samples, sequence], the calibration tokens (`calibration.sample_windows`).
         settings: None for the defaults: 2:4, SparseGPT without weight update.
 
-    Raises MaskLLMError if the model has no decoder layers, a weight is not finite, the pattern does not fit, or `input_ids` has
-    another shape.
+    Raises MaskLLMError if the model has no decoder layers or is a mixture of experts, a weight is not finite, the pattern does not
+    fit, or `input_ids` has another shape.
     """
     settings = settings or PruneSettings()
     _, layers = transformer_blocks(model)
+    check_no_fused_experts(model)
     if input_ids.dim() != 2 or not input_ids.numel():
         raise MaskLLMError(f"calibration tokens have shape {list(input_ids.shape)}; wanted [samples, sequence], none of them 0")
     names = {module: name for name, module in model.named_modules()}

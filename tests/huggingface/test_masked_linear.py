@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedModel, Qwen3MoeConfig
 from transformers.pytorch_utils import Conv1D
 
 from maskllm.checkpoints.convert import convert
@@ -23,7 +23,7 @@ from maskllm.megatron.process_groups import parallel_processes
 from maskllm.ops import NoiseKey, masked_weight, philox_key
 from maskllm.patterns import Pattern
 from maskllm.pruning import PruneSettings, prune_hf
-from tests.families.tiny import CONFIGS, tiny_model, write_tiny
+from tests.families.tiny import CONFIGS, SIZES, tiny_model, write_tiny
 
 SAMPLE = 3
 
@@ -73,6 +73,29 @@ def test_without_an_open_draw_a_forward_pass_says_what_is_missing(sampler):
 def test_a_pattern_that_does_not_fit_names_the_linear():
     with pytest.raises(MaskLLMError, match=r"model\.layers\.0\.self_attn\.q_proj: its .* 32 is not a multiple of 5"):
         mask_linears(tiny_model("llama2"), MaskSampler(Pattern(2, 5)))
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        lambda model: mask_linears(model, MaskSampler(Pattern(2, 4))),
+        lambda model: prune_hf(model, torch.zeros(1, 4, dtype=torch.long)),
+    ],
+)
+@pytest.mark.parametrize(
+    "config",
+    [
+        MixtralConfig(**SIZES, num_local_experts=4),
+        Qwen3MoeConfig(**SIZES, num_experts=4, moe_intermediate_size=16, head_dim=8),
+    ],
+)
+def test_a_mixture_of_experts_is_refused_by_name(frame, config):
+    """transformers 5 holds the experts' weights in parameters that are no linear's. They would stay dense."""
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(
+        MaskLLMError, match=rf"{type(model).__name__}: model\.layers\.0\.mlp\.experts\.\w+ is .* mixture of experts is"
+    ):
+        frame(model)
 
 
 @pytest.mark.parametrize("recompute_masked_weight", [False, True])
