@@ -55,15 +55,8 @@ FAMILIES: dict[str, Family] = {
     "qwen3": qwen3,
 }
 
-_NOT_SUPPORTED = {
-    "gemma3": "models for images and text; the text models have model_type 'gemma3_text'",
-    "mixtral": "mixture of experts",
-    "qwen2_moe": "mixture of experts",
-    "qwen3_moe": "mixture of experts",
-    "gpt_oss": "mixture of experts",
-    "phimoe": "mixture of experts",
-}
-"""Well-known families that are not supported, and why."""
+_NUMBERS_OF_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""The keys by which a `config.json` says that its MLPs are mixtures of experts."""
 
 
 def read_model_config(path: Path) -> ModelConfig:
@@ -74,7 +67,11 @@ def read_model_config(path: Path) -> ModelConfig:
     hf = HFConfig(read_json_object(path), str(path))
     model_type = hf.values.get("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        reason = f" ({_NOT_SUPPORTED[model_type]})" if str(model_type) in _NOT_SUPPORTED else ""
+        reason = ""
+        if any(map(hf.has, _NUMBERS_OF_EXPERTS)):
+            reason = " (mixture of experts)"
+        elif model_type == "gemma3":
+            reason = " (models for images and text; the text models have model_type 'gemma3_text')"
         raise hf.error(f"model_type {model_type!r}{reason} is not supported, only {', '.join(map(repr, sorted(FAMILIES)))}")
     if hf.has("quantization_config"):
         raise hf.error("quantization_config (quantized weights) is not supported; give the model that was quantized")

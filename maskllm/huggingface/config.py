@@ -12,9 +12,9 @@ from maskllm.files import read_json_object
 def load_config(directory: Path, *, trust_remote_code: bool = False) -> PretrainedConfig:
     """transformers' config of the model in `directory`, also if its `hidden_size` is not a multiple of its heads.
 
-    Such a model is valid if the config states `head_dim`: its query projection has heads * head_dim rows. transformers before 5.4
-    loads it. Later versions refuse it when they make or write the config (`LlamaConfig.validate_architecture`), but not when they
-    build a model of it. So the config is made with a size that passes, and then gets its own.
+    Such a model is valid if the config states `head_dim`: its query projection has heads * head_dim rows. transformers refuses it
+    when it makes or writes the config (`LlamaConfig.validate_architecture`), but not when it builds a model of it. So the config is
+    made with a size that passes, and then gets its own.
 
     Raises MaskLLMError if `config.json` is not readable JSON, and what transformers raises for its contents.
     """

@@ -98,7 +98,7 @@ class LayerCall:
 def layer_forward(layer: torch.nn.Module, call: LayerCall) -> Callable[[torch.Tensor], torch.Tensor]:
     """The layer as a function of the hidden states. The other arguments are those of `call`.
 
-    In transformers before version 5, layers return a tuple.
+    The layers of some models return a tuple.
     """
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:

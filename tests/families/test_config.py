@@ -86,7 +86,11 @@ def test_absent_keys_have_the_defaults_of_transformers(read):
         (QWEN2 | {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5 is not supported in this family, only 1.0"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"model_type": "phi3", "rope_scaling": {"type": "linear", "factor": 2.0}}, "only 'default' and 'longrope'"),
-        ({"model_type": "mixtral"}, "model_type 'mixtral' (mixture of experts) is not supported"),
+        ({"model_type": "mixtral", "num_local_experts": 8}, "model_type 'mixtral' (mixture of experts) is not supported"),
+        ({"model_type": "qwen3_moe", "num_experts": 128}, "model_type 'qwen3_moe' (mixture of experts) is not supported"),
+        ({"model_type": "deepseek_v3", "n_routed_experts": 256}, "model_type 'deepseek_v3' (mixture of experts) is not supported"),
+        ({"model_type": "ernie4_5_moe", "moe_num_experts": 64}, "model_type 'ernie4_5_moe' (mixture of experts) is not supported"),
+        ({"model_type": "gpt_neox"}, "model_type 'gpt_neox' is not supported"),
         ({"model_type": "gemma3"}, "the text models have model_type 'gemma3_text'"),
         (
             {"model_type": "qwen2", "num_key_value_heads": 4, "use_sliding_window": True, "layer_types": ["full_attention"]},
