@@ -162,7 +162,7 @@ setup(
     install_requires=[
         torch_requirement(built=bool(arguments)),
         "megatron-core>=0.16,<0.20",
-        # Tested: 5.22.2 and 5.24.0. 5.20.2, the last tested one for Python 3.10, leaves out Gemma 2's soft-capping of attention scores.
+        # Tested: 5.22.2 and 5.24.0. With 5.20.2, the last tested one for Python 3.10, Gemma 2 has soft-capping only with eager attention.
         # Earlier ones also differ in partial rotary embeddings.
         "transformers>=5.22,<5.25; python_version >= '3.11'",
         "transformers>=5.20.2,<5.21; python_version < '3.11'",

@@ -111,6 +111,8 @@ def load_hf_model(
     try:
         with _quiet_transformers():
             config = load_config(directory, trust_remote_code=trust_remote_code)
+            if getattr(config, "attn_logit_softcapping", None) is not None:
+                options["attn_implementation"] = "eager"  # transformers before 5.21 takes another one, which has no soft-capping
             model, loading = AutoModelForCausalLM.from_pretrained(
                 directory, config=config, local_files_only=True, trust_remote_code=trust_remote_code, **options
             )

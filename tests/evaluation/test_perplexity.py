@@ -16,6 +16,7 @@ from maskllm.errors import MaskLLMError
 from maskllm.evaluation.huggingface import block_weights, evaluate_hf, load_hf_model, usable_device, zero_share
 from maskllm.evaluation.perplexity import cut_windows, next_token_nll, perplexity
 from maskllm.export.mask_file import write_mask_file
+from tests.families.tiny import write_tiny
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -194,3 +195,11 @@ def test_both_paths_agree_beyond_the_length_that_dynamic_rotary_embeddings_stret
         assert found["--load", length] == pytest.approx(found["--model", length], rel=1e-5)
     assert main(["evaluate", "--load", str(tmp_path / "dense"), *arguments, "--seq-length", "257"]) == 1
     assert "--seq-length 257: the model has a context of 256 tokens" in capsys.readouterr().err
+
+
+def test_scores_are_soft_capped_in_every_allowed_transformers(tmp_path):
+    model = write_tiny("gemma2", tmp_path)
+    model.set_attn_implementation("eager")
+    tokens = torch.arange(96)[None]
+    found = load_hf_model(tmp_path, device=torch.device("cpu"))(tokens).logits
+    torch.testing.assert_close(found, model(tokens).logits, rtol=0, atol=1e-5)
