@@ -48,9 +48,10 @@ def apply() -> None:
     global _applied
     if _applied:
         return
-    from megatron_patches import checkpoints, cpu, recomputation
+    from megatron_patches import checkpoints, cpu, optimizer, recomputation
 
-    for patch in [*checkpoints.PATCHES, *recomputation.PATCHES, *(() if torch.cuda.is_available() else cpu.PATCHES)]:
+    anywhere = [*checkpoints.PATCHES, *optimizer.PATCHES, *recomputation.PATCHES]
+    for patch in [*anywhere, *(() if torch.cuda.is_available() else cpu.PATCHES)]:
         patch.function()
     _applied = True
 

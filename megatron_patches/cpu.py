@@ -68,15 +68,17 @@ def _redirect(module: str) -> None:
     importlib.import_module(module).torch = _CpuTorch()
 
 
-def _rewrite(upstream: str, old: str, new: str) -> None:
-    """Replace the text `old` by `new` in the source of an upstream function, and compile the function again in its module."""
+def _rewrite(upstream: str, replacements: dict[str, str]) -> None:
+    """Replace texts in the source of an upstream function, and compile the function again in its module."""
     module_name, _, symbol = upstream.partition(":")
     owner_name, _, name = symbol.rpartition(".")
     module = importlib.import_module(module_name)
     owner = getattr(module, owner_name) if owner_name else module
     source = textwrap.dedent(inspect.getsource(upstream_object(upstream)))
     namespace: dict[str, Any] = {}
-    exec(compile(source.replace(old, new), f"<{upstream}, patched for the CPU>", "exec"), module.__dict__, namespace)
+    for old, new in replacements.items():
+        source = source.replace(old, new)
+    exec(compile(source, f"<{upstream}, patched for the CPU>", "exec"), module.__dict__, namespace)
     setattr(owner, name, namespace[name])
 
 
@@ -138,7 +140,7 @@ def gradient_norm_on_cpu() -> None:
 def gradient_clipping_of_cpu_tensors() -> None:
     """`clip_grad_by_total_norm_fp32` asserts that gradients are CUDA tensors."""
     symbol = "megatron.core.optimizer.clip_grads:clip_grad_by_total_norm_fp32"
-    _rewrite(symbol, "torch.cuda.FloatTensor", "torch.FloatTensor")
+    _rewrite(symbol, {"torch.cuda.FloatTensor": "torch.FloatTensor"})
     importlib.import_module("megatron.core.optimizer.optimizer").clip_grad_by_total_norm_fp32 = upstream_object(symbol)
 
 
@@ -146,11 +148,23 @@ def gradient_clipping_of_cpu_tensors() -> None:
     "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._build_model_and_main_param_groups", "'torch.cuda.FloatTensor'"
 )
 def distributed_optimizer_of_cpu_tensors() -> None:
-    """`DistributedOptimizer` recognizes fp32 parameters only by their CUDA type name."""
+    """`DistributedOptimizer` recognizes parameters only by their CUDA type names."""
     _rewrite(
         "megatron.core.optimizer.distrib_optimizer:DistributedOptimizer._build_model_and_main_param_groups",
-        "torch.cuda.FloatTensor",
-        "torch.FloatTensor",
+        {"torch.cuda.FloatTensor": "torch.FloatTensor", "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor"},
+    )
+
+
+@_patch("megatron.core.optimizer.optimizer:Float16OptimizerWithFloat16Params.__init__", "'torch.cuda.BFloat16Tensor'")
+def mixed_precision_optimizer_of_cpu_tensors() -> None:
+    """`Float16OptimizerWithFloat16Params` recognizes parameters only by their CUDA type names."""
+    _rewrite(
+        "megatron.core.optimizer.optimizer:Float16OptimizerWithFloat16Params.__init__",
+        {
+            "torch.cuda.FloatTensor": "torch.FloatTensor",
+            "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor",
+            "super()": "super(Float16OptimizerWithFloat16Params, self)",  # outside of the class, super() does not know it
+        },
     )
 
 
@@ -168,8 +182,7 @@ def tied_embeddings_on_cpu() -> None:
     """Under pipeline parallelism, upstream moves tied embeddings to CUDA before their first all-reduce."""
     _rewrite(
         "megatron.core.models.common.language_module.language_module:LanguageModule.setup_embeddings_and_output_layer",
-        "weight.data.cuda()",
-        "weight.data",
+        {"weight.data.cuda()": "weight.data"},
     )
 
 

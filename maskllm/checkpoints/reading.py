@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from torch.distributed.checkpoint.api import CheckpointException
 
-from maskllm.checkpoints.checksums import Manifest
+from maskllm.checkpoints.checksums import MANIFEST, Manifest
 from maskllm.checkpoints.finding import LATEST, Iteration, is_complete, iteration_number, iterations, what_is_missing
 from maskllm.checkpoints.info import INFO, CheckpointInfo, read_info
 from maskllm.checkpoints.torch_dist import TensorReader, is_short_write
@@ -61,6 +62,10 @@ class Checkpoint:
         Raises MaskLLMError if the index cannot be read.
         """
         return TensorReader(self.path, self.manifest.verify)
+
+    def manifest_digest(self) -> str:
+        """The SHA-256 of the manifest, which names this checkpoint by the contents of all its files."""
+        return hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest()
 
     def verify(self) -> None:
         """Compare the checksums of all files; each rank of the job reads its share of them.

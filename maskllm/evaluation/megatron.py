@@ -20,7 +20,7 @@ from maskllm.families.model_config import check_context, check_vocabulary
 from maskllm.masking.parameter import use_winners
 from maskllm.masking.sampler import MaskSampler
 from maskllm.megatron.build import build_model
-from maskllm.megatron.gpt import FrozenVocabularyGPTModel
+from maskllm.megatron.gpt import MaskedGPTModel
 from maskllm.megatron.linears import attach_bits, attach_logits, masked_parameters
 
 
@@ -59,12 +59,12 @@ def evaluate_checkpoint(
     )
 
 
-def load_masked_model(checkpoint: Checkpoint, params_dtype: torch.dtype) -> FrozenVocabularyGPTModel:
+def load_masked_model(checkpoint: Checkpoint, params_dtype: torch.dtype) -> MaskedGPTModel:
     """This rank's part of the model: with its logits if it has logits (see `use_winners`), else with its fixed mask, else dense."""
     model = build_model(checkpoint.model_config, params_dtype=params_dtype).eval()
-    if checkpoint.info.stage == "trained":
-        first = masked_parameters(model)[0]
-        stored = checkpoint.tensors[f"{first.location.name}.mask_logits"].dtype
+    first = masked_parameters(model)[0].location.name
+    if f"{first}.mask_logits" in checkpoint.tensors:
+        stored = checkpoint.tensors[f"{first}.mask_logits"].dtype
         attach_logits(model, MaskSampler(checkpoint.info.block_pattern), dtype=stored)
     elif checkpoint.info.stage != "dense":
         attach_bits(model)
@@ -72,7 +72,7 @@ def load_masked_model(checkpoint: Checkpoint, params_dtype: torch.dtype) -> Froz
     return model
 
 
-def megatron_window_nll(model: FrozenVocabularyGPTModel) -> WindowNLL:
+def megatron_window_nll(model: MaskedGPTModel) -> WindowNLL:
     """The model as a function for `perplexity`."""
 
     @torch.inference_mode()
@@ -80,14 +80,14 @@ def megatron_window_nll(model: FrozenVocabularyGPTModel) -> WindowNLL:
         tokens = tokens.to(device())
         positions = torch.arange(len(tokens), device=tokens.device)
         # The last token too, as transformers gets it: some rotary frequencies depend on the length. Its loss does not count.
-        losses = model(tokens[None], positions[None], None, labels=tokens.roll(-1)[None])
+        losses = model(tokens[None], positions[None], None, labels=tokens.roll(-1)[None]).cross_entropy
         return losses[:, :-1].double().sum().item()
 
     return window_nll
 
 
 @torch.inference_mode()
-def zero_share(model: FrozenVocabularyGPTModel) -> float:
+def zero_share(model: MaskedGPTModel) -> float:
     """The share of zeros among the masked linears' effective weights, over all tensor-parallel ranks."""
     counts = torch.zeros(2, dtype=torch.float64, device=device())
     for parameter in masked_parameters(model):

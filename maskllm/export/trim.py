@@ -13,6 +13,7 @@ import torch
 from maskllm.checkpoints.reading import Checkpoint, resolve
 from maskllm.checkpoints.torch_dist import LazyTensor
 from maskllm.checkpoints.writing import write_checkpoint
+from maskllm.dtypes import BY_NAME
 from maskllm.errors import MaskLLMError
 from maskllm.families.registry import num_parameters, parameter_map
 from maskllm.ops import winner_mask
@@ -42,7 +43,7 @@ class TrimReport:
 def trim(load: str | Path, output: str | Path) -> TrimReport:
     """Write the checkpoint `load`, trained or pruned, to OUTPUT/release with its final masks applied to the weights.
 
-    Removed weights become zero; kept weights keep their bits. Each mask is stored beside its weight as `mask_bits`. Logits,
+    Removed weights become zero; kept weights keep their bits, or, if they were trained, have the dtype that they had before. Each mask is stored beside its weight as `mask_bits`. Logits,
     optimizer state and training state are left out. The final mask of a trained block is the candidate with the largest logit, the
     lowest index of equals. The final masks of a pruned checkpoint are its one-shot masks. Raises MaskLLMError if the checkpoint is
     of another stage, or if a tensor is missing or has another shape than the config asks for.
@@ -59,7 +60,7 @@ def trim(load: str | Path, output: str | Path) -> TrimReport:
     pruned_parameters = 0
     tensors: dict[str, LazyTensor] = {}
     for mapping in parameter_map(checkpoint.model_config):
-        weight = checkpoint.tensors[mapping.megatron]
+        weight = _final_weight(checkpoint, mapping.megatron)
         if mapping.linear is None:
             tensors[mapping.megatron] = weight
             continue
@@ -91,13 +92,31 @@ def trim(load: str | Path, output: str | Path) -> TrimReport:
     )
 
 
+def _final_weight(checkpoint: Checkpoint, key: str) -> LazyTensor:
+    """The tensor `key`; if it was trained, its fp32 master rounded once, to the dtype that it had before."""
+    stored = checkpoint.tensors[key]
+    before = checkpoint.info.details.get("weights_dtype")
+    if before is None:
+        return stored
+    # Megatron's names for masters: those of its mixed-precision optimizer, and those of its distributed one.
+    masters = (f"optimizer.state.{name}.{key}" for name in ("fp32_param", "param"))
+    source = next((checkpoint.tensors[name] for name in masters if name in checkpoint.tensors), stored)
+    dtype = BY_NAME[before if isinstance(before, str) else before[key]]
+    return LazyTensor(stored.shape, dtype, lambda: source.load().to(dtype))
+
+
 def _mask_source(checkpoint: Checkpoint, linear: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
     """The key and the shape of the tensor that holds the mask, or its logits, of a weight [out, in] with shape `shape`."""
     rows, columns = shape
-    if checkpoint.info.stage == "pruned":
+    if _has_fixed_masks(checkpoint):
         return f"{linear}.mask_bits", (rows, -(-columns // 8))
     pattern = _learned_pattern(checkpoint)
     return f"{linear}.mask_logits", (rows, columns // pattern.m, pattern.num_candidates)
+
+
+def _has_fixed_masks(checkpoint: Checkpoint) -> bool:
+    """Whether the masks are fixed ones: a one-shot mask, or that of a run which trained the weights alone."""
+    return checkpoint.info.stage == "pruned" or checkpoint.info.details.get("settings", {}).get("train") == "weights"
 
 
 def _learned_pattern(checkpoint: Checkpoint) -> Pattern:
@@ -111,7 +130,7 @@ def _mask(checkpoint: Checkpoint, linear: str) -> torch.Tensor:
     """The final mask of the linear `linear`, bool [out, in]."""
     shape = checkpoint.tensors[f"{linear}.weight"].shape
     source = checkpoint.tensors[_mask_source(checkpoint, linear, shape)[0]].load()
-    if checkpoint.info.stage == "pruned":
+    if _has_fixed_masks(checkpoint):
         return unpack_mask(source, shape[1])
     try:
         return winner_mask(source, _learned_pattern(checkpoint))

@@ -11,8 +11,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ParamSpec, TypeVar
+
+import torch
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -26,6 +28,8 @@ class Draw:
     """The global sample index: it counts micro-batches over all steps and data-parallel ranks."""
     recomputing: bool = False
     """Whether this forward pass repeats an earlier one for the backward pass."""
+    kept: dict[int, torch.Tensor] = field(default_factory=dict, compare=False)
+    """What a teacher's forward pass leaves for the student's: hidden states by the layer's number."""
 
 
 _open: ContextVar[Draw | None] = ContextVar("maskllm_draw", default=None)
@@ -47,6 +51,24 @@ def current_draw() -> Draw:
     if draw is None:
         raise RuntimeError("no draw of masks is open; run the forward pass inside of maskllm.masking.draw.open_draw")
     return draw
+
+
+_masks_off: ContextVar[bool] = ContextVar("maskllm_masks_off", default=False)
+
+
+@contextlib.contextmanager
+def without_masks() -> Iterator[None]:
+    """Forward passes inside the block use the dense weights: those of a teacher that shares its frozen weights with the student."""
+    token = _masks_off.set(True)
+    try:
+        yield
+    finally:
+        _masks_off.reset(token)
+
+
+def masks_are_off() -> bool:
+    """Whether `without_masks` is open."""
+    return _masks_off.get()
 
 
 def keep_draw(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:

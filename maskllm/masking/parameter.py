@@ -13,11 +13,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from maskllm.masking.draw import current_draw
+from maskllm.masking.draw import current_draw, masks_are_off
 from maskllm.masking.prior import add_prior, initial_logits
 from maskllm.masking.sampler import MaskSampler
 from maskllm.ops import NoiseKey, ShardMap, masked_weight, philox_key, winner_bits, winner_bits_of_all
@@ -53,6 +53,20 @@ class _View(NamedTuple):
     size: torch.Size
     stride: tuple[int, ...]
     offset: int
+
+
+class _FixedMask(torch.autograd.Function):
+    """A trained weight that is zero wherever its fixed mask is: the weight itself, without a copy, and the mask for its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, bits: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(bits)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (bits,) = ctx.saved_tensors
+        return grad * unpack_mask(bits, grad.shape[1]), None
 
 
 class MaskedParameter:
@@ -131,6 +145,15 @@ class MaskedParameter:
         """The mask in `bits`, bool [out, in]."""
         return unpack_mask(self.bits, self.shape[1])
 
+    def fix_winner(self) -> None:
+        """Replace the logits by their arg-max mask."""
+        self._owner.mask_bits, self._owner.mask_logits, self.sampler = self.winner_bits(), None, None
+
+    @torch.no_grad()
+    def write_zeros(self) -> None:
+        """Set the weights that the fixed mask removes to zero."""
+        self._owner.weight.mul_(self.fixed_mask().t() if self._transposed else self.fixed_mask())
+
     def winner_bits(self) -> torch.Tensor:
         """The arg-max mask of the logits, as `bits` holds masks."""
         return winner_bits(self.logits, self.sampler.pattern)
@@ -139,10 +162,14 @@ class MaskedParameter:
         """The weight that the matrix product uses, [out, in], in the weight's dtype.
 
         With logits it is the weight times a mask drawn in the open draw (`maskllm.masking.draw`), or times the winner inside of
-        `use_winners`; with bits alone the weight times the fixed mask; else the dense weight.
+        `use_winners`; with bits alone the weight times the fixed mask; else, and inside of `without_masks`, the dense weight.
         """
+        if masks_are_off():
+            return self.weight
         if self.logits is None:
-            return self.weight if self.bits is None else self.weight * self.fixed_mask()
+            if self.bits is None:
+                return self.weight
+            return _FixedMask.apply(self.weight, self.bits) if self._owner.weight.requires_grad else self.weight * self.fixed_mask()
         if self._winner is not None:
             return self.weight * unpack_mask(self._winner, self.shape[1])
         draw = current_draw()

@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from maskllm.distributed import device
 from maskllm.errors import MaskLLMError
 from maskllm.families.model_config import ModelConfig
-from maskllm.megatron.gpt import FrozenVocabularyGPTModel
+from maskllm.megatron.gpt import MaskedGPTModel
 from maskllm.megatron.linears import hold_masked_parameters
 from maskllm.megatron.spec import block_spec
 from maskllm.megatron.transformer_config import gpt_model_arguments, set_rotary_frequencies, transformer_config
@@ -23,7 +23,7 @@ def build_model(
     sequence_parallel: bool = False,
     transformer_impl: str = "local",
     recomputation: dict[str, Any] | None = None,
-) -> FrozenVocabularyGPTModel:
+) -> MaskedGPTModel:
     """This rank's pipeline stage and tensor-parallel shard of the model: dense, frozen, with weights not yet loaded.
 
     Call it inside of `maskllm.megatron.process_groups.parallel_processes`.
@@ -50,7 +50,7 @@ def build_model(
         sequence_parallel=sequence_parallel and tp_size > 1,
         **recomputation,
     )
-    model = FrozenVocabularyGPTModel(
+    model = MaskedGPTModel(
         config=config,
         transformer_layer_spec=block_spec(config, parallel_state.get_pipeline_model_parallel_rank(), transformer_impl),
         pre_process=parallel_state.is_pipeline_first_stage(),

@@ -1,4 +1,4 @@
-"""Megatron's GPT model with frozen embeddings and a frozen output layer. Mask learning runs this model."""
+"""Megatron's GPT model with a loss that never holds the logits of all tokens. Training runs this model."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
     gather_from_tensor_model_parallel_region,
 )
 
-from maskllm.megatron.loss import frozen_linear_cross_entropy, softcap
+from maskllm.megatron.loss import Losses, LossTerms, linear_losses, softcap
 
 
-class FrozenVocabularyGPTModel(GPTModel):
-    """`GPTModel` that computes the loss in chunks of tokens if it gets labels, so the logits of all tokens never exist at once.
+class MaskedGPTModel(GPTModel):
+    """`GPTModel` that computes the losses in chunks of tokens if it gets labels, so the logits of all tokens never exist at once.
 
-    The embeddings are frozen. With activation recomputation their output still requires a gradient, because Megatron's
+    If the embeddings are frozen and activations are recomputed, the embeddings' output still requires a gradient, because Megatron's
     `checkpoint` runs the backward pass of a recomputed function only if one of its inputs requires a gradient.
     """
 
@@ -26,6 +27,9 @@ class FrozenVocabularyGPTModel(GPTModel):
         """`unpadded_vocab_size` is the number of tokens; `GPTModel`'s `vocab_size` also counts the rows of padding after them."""
         super().__init__(*args, **kwargs)
         self.unpadded_vocab_size = unpadded_vocab_size
+        for name, parameter in self.named_parameters():
+            if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+                set_tensor_model_parallel_attributes(parameter, True, 0, 1)
         if self.pre_process and self.config.embedding_scale is not None:
             self.embedding.register_forward_hook(_scale)
         if self.pre_process and self.config.recompute_granularity is not None:
@@ -37,7 +41,7 @@ class FrozenVocabularyGPTModel(GPTModel):
         position_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         labels: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> torch.Tensor | Losses:
         """Run this pipeline stage.
 
         Args:
@@ -46,35 +50,62 @@ class FrozenVocabularyGPTModel(GPTModel):
             labels: int64 [batch, sequence], or None for logits.
 
         Returns:
-            On the last stage: fp32 losses [batch, sequence] if `labels` is given, otherwise logits [batch, sequence, vocabulary] of
-            all tensor-parallel ranks, without the padding. On earlier stages: hidden states [sequence, batch, hidden size].
+            On the last stage: the losses if `labels` is given, otherwise logits [batch, sequence, vocabulary] of all tensor-parallel
+            ranks, without the padding. On earlier stages: hidden states [sequence, batch, hidden size].
+        """
+        if self.post_process and labels is None:
+            logits = softcap(super().forward(input_ids, position_ids, attention_mask), self.config.logit_softcap)
+            return gather_from_tensor_model_parallel_region(logits, group=self.pg_collection.tp)[..., : self.unpadded_vocab_size]
+        hidden = self.hidden_states(input_ids, position_ids)
+        return self.losses(hidden, labels) if self.post_process else hidden
+
+    def hidden_states(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        """The output of this stage's last layer, and on the last stage of the final norm: [sequence, batch, hidden size]."""
+        # Without `post_process`, upstream's forward returns the decoder's output.
+        post_process, self.post_process = self.post_process, False
+        try:
+            return super().forward(input_ids, position_ids, None)
+        finally:
+            self.post_process = post_process
+
+    def losses(
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        terms: LossTerms = LossTerms(),
+        teacher: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> Losses:
+        """The losses of `hidden_states`' result on the last stage.
+
+        Args:
+            hidden: [sequence, batch, hidden size], of this rank's part of the sequence with sequence parallelism.
+            labels: int64 [batch, sequence].
+            terms: how the terms are weighted.
+            teacher: the teacher's hidden states, of the same shape, and its `output_weight`.
         """
         tp_group = self.pg_collection.tp
-        if not self.post_process:
-            return super().forward(input_ids, position_ids, attention_mask)
-        if labels is None:
-            logits = softcap(super().forward(input_ids, position_ids, attention_mask), self.config.logit_softcap)
-            return gather_from_tensor_model_parallel_region(logits, group=tp_group)[..., : self.unpadded_vocab_size]
-        # Without `post_process`, upstream's forward returns the decoder's output, which the loss below needs.
-        self.post_process = False
-        try:
-            hidden = super().forward(input_ids, position_ids, attention_mask)
-        finally:
-            self.post_process = True
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
-        if self.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, group=tp_group)
-        else:
-            hidden = copy_to_tensor_model_parallel_region(hidden, group=tp_group)
-        losses = frozen_linear_cross_entropy(
-            hidden.flatten(0, 1),
-            weight,
+        whole = gather_from_sequence_parallel_region if self.config.sequence_parallel else copy_to_tensor_model_parallel_region
+        hidden = whole(hidden, group=tp_group).flatten(0, 1)
+        if teacher is not None:
+            states, weight = teacher
+            teacher = (whole(states, group=tp_group).flatten(0, 1), weight)
+        mean, *of_tokens = linear_losses(
+            hidden,
+            self.output_weight,
             labels.t().flatten(),
             tp_group,
             self.unpadded_vocab_size,
             self.config.logit_softcap,
+            terms=terms,
+            teacher=teacher,
         )
-        return losses.view(labels.shape[1], labels.shape[0]).t()
+        return Losses(mean, *(losses.view(labels.shape[1], labels.shape[0]).t() for losses in of_tokens))
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """This rank's rows of the output matrix, [(vocabulary + padding) / tensor-parallel ranks, hidden size], on the last stage."""
+        return self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else self.output_layer.weight
 
 
 def _scale(embedding: torch.nn.Module, _inputs: Any, output: torch.Tensor) -> torch.Tensor:

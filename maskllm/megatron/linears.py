@@ -108,6 +108,8 @@ def hold_masked_parameters(model: torch.nn.Module, config: ModelConfig) -> None:
                 owner = module.get_submodule(linear.name)
                 location = linear.location(config, module.layer_number - 1, owner.tp_group.rank(), owner.tp_group.size())
                 owner.masked = MaskedParameter(owner, location)
+                # Upstream marks weights that it initializes. The norm of a gradient counts what is not marked once, not on every rank.
+                set_tensor_model_parallel_attributes(owner.weight, True, linear.partition_dim, 1)
                 if not linear.has_bias(config):
                     owner.bias = None
 

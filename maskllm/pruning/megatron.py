@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
-from maskllm.checkpoints.checksums import MANIFEST
 from maskllm.checkpoints.finding import iteration_name
 from maskllm.checkpoints.info import UNSTRUCTURED, CheckpointInfo
 from maskllm.checkpoints.reading import Checkpoint, resolve
@@ -118,7 +117,7 @@ def prune_calibrated(
     tokens = calibration.tokens(checkpoint)
     run = {
         "load": str(checkpoint.path.resolve()),
-        "manifest": hashlib.sha256((checkpoint.path / MANIFEST).read_bytes()).hexdigest(),
+        "manifest": checkpoint.manifest_digest(),
         "settings": settings.as_dict(),
         "calibration": {**calibration.as_dict(), "tokens": hashlib.sha256(tokens.numpy().tobytes()).hexdigest()},
     }

@@ -57,6 +57,30 @@ class TrainArguments:
     )
     hard: bool = _option(False, "use the arg-max of each draw in the forward pass (straight-through gradient)")
 
+    train: str = _option(
+        "masks",
+        "what is trained: the masks, with frozen weights; the weights that a fixed mask keeps; or both at once",
+        choices=["masks", "weights", "both"],
+    )
+    weights_lr: float = _option(2e-5, "highest learning rate of the weights, with --train weights or both")
+    weights_min_lr: float = _option(0.0, "learning rate of the weights at the end")
+    weights_weight_decay: float = _option(0.0, "decoupled weight decay of the weights; norms and biases have none")
+    weights_start_iter: int = _option(
+        0, "with --train both: the step from which on the weights move; before it only the masks learn"
+    )
+    train_embeddings: bool = _option(False, "with --train weights or both: train the embedding and the output layer too")
+
+    ce_loss_coeff: float = _option(1.0, "weight of the cross-entropy with the text")
+    kl_loss_coeff: float = _option(0.0, "weight of the divergence from the teacher's predictions, T^2 * KL(teacher || student)")
+    kl_temperature: float = _option(1.0, "temperature T of both predictions in that divergence")
+    squarehead_loss_coeff: float = _option(
+        0.0, "weight of SquareHead: the relative squared error of the hidden states after each layer, summed over the layers"
+    )
+    teacher: str | None = _option(
+        None,
+        "checkpoint of the teacher, dense and of the same shape; default: the dense weights that the run starts from",
+    )
+
     train_iters: int = _option(2000, "optimizer steps")
     micro_batch_size: int = _option(1, "sequences a forward pass")
     global_batch_size: int = _option(256, "sequences a step, over all data-parallel ranks")
@@ -116,7 +140,9 @@ class TrainArguments:
         nargs="+",
         choices=["core_attn", "mlp", "masked_weight"],
     )
-    params_dtype: str = _option("bf16", "dtype of the frozen weights and of the computation", choices=COMPUTE)
+    params_dtype: str = _option(
+        "bf16", "dtype of the weights and of the computation; weights that are trained also have fp32 masters", choices=COMPUTE
+    )
 
     eval_interval: int = _option(1000, "steps between validations")
     eval_iters: int = _option(100, "batches in a validation, always the same ones; 0 for none")
@@ -137,6 +163,21 @@ class TrainArguments:
     def low_precision(self) -> bool:
         """Whether logits or moments have fewer bits than fp32, which needs this project's optimizer (`LogitsAdam`)."""
         return (self.mask_logits_dtype, self.optimizer_state_dtype) != ("fp32", "fp32")
+
+    @property
+    def trains_masks(self) -> bool:
+        """Whether masks are learned."""
+        return self.train != "weights"
+
+    @property
+    def trains_weights(self) -> bool:
+        """Whether weights are trained."""
+        return self.train != "masks"
+
+    @property
+    def distills(self) -> bool:
+        """Whether the loss has a term that needs the teacher."""
+        return self.kl_loss_coeff > 0 or self.squarehead_loss_coeff > 0
 
     def check(self) -> Pattern:
         """Raise MaskLLMError for values that cannot work, whatever the number of ranks; returns the pattern."""
@@ -170,6 +211,7 @@ class TrainArguments:
             raise MaskLLMError(
                 f"{flag(name)} {getattr(self, name)}: Megatron's distributed optimizer keeps fp32; leave out --use-distributed-optimizer"
             )
+        self._check_trained()
         self._check_split()
         self._check_recomputation()
         if self.sequence_parallel and self.seq_length % self.tensor_model_parallel_size:
@@ -178,6 +220,34 @@ class TrainArguments:
                 f"{self.tensor_model_parallel_size}"
             )
         return pattern
+
+    def _check_trained(self) -> None:
+        """Raise MaskLLMError if what is trained, and against what, contradicts other settings."""
+        if not self.trains_weights:
+            for name in ("weights_start_iter", "train_embeddings"):
+                if getattr(self, name):
+                    raise MaskLLMError(f"{flag(name)}: wanted only with --train weights or --train both")
+        if self.train == "weights" and self.weights_start_iter:
+            raise MaskLLMError("--weights-start-iter: wanted only with --train both, where masks learn before weights move")
+        if self.trains_weights and self.weights_start_iter >= self.train_iters:
+            raise MaskLLMError(
+                f"--weights-start-iter {self.weights_start_iter}: wanted fewer than --train-iters {self.train_iters}"
+            )
+        if self.trains_weights and self.low_precision:
+            name = "mask_logits_dtype" if self.mask_logits_dtype != "fp32" else "optimizer_state_dtype"
+            raise MaskLLMError(
+                f"{flag(name)} {getattr(self, name)}: only --train masks has it; --train {self.train} keeps fp32 masters and moments"
+            )
+        if self.trains_weights and self.params_dtype == "fp16":
+            raise MaskLLMError(f"--params-dtype fp16: --train {self.train} wanted bf16 or fp32; fp16 would need a loss scale")
+        if self.weights_min_lr > self.weights_lr:
+            raise MaskLLMError(f"--weights-min-lr {self.weights_min_lr}: wanted at most --weights-lr {self.weights_lr}")
+        if not (self.ce_loss_coeff or self.distills):
+            raise MaskLLMError(
+                "--ce-loss-coeff 0: nothing is minimized; wanted it, --kl-loss-coeff or --squarehead-loss-coeff above 0"
+            )
+        if self.teacher is not None and not self.distills:
+            raise MaskLLMError("--teacher: wanted only with --kl-loss-coeff or --squarehead-loss-coeff above 0")
 
     def _check_split(self) -> None:
         """Raise MaskLLMError if `split` is not a list of shares; upstream would pick the digits out of any text."""
@@ -257,12 +327,13 @@ _RANGES = (
         ),
     ),
     ("positive numbers", lambda value: value > 0, ("gumbel_temperature_range", "gumbel_scale_range")),
-    ("a positive number", lambda value: value > 0, ("lr", "distributed_timeout_minutes")),
+    ("a positive number", lambda value: value > 0, ("lr", "weights_lr", "kl_temperature", "distributed_timeout_minutes")),
     (
         "at least 0",
         lambda value: value >= 0,
         (
             "eval_iters", "lr_warmup_iters", "min_lr", "weight_decay", "adam_eps", "clip_grad", "prior_strength", "weight_reg",
+            "weights_min_lr", "weights_weight_decay", "weights_start_iter", "ce_loss_coeff", "kl_loss_coeff", "squarehead_loss_coeff",
         ),
     ),
     ("at least 0 and less than 1", lambda value: 0 <= value < 1, ("adam_beta1", "adam_beta2")),

@@ -80,8 +80,10 @@ class Trainer:
         )
         self.state = TrainingState.load(self.start, self.sampler)
         masked = masked_parameters(self.state.model)
-        self.model = data_parallel(arguments, self.state.model)
-        self.optimizer = build_optimizer(arguments, parameter_groups(arguments, masked), masked, self.model)
+        groups = parameter_groups(arguments, self.state.model, masked)
+        pair = self.state.pair_with_teacher()
+        self.model = data_parallel(arguments, self.state.model if pair is None else pair)
+        self.optimizer = build_optimizer(arguments, groups, masked, self.model)
         lr_scheduler = build_lr_scheduler(arguments, self.optimizer)
         if self.start.resumed:
             progress("loading the training state")
@@ -95,13 +97,15 @@ class Trainer:
         schedule = AnnealingSchedule(
             arguments.train_iters, arguments.gumbel_temperature_range, arguments.gumbel_scale_range, arguments.weight_reg
         )
-        self.micro_batches = MicroBatches(arguments, self.model, Objective(schedule, self.sampler), progress)
+        objective = Objective(schedule, self.sampler, arguments.ce_loss_coeff, pair)
+        self.micro_batches = MicroBatches(arguments, self.model, objective, progress)
         self.step = Step(
             arguments,
             self.model,
             self.sampler,
             self.micro_batches,
             train_batches,
+            groups,
             self.optimizer,
             lr_scheduler,
             self.stopping,

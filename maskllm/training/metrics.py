@@ -14,7 +14,7 @@ from maskllm.masking.parameter import MaskedParameter
 from maskllm.patterns import unpack_mask
 from maskllm.processes import peak_resident_bytes
 from maskllm.training.arguments import TrainArguments
-from maskllm.training.micro_batches import MicroBatches, mean_loss
+from maskllm.training.micro_batches import MicroBatches, mean_losses
 from maskllm.training.step import StepResult
 
 
@@ -57,40 +57,53 @@ class TrainMetrics:
         self.micro_batches = micro_batches
         self.objective = micro_batches.objective
         self.has_prior = masked[0].bits is not None
-        self.tracker = WinnerTracker(masked)
-        self.num_blocks = _model_parallel_sum(sum(parameter.logits[..., 0].numel() for parameter in masked))
+        self.tracker = WinnerTracker(masked) if arguments.trains_masks else None
+        self.num_blocks = 0
+        if arguments.trains_masks:
+            self.num_blocks = _model_parallel_sum(sum(parameter.logits[..., 0].numel() for parameter in masked))
 
     def of_steps(self, window: list[StepResult], seconds: float) -> dict[str, Any]:
         """Metrics of the steps in `window`, which took `seconds`. Means over steps are None if all steps were skipped."""
         good = [step for step in window if not step.skipped]
         steps = len(good)
-        since_last, since_prior = self.tracker.changed()
         local = torch.stack([step.sums for step in good] or [torch.zeros_like(window[0].sums)]).double()
-        loss = mean_loss(local[:, :2].sum(0))
-        # Every data-parallel rank draws its own masks; all of them count.
-        draws = self.micro_batches.per_step
-        squares, probability = local[:, 2].clone(), local[:, 3].clone()
-        for values in (squares, probability):
-            dist.all_reduce(values)
+        losses = mean_losses(local[:, :4].sum(0))
+        values: dict[str, Any] = {"loss": losses.cross_entropy if steps else None}
+        if self.objective.pair is not None:
+            values |= {name: getattr(losses, name) if steps else None for name in ("kl", "squarehead")}
+        if self.tracker is not None:
+            values |= self._of_masks(good, local)
         memory = torch.tensor(float(peak_memory_bytes()), dtype=torch.float64, device=device())
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
         tokens = len(window) * self.arguments.global_batch_size * self.arguments.seq_length
-        sampler = self.objective.sampler
-        return {
-            "loss": loss if steps else None,
-            "regularizer": self.objective.regularizer([step.iteration for step in good], squares.tolist(), draws)
-            if steps
-            else None,
-            "temperature": sampler.temperature,
-            "scale": sampler.scale,
-            "mean_max_probability": float(probability.sum()) / (steps * draws * self.num_blocks) if steps else None,
-            "changed_since_last": _model_parallel_sum(since_last) / self.num_blocks,
-            "changed_since_prior": _model_parallel_sum(since_prior) / self.num_blocks if self.has_prior else None,
+        rates = list(window[-1].learning_rates.values())
+        values |= {
             "grad_norm": sum(step.grad_norm for step in good) / steps if steps else None,
             "skipped_steps": len(window) - steps,
-            "learning_rate": window[-1].learning_rate,
+            "learning_rate": rates[0],
             "tokens_per_second": tokens / seconds,
             "peak_memory_gib": float(memory) / 2**30,
+        }
+        if self.arguments.train == "both":
+            values["weights_learning_rate"] = rates[-1]
+        return values
+
+    def _of_masks(self, good: list[StepResult], local: torch.Tensor) -> dict[str, Any]:
+        """The metrics of the masks; `local` are the sums of the steps `good`, or one row of zeros."""
+        since_last, since_prior = self.tracker.changed()
+        # Every data-parallel rank draws its own masks; all of them count.
+        draws = self.micro_batches.per_step
+        squares, probability = local[:, 4].clone(), local[:, 5].clone()
+        for values in (squares, probability):
+            dist.all_reduce(values)
+        sampler, steps = self.objective.sampler, [step.iteration for step in good]
+        return {
+            "regularizer": self.objective.regularizer(steps, squares.tolist(), draws) if steps else None,
+            "temperature": sampler.temperature,
+            "scale": sampler.scale,
+            "mean_max_probability": float(probability.sum()) / (len(steps) * draws * self.num_blocks) if steps else None,
+            "changed_since_last": _model_parallel_sum(since_last) / self.num_blocks,
+            "changed_since_prior": _model_parallel_sum(since_prior) / self.num_blocks if self.has_prior else None,
         }
 
 

@@ -20,7 +20,7 @@ from maskllm.masking.parameter import MaskedParameter
 from maskllm.ops import philox_key
 from maskllm.training.arguments import TrainArguments
 from maskllm.training.logits_adam import LogitsAdam, Place
-from maskllm.training.trainables import ParameterGroup
+from maskllm.training.trainables import MASK_LOGITS, ParameterGroup
 
 
 def build_optimizer(
@@ -29,9 +29,9 @@ def build_optimizer(
     masked: Sequence[MaskedParameter],
     model: DistributedDataParallel,
 ) -> MegatronOptimizer:
-    """Build the optimizer of `groups`, which hold all trained parameters of `model`.
+    """Build the optimizer of `groups`, which hold all trained parameters of `model`. One norm over all of them is clipped.
 
-    Returns Megatron's optimizer if logits and moments are all fp32, and `LogitsOptimizer` otherwise. `masked` are the masked weights
+    Parameters in bf16 have fp32 masters (Megatron's mixed-precision optimizer). Returns Megatron's optimizer if logits and moments are all fp32, and `LogitsOptimizer` otherwise. `masked` are the masked weights
     that own the logits among the parameters.
     """
     first = groups[0]
@@ -39,14 +39,15 @@ def build_optimizer(
         optimizer="adam",
         lr=first.lr,
         min_lr=first.min_lr,
-        weight_decay=arguments.weight_decay,
+        weight_decay=first.weight_decay,
         adam_beta1=arguments.adam_beta1,
         adam_beta2=arguments.adam_beta2,
         adam_eps=arguments.adam_eps,
         clip_grad=arguments.clip_grad,
         use_distributed_optimizer=arguments.use_distributed_optimizer,
         # Logits need no master copy in another dtype, so Megatron builds a plain fp32 optimizer even if the logits are bf16.
-        params_dtype=torch.float32,
+        bf16=arguments.trains_weights and arguments.params_dtype == "bf16",
+        params_dtype=arguments.dtype if arguments.trains_weights else torch.float32,
     )
     optimizer = get_megatron_optimizer(config, [model], config_overrides=_overrides(groups))
     if arguments.optimizer_state_dtype != "fp32" or any(group.master_dtype != torch.float32 for group in groups):
@@ -62,13 +63,23 @@ def build_optimizer(
     return optimizer
 
 
-def _overrides(groups: Sequence[ParameterGroup]) -> dict[ParamKey, dict[str, float]]:
-    """Return the learning rates of all groups but the first, in the form of Megatron's `config_overrides`."""
+def _overrides(groups: Sequence[ParameterGroup]) -> dict[ParamKey, dict[str, Any]]:
+    """Return the rates of all groups but that of the logits, in the form of Megatron's `config_overrides`.
+
+    Megatron tells the groups of a checkpoint apart by `wd_mult` and `is_decoupled_lr` alone.
+    """
     overrides = {}
-    for group in groups[1:]:
-        members = set(group.parameters)
-        key = ParamKey(predicate=ParamPredicate(group.name, members.__contains__))
-        overrides[key] = {"max_lr": group.lr, "min_lr": group.min_lr}
+    for group in groups:
+        if group.name != MASK_LOGITS:
+            key = ParamKey(predicate=ParamPredicate(group.name, set(group.parameters).__contains__))
+            overrides[key] = {
+                "max_lr": group.lr,
+                "min_lr": group.min_lr,
+                "start_wd": group.weight_decay,
+                "end_wd": group.weight_decay,
+                "wd_mult": 1.0 if group.weight_decay else 0.0,
+                "is_decoupled_lr": True,
+            }
     return overrides
 
 
@@ -84,12 +95,15 @@ def fit_adam_state(state: dict[str, Any], optimizer: MegatronOptimizer) -> None:
         return
     adam = one.optimizer
     own = {name: value for name, value in adam.param_groups[0].items() if name not in ("params", "step")}
+    rates = ("start_wd", "end_wd")  # of the scheduler, in some groups only
     # The distributed optimizer loads the parameters' state separately, and it always counts the steps of each group.
-    parameters = state.get("state", {})
+    adam_state = state.get("optimizer", state)  # inside of the states of the mixed-precision and the distributed optimizer
+    parameters = adam_state.get("state", {})
     steps_of_groups = not (parameters and isinstance(adam, torch.optim.Adam))
-    for group in state.get("optimizer", state)["param_groups"]:
+    for group in adam_state["param_groups"]:
         steps = int(parameters.get("common_step", group.get("step")))
         fitted = {name: group.get(name, value) for name, value in own.items()}
+        fitted |= {name: group[name] for name in rates if name in group}
         if steps_of_groups:
             fitted["step"] = steps
         else:

@@ -9,11 +9,13 @@ from typing import Any
 
 from maskllm.checkpoints.checksums import FileRecord
 from maskllm.checkpoints.finding import holds_checkpoint, iterations
-from maskllm.checkpoints.reading import Checkpoint, open_iteration
+from maskllm.checkpoints.reading import Checkpoint, open_iteration, resolve
 from maskllm.data.dataset_files import dataset_files
 from maskllm.distributed import from_first_rank, is_first_rank, raised_together
+from maskllm.dtypes import dtype_name
 from maskllm.errors import MaskLLMError, flag
 from maskllm.families.model_config import ModelConfig, check_context
+from maskllm.families.registry import parameter_map
 from maskllm.patterns import Pattern
 from maskllm.training.arguments import TrainArguments
 
@@ -43,10 +45,24 @@ SETTINGS_THAT_MUST_MATCH = (
     "adam_eps",
     "clip_grad",
     "split",
+    "train",
+    "weights_lr",
+    "weights_min_lr",
+    "weights_weight_decay",
+    "weights_start_iter",
+    "train_embeddings",
+    "ce_loss_coeff",
+    "kl_loss_coeff",
+    "kl_temperature",
+    "squarehead_loss_coeff",
 )
 """Arguments that a resumed run must share with the run it continues, as it must share its data: all that decide what is learned.
-Everything else (layout, precision of the frozen weights, intervals, paths) may change. Megatron's two kinds of optimizer keep their state
+Everything else (layout, precision of frozen weights, intervals, paths) may change. A run that an older version has written lacks the
+settings that came later; it has their defaults. Megatron's two kinds of optimizer keep their state
 under different keys and cannot load each other's."""
+
+
+_ADDED_LATER = SETTINGS_THAT_MUST_MATCH[SETTINGS_THAT_MUST_MATCH.index("train") :]
 
 
 @dataclass
@@ -59,6 +75,8 @@ class Start:
     """Whether training wrote the checkpoint and continues from it, rather than starting a new run from it."""
     data: list[dict[str, Any]]
     """What identifies the run's data: see `data_identity`."""
+    teacher: Checkpoint | None = None
+    """The teacher; None if there is none, or if it is the student's own frozen weights without their masks."""
 
     @property
     def iteration(self) -> int:
@@ -70,6 +88,27 @@ class Start:
         """Whether the checkpoint is one of those in `--save`, directly or through a link."""
         save, path = self.arguments.save, self.checkpoint.path
         return save is not None and Path(save).resolve() in (path.parent.resolve(), path.resolve().parent)
+
+    @property
+    def details_of_weights(self) -> dict[str, Any]:
+        """What a checkpoint's `maskllm.json` says of weights that are trained: their dtypes before training, and the teacher.
+
+        `weights` is the dtype of each trained tensor in the checkpoint that was first trained; it is one string if all are alike.
+        """
+        if not self.arguments.trains_weights:
+            return {}
+        before = self.checkpoint.info.details.get("weights_dtype")
+        if before is None:
+            tensors = self.checkpoint.tensors
+            dtypes = {
+                mapping.megatron: dtype_name(tensors[mapping.megatron].dtype)
+                for mapping in parameter_map(self.checkpoint.model_config)
+            }
+            before = dtypes if len(set(dtypes.values())) > 1 else next(iter(dtypes.values()))
+        details = {"weights_dtype": before}
+        if self.teacher is not None:
+            details["teacher"] = {"path": str(self.teacher.path.resolve()), "manifest": self.teacher.manifest_digest()}
+        return details
 
     @property
     def model_config(self) -> ModelConfig:
@@ -91,14 +130,16 @@ def resolve_start(arguments: TrainArguments, pattern: Pattern, *, say: Callable[
     if arguments.pretrained_checkpoint is not None and (path is None or not from_first_rank(holds_checkpoint(path))):
         path = arguments.pretrained_checkpoint
     checkpoint = _open_intact(path, fall_back=arguments.auto_fallback, say=say)
+    resumed = checkpoint.info.stage == "trained" and _settings(checkpoint).get("train") == arguments.train
     _check_can_start(checkpoint, arguments, pattern)
     data: list[dict[str, Any]] = []
     with raised_together():
         if is_first_rank():
             data = data_identity(arguments)
-    start = Start(arguments, checkpoint, checkpoint.info.stage == "trained", from_first_rank(data))
+    start = Start(arguments, checkpoint, resumed, from_first_rank(data))
     if start.resumed:
         _check_same_run(start)
+    start.teacher = _find_teacher(start, say)
     if arguments.save is not None and from_first_rank(
         holds_checkpoint(arguments.save) and not (start.resumed and start.lies_in_save)
     ):
@@ -133,9 +174,24 @@ def _open_intact(path: str, *, fall_back: bool, say: Callable[[str], None]) -> C
 
 
 def _check_can_start(checkpoint: Checkpoint, arguments: TrainArguments, pattern: Pattern) -> None:
-    """Raise MaskLLMError if masks with these arguments cannot be learned from this checkpoint."""
+    """Raise MaskLLMError if what `--train` names cannot be trained from this checkpoint."""
     info = checkpoint.info
     check_context(arguments.seq_length, checkpoint.model_config.context)
+    if info.pattern is not None and info.pattern != str(pattern):
+        raise MaskLLMError(f"{checkpoint.path}: its masks have pattern {info.pattern}; --pattern is {pattern}")
+    if arguments.train == "weights":
+        if info.stage == "dense":
+            raise MaskLLMError(
+                f"{checkpoint.path}: is a dense checkpoint, which has no masks to train the weights under; give it masks first, with "
+                "`maskllm prune` or --train masks"
+            )
+        return
+    if info.stage == "trained" and _settings(checkpoint).get("train") not in ("masks", arguments.train):
+        before = _settings(checkpoint)["train"]
+        raise MaskLLMError(
+            f"{checkpoint.path}: its run had --train {before}, whose weights are no longer the original's; --train {arguments.train} "
+            f"cannot start from them; resume it with --train {before}, or start from an earlier checkpoint"
+        )
     if info.stage == "trimmed":
         raise MaskLLMError(
             f"{checkpoint.path}: a trimmed checkpoint's weights have their zeros written in; start from the pruned one"
@@ -145,15 +201,56 @@ def _check_can_start(checkpoint: Checkpoint, arguments: TrainArguments, pattern:
             f"{checkpoint.path}: its weights have zeros written in (--update-weights), which no mask can bring back; start from one "
             "pruned without it"
         )
-    if info.pattern is not None and info.pattern != str(pattern):
-        raise MaskLLMError(f"{checkpoint.path}: its masks have pattern {info.pattern}; --pattern is {pattern}")
+
+
+def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The settings of the run that wrote a trained checkpoint; those that its version lacked have their defaults."""
+    stored = checkpoint.info.details.get("settings")
+    defaults = settings_of(TrainArguments())
+    return {**{name: defaults[name] for name in _ADDED_LATER}, **(stored if isinstance(stored, dict) else {})}
+
+
+def _find_teacher(start: Start, say: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint of the teacher; None if there is none, or if it is the student's own frozen weights.
+
+    It is `--teacher`, or else the dense weights that the run started from. All ranks call this. Raises MaskLLMError if there are none,
+    or if it is another teacher than the resumed run's or has another shape than the student.
+    """
+    arguments = start.arguments
+    if not arguments.distills or (arguments.teacher is None and not arguments.trains_weights):
+        return None
+    recorded = start.checkpoint.info.details.get("teacher") if start.resumed else None
+    path = arguments.teacher
+    if path is None and start.resumed:
+        path = recorded["path"]
+    if path is None:
+        checkpoint = start.checkpoint
+    else:
+        with raised_together():
+            checkpoint = resolve(path)
+        checkpoint.verify()
+    info, option = checkpoint.info, f"--teacher {checkpoint.path}"
+    is_dense = info.stage == "dense" or (info.stage == "pruned" and not info.details.get("update_weights"))
+    if not is_dense and not (info.stage == "trained" and _settings(checkpoint)["train"] == "masks"):
+        raise MaskLLMError(
+            f"{option}: its weights are not dense; a teacher is a dense checkpoint, such as `maskllm convert` writes; name it by --teacher"
+        )
+    if recorded is not None and checkpoint.manifest_digest() != recorded["manifest"]:
+        raise MaskLLMError(f"{option}: is not the teacher of the run in {start.checkpoint.path}, {recorded['path']}; name that one")
+    for name in ("num_layers", "hidden_size", "vocab_size"):
+        ours, theirs = getattr(start.model_config, name), getattr(checkpoint.model_config, name)
+        if ours != theirs:
+            raise MaskLLMError(f"{option}: has {name} {theirs}; wanted the student's, {ours}")
+    check_context(arguments.seq_length, checkpoint.model_config.context)
+    say(f"learning from the teacher {checkpoint.path}")
+    return checkpoint
 
 
 def _check_same_run(start: Start) -> None:
     """Raise MaskLLMError if settings or data are not those of the run that the checkpoint belongs to."""
     path, details = start.checkpoint.path, start.checkpoint.info.details
-    before = details.get("settings")
-    if not isinstance(before, dict) or not before.keys() >= set(SETTINGS_THAT_MUST_MATCH):
+    before = _settings(start.checkpoint)
+    if not before.keys() >= set(SETTINGS_THAT_MUST_MATCH):
         raise MaskLLMError(f"{path}: its maskllm.json lacks the settings of the run; it cannot be resumed")
     for name, now in settings_of(start.arguments).items():
         if before[name] != now:

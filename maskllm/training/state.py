@@ -13,14 +13,18 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from maskllm.checkpoints.info import CheckpointInfo
 from maskllm.checkpoints.reading import Checkpoint, load_model, load_tensors
-from maskllm.distributed import any_rank
+from maskllm.distributed import any_rank, raised_together
 from maskllm.environment.optional_parts import resolve_transformer_impl
+from maskllm.errors import MaskLLMError
 from maskllm.masking.sampler import MaskSampler
 from maskllm.megatron.build import build_model
-from maskllm.megatron.gpt import FrozenVocabularyGPTModel
+from maskllm.megatron.distillation import StudentAndTeacher
+from maskllm.megatron.gpt import MaskedGPTModel
 from maskllm.megatron.linears import attach_bits, attach_logits, masked_parameters
+from maskllm.megatron.loss import LossTerms
 from maskllm.training.optimizer import fit_adam_state
 from maskllm.training.start import Start, settings_of
+from maskllm.training.trainables import is_trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +32,7 @@ class TrainingState:
     """This rank's part of everything that the next step depends on."""
 
     start: Start
-    model: FrozenVocabularyGPTModel
+    model: MaskedGPTModel
     originals: dict[str, torch.Tensor]
     """The frozen tensors that the checkpoint stores in another type than training computes in: in that type, on the host, by name.
 
@@ -37,9 +41,11 @@ class TrainingState:
 
     @classmethod
     def load(cls, start: Start, sampler: MaskSampler) -> TrainingState:
-        """Build the model with weights and prior loaded, and with learnable logits.
+        """Build the model with weights and masks loaded: with learnable logits, or with fixed masks and zeros in the weights.
 
-        A new run's logits are drawn and, if there is a prior, moved toward it; `load_optimizer` loads those of a resumed run.
+        A new run's logits are those of the run that it starts from. If that has none, they are drawn and, if there is a prior, moved toward
+        it. `load_optimizer` loads the state of a resumed run. A new run with fixed masks has its start's masks, or the winners of its
+        start's logits.
         """
         arguments = start.arguments
         model = build_model(
@@ -49,16 +55,53 @@ class TrainingState:
             transformer_impl=resolve_transformer_impl(arguments.transformer_impl),
             recomputation=arguments.recomputation(),
         )
-        has_prior = start.checkpoint.info.has_prior
-        if has_prior:
+        masked = masked_parameters(model)
+        has_bits, has_logits = (
+            f"{masked[0].location.name}.{key}" in start.checkpoint.tensors for key in ("mask_bits", "mask_logits")
+        )
+        if has_bits:
             attach_bits(model)
+        if has_logits:
+            attach_logits(model, sampler, dtype=arguments.logits_dtype)
         load_model(start.checkpoint, model)
         originals = _load_originals(start.checkpoint, model)
-        attach_logits(model, sampler, dtype=arguments.logits_dtype)
-        if not start.resumed:
-            for parameter in masked_parameters(model):
-                parameter.reset(arguments.prior_strength if has_prior else None)
+        trained = [name for name in originals if is_trained(name, arguments)]
+        for name in trained:
+            del originals[name]
+        if arguments.trains_masks and not has_logits:
+            attach_logits(model, sampler, dtype=arguments.logits_dtype)
+            for parameter in masked:
+                parameter.reset(arguments.prior_strength if has_bits else None)
+        if not arguments.trains_masks:
+            for parameter in masked:
+                if has_logits:
+                    parameter.fix_winner()
+                parameter.write_zeros()
         return cls(start, model, originals)
+
+    def pair_with_teacher(self) -> StudentAndTeacher | None:
+        """The model with its teacher; None if no term of the loss needs one.
+
+        Raises MaskLLMError if a weight of the teacher is not finite.
+        """
+        arguments, checkpoint = self.start.arguments, self.start.teacher
+        if not arguments.distills:
+            return None
+        teacher = None
+        if checkpoint is not None:
+            teacher = build_model(
+                checkpoint.model_config,
+                params_dtype=arguments.dtype,
+                sequence_parallel=arguments.sequence_parallel,
+                transformer_impl=resolve_transformer_impl(arguments.transformer_impl),
+            ).eval()
+            load_model(checkpoint, teacher)
+            with raised_together():
+                for name, parameter in teacher.named_parameters():
+                    if not bool(torch.isfinite(parameter).all()):
+                        raise MaskLLMError(f"--teacher {checkpoint.path}: tensor {name} has values that are not finite")
+        terms = LossTerms(arguments.ce_loss_coeff, arguments.kl_loss_coeff, arguments.kl_temperature)
+        return StudentAndTeacher(self.model, teacher, terms, arguments.squarehead_loss_coeff)
 
     def load_optimizer(self, optimizer: MegatronOptimizer) -> None:
         """Read the logits and the optimizer's state of a resumed run, under any layout."""
@@ -83,7 +126,12 @@ class TrainingState:
             source=before.source,
             pattern=self.start.arguments.pattern,
             method=before.method,
-            details={"iteration": iteration, "settings": settings_of(self.start.arguments), "data": self.start.data},
+            details={
+                "iteration": iteration,
+                "settings": settings_of(self.start.arguments),
+                "data": self.start.data,
+                **self.start.details_of_weights,
+            },
         )
 
     def _sharded(self, optimizer: MegatronOptimizer, *, is_loading: bool) -> dict[str, Any]:
@@ -116,7 +164,7 @@ def _make_room(optimizer: MegatronOptimizer) -> None:
                 }
 
 
-def _load_originals(checkpoint: Checkpoint, model: FrozenVocabularyGPTModel) -> dict[str, torch.Tensor]:
+def _load_originals(checkpoint: Checkpoint, model: MaskedGPTModel) -> dict[str, torch.Tensor]:
     """The model's tensors that the checkpoint stores in another type than the model's, in that type."""
     wanted = {}
     for name, sharded in model.sharded_state_dict().items():

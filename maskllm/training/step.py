@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from maskllm.training.arguments import TrainArguments
 from maskllm.training.data import Batches
 from maskllm.training.micro_batches import MicroBatches
 from maskllm.training.surviving.stopping import Stopping
+from maskllm.training.trainables import MASK_LOGITS, ParameterGroup
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,10 @@ class StepResult:
     iteration: int
     """Which step it was, counted from 0."""
     sums: torch.Tensor
-    """This rank's fp32 (sum of losses, their number, sum of squares of masked weights, sum of maximum probabilities)."""
+    """This rank's fp32 result of `MicroBatches.run`, sum of squares of masked weights and sum of maximum probabilities."""
     grad_norm: float
-    learning_rate: float
+    learning_rates: dict[str, float]
+    """By the name of the group of parameters (`ParameterGroup.name`)."""
     skipped: bool = False
     """Whether the loss or a gradient was not finite on some rank, so that no rank updated anything."""
 
@@ -41,6 +44,7 @@ class Step:
     sampler: MaskSampler
     micro_batches: MicroBatches
     batches: Batches
+    groups: Sequence[ParameterGroup]
     optimizer: MegatronOptimizer
     lr_scheduler: OptimizerParamScheduler
     stopping: Stopping
@@ -55,7 +59,7 @@ class Step:
         sampler.scale = objective.schedule.scale(iteration)
         sampler.stats = torch.zeros(2, dtype=torch.float32, device=device())
         objective.set_step(iteration, self.micro_batches.count)
-        lr = self.optimizer.param_groups[0]["lr"]
+        learning_rates = self._set_learning_rates(iteration)
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         first = iteration * self.micro_batches.per_step
@@ -74,7 +78,22 @@ class Step:
             _, norm, _ = self.optimizer.step()
             grad_norm = float(norm)
         self.lr_scheduler.step(increment=self.arguments.global_batch_size)
-        return StepResult(iteration, sums, grad_norm, float(lr), skipped)
+        return StepResult(iteration, sums, grad_norm, learning_rates, skipped)
+
+    def _set_learning_rates(self, iteration: int) -> dict[str, float]:
+        """Hold the weights still before `--weights-start-iter`; returns each group's learning rate.
+
+        Weights that have no gradients and a rate of 0 keep their bits and their optimizer's moments of 0.
+        """
+        moves = iteration >= self.arguments.weights_start_iter
+        rates = {}
+        for group, settings in zip(self.groups, self.optimizer.param_groups, strict=True):
+            if group.name != MASK_LOGITS:
+                settings["lr"] = settings["lr"] if moves else 0.0
+                for parameter in group.parameters:
+                    parameter.requires_grad_(moves)
+            rates[group.name] = float(settings["lr"])
+        return rates
 
     def _not_finite(self, sums: torch.Tensor) -> str | None:
         """Which of this rank's losses and gradients, averaged over data-parallel ranks, is not finite; None if all are."""

@@ -8,7 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from maskllm.masking.parameter import MaskedParameter
+from maskllm.megatron.gpt import MaskedGPTModel
 from maskllm.training.arguments import TrainArguments
+
+MASK_LOGITS = "mask_logits"
+"""The name of the group of logits."""
 
 
 @dataclass(frozen=True)
@@ -21,18 +25,58 @@ class ParameterGroup:
     """The highest learning rate."""
     min_lr: float
     """The learning rate at the end."""
+    weight_decay: float
+    """Decoupled weight decay."""
     master_dtype: torch.dtype
     """The type of the numbers that the optimizer updates."""
 
 
-def parameter_groups(arguments: TrainArguments, masked: Sequence[MaskedParameter]) -> list[ParameterGroup]:
-    """The groups that a run trains: the mask logits of `masked`."""
-    return [
-        ParameterGroup(
-            "mask_logits",
-            tuple(parameter.logits for parameter in masked),
-            lr=arguments.lr,
-            min_lr=arguments.min_lr,
-            master_dtype=arguments.logits_dtype,
+def parameter_groups(arguments: TrainArguments, model: MaskedGPTModel, masked: Sequence[MaskedParameter]) -> list[ParameterGroup]:
+    """The groups that a run trains, in the order of Megatron's optimizer: the logits of `masked`, and the weights, norms and biases.
+
+    `--train-embeddings` adds the embeddings and the output layer to the weights, and the final norm to the norms. All other parameters
+    of `model` are frozen.
+    """
+    groups = []
+    if arguments.trains_masks:
+        groups.append(
+            ParameterGroup(
+                MASK_LOGITS,
+                tuple(parameter.logits for parameter in masked),
+                lr=arguments.lr,
+                min_lr=arguments.min_lr,
+                weight_decay=arguments.weight_decay,
+                master_dtype=arguments.logits_dtype,
+            )
         )
-    ]
+    if arguments.trains_weights:
+        trained = [parameter for name, parameter in model.named_parameters() if is_trained(name, arguments)]
+        decay = arguments.weights_weight_decay
+        # Megatron sorts its groups by their settings, and groups with the same settings are one.
+        parts = {
+            "norms_and_biases": [each for each in trained if each.dim() == 1],
+            "weights": [each for each in trained if each.dim() > 1],
+        }
+        for name, members in parts.items() if decay else {"weights": trained}.items():
+            groups.append(
+                ParameterGroup(
+                    name,
+                    tuple(members),
+                    lr=arguments.weights_lr,
+                    min_lr=arguments.weights_min_lr,
+                    weight_decay=decay if name == "weights" else 0.0,
+                    master_dtype=torch.float32,
+                )
+            )
+    for parameter in (parameter for group in groups for parameter in group.parameters):
+        parameter.requires_grad_()
+    return groups
+
+
+def is_trained(name: str, arguments: TrainArguments) -> bool:
+    """Whether the parameter `name` is a weight, a norm or a bias that this run trains."""
+    return (
+        arguments.trains_weights
+        and not name.endswith(".mask_logits")
+        and (name.startswith("decoder.layers.") or arguments.train_embeddings)
+    )

@@ -12,7 +12,7 @@ from maskllm.distributed import device
 from maskllm.masking.parameter import MaskedParameter, use_winners
 from maskllm.masking.sampler import VALIDATION_SAMPLES, MaskSampler
 from maskllm.training.data import Batches
-from maskllm.training.micro_batches import MicroBatches, mean_loss
+from maskllm.training.micro_batches import MeanLosses, MicroBatches, mean_losses
 from maskllm.training.surviving.stopping import Stopping
 
 
@@ -29,24 +29,32 @@ class Validation:
     stopping: Stopping
 
     def __call__(self) -> dict[str, float] | None:
-        """The mean losses, the same on every rank; None if a signal stopped the validation."""
+        """The mean losses, the same on every rank; None if a signal stopped the validation.
+
+        Losses with sampled masks are called "sampled", with the winners or the fixed masks "winner".
+        """
         self.sampler.stats = None
         self.sampler.weight_reg = 0.0
         self.model.eval()
         try:
             means = {}
-            for name, masks in (("loss_sampled", contextlib.nullcontext()), ("loss_winner", use_winners(self.masked))):
+            kinds = {"sampled": contextlib.nullcontext(), "winner": use_winners(self.masked)}
+            if self.masked[0].logits is None:
+                del kinds["sampled"]
+            for name, masks in kinds.items():
                 with masks:
-                    mean = self._mean_loss()
+                    mean = self._mean_losses()
                 if mean is None:
                     return None
-                means[name] = mean
+                means[f"loss_{name}"] = mean.cross_entropy
+                if self.micro_batches.objective.pair is not None:
+                    means |= {f"kl_{name}": mean.kl, f"squarehead_{name}": mean.squarehead}
             return means
         finally:
             self.model.train()
 
-    def _mean_loss(self) -> float | None:
-        losses = torch.zeros(2, dtype=torch.float64, device=device())
+    def _mean_losses(self) -> MeanLosses | None:
+        losses = torch.zeros(4, dtype=torch.float64, device=device())
         for batch in range(self.eval_iters):
             first = batch * self.micro_batches.per_step
             with torch.no_grad():
@@ -58,4 +66,4 @@ class Validation:
                 )
             if self.stopping.agree_on_signals():
                 return None
-        return mean_loss(losses)
+        return mean_losses(losses)

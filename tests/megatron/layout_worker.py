@@ -19,7 +19,7 @@ from maskllm.checkpoints.saving import CheckpointSaver
 from maskllm.errors import MaskLLMError
 from maskllm.families.model_config import ModelConfig
 from maskllm.megatron.build import build_model
-from maskllm.megatron.gpt import FrozenVocabularyGPTModel
+from maskllm.megatron.gpt import MaskedGPTModel
 from maskllm.megatron.process_groups import parallel_processes
 from maskllm.megatron.transformer_config import gpt_model_arguments, set_rotary_frequencies, transformer_config
 
@@ -48,7 +48,7 @@ def logits(model: GPTModel, tokens: torch.Tensor, vocab_size: int) -> torch.Tens
         if not parallel_state.is_pipeline_last_stage():
             dist.send(output, parallel_state.get_pipeline_model_parallel_next_rank())
             return None
-        if isinstance(model, FrozenVocabularyGPTModel):
+        if isinstance(model, MaskedGPTModel):
             return output
         return tensor_parallel.gather_from_tensor_model_parallel_region(output)[..., :vocab_size]
 

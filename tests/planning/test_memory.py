@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.plan_memory import make_inputs, measure
 from maskllm.masking import parameter as masked_parameter
 from maskllm.megatron.build import build_model
-from maskllm.megatron.gpt import FrozenVocabularyGPTModel
+from maskllm.megatron.gpt import MaskedGPTModel
 from maskllm.megatron.linears import masked_linears
 from maskllm.megatron.process_groups import parallel_processes
 from maskllm.ops import masked_weight
@@ -89,7 +89,7 @@ def test_recomputed_masked_weights_are_not_kept(recomputed, monkeypatch):
         alive.append(sum(not storage.expired() for storage in drawn))
         return losses
 
-    monkeypatch.setattr(FrozenVocabularyGPTModel, "forward", _then(FrozenVocabularyGPTModel.forward, count))
+    monkeypatch.setattr(MaskedGPTModel, "forward", _then(MaskedGPTModel.forward, count))
     arguments = TrainArguments(seq_length=16, **SELECTIVE, recompute_modules=["masked_weight"] if recomputed else ["core_attn"])
     with parallel_processes():
         kept(config_of(LLAMA), arguments)
