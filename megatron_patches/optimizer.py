@@ -24,9 +24,7 @@ def mixed_precision_states_are_found_by_all_parameters() -> None:
     @functools.wraps(upstream)
     def sharded_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
         float16_groups = self.float16_groups
-        self.float16_groups = [
-            float16 + fp32 for float16, fp32 in zip(float16_groups, self.fp32_from_fp32_groups, strict=True)
-        ]
+        self.float16_groups = [float16 + fp32 for float16, fp32 in zip(float16_groups, self.fp32_from_fp32_groups, strict=True)]
         try:
             state = upstream(self, *args, **kwargs)
         finally:

@@ -43,10 +43,11 @@ class TrimReport:
 def trim(load: str | Path, output: str | Path) -> TrimReport:
     """Write the checkpoint `load`, trained or pruned, to OUTPUT/release with its final masks applied to the weights.
 
-    Removed weights become zero; kept weights keep their bits, or, if they were trained, have the dtype that they had before. Each mask is stored beside its weight as `mask_bits`. Logits,
-    optimizer state and training state are left out. The final mask of a trained block is the candidate with the largest logit, the
-    lowest index of equals. The final masks of a pruned checkpoint are its one-shot masks. Raises MaskLLMError if the checkpoint is
-    of another stage, or if a tensor is missing or has another shape than the config asks for.
+    Removed weights become zero. Kept weights keep their bits; if they were trained, they are the fp32 masters, rounded once to the dtype
+    that they had before. Each mask is stored beside its weight as `mask_bits`. Logits, optimizer state and training state are left out.
+    The final mask of a trained block is the candidate with the largest logit, the lowest index of equals. The final masks of a pruned
+    checkpoint, and of a run that trained the weights alone, are the fixed ones. Raises MaskLLMError if the checkpoint is of another
+    stage, or if a tensor is missing or has another shape than the config asks for.
     """
     checkpoint = resolve(load)
     if checkpoint.info.stage not in ("trained", "pruned"):

@@ -13,7 +13,7 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
 )
 
-from maskllm.megatron.loss import Losses, LossTerms, linear_losses, softcap
+from maskllm.megatron.loss import CROSS_ENTROPY, Losses, LossTerms, linear_losses, softcap
 
 
 class MaskedGPTModel(GPTModel):
@@ -73,7 +73,7 @@ class MaskedGPTModel(GPTModel):
         hidden: torch.Tensor,
         labels: torch.Tensor,
         *,
-        terms: LossTerms = LossTerms(),
+        terms: LossTerms = CROSS_ENTROPY,
         teacher: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> Losses:
         """The losses of `hidden_states`' result on the last stage.

@@ -27,6 +27,10 @@ class LossTerms:
     """T. Both distributions are softmax(logits / T)."""
 
 
+CROSS_ENTROPY = LossTerms()
+"""The cross-entropy alone."""
+
+
 class Losses(NamedTuple):
     """The losses of a micro-batch."""
 
@@ -176,7 +180,7 @@ def linear_losses(
     vocab_size: int,
     cap: float | None = None,
     *,
-    terms: LossTerms = LossTerms(),
+    terms: LossTerms = CROSS_ENTROPY,
     teacher: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Losses:
     """The loss of each token: cross-entropy and, with a teacher, the divergence from its predictions (arXiv 2310.06927, section 3).

@@ -24,8 +24,9 @@ class Objective:
     """Cross-entropy and what a teacher adds to it, minus the sparse weight regularization, lambda_t * sum over masked layers of
     ||W * m||^2.
 
-    The model computes the first two (`maskllm.megatron.loss`, `maskllm.megatron.distillation`). The regularization needs no tensor of its own: the backward pass of the masked weight (`maskllm.ops.masked_weight`) adds its gradient,
-    and the draws add up its value in `MaskSampler.stats`.
+    The model computes the first two (`maskllm.megatron.loss`, `maskllm.megatron.distillation`). The regularization needs no tensor of
+    its own: the backward pass of the masked weight (`maskllm.ops.masked_weight`) adds its gradient, and the draws add up its value in
+    `MaskSampler.stats`.
     """
 
     def __init__(

@@ -31,8 +31,8 @@ def build_optimizer(
 ) -> MegatronOptimizer:
     """Build the optimizer of `groups`, which hold all trained parameters of `model`. One norm over all of them is clipped.
 
-    Parameters in bf16 have fp32 masters (Megatron's mixed-precision optimizer). Returns Megatron's optimizer if logits and moments are all fp32, and `LogitsOptimizer` otherwise. `masked` are the masked weights
-    that own the logits among the parameters.
+    Parameters in bf16 have fp32 masters (Megatron's mixed-precision optimizer). Returns Megatron's optimizer if logits and moments are
+    all fp32, and `LogitsOptimizer` otherwise. `masked` are the masked weights that own the logits among the parameters.
     """
     first = groups[0]
     config = OptimizerConfig(

@@ -1,13 +1,15 @@
-"""The chunked loss against torch's cross-entropy, alone and with the vocabulary split over two ranks."""
+"""The chunked losses against torch's, alone and with the vocabulary split over two ranks."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from maskllm.megatron import loss as loss_module
-from maskllm.megatron.loss import frozen_linear_cross_entropy
+from maskllm.megatron.loss import LossTerms, linear_losses
 
 TOKENS, HIDDEN, VOCABULARY = 23, 16, 48
 
@@ -22,23 +24,39 @@ class OneRank:
         return 1
 
 
-def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+@dataclass
+class Problem:
+    """Two models' hidden states and output matrices in fp64."""
+
+    hidden: torch.Tensor
+    weight: torch.Tensor
+    labels: torch.Tensor
+    teacher: tuple[torch.Tensor, torch.Tensor]
+
+
+def problem() -> Problem:
     generator = torch.Generator().manual_seed(3)
-    hidden = torch.randn(TOKENS, HIDDEN, generator=generator, dtype=torch.float64)
-    weight = torch.randn(VOCABULARY, HIDDEN, generator=generator, dtype=torch.float64)
+    hidden, weight, their_hidden, their_weight = (
+        torch.randn(rows, HIDDEN, generator=generator, dtype=torch.float64) for rows in (TOKENS, VOCABULARY) * 2
+    )
     labels = torch.randint(VOCABULARY, (TOKENS,), generator=generator)
-    scale = torch.rand(TOKENS, generator=generator)
-    return hidden, weight, labels, scale
+    return Problem(hidden, weight, labels, (their_hidden, their_weight))
 
 
-def expected(cap: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    hidden, weight, labels, scale = problem()
-    hidden.requires_grad_()
-    logits = hidden @ weight.t()
-    logits = logits if cap is None else cap * torch.tanh(logits / cap)
-    losses = F.cross_entropy(logits, labels, reduction="none")
-    (losses * scale).sum().backward()
-    return losses.detach(), hidden.grad
+def expected(terms: LossTerms, cap: float | None = None) -> list[torch.Tensor]:
+    """Mean loss, cross-entropies, divergences, and the gradients of hidden states and output matrix, by whole tensors in fp64."""
+
+    def logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        product = hidden @ weight.t()
+        return product if cap is None else cap * torch.tanh(product / cap)
+
+    given = problem()
+    inputs = [given.hidden.requires_grad_(), given.weight.requires_grad_()]
+    ours, theirs, t = logits(*inputs), logits(*given.teacher), terms.temperature
+    ce = F.cross_entropy(ours, given.labels, reduction="none")
+    kl = t**2 * F.kl_div((ours / t).log_softmax(-1), (theirs / t).log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    mean = (terms.ce * ce + terms.kl * kl).mean()
+    return [mean.detach(), ce.detach(), kl.detach(), *torch.autograd.grad(3 * mean, inputs)]
 
 
 def padded(weight: torch.Tensor, rows: int) -> torch.Tensor:
@@ -46,33 +64,69 @@ def padded(weight: torch.Tensor, rows: int) -> torch.Tensor:
     return torch.cat([weight, 1e3 * torch.ones(rows, HIDDEN)])
 
 
+def found(terms: LossTerms, padding: int, cap: float | None, group: object, ranks: int = 1) -> list[torch.Tensor]:
+    """What `expected` gives, from this rank's rows of the output matrices; the gradient of the hidden states is this rank's part."""
+    given = problem()
+    hidden = given.hidden.float().requires_grad_()
+    weight, their_weight = (padded(each.float(), padding).chunk(ranks)[group.rank()] for each in (given.weight, given.teacher[1]))
+    weight = weight.clone().requires_grad_()
+    teacher = (given.teacher[0].float(), their_weight) if terms.kl else None
+    losses = linear_losses(hidden, weight, given.labels, group, VOCABULARY, cap, terms=terms, teacher=teacher)
+    gradients = torch.autograd.grad(3 * losses.mean, [hidden, weight])
+    return [part.detach() for part in (*losses, *gradients)]
+
+
+ALONE = LossTerms()
+TERMS = [ALONE, LossTerms(0.0, 1.0), LossTerms(0.5, 0.7, 3.0)]
+
+
+def assert_equal(found: list[torch.Tensor], wanted: list[torch.Tensor], terms: LossTerms) -> None:
+    for name, one, other in zip(("mean", "ce", "kl", "of hidden", "of weight"), found, wanted, strict=True):
+        if terms.kl or name != "kl":
+            torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("terms", TERMS, ids=str)
 @pytest.mark.parametrize("cap", [None, 2.0])
 @pytest.mark.parametrize("padding", [0, 80])
 @pytest.mark.parametrize("chunk_logits", [VOCABULARY, 5 * VOCABULARY, 1 << 25])
-def test_the_loss_and_its_gradient_are_those_of_cross_entropy(monkeypatch, chunk_logits, padding, cap):
+def test_the_losses_and_their_gradients_are_those_of_whole_tensors(monkeypatch, chunk_logits, padding, cap, terms):
     monkeypatch.setattr(loss_module, "MAX_CHUNK_LOGITS", chunk_logits)
-    hidden, weight, labels, scale = problem()
-    hidden = hidden.float().requires_grad_()
-    losses = frozen_linear_cross_entropy(hidden, padded(weight.float(), padding), labels, OneRank(), VOCABULARY, cap)
-    (losses * scale).sum().backward()
-    expected_losses, expected_gradient = expected(cap)
-    torch.testing.assert_close(losses.double(), expected_losses, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(hidden.grad.double(), expected_gradient, rtol=1e-5, atol=1e-5)
+    result = found(terms, padding, cap, OneRank())
+    result[-1] = result[-1][:VOCABULARY]
+    assert_equal(result, expected(terms, cap), terms)
+
+
+def test_a_teacher_that_predicts_the_same_has_no_divergence():
+    given = problem()
+    hidden, weight = given.hidden.float().requires_grad_(), given.weight.float()
+    same = (hidden.detach(), weight)
+    losses = linear_losses(hidden, weight, given.labels, OneRank(), VOCABULARY, terms=LossTerms(0.0, 1.0), teacher=same)
+    losses.mean.backward()
+    assert losses.kl.abs().max() < 1e-5
+    assert hidden.grad.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("terms", TERMS, ids=str)
+def test_chunks_of_all_tensors_together_hold_at_most_two_of_the_largest(monkeypatch, terms):
+    """With a teacher there are up to five tensors of a chunk's size; their sizes add up to twice MAX_CHUNK_LOGITS at most."""
+    monkeypatch.setattr(loss_module, "MAX_CHUNK_LOGITS", 12 * VOCABULARY)
+    sizes = []
+    exp = torch.Tensor.exp_
+    monkeypatch.setattr(torch.Tensor, "exp_", lambda logits: sizes.append(logits.shape[0]) or exp(logits))
+    found(terms, 0, None, OneRank())
+    tensors = 1 if terms.kl == 0 else 4 + (terms.temperature != 1)
+    assert max(sizes) == (12 if terms.kl == 0 else 24 // tensors)
 
 
 def test_large_logits_stay_finite():
     hidden = torch.tensor([[1e4, -1e4]], requires_grad=True)
     weight = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-    losses = frozen_linear_cross_entropy(hidden, weight, torch.tensor([1]), OneRank(), 3)
-    losses.sum().backward()
-    assert losses.item() == pytest.approx(2e4)
+    teacher = (-hidden.detach(), weight)
+    losses = linear_losses(hidden, weight, torch.tensor([1]), OneRank(), 3, terms=LossTerms(1.0, 1.0), teacher=teacher)
+    losses.mean.backward()
+    assert losses.cross_entropy.item() == losses.kl.item() == pytest.approx(2e4)
     assert hidden.grad.isfinite().all()
-
-
-def test_a_trainable_output_matrix_is_refused():
-    weight = torch.zeros(4, 2, requires_grad=True)
-    with pytest.raises(ValueError, match="frozen"):
-        frozen_linear_cross_entropy(torch.zeros(1, 2), weight, torch.zeros(1, dtype=torch.long), OneRank(), 4)
 
 
 @pytest.mark.slow
@@ -84,17 +138,13 @@ def _rank_main() -> None:
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
-    hidden, weight, labels, scale = problem()
-    hidden = hidden.float().requires_grad_()
-    expected_losses, expected_gradient = expected()
-    for padding in (0, 2, 80):  # with 80 rows of padding the second rank has nothing else
-        hidden.grad = None
-        half = padded(weight.float(), padding).chunk(2)[dist.get_rank()]
-        losses = frozen_linear_cross_entropy(hidden, half, labels, dist.group.WORLD, VOCABULARY)
-        (losses * scale).sum().backward()
-        dist.all_reduce(hidden.grad)
-        torch.testing.assert_close(losses.detach().double(), expected_losses, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(hidden.grad.double(), expected_gradient, rtol=1e-5, atol=1e-5)
+    for terms in TERMS:
+        for padding in (0, 2, 80):  # with 80 rows of padding the second rank has nothing else
+            parts = found(terms, padding, 2.0, dist.group.WORLD, ranks=2)
+            dist.all_reduce(parts[3])
+            whole = torch.empty(2 * parts[4].shape[0], HIDDEN)
+            dist.all_gather_into_tensor(whole, parts[4])
+            assert_equal([*parts[:4], whole[:VOCABULARY]], expected(terms, 2.0), terms)
     dist.destroy_process_group()
 
 

@@ -10,10 +10,11 @@ from maskllm.masking.draw import Draw, open_draw
 from maskllm.masking.parameter import Location, MaskedParameter
 from maskllm.masking.sampler import MaskSampler
 from maskllm.masking.schedules import AnnealingSchedule
+from maskllm.megatron.loss import Losses
 from maskllm.ops import NoiseKey, ShardMap, philox_key
 from maskllm.ops.noise import gumbel
 from maskllm.patterns import Pattern
-from maskllm.training.objective import CROSS_ENTROPY, Objective
+from maskllm.training.objective import Objective
 
 VOCABULARY, IN, SAMPLES = 5, 12, (6, 7)
 SCALE, TEMPERATURE = 3.0, 0.8
@@ -36,7 +37,7 @@ def parameter() -> MaskedParameter:
 
 @pytest.fixture
 def objective(parameter) -> Objective:
-    objective = Objective(AnnealingSchedule(STEPS, weight_reg=WEIGHT_REG), parameter.sampler)
+    objective = Objective(AnnealingSchedule(STEPS, weight_reg=WEIGHT_REG), parameter.sampler, 1.0, None)
     objective.set_step(STEP, num_microbatches=len(SAMPLES))
     return objective
 
@@ -53,6 +54,10 @@ def cross_entropies(weight: torch.Tensor, sample: int) -> torch.Tensor:
     return F.cross_entropy(outputs.flatten(0, 1), labels.flatten(), reduction="none").view(2, 4)
 
 
+def losses(token_losses: torch.Tensor) -> Losses:
+    return Losses(token_losses.mean(), token_losses.detach(), torch.zeros_like(token_losses))
+
+
 def masked_weight(parameter: MaskedParameter, logits: torch.Tensor, sample: int) -> torch.Tensor:
     """W * m by MaskLLM's equations: m = softmax((kappa * l + g) / tau) @ S."""
     key = NoiseKey(philox_key(1, "layer"), sample, ShardMap(IN // 4))
@@ -64,7 +69,7 @@ def masked_weight(parameter: MaskedParameter, logits: torch.Tensor, sample: int)
 def test_the_gradient_is_that_of_cross_entropy_minus_the_regularizer(parameter, objective):
     for sample in SAMPLES:
         with open_draw(Draw(sample)), parameter.weight_for_product() as weight:
-            loss, _ = objective.micro_batch(cross_entropies(weight, sample))
+            loss, _ = objective.micro_batch(losses(cross_entropies(weight, sample)))
         (loss / len(SAMPLES)).backward()  # Megatron's schedules divide
 
     logits = parameter.logits.detach().double().requires_grad_()
@@ -91,6 +96,12 @@ def test_the_reported_regularizer_is_a_mean_over_draws_and_steps(parameter, obje
 
 def test_the_report_keeps_the_cross_entropy_when_the_loss_is_divided_in_place(parameter, objective):
     token_losses = cross_entropies(parameter.weight, 1)
-    loss, report = objective.micro_batch(token_losses)
+    loss, report = objective.micro_batch(losses(token_losses))
     loss /= 4
-    assert report == {CROSS_ENTROPY: token_losses.mean()}
+    assert report.cross_entropy == token_losses.mean()
+
+
+def test_the_cross_entropy_is_weighted(parameter):
+    objective = Objective(AnnealingSchedule(STEPS), parameter.sampler, 0.25, None)
+    loss, report = objective.micro_batch(losses(cross_entropies(parameter.weight, 1)))
+    assert loss == 0.25 * report.cross_entropy

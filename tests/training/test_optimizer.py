@@ -41,10 +41,10 @@ def test_two_groups_move_at_their_own_rates(options, model):
     """Adam's first step without epsilon moves an entry by the learning rate, whatever its gradient's size."""
     arguments = dataclasses.replace(ARGUMENTS, **options)
     masked = masked_parameters(model)
-    (all_logits,) = parameter_groups(arguments, masked)
+    (all_logits,) = parameter_groups(arguments, model, masked)
     groups = [
         dataclasses.replace(all_logits, parameters=all_logits.parameters[:3]),
-        ParameterGroup("other", all_logits.parameters[3:], lr=0.02, min_lr=0.004, master_dtype=torch.float32),
+        ParameterGroup("other", all_logits.parameters[3:], lr=0.02, min_lr=0.004, weight_decay=0.0, master_dtype=torch.float32),
     ]
     wrapped = data_parallel(arguments, model)
     optimizer = build_optimizer(arguments, groups, masked, wrapped)
@@ -71,7 +71,7 @@ def test_one_group_is_what_megatron_makes_of_the_whole_model(model):
     wrapped = data_parallel(ARGUMENTS, model)
     config = OptimizerConfig(lr=0.1, min_lr=0.01, weight_decay=0.0, adam_beta2=0.95, adam_eps=0.0, clip_grad=0.0)
     (expected,) = get_megatron_optimizer(config, [wrapped]).param_groups
-    (found,) = build_optimizer(ARGUMENTS, parameter_groups(ARGUMENTS, masked), masked, wrapped).param_groups
+    (found,) = build_optimizer(ARGUMENTS, parameter_groups(ARGUMENTS, model, masked), masked, wrapped).param_groups
     assert len(found["params"]) == len(masked) == 4 * 4
     assert {id(parameter) for parameter in found["params"]} == {id(one.logits) for one in masked}
     assert found.pop("fused") and found["lr"] == 0.1
@@ -82,7 +82,7 @@ def test_one_group_is_what_megatron_makes_of_the_whole_model(model):
 def test_low_precision_takes_this_projects_optimizer(name, value, model):
     arguments = dataclasses.replace(ARGUMENTS, **{name: value})
     masked = masked_parameters(model)
-    optimizer = build_optimizer(arguments, parameter_groups(arguments, masked), masked, data_parallel(arguments, model))
+    optimizer = build_optimizer(arguments, parameter_groups(arguments, model, masked), masked, data_parallel(arguments, model))
     assert isinstance(optimizer, LogitsOptimizer)
     assert optimizer.param_groups[0]["lr"] == 0.1
 
@@ -96,7 +96,7 @@ def test_no_optimizer_refuses_a_gradient_that_is_not_finite(options, clip_grad, 
     arguments = dataclasses.replace(ARGUMENTS, clip_grad=clip_grad, **options)
     masked = masked_parameters(model)
     wrapped = data_parallel(arguments, model)
-    optimizer = build_optimizer(arguments, parameter_groups(arguments, masked), masked, wrapped)
+    optimizer = build_optimizer(arguments, parameter_groups(arguments, model, masked), masked, wrapped)
     wrapped.zero_grad_buffer()
     masked[0].logits.main_grad.fill_(torch.nan)
     wrapped.finish_grad_sync()

@@ -1,0 +1,199 @@
+"""Training the weights: under fixed masks, or with the masks; against the dense teacher; under every layout; resumed; exported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from maskllm import train
+from maskllm.checkpoints.finding import LATEST
+from maskllm.checkpoints.reading import resolve
+from maskllm.cli import main
+from maskllm.families.registry import parameter_map
+from maskllm.ops import winner_mask
+from maskllm.patterns import Pattern, unpack_mask
+from tests.training.conftest import arguments, metrics
+
+STEPS = 6
+TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
+LAYOUTS = {
+    "tp2_sequence_parallel": (2, TP2 | {"sequence_parallel": True}),
+    "pp2": (2, PP2),
+    "dp2_distributed_optimizer": (2, {"use_distributed_optimizer": True}),
+    "tp2_pp2": (4, TP2 | PP2),
+}
+ALONE = ("pp2", "dp2_distributed_optimizer")
+"""Layouts for -m long: the others combine them, and the runs that are resumed have two data-parallel ranks."""
+OPTIONS = {
+    "steps": STEPS, "save_interval": 3, "eval_iters": 1, "eval_interval": 3, "split": "80,20,0", "weights_lr": 0.003,
+    "weights_weight_decay": 0.01, "ce_loss_coeff": 0.5, "kl_loss_coeff": 0.5, "kl_temperature": 2.0, "squarehead_loss_coeff": 0.1,
+}  # fmt: skip
+TRAINED = {
+    "masks": {},
+    "weights": {"train_embeddings": True},
+    "both": {"weights_start_iter": 2},
+}
+TERMS = ("loss", "kl", "squarehead")
+
+
+def options(trained: str, **more: object) -> dict[str, object]:
+    """The options of a run with `--train trained`."""
+    weights = {name for name in OPTIONS if name.startswith("weights_")} if trained == "masks" else set()
+    return {name: value for name, value in OPTIONS.items() if name not in weights} | TRAINED[trained] | {"train": trained} | more
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory, ranks, tiny_dataset, tiny_pruned):
+    """Runs of one process in fp32, by what is trained."""
+    runs: dict[str, Path] = {}
+
+    def run(trained: str) -> Path:
+        if trained not in runs:
+            runs[trained] = tmp_path_factory.mktemp(trained) / "single"
+            ranks(1, "maskllm.train", *arguments(runs[trained], tiny_dataset, tiny_pruned, **options(trained)))
+        return runs[trained]
+
+    return run
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    checkpoint = resolve(path)
+    return {name: checkpoint.tensors[name].load() for name in checkpoint.tensors}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same losses to fp32 rounding, and the same weights and masks."""
+    for kind, keys in (("train", (*TERMS, "grad_norm")), ("validation", tuple(f"{term}_winner" for term in TERMS))):
+        expected, found = metrics(one, kind), metrics(other, kind)
+        assert len(expected) == len(found) > 0
+        for first, second in zip(expected, found, strict=True):
+            for key in keys:
+                assert second[key] == pytest.approx(first[key], rel=1e-4 if key == "grad_norm" else 2e-5), (first["iteration"], key)
+    first, second = tensors(one), tensors(other)
+    for name in first.keys() & second.keys():
+        if not name.startswith("optimizer"):
+            assert torch.isclose(first[name].float(), second[name].float(), rtol=1e-3, atol=1e-4).float().mean() > 0.999, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", TRAINED)
+@pytest.mark.parametrize("layout", [pytest.param(name, marks=[pytest.mark.long] * (name in ALONE)) for name in LAYOUTS])
+def test_a_layout_gives_the_run_of_a_single_process(layout, trained, single, ranks, tmp_path, tiny_dataset, tiny_pruned):
+    processes, sizes = LAYOUTS[layout]
+    ranks(processes, "maskllm.train", *arguments(tmp_path / "run", tiny_dataset, tiny_pruned, **options(trained, **sizes)))
+    first, *_, last = metrics(single(trained))
+    assert last["loss"] < first["loss"], "the run learns too little to tell layouts apart"
+    assert_same_run(single(trained), tmp_path / "run")
+
+
+def test_weights_that_a_fixed_mask_removes_stay_zero_and_the_others_move(single, tiny_pruned):
+    before, after = tensors(tiny_pruned), tensors(single("weights"))
+    for name, weight in before.items():
+        bits = before.get(f"{name.removesuffix('.weight')}.mask_bits")
+        if bits is not None:
+            mask = unpack_mask(bits, weight.shape[1])
+            assert torch.equal(after[name] != 0, mask & (after[name] != 0))
+            assert (after[name][mask] != weight.float()[mask]).float().mean() > 0.9, name
+            assert torch.equal(after[f"{name.removesuffix('.weight')}.mask_bits"], bits)
+        elif not name.endswith("mask_bits"):
+            assert not torch.equal(after[name], weight.float()), f"{name} has not moved"
+
+
+def test_masks_learn_alone_before_the_weights_start(single):
+    rates = [line["weights_learning_rate"] for line in metrics(single("both"))]
+    assert rates[:2] == [0, 0]
+    assert all(rate > 0 for rate in rates[2:])
+
+
+def test_frozen_weights_learn_from_themselves_without_masks(single, tiny_pruned):
+    before, after = tensors(tiny_pruned), tensors(single("masks"))
+    assert all(torch.equal(after[name], weight) for name, weight in before.items()), "a frozen tensor has changed"
+    assert "teacher" not in resolve(single("masks")).info.details
+    assert all(line["kl"] > 0 and line["squarehead"] > 0 for line in metrics(single("masks")))
+
+
+@pytest.mark.parametrize(
+    ("trained", "more"),
+    [("both", {}), ("weights", {"use_distributed_optimizer": True}), pytest.param("weights", {}, marks=pytest.mark.long)],
+)
+def test_a_resumed_run_in_bf16_has_the_bits_of_an_uninterrupted_one(trained, more, ranks, tmp_path, tiny_dataset, tiny_pruned):
+    """Weights, fp32 masters, moments and logits."""
+    run = options(trained, params_dtype="bf16", **more)
+    save = tmp_path / "run"
+    ranks(2, "maskllm.train", *arguments(save, tiny_dataset, tiny_pruned, **run))
+    whole = tensors(save)
+    assert any("param.decoder" in name for name in whole), "no masters are saved"
+    resolve(save).path.rename(tmp_path / "whole")
+    (save / LATEST).write_text("3\n")
+    ranks(2, "maskllm.train", *arguments(save, tiny_dataset, tiny_pruned, **run))
+    again = tensors(save)
+    assert whole.keys() == again.keys()
+    assert [name for name, tensor in whole.items() if not torch.equal(tensor, again[name])] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trained", ["weights", "both"])
+def test_trained_weights_are_exported_in_their_first_dtype(trained, ranks, tmp_path, tiny_dataset, tiny_pruned):
+    """The tiny model is in bf16. Its masters are rounded once, and zeros are where the masks say."""
+    run = options(trained, params_dtype="bf16")
+    ranks(1, "maskllm.train", *arguments(tmp_path / "run", tiny_dataset, tiny_pruned, **run))
+    for verb, *paths in (
+        ("trim", "--load", tmp_path / "run", "--output", tmp_path / "trimmed"),
+        ("export", "--load", tmp_path / "trimmed", "--output", tmp_path / "hf", "--mask-file", tmp_path / "masks.npz"),
+    ):
+        assert main([verb, *map(str, paths)]) == 0
+    stored, config = tensors(tmp_path / "run"), resolve(tmp_path / "run").model_config
+    exported = load_file(tmp_path / "hf" / "model.safetensors")
+    dtype = resolve(tiny_pruned).tensors["embedding.word_embeddings.weight"].dtype
+    for mapping in parameter_map(config):
+        master = stored.get(f"optimizer.state.fp32_param.{mapping.megatron}", stored[mapping.megatron])
+        if mapping.linear is not None:
+            bits = stored.get(f"{mapping.linear}.mask_bits")
+            logits = stored.get(f"{mapping.linear}.mask_logits")
+            mask = unpack_mask(bits, master.shape[1]) if logits is None else winner_mask(logits, Pattern(2, 4))
+            master = master * mask
+            assert torch.equal((master != 0) & ~mask, torch.zeros_like(mask))
+        for name, part in zip(mapping.hf, mapping.to_hf(master.to(dtype), config), strict=True):
+            assert torch.equal(exported[name], part), name
+    details = json.loads((tmp_path / "trimmed" / "release" / "maskllm.json").read_text())["details"]
+    assert details["weights_dtype"] == str(dtype).removeprefix("torch.")
+
+
+def refused(capfd: pytest.CaptureFixture, words: list[str]) -> str:
+    """What the program says when it refuses to train."""
+    assert train.main(words) == 1
+    return capfd.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.usefixtures("signal_handlers")
+def test_what_cannot_be_trained_is_refused_in_one_line(capfd, tmp_path, tiny_dataset, tiny_dense, tiny_pruned, single):
+    def words(start: Path, **more: object) -> list[str]:
+        return arguments(tmp_path / "run", tiny_dataset, start, **{"load": tmp_path / "none", **more})
+
+    assert main(["trim", "--load", str(tiny_pruned), "--output", str(tmp_path / "trimmed")]) == 0
+    for start, more, message in (
+        (tiny_dense, {"train": "weights"}, "is a dense checkpoint, which has no masks"),
+        (tmp_path / "trimmed", {"train": "masks"}, "a trimmed checkpoint's weights have their zeros written in"),
+        (tmp_path / "trimmed", {"train": "both"}, "a trimmed checkpoint's weights have their zeros written in"),
+        (tmp_path / "trimmed", {"train": "weights", "kl_loss_coeff": 1.0}, "its weights are not dense"),
+        (single("both"), {"train": "masks"}, "its run had --train both"),
+        (tiny_pruned, {"train": "weights", "weights_start_iter": 2}, "--weights-start-iter: wanted only with --train both"),
+        (tiny_pruned, {"train_embeddings": True}, "--train-embeddings: wanted only with --train weights"),
+        (tiny_pruned, {"train": "both", "mask_logits_dtype": "bf16"}, "--mask-logits-dtype bf16: only --train masks"),
+        (tiny_pruned, {"train": "both", "params_dtype": "fp16"}, "--params-dtype fp16: --train both wanted bf16 or fp32"),
+        (tiny_pruned, {"ce_loss_coeff": 0.0}, "--ce-loss-coeff 0: nothing is minimized"),
+        (tiny_pruned, {"teacher": tiny_dense}, "--teacher: wanted only with --kl-loss-coeff"),
+    ):
+        assert message in refused(capfd, words(start, **more)), more
+
+
+@pytest.mark.usefixtures("signal_handlers")
+def test_a_run_that_trains_weights_starts_from_a_trimmed_checkpoint_with_a_teacher(tmp_path, tiny_dataset, tiny_dense, tiny_pruned):
+    assert main(["trim", "--load", str(tiny_pruned), "--output", str(tmp_path / "trimmed")]) == 0
+    run = {"train": "weights", "kl_loss_coeff": 1.0, "teacher": tiny_dense, "steps": 2}
+    assert train.main(arguments(tmp_path / "run", tiny_dataset, tmp_path / "trimmed", **run)) == 0
+    assert Path(resolve(tmp_path / "run").info.details["teacher"]["path"]) == resolve(tiny_dense).path.resolve()
