@@ -238,8 +238,6 @@ class TrainArguments:
             raise MaskLLMError(
                 f"{flag(name)} {getattr(self, name)}: only --train masks has it; --train {self.train} keeps fp32 masters and moments"
             )
-        if self.trains_weights and self.params_dtype == "fp16":
-            raise MaskLLMError(f"--params-dtype fp16: --train {self.train} wanted bf16 or fp32; fp16 would need a loss scale")
         if self.weights_min_lr > self.weights_lr:
             raise MaskLLMError(f"--weights-min-lr {self.weights_min_lr}: wanted at most --weights-lr {self.weights_lr}")
         if not (self.ce_loss_coeff or self.distills):

@@ -184,7 +184,6 @@ def test_what_cannot_be_trained_is_refused_in_one_line(capfd, tmp_path, tiny_dat
         (tiny_pruned, {"train": "weights", "weights_start_iter": 2}, "--weights-start-iter: wanted only with --train both"),
         (tiny_pruned, {"train_embeddings": True}, "--train-embeddings: wanted only with --train weights"),
         (tiny_pruned, {"train": "both", "mask_logits_dtype": "bf16"}, "--mask-logits-dtype bf16: only --train masks"),
-        (tiny_pruned, {"train": "both", "params_dtype": "fp16"}, "--params-dtype fp16: --train both wanted bf16 or fp32"),
         (tiny_pruned, {"ce_loss_coeff": 0.0}, "--ce-loss-coeff 0: nothing is minimized"),
         (tiny_pruned, {"teacher": tiny_dense}, "--teacher: wanted only with --kl-loss-coeff"),
     ):
