@@ -57,6 +57,11 @@ class CheckpointInfo:
         """Whether the checkpoint holds a one-shot mask."""
         return self.method is not None
 
+    @property
+    def weights_dtype(self) -> str | dict[str, str] | None:
+        """If the weights were trained, the dtype of each tensor before that, or one for all; None if they are the original's."""
+        return self.details.get("weights_dtype")
+
 
 def write_info(directory: Path, info: CheckpointInfo) -> None:
     """Write `maskllm.json` into `directory`."""

@@ -34,3 +34,6 @@ def run(args: argparse.Namespace) -> None:
         print(
             f"{report.zeros:,} of {report.pruned_parameters:,} pruned weights are zero ({report.zeros / report.pruned_parameters:.2%})"
         )
+    if report.trained_weights:
+        also = f"; {args.mask_file} and the original alone do not make this model" if args.mask_file else ""
+        print(f"the weights were trained: they are not the original's{also}")

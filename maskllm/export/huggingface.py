@@ -41,6 +41,8 @@ class ExportReport:
     zeros: int
     """Zeros in the pruned matrices."""
     bytes: int
+    trained_weights: bool
+    """Whether the weights were trained, so that masks alone do not make this model of the original."""
 
 
 def export(
@@ -104,7 +106,9 @@ def export(
         if mask_file is not None:  # before `output` appears, so that both exist when `output` does
             write_mask_file(mask_file, _hf_masks(checkpoint))
     sizes = {name: torch.Size(tensor.shape).numel() for name, tensor in tensors.items()}
-    return ExportReport(sum(sizes.values()), sum(sizes[name] for name in pruned), zeros, total)
+    return ExportReport(
+        sum(sizes.values()), sum(sizes[name] for name in pruned), zeros, total, checkpoint.info.weights_dtype is not None
+    )
 
 
 def _pruned_names(checkpoint: Checkpoint) -> set[str]:

@@ -96,7 +96,7 @@ def trim(load: str | Path, output: str | Path) -> TrimReport:
 def _final_weight(checkpoint: Checkpoint, key: str) -> LazyTensor:
     """The tensor `key`; if it was trained, its fp32 master rounded once, to the dtype that it had before."""
     stored = checkpoint.tensors[key]
-    before = checkpoint.info.details.get("weights_dtype")
+    before = checkpoint.info.weights_dtype
     if before is None:
         return stored
     # Megatron's names for masters: those of its mixed-precision optimizer, and those of its distributed one.

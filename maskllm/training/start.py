@@ -97,7 +97,7 @@ class Start:
         """
         if not self.arguments.trains_weights:
             return {}
-        before = self.checkpoint.info.details.get("weights_dtype")
+        before = self.checkpoint.info.weights_dtype
         if before is None:
             tensors = self.checkpoint.tensors
             dtypes = {
@@ -278,6 +278,7 @@ def data_identity(arguments: TrainArguments) -> list[dict[str, Any]]:
 
 
 def settings_of(arguments: TrainArguments) -> dict[str, Any]:
-    """The arguments in SETTINGS_THAT_MUST_MATCH as JSON values."""
-    values = {name: getattr(arguments, name) for name in SETTINGS_THAT_MUST_MATCH}
+    """The arguments in SETTINGS_THAT_MUST_MATCH as JSON values; also the dtype of weights that have masters."""
+    names = (*SETTINGS_THAT_MUST_MATCH, "params_dtype") if arguments.trains_weights else SETTINGS_THAT_MUST_MATCH
+    values = {name: getattr(arguments, name) for name in names}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
