@@ -65,7 +65,7 @@ def make_step(checkpoint: Checkpoint, tokens: torch.Tensor, *, masked: bool) -> 
         for sample, sequence in enumerate(tokens[:, None]):
             with open_draw(Draw(sample)):
                 losses = ddp(sequence[:, :-1], positions, None, labels=sequence[:, 1:])
-            (losses.mean() / len(tokens)).backward()
+            (losses.mean / len(tokens)).backward()
         ddp.finish_grad_sync()
         optimizer.step()
 

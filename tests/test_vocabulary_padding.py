@@ -144,7 +144,7 @@ def compute(tp: str, *checkpoints: str) -> None:
             model = build_model(checkpoint.model_config, params_dtype=torch.float32).eval()
             load_model(checkpoint, model)
             inputs, positions = tokens[:, :-1], torch.arange(tokens.shape[1] - 1).expand(len(tokens), -1)
-            losses = model(inputs, positions, None, labels=tokens[:, 1:].contiguous())
+            losses = model(inputs, positions, None, labels=tokens[:, 1:].contiguous()).cross_entropy
             logits = model(inputs, positions, None)
             if torch.distributed.get_rank() == 0:
                 torch.save({"losses": losses.contiguous(), "logits": logits.contiguous()}, path / "found.pt")

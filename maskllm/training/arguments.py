@@ -45,7 +45,10 @@ class TrainArguments:
     auto_fallback: bool = _option(False, "if a checkpoint is damaged, continue from the newest older one that is intact")
     split: str = _option("969,30,1", "shares of the documents for training, validation and test, in any unit")
 
-    pattern: str = _option("2:4", "N:M, keep N of every M consecutive weights; M at most 32, and at most 128 candidate masks")
+    pattern: str = _option(
+        "2:4",
+        "with --train masks or both: N:M, keep N of every M consecutive weights; M at most 32, and at most 128 candidate masks",
+    )
     gumbel_temperature_range: tuple[float, float] = _option((4.0, 0.05), "softmax temperature, first and last", nargs=2)
     gumbel_scale_range: tuple[float, float] = _option((1e2, 5e2), "multiplier of the logits, first and last", nargs=2)
     prior_strength: float = _option(3.0, "how far a prior mask moves the initial logits, in their standard deviations")

@@ -177,15 +177,15 @@ def _check_can_start(checkpoint: Checkpoint, arguments: TrainArguments, pattern:
     """Raise MaskLLMError if what `--train` names cannot be trained from this checkpoint."""
     info = checkpoint.info
     check_context(arguments.seq_length, checkpoint.model_config.context)
-    if info.pattern is not None and info.pattern != str(pattern):
-        raise MaskLLMError(f"{checkpoint.path}: its masks have pattern {info.pattern}; --pattern is {pattern}")
     if arguments.train == "weights":
         if info.stage == "dense":
             raise MaskLLMError(
                 f"{checkpoint.path}: is a dense checkpoint, which has no masks to train the weights under; give it masks first, with "
                 "`maskllm prune` or --train masks"
             )
-        return
+        return  # under masks of any pattern
+    if info.pattern is not None and info.pattern != str(pattern):
+        raise MaskLLMError(f"{checkpoint.path}: its masks have pattern {info.pattern}; --pattern is {pattern}")
     if info.stage == "trained" and _settings(checkpoint).get("train") not in ("masks", arguments.train):
         before = _settings(checkpoint)["train"]
         raise MaskLLMError(

@@ -124,7 +124,7 @@ class TrainingState:
         return CheckpointInfo(
             stage="trained",
             source=before.source,
-            pattern=self.start.arguments.pattern,
+            pattern=self.start.arguments.pattern if self.start.arguments.trains_masks else before.pattern,
             method=before.method,
             details={
                 "iteration": iteration,

@@ -57,7 +57,7 @@ def kept(model_config: ModelConfig, arguments: TrainArguments) -> list[tuple[str
     tokens = torch.randint(model_config.vocab_size, (arguments.micro_batch_size, arguments.seq_length))
     positions = torch.arange(arguments.seq_length).expand_as(tokens).contiguous()
     with open_draw(Draw(0)), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(tokens, positions, None, labels=tokens).mean()
+        loss = model(tokens, positions, None, labels=tokens).mean
     loss.backward()
     return list(found.values())
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from maskllm import train
 from maskllm.checkpoints.finding import LATEST
@@ -196,3 +197,62 @@ def test_a_run_that_trains_weights_starts_from_a_trimmed_checkpoint_with_a_teach
     run = {"train": "weights", "kl_loss_coeff": 1.0, "teacher": tiny_dense, "steps": 2}
     assert train.main(arguments(tmp_path / "run", tiny_dataset, tmp_path / "trimmed", **run)) == 0
     assert Path(resolve(tmp_path / "run").info.details["teacher"]["path"]) == resolve(tiny_dense).path.resolve()
+
+
+@pytest.mark.usefixtures("signal_handlers")
+def test_masks_of_no_pattern_and_masks_of_a_run_are_fixed_too(tmp_path, tiny_dataset, tiny_dense, single):
+    unstructured = (
+        "prune",
+        "--load",
+        str(tiny_dense),
+        "--output",
+        str(tmp_path / "half"),
+        "--method",
+        "magnitude",
+        "--sparsity",
+        "0.5",
+    )
+    assert main([*unstructured]) == 0
+    for name, start in (("half", tmp_path / "half"), ("learned", single("masks"))):
+        run = {"train": "weights", "steps": 2, "weights_lr": 0.003}
+        assert train.main(arguments(tmp_path / f"{name}_run", tiny_dataset, start, **run)) == 0
+        assert resolve(tmp_path / f"{name}_run").info.pattern == resolve(start).info.pattern
+        before, after = tensors(start), tensors(tmp_path / f"{name}_run")
+        for linear in (key.removesuffix(".mask_bits") for key in after if key.endswith(".mask_bits")):
+            logits = before.get(f"{linear}.mask_logits")
+            weight = after[f"{linear}.weight"]
+            bits = unpack_mask(before[f"{linear}.mask_bits"], weight.shape[1])
+            mask = bits if logits is None else winner_mask(logits, Pattern(2, 4))
+            assert torch.equal(unpack_mask(after[f"{linear}.mask_bits"], weight.shape[1]), mask), linear
+            assert not weight[~mask].any(), linear
+
+
+@pytest.mark.usefixtures("signal_handlers")
+def test_weights_and_masks_go_on_from_masks_that_were_learned(tmp_path, tiny_dataset, single):
+    """With a rate of nearly 0 the logits are those of the run before."""
+    run = {"train": "both", "steps": 1, "lr": 1e-12, "min_lr": 0.0, "weight_decay": 0.0}
+    assert train.main(arguments(tmp_path / "run", tiny_dataset, single("masks"), **run)) == 0
+    before, after = tensors(single("masks")), tensors(tmp_path / "run")
+    logits = [name for name in after if name.endswith("mask_logits") and not name.startswith("optimizer")]
+    assert logits
+    for name in logits:
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-9)
+
+
+@pytest.mark.usefixtures("signal_handlers")
+def test_a_teacher_that_is_broken_or_of_another_shape_is_refused(capfd, tmp_path, tiny_dataset, tiny_pruned):
+    """The tiny model and these teachers have a byte vocabulary."""
+    config = resolve(tiny_pruned).hf_directory / "config.json"
+    values = json.loads(config.read_text())
+    for name, change, message in (
+        ("nan", {}, "has values that are not finite"),
+        ("short", {"num_hidden_layers": values["num_hidden_layers"] + 2}, "has num_layers"),
+        ("words", {"vocab_size": values["vocab_size"] + 7}, "has vocab_size"),
+    ):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values | change))
+        if name == "nan":
+            model.model.layers[1].mlp.down_proj.weight.data[3, 5] = torch.nan
+        model.save_pretrained(tmp_path / name)
+        assert main(["convert", "--hf", str(tmp_path / name), "--output", str(tmp_path / f"{name}_dense")]) == 0
+        run = {"train": "weights", "kl_loss_coeff": 1.0, "teacher": tmp_path / f"{name}_dense", "load": tmp_path / "none"}
+        assert message in refused(capfd, arguments(tmp_path / "run", tiny_dataset, tiny_pruned, **run))
