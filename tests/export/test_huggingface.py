@@ -97,6 +97,7 @@ def test_pruned_matrices_keep_two_of_four_and_other_tensors_are_unchanged(stages
         "pruned_parameters": sum(before[key].numel() for key in pruned),
         "zeros": sum(before[key].numel() for key in pruned) // 2,
         "bytes": sum(tensor.nbytes for tensor in before.values()),
+        "trained_weights": False,
     }
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
     assert (model.model.layers[1].mlp.up_proj.weight == 0).float().mean() == 0.5
