@@ -241,6 +241,10 @@ class TrainArguments:
             raise MaskLLMError(
                 f"{flag(name)} {getattr(self, name)}: only --train masks has it; --train {self.train} keeps fp32 masters and moments"
             )
+        if self.trains_weights and self.adam_eps == 0:
+            raise MaskLLMError(
+                f"--adam-eps 0: with --train {self.train} wanted a positive number; without one, a weight that gets no gradient becomes NaN"
+            )
         if self.weights_min_lr > self.weights_lr:
             raise MaskLLMError(f"--weights-min-lr {self.weights_min_lr}: wanted at most --weights-lr {self.weights_lr}")
         if not (self.ce_loss_coeff or self.distills):

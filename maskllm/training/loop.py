@@ -89,6 +89,8 @@ class Trainer:
             progress("loading the training state")
             self.state.load_optimizer(self.optimizer)
             lr_scheduler.step(self.iteration * arguments.global_batch_size)
+        else:
+            self.state.start_masters(self.optimizer)
 
         progress("opening the data")
         train_batches, valid_batches = build_batches(arguments, self.start.model_config.vocab_size, device())

@@ -90,13 +90,16 @@ class Start:
         return save is not None and Path(save).resolve() in (path.parent.resolve(), path.resolve().parent)
 
     @property
-    def details_of_weights(self) -> dict[str, Any]:
-        """What a checkpoint's `maskllm.json` says of weights that are trained: their dtypes before training, and the teacher.
+    def details(self) -> dict[str, Any]:
+        """What a checkpoint's `maskllm.json` says of the teacher, if it is a checkpoint, and of weights that are trained.
 
-        `weights` is the dtype of each trained tensor in the checkpoint that was first trained; it is one string if all are alike.
+        `weights_dtype` is the dtype of each tensor in the checkpoint that was first trained; it is one string if all are alike.
         """
+        details: dict[str, Any] = {}
+        if self.teacher is not None:
+            details["teacher"] = {"path": str(self.teacher.path.resolve()), "manifest": self.teacher.manifest_digest()}
         if not self.arguments.trains_weights:
-            return {}
+            return details
         before = self.checkpoint.info.weights_dtype
         if before is None:
             tensors = self.checkpoint.tensors
@@ -105,10 +108,7 @@ class Start:
                 for mapping in parameter_map(self.checkpoint.model_config)
             }
             before = dtypes if len(set(dtypes.values())) > 1 else next(iter(dtypes.values()))
-        details = {"weights_dtype": before}
-        if self.teacher is not None:
-            details["teacher"] = {"path": str(self.teacher.path.resolve()), "manifest": self.teacher.manifest_digest()}
-        return details
+        return details | {"weights_dtype": before}
 
     @property
     def model_config(self) -> ModelConfig:
@@ -213,22 +213,35 @@ def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
 def _find_teacher(start: Start, say: Callable[[str], None]) -> Checkpoint | None:
     """The checkpoint of the teacher; None if there is none, or if it is the student's own frozen weights.
 
-    It is `--teacher`, or else the dense weights that the run started from. All ranks call this. Raises MaskLLMError if there are none,
-    or if it is another teacher than the resumed run's or has another shape than the student.
+    It is `--teacher`, or else that of the resumed run, or else the dense weights that a new run starts from. All ranks call this.
+    Raises MaskLLMError if there are none, or if it is another teacher than the resumed run's or has another shape than the student.
     """
     arguments = start.arguments
-    if not arguments.distills or (arguments.teacher is None and not arguments.trains_weights):
+    if not arguments.distills:
         return None
     recorded = start.checkpoint.info.details.get("teacher") if start.resumed else None
     path = arguments.teacher
-    if path is None and start.resumed:
+    if path is None and recorded is not None:
         path = recorded["path"]
+    if path is None and not arguments.trains_weights:
+        return None
     if path is None:
         checkpoint = start.checkpoint
+    elif start.resumed and recorded is None:
+        raise MaskLLMError(
+            f"--teacher {path}: the run in {start.checkpoint.path} learns from its own weights without their masks; leave it out"
+        )
     else:
-        with raised_together():
-            checkpoint = resolve(path)
-        checkpoint.verify()
+        try:
+            with raised_together():
+                checkpoint = resolve(path)
+            checkpoint.verify()
+        except MaskLLMError as error:
+            if arguments.teacher is not None:
+                raise MaskLLMError(f"--teacher: {error}") from None
+            raise MaskLLMError(
+                f"{error}; it is the teacher of the run in {start.checkpoint.path}: if it has moved, name it by --teacher"
+            ) from None
     info, option = checkpoint.info, f"--teacher {checkpoint.path}"
     is_dense = info.stage == "dense" or (info.stage == "pruned" and not info.details.get("update_weights"))
     if not is_dense and not (info.stage == "trained" and _settings(checkpoint)["train"] == "masks"):
@@ -237,7 +250,7 @@ def _find_teacher(start: Start, say: Callable[[str], None]) -> Checkpoint | None
         )
     if recorded is not None and checkpoint.manifest_digest() != recorded["manifest"]:
         raise MaskLLMError(f"{option}: is not the teacher of the run in {start.checkpoint.path}, {recorded['path']}; name that one")
-    for name in ("num_layers", "hidden_size", "vocab_size"):
+    for name in ("num_layers", "hidden_size", "vocab_size", "logit_softcap"):
         ours, theirs = getattr(start.model_config, name), getattr(checkpoint.model_config, name)
         if ours != theirs:
             raise MaskLLMError(f"{option}: has {name} {theirs}; wanted the student's, {ours}")

@@ -38,6 +38,8 @@ class TrainingState:
 
     Checkpoints of this run hold them instead of the model's, so that weights leave training bit-identical.
     """
+    unrounded: dict[str, torch.Tensor]
+    """The trained tensors of the same kind."""
 
     @classmethod
     def load(cls, start: Start, sampler: MaskSampler) -> TrainingState:
@@ -65,9 +67,7 @@ class TrainingState:
             attach_logits(model, sampler, dtype=arguments.logits_dtype)
         load_model(start.checkpoint, model)
         originals = _load_originals(start.checkpoint, model)
-        trained = [name for name in originals if is_trained(name, arguments)]
-        for name in trained:
-            del originals[name]
+        unrounded = {name: originals.pop(name) for name in list(originals) if is_trained(name, arguments)}
         if arguments.trains_masks and not has_logits:
             attach_logits(model, sampler, dtype=arguments.logits_dtype)
             for parameter in masked:
@@ -77,7 +77,7 @@ class TrainingState:
                 if has_logits:
                     parameter.fix_winner()
                 parameter.write_zeros()
-        return cls(start, model, originals)
+        return cls(start, model, originals, unrounded)
 
     def pair_with_teacher(self) -> StudentAndTeacher | None:
         """The model with its teacher; None if no term of the loss needs one.
@@ -102,6 +102,26 @@ class TrainingState:
                         raise MaskLLMError(f"--teacher {checkpoint.path}: tensor {name} has values that are not finite")
         terms = LossTerms(arguments.ce_loss_coeff, arguments.kl_loss_coeff, arguments.kl_temperature)
         return StudentAndTeacher(self.model, teacher, terms, arguments.squarehead_loss_coeff)
+
+    @torch.no_grad()
+    def start_masters(self, optimizer: MegatronOptimizer) -> None:
+        """Start a new run's masters from the checkpoint's values, which may have more bits than the model's weights.
+
+        Weights that a fixed mask has set to zero stay zero.
+        """
+        (one,) = getattr(optimizer, "chained_optimizers", [optimizer])
+        parameters = dict(self.model.named_parameters())
+        for name, stored in self.unrounded.items():
+            parameter = parameters[name]
+            master = getattr(parameter, "main_param", None)
+            if master is None:  # an fp32 weight is its own master; in the distributed optimizer another rank may hold it
+                continue
+            values = stored.to(master.device, torch.float32).masked_fill_(parameter == 0, 0)
+            if isinstance(one, DistributedOptimizer):
+                here = one._get_model_param_range_map(parameter)["param"]
+                values = values.view(-1)[here.start : here.end]
+            master.copy_(values)
+        self.unrounded.clear()
 
     def load_optimizer(self, optimizer: MegatronOptimizer) -> None:
         """Read the logits and the optimizer's state of a resumed run, under any layout."""
@@ -130,7 +150,7 @@ class TrainingState:
                 "iteration": iteration,
                 "settings": settings_of(self.start.arguments),
                 "data": self.start.data,
-                **self.start.details_of_weights,
+                **self.start.details,
             },
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -187,6 +188,8 @@ def test_what_cannot_be_trained_is_refused_in_one_line(capfd, tmp_path, tiny_dat
         (tiny_pruned, {"train": "both", "mask_logits_dtype": "bf16"}, "--mask-logits-dtype bf16: only --train masks"),
         (tiny_pruned, {"ce_loss_coeff": 0.0}, "--ce-loss-coeff 0: nothing is minimized"),
         (tiny_pruned, {"teacher": tiny_dense}, "--teacher: wanted only with --kl-loss-coeff"),
+        (tiny_pruned, {"train": "weights", "adam_eps": 0.0}, "--adam-eps 0: with --train weights wanted a positive number"),
+        (tiny_pruned, {"kl_loss_coeff": 1.0, "teacher": tmp_path / "no"}, "--teacher: "),
     ):
         assert message in refused(capfd, words(start, **more)), more
 
@@ -256,3 +259,62 @@ def test_a_teacher_that_is_broken_or_of_another_shape_is_refused(capfd, tmp_path
         assert main(["convert", "--hf", str(tmp_path / name), "--output", str(tmp_path / f"{name}_dense")]) == 0
         run = {"train": "weights", "kl_loss_coeff": 1.0, "teacher": tmp_path / f"{name}_dense", "load": tmp_path / "none"}
         assert message in refused(capfd, arguments(tmp_path / "run", tiny_dataset, tiny_pruned, **run))
+
+
+@pytest.mark.parametrize("trained", ["masks", "both"])
+@pytest.mark.usefixtures("signal_handlers")
+def test_a_resumed_run_keeps_its_teacher(trained, capfd, tmp_path, tiny_dataset, tiny_dense, tiny_pruned):
+    """It finds the teacher by itself. It refuses another one, and says which checkpoint is missing if the teacher has gone."""
+    teacher, save, run = tmp_path / "teacher", tmp_path / "run", {"train": trained, "steps": 4, "kl_loss_coeff": 1.0}
+    shutil.copytree(tiny_dense, teacher)
+    assert train.main(arguments(save, tiny_dataset, tiny_pruned, teacher=teacher, **run)) == 0
+    whole = tensors(save)
+    (save / LATEST).write_text("2\n")
+    assert "is not the teacher of the run" in refused(capfd, arguments(save, tiny_dataset, tiny_pruned, teacher=tiny_pruned, **run))
+    teacher.rename(tmp_path / "moved")
+    assert "it is the teacher of the run in" in refused(capfd, arguments(save, tiny_dataset, tiny_pruned, **run))
+    (tmp_path / "moved").rename(teacher)
+    shutil.rmtree(resolve(save).path.with_name("iter_0000004"))
+    assert train.main(arguments(save, tiny_dataset, tiny_pruned, **run)) == 0
+    assert resolve(save).info.details["teacher"]["path"] == str(resolve(teacher).path)
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in tensors(save).items())
+
+
+@pytest.mark.usefixtures("signal_handlers")
+def test_a_run_that_learns_from_its_own_weights_resumes_without_another_teacher(
+    capfd, tmp_path, tiny_dataset, tiny_dense, tiny_pruned
+):
+    run = {"steps": 4, "kl_loss_coeff": 1.0}
+    assert train.main(arguments(tmp_path / "run", tiny_dataset, tiny_pruned, **run)) == 0
+    (tmp_path / "run" / LATEST).write_text("2\n")
+    words = arguments(tmp_path / "run", tiny_dataset, tiny_pruned, teacher=tiny_dense, **run)
+    assert "learns from its own weights without their masks; leave it out" in refused(capfd, words)
+
+
+@pytest.mark.parametrize("layout", [{}, {"use_distributed_optimizer": True}], ids=["mixed_precision", "distributed_optimizer"])
+def test_masters_start_from_all_bits_of_the_checkpoint(layout, ranks, tmp_path, tiny_hf, tiny_dataset):
+    """A checkpoint in fp32, trained in bf16: with a rate of nearly 0, the weights that are exported are the checkpoint's."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_hf, dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1 + 1e-3 * torch.rand_like(parameter))
+    model.save_pretrained(tmp_path / "hf")
+    for verb, *words in (
+        ("convert", "--hf", tmp_path / "hf", "--output", tmp_path / "dense"),
+        ("prune", "--load", tmp_path / "dense", "--output", tmp_path / "pruned", "--method", "magnitude"),
+    ):
+        assert main([verb, *map(str, words)]) == 0
+    run = {"train": "weights", "train_embeddings": True, "params_dtype": "bf16", "weights_lr": 1e-12, "steps": 1, **layout}
+    ranks(
+        2, "maskllm.train", *arguments(tmp_path / "run", tiny_dataset, tmp_path / "pruned", pipeline_model_parallel_size=2, **run)
+    )
+    ranks(2, "maskllm.train", *arguments(tmp_path / "two", tiny_dataset, tmp_path / "pruned", **run))
+    before = tensors(tmp_path / "pruned")
+    for name in ("run", "two"):
+        assert main(["trim", "--load", str(tmp_path / name), "--output", str(tmp_path / f"{name}_trimmed")]) == 0
+        after = tensors(tmp_path / f"{name}_trimmed")
+        for key, weight in before.items():
+            if not key.endswith("mask_bits"):
+                bits = before.get(f"{key.removesuffix('.weight')}.mask_bits")
+                expected = weight if bits is None else weight * unpack_mask(bits, weight.shape[1])
+                torch.testing.assert_close(after[key], expected, rtol=0, atol=1e-9)
