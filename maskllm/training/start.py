@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,8 @@ class Start:
     """What identifies the run's data: see `data_identity`."""
     teacher: Checkpoint | None = None
     """The teacher; None if there is none, or if it is the student's own frozen weights without their masks."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What the run's checkpoints say in `maskllm.json` of the teacher and of trained weights: see `_details`."""
 
     @property
     def iteration(self) -> int:
@@ -88,27 +90,6 @@ class Start:
         """Whether the checkpoint is one of those in `--save`, directly or through a link."""
         save, path = self.arguments.save, self.checkpoint.path
         return save is not None and Path(save).resolve() in (path.parent.resolve(), path.resolve().parent)
-
-    @property
-    def details(self) -> dict[str, Any]:
-        """What a checkpoint's `maskllm.json` says of the teacher, if it is a checkpoint, and of weights that are trained.
-
-        `weights_dtype` is the dtype of each tensor in the checkpoint that was first trained; it is one string if all are alike.
-        """
-        details: dict[str, Any] = {}
-        if self.teacher is not None:
-            details["teacher"] = {"path": str(self.teacher.path.resolve()), "manifest": self.teacher.manifest_digest()}
-        if not self.arguments.trains_weights:
-            return details
-        before = self.checkpoint.info.weights_dtype
-        if before is None:
-            tensors = self.checkpoint.tensors
-            dtypes = {
-                mapping.megatron: dtype_name(tensors[mapping.megatron].dtype)
-                for mapping in parameter_map(self.checkpoint.model_config)
-            }
-            before = dtypes if len(set(dtypes.values())) > 1 else next(iter(dtypes.values()))
-        return details | {"weights_dtype": before}
 
     @property
     def model_config(self) -> ModelConfig:
@@ -140,6 +121,7 @@ def resolve_start(arguments: TrainArguments, pattern: Pattern, *, say: Callable[
     if start.resumed:
         _check_same_run(start)
     start.teacher = _find_teacher(start, say)
+    start.details = _details(start)
     if arguments.save is not None and from_first_rank(
         holds_checkpoint(arguments.save) and not (start.resumed and start.lies_in_save)
     ):
@@ -257,6 +239,28 @@ def _find_teacher(start: Start, say: Callable[[str], None]) -> Checkpoint | None
     check_context(arguments.seq_length, checkpoint.model_config.context)
     say(f"learning from the teacher {checkpoint.path}")
     return checkpoint
+
+
+def _details(start: Start) -> dict[str, Any]:
+    """What `maskllm.json` says of the teacher, if it is a checkpoint, and of weights that are trained.
+
+    `weights_dtype` is the dtype of each tensor in the checkpoint that was first trained; it is one string if all are alike. All of it is
+    read when the run starts, because the teacher's and the start's files may be gone when it saves.
+    """
+    details: dict[str, Any] = {}
+    if start.teacher is not None:
+        details["teacher"] = {"path": str(start.teacher.path.resolve()), "manifest": start.teacher.manifest_digest()}
+    if not start.arguments.trains_weights:
+        return details
+    before = start.checkpoint.info.weights_dtype
+    if before is None:
+        tensors = start.checkpoint.tensors
+        dtypes = {
+            mapping.megatron: dtype_name(tensors[mapping.megatron].dtype)
+            for mapping in parameter_map(start.checkpoint.model_config)
+        }
+        before = dtypes if len(set(dtypes.values())) > 1 else next(iter(dtypes.values()))
+    return details | {"weights_dtype": before}
 
 
 def _check_same_run(start: Start) -> None:

@@ -18,6 +18,7 @@ from maskllm.cli import main
 from maskllm.families.registry import parameter_map
 from maskllm.ops import winner_mask
 from maskllm.patterns import Pattern, unpack_mask
+from maskllm.training.loop import Trainer
 from tests.training.conftest import arguments, metrics
 
 STEPS = 6
@@ -318,3 +319,16 @@ def test_masters_start_from_all_bits_of_the_checkpoint(layout, ranks, tmp_path, 
                 bits = before.get(f"{key.removesuffix('.weight')}.mask_bits")
                 expected = weight if bits is None else weight * unpack_mask(bits, weight.shape[1])
                 torch.testing.assert_close(after[key], expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.usefixtures("signal_handlers")
+def test_a_run_goes_on_saving_when_its_teacher_has_gone(monkeypatch, tmp_path, tiny_dataset, tiny_dense, tiny_pruned):
+    """Its teacher is in memory."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(tiny_dense, teacher)
+    one_step = Trainer._one_step
+    monkeypatch.setattr(Trainer, "_one_step", lambda self: (shutil.rmtree(teacher, ignore_errors=True), one_step(self))[1])
+    run = {"train": "both", "steps": 2, "kl_loss_coeff": 1.0, "teacher": teacher}
+    assert train.main(arguments(tmp_path / "run", tiny_dataset, tiny_pruned, **run)) == 0
+    assert not teacher.exists()
+    assert resolve(tmp_path / "run").info.details["teacher"]["path"] == str(teacher / "release")
