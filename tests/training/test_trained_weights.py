@@ -189,6 +189,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(capfd, tmp_path, tiny_dat
         (tiny_pruned, {"train": "both", "mask_logits_dtype": "bf16"}, "--mask-logits-dtype bf16: only --train masks"),
         (tiny_pruned, {"ce_loss_coeff": 0.0}, "--ce-loss-coeff 0: nothing is minimized"),
         (tiny_pruned, {"teacher": tiny_dense}, "--teacher: wanted only with --kl-loss-coeff"),
+        (single("weights"), {"train": "weights"}, "start a new run from what `maskllm trim` makes of it"),
         (tiny_pruned, {"train": "weights", "adam_eps": 0.0}, "--adam-eps 0: with --train weights wanted a positive number"),
         (tiny_pruned, {"kl_loss_coeff": 1.0, "teacher": tmp_path / "no"}, "--teacher: "),
     ):
