@@ -269,16 +269,16 @@ def _check_same_run(start: Start) -> None:
     before = _settings(start.checkpoint)
     if not before.keys() >= set(SETTINGS_THAT_MUST_MATCH):
         raise MaskLLMError(f"{path}: its maskllm.json lacks the settings of the run; it cannot be resumed")
-    again = "start a new run with another --load and --save"
+    again = "or start a new run with another --load and --save"
     if start.arguments.train == "weights" and not start.lies_in_save:
-        again = "start a new run from what `maskllm trim` makes of it"
+        again = "or start a new run from what `maskllm trim` makes of it"
     for name, now in settings_of(start.arguments).items():
         if before[name] != now:
-            raise MaskLLMError(f"{flag(name)} {now}: the run in {path} has {before[name]}; resume with the same value, or {again}")
+            raise MaskLLMError(f"{flag(name)} {now}: the run in {path} has {before[name]}; resume with the same value, {again}")
     if details.get("data") != start.data:
         raise MaskLLMError(
             f"--data-path: these are not the data of the run in {path} (its datasets, in their order, with their weights, wherever they "
-            f"lie); resume with the same data, or {again}"
+            f"lie); resume with the same data, {again}"
         )
 
 
