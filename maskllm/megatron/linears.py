@@ -85,12 +85,12 @@ class MaskedRowParallelLinear(_MaskedLinear, RowParallelLinear):
         """Upstream's, with `post_layernorm`, and with a bias of its own to hand on (`skip_bias_add`).
 
         Upstream's recomputation of the MLP returns that bias from an autograd function, which turns the tensor in place into an output
-        of that function. A frozen parameter would stay one, and the next backward pass would go through it into the old function.
+        of that function. The parameter itself would stay one, and the next backward pass would go through it into the old function.
         """
         output, bias = super().forward(input_)
         if self.post_layernorm is not None:
             output = self.post_layernorm(output)
-        return output, None if bias is None else bias.detach()
+        return output, None if bias is None else bias.view_as(bias)
 
 
 BY_PARTITION_DIM = {kind.partition_dim: kind for kind in (MaskedColumnParallelLinear, MaskedRowParallelLinear)}
