@@ -30,8 +30,11 @@ megatron_patches.import_megatron()
 from maskllm.checkpoints.convert import convert  # noqa: E402
 from maskllm.cli.train_options import parse_arguments  # noqa: E402
 from maskllm.files import write_json  # noqa: E402
+from maskllm.patterns import Pattern  # noqa: E402
 from maskllm.planning.memory import Layout, largest_stage  # noqa: E402
 from maskllm.planning.models import named_model  # noqa: E402
+from maskllm.pruning.megatron import prune_by_magnitude  # noqa: E402
+from maskllm.pruning.solve import PruneSettings  # noqa: E402
 
 RUNS = {
     "pipeline": ["--pipeline-model-parallel-size", "2"],
@@ -41,8 +44,12 @@ RUNS = {
         "--mask-logits-dtype", "bf16", "--optimizer-state-dtype", "8bit", "--recompute-granularity", "full",
         "--recompute-method", "uniform", "--recompute-num-layers", "1",
     ],
+    "weights": ["--train", "weights"],
+    "weights-and-masks": [
+        "--train", "both", "--kl-loss-coeff", "1", "--squarehead-loss-coeff", "0.1", "--params-dtype", "bf16",
+    ],
 }  # fmt: skip
-"""Name -> training options."""
+"""Name -> training options, which override SIZES."""
 SIZES = [
     "--train-iters", "2", "--global-batch-size", "4", "--micro-batch-size", "1", "--seq-length", "512", "--params-dtype", "fp32",
     "--log-interval", "1", "--eval-iters", "0",
@@ -50,7 +57,7 @@ SIZES = [
 
 
 def make_inputs(hf: str | Path, folder: Path) -> tuple[dict[str, Path], Path]:
-    """The tiny model and the model in `hf` as Megatron checkpoints, and the prefix of an indexed dataset that both can read."""
+    """The tiny model and the model in `hf` as Megatron checkpoints with masks, and the prefix of a dataset that both can read."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -58,8 +65,9 @@ def make_inputs(hf: str | Path, folder: Path) -> tuple[dict[str, Path], Path]:
     heads = {"num_attention_heads": 6, "num_key_value_heads": 6, "max_position_embeddings": 512}
     LlamaForCausalLM(LlamaConfig(**sizes, **heads)).to(torch.bfloat16).save_pretrained(folder / "tiny-hf")
     checkpoints = {"tiny": folder / "tiny", "model": folder / "model"}
-    convert(folder / "tiny-hf", checkpoints["tiny"])
-    convert(hf, checkpoints["model"])
+    for kind, source in (("tiny", folder / "tiny-hf"), ("model", hf)):
+        convert(source, folder / f"{kind}-dense")
+        prune_by_magnitude(folder / f"{kind}-dense", checkpoints[kind], PruneSettings("magnitude", Pattern(2, 4)))
     builder = IndexedDatasetBuilder(str(folder / "data.bin"), dtype=np.uint16)
     tokens = torch.from_numpy(np.random.default_rng(0).integers(1, 250, 20000))
     builder.add_document(tokens, [len(tokens)])

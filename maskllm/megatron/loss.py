@@ -79,6 +79,7 @@ class _LinearLosses(torch.autograd.Function):
             step = max(1, 2 * MAX_CHUNK_LOGITS // rows // (4 + (cap is not None) + (terms.temperature != 1)))
         for start in range(0, hidden.shape[0], step):
             tokens = slice(start, start + step)
+            logits = slope = theirs = of_kl = probabilities = of_logits = None  # free those of the chunk before
 
             def logits_of(states: torch.Tensor, matrix: torch.Tensor, tokens: slice = tokens) -> torch.Tensor:
                 return softcap((states[tokens] @ matrix.t()).float(), cap)
@@ -90,7 +91,6 @@ class _LinearLosses(torch.autograd.Function):
             inside = (local >= 0) & (local < rows)
             local = local.clamp(0, rows - 1)
             target = logits.gather(1, local).mul_(inside)
-            of_kl = None
             if teacher is not None:
                 theirs = _shift(logits_of(*teacher), vocab_size - first, tp_group)
                 kl[tokens], of_kl = _divergence(

@@ -42,12 +42,17 @@ class Memory:
     """Bytes on one rank at the busiest moment of a step."""
 
     weights: float
-    """Frozen weights, embeddings and norms."""
+    """Weights, embeddings and norms."""
+    teacher: float
+    """Those of a teacher that is a second model."""
     mask_bits: float
-    """The prior mask and the winners of the last check, one bit per weight each."""
+    """The fixed mask; or the prior mask and the winners of the last check. One bit per weight each."""
     mask_logits: float
     gradients: float
+    masters: float
+    """fp32 copies of trained bf16 weights, which the optimizer updates."""
     optimizer_state: float
+    """Adam's moments."""
     activations: float
     """Tensors that micro-batches in flight keep for their backward passes, without masked weights."""
     masked_weights: float
@@ -103,6 +108,29 @@ class Shapes:
             other += self.outside["output_layer"] if not tied else self.outside["embedding"] * (pipeline > 1)
         return layers * sum(self.masked.values()), other
 
+    def trained(self, stage: int, pipeline: int, arguments: TrainArguments) -> float:
+        """Elements of the weights, norms and biases that a pipeline stage trains (`maskllm.training.trainables.is_trained`)."""
+        if not arguments.trains_weights:
+            return 0.0
+        if arguments.train_embeddings:
+            return sum(self.stage(stage, pipeline))
+        return self.model.num_layers // pipeline * (sum(self.masked.values()) + self.layer_other)
+
+    def logits(self, masked: float, arguments: TrainArguments) -> float:
+        """The number of logits of `masked` weights."""
+        pattern = Pattern.parse(arguments.pattern)
+        return masked / pattern.m * pattern.num_candidates if arguments.trains_masks else 0.0
+
+    @property
+    def output_matrix(self) -> float:
+        """Elements of the output matrix, which may be that of the embeddings."""
+        return self.vocabulary * self.model.hidden_size
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the output matrix."""
+        return self.model.padded(self.tensor).dimensions()["vocab"] // self.tensor
+
 
 def largest_stage(model: StoredModel, arguments: TrainArguments, layout: Layout, *, device: str) -> Memory:
     """The memory of one rank of the pipeline stage that needs most, on `device` "cuda" or "cpu"."""
@@ -113,37 +141,42 @@ def largest_stage(model: StoredModel, arguments: TrainArguments, layout: Layout,
 def stage_memory(model: StoredModel, arguments: TrainArguments, layout: Layout, stage: int, *, device: str) -> Memory:
     """The memory of one rank of a pipeline stage."""
     shapes = Shapes(model, layout.tensor)
-    pattern = Pattern.parse(arguments.pattern)
     masked, other = shapes.stage(stage, layout.pipeline)
+    trained = shapes.trained(stage, layout.pipeline, arguments)
     element = FLOAT_BYTES[arguments.params_dtype]
     logit = FLOAT_BYTES[arguments.mask_logits_dtype]
-    logits = masked / pattern.m * pattern.num_candidates
-    moments = 2 * FLOAT_BYTES[arguments.optimizer_state_dtype]
+    logits = shapes.logits(masked, arguments)
+    masters = trained * FLOAT_BYTES["fp32"] if arguments.params_dtype == "bf16" else 0.0
+    state = logits * 2 * FLOAT_BYTES[arguments.optimizer_state_dtype] + trained * 2 * FLOAT_BYTES["fp32"]
     if arguments.use_distributed_optimizer:
-        moments /= layout.data
+        masters /= layout.data
+        state /= layout.data
     kept = activations(model, arguments, layout, stage, device=device)
     sequence = arguments.seq_length * arguments.micro_batch_size
     hidden = sequence * model.hidden_size * element
-    # If the run computes in another dtype than the checkpoint's, the host also keeps the weights in the checkpoint's dtype.
+    # If the run computes in another dtype than the checkpoint's, the host also keeps the frozen weights in the checkpoint's dtype.
     host_copy = model.stored_dtype.itemsize if device == "cpu" and arguments.dtype is not model.stored_dtype else 0
     communication = 0.0
     if layout.pipeline > 1:
-        communication += 2 * hidden / sequence_split(arguments, layout)  # one buffer to send and one to receive
+        # One buffer to send and one to receive. A teacher's hidden states travel with the student's.
+        communication += 2 * hidden * (2 if arguments.distills else 1) / sequence_split(arguments, layout)
     if sequence_split(arguments, layout) > 1:
         communication += hidden  # Megatron's buffer for gathered sequences
     return Memory(
-        weights=(masked + other) * (element + host_copy),
-        mask_bits=2 * masked / 8,
+        weights=(masked + other) * element + (masked + other - trained) * host_copy,
+        teacher=(masked + other) * element if arguments.has_separate_teacher else 0.0,
+        mask_bits=(2 if arguments.trains_masks else 1) * masked / 8,
         mask_logits=logits * logit,
-        gradients=logits * logit,
-        optimizer_state=logits * moments,
+        gradients=logits * logit + trained * FLOAT_BYTES["fp32"],
+        masters=masters,
+        optimizer_state=state,
         activations=kept.activations,
         masked_weights=kept.masked_weights,
         communication=communication,
         temporary=max(
             kept.backward,
-            loss_temporary(model, arguments, layout) if stage == layout.pipeline - 1 else 0.0,
-            optimizer_temporary(shapes, arguments, pattern),
+            loss_temporary(model, arguments, layout, device=device) if stage == layout.pipeline - 1 else 0.0,
+            optimizer_temporary(shapes, arguments),
         ),
     )
 
@@ -161,22 +194,38 @@ class Kept:
 def activations(model: ModelConfig, arguments: TrainArguments, layout: Layout, stage: int, *, device: str) -> Kept:
     """What the micro-batches in flight on pipeline stage `stage` keep for their backward passes."""
     element = FLOAT_BYTES[arguments.params_dtype]
-    linears = Shapes(model, layout.tensor).masked
-    masked = sum(linears.values()) * element
-    mlp_masked = sum(size for linear, size in linears.items() if linear in MLP_LINEARS) * element
+    shapes = Shapes(model, layout.tensor)
+    linears = shapes.masked
+    # A trained weight with a fixed mask is multiplied itself.
+    masked = sum(linears.values()) * element if arguments.trains_masks else 0.0
+    mlp_masked = sum(size for linear, size in linears.items() if linear in MLP_LINEARS) * element if arguments.trains_masks else 0.0
+    largest = max(linears.values())
     layer = layer_activations(model, arguments, layout, device=device)
     layers = model.num_layers // layout.pipeline
     tokens = arguments.seq_length * arguments.micro_batch_size
     boundary = tokens * model.hidden_size * element / sequence_split(arguments, layout)
+    is_first, is_last = stage == 0, stage == layout.pipeline - 1
     others = 0.0  # activations outside the layers
-    if stage == 0 and arguments.recompute_granularity is None:
+    if is_first and arguments.recompute_granularity is None and not arguments.train_embeddings:
         # The first norm's input comes from frozen embeddings and needs no gradient.
-        others -= norm_activations(model, arguments, layout, device=device)
-    if stage == layout.pipeline - 1:
-        others += norm_activations(model, arguments, layout, device=device)
+        others -= norm_activations(model, arguments, layout, device=device) - frozen_input_norm(
+            model, arguments, layout, device=device
+        )
+    if is_last:
+        norm_is_trained = arguments.train_embeddings
+        others += norm_activations(model, arguments, layout, device=device, trained=norm_is_trained)
         others += tokens * (model.hidden_size * element + 4)  # the loss keeps the hidden states' gradient and the losses
-    if layout.pipeline > 1:
+        if arguments.train_embeddings:
+            others += 4 * shapes.output_matrix  # and the output matrix's gradient, in fp32
+    if layout.pipeline > 1 and not arguments.distills:
         others += boundary  # the stage's output, until its gradient arrives
+    if arguments.distills:
+        others += 2 * boundary * ((not is_first) + (not is_last))  # the stage's input and output, with those of the teacher
+    if arguments.squarehead_loss_coeff:
+        others += layers * boundary  # the teacher's hidden states
+        if not is_last and arguments.recompute_granularity != "full":
+            # No norm keeps the last layer's output.
+            others += boundary - compared_activations(model, arguments, layout, device=device)
 
     kept_layers, recomputed = layers, 0.0
     kept_masked = masked
@@ -192,22 +241,68 @@ def activations(model: ModelConfig, arguments: TrainArguments, layout: Layout, s
     if arguments.recomputes("mlp"):
         kept_masked -= mlp_masked
         recomputed = tokens * mlp_activations(model, layout.tensor) * element + mlp_masked
-    if arguments.recomputes("masked_weight"):
+    if arguments.recomputes("masked_weight") and arguments.trains_masks:
         kept_masked = 0.0
-        recomputed = recomputed - mlp_masked * arguments.recomputes("mlp") + max(linears.values()) * element
+        recomputed = recomputed - mlp_masked * arguments.recomputes("mlp") + largest * element
+    gradients = weight_gradients(arguments, device=device) * largest
+    if arguments.train_embeddings and model.tie_word_embeddings and is_first and is_last:
+        gradients += shapes.output_matrix * element  # the output matrix's gradient waits for that of the embeddings
     in_flight = min(layout.pipeline - stage, arguments.num_microbatches(layout.data))
     return Kept(
         activations=in_flight * (kept_layers * layer + others),
         masked_weights=in_flight * kept_layers * kept_masked,
-        backward=recomputed + max(linears.values()) * element + backward_activations(model, arguments, layout),
+        backward=recomputed + gradients + backward_activations(model, arguments, layout),
     )
 
 
-def norm_activations(model: ModelConfig, arguments: TrainArguments, layout: Layout, *, device: str) -> float:
-    """Bytes that a norm keeps: its input, and one (RMSNorm) or two (LayerNorm) fp32 factors per token."""
+def weight_gradients(arguments: TrainArguments, *, device: str) -> float:
+    """Bytes per entry of the gradients that one masked linear has at the same time, before they are added to those of the step."""
+    element = FLOAT_BYTES[arguments.params_dtype]
+    if not arguments.trains_weights:
+        return element  # of the masked weight; the operator adds those of the logits in place
+    # The gradients of the masked weight and of the weight; with a fixed mask also the mask, in bools.
+    gradients = 2 * element + (0 if arguments.trains_masks else 1)
+    # On a CPU, torch adds a bf16 tensor to an fp32 one by way of an fp32 copy.
+    return max(gradients, element + 4) if device == "cpu" and arguments.params_dtype == "bf16" else gradients
+
+
+def norm_activations(
+    model: ModelConfig, arguments: TrainArguments, layout: Layout, *, device: str, trained: bool | None = None
+) -> float:
+    """Bytes that a norm keeps: its input, and one (RMSNorm) or two (LayerNorm) fp32 factors per token.
+
+    On a CPU, RMSNorm with a trained weight also keeps its result before the product with the weight, in fp32. `trained` is whether the
+    weight is trained, by default as in the layers.
+    """
     tokens = arguments.seq_length * arguments.micro_batch_size / sequence_split(arguments, layout)
     element = norm_element(model, arguments, device=device)
+    if trained if trained is not None else arguments.trains_weights:
+        element += _normalized_element(model, device=device)
     return tokens * (model.hidden_size * element + (4 if model.normalization == "RMSNorm" else 8))
+
+
+def frozen_input_norm(model: ModelConfig, arguments: TrainArguments, layout: Layout, *, device: str) -> float:
+    """Bytes that a norm keeps if its input needs no gradient."""
+    if not arguments.trains_weights:
+        return 0.0
+    if normalized := _normalized_element(model, device=device):
+        tokens = arguments.seq_length * arguments.micro_batch_size / sequence_split(arguments, layout)
+        return tokens * model.hidden_size * normalized
+    return norm_activations(model, arguments, layout, device=device)
+
+
+def _normalized_element(model: ModelConfig, *, device: str) -> float:
+    """Bytes per entry of the result that a trained norm keeps before the product with its weight."""
+    return 4.0 if model.normalization == "RMSNorm" and device == "cpu" else 0.0
+
+
+def compared_activations(model: ModelConfig, arguments: TrainArguments, layout: Layout, *, device: str) -> float:
+    """Bytes of a layer's output that SquareHead keeps, unless the next norm keeps the same tensor as its input."""
+    element = FLOAT_BYTES[arguments.params_dtype]
+    if not arguments.squarehead_loss_coeff or norm_element(model, arguments, device=device) == element:
+        return 0.0
+    tokens = arguments.seq_length * arguments.micro_batch_size / sequence_split(arguments, layout)
+    return tokens * model.hidden_size * element
 
 
 def norm_element(model: ModelConfig, arguments: TrainArguments, *, device: str) -> float:
@@ -240,6 +335,8 @@ def layer_activations(model: ModelConfig, arguments: TrainArguments, layout: Lay
         # If the norm does not convert its input, the keys are part of `projected`; the queries are copied from it.
         attention += tokens * (query * element if kept_as == element else (query + key) * kept_as)
         attention += tokens * 4 * (model.num_attention_heads + model.num_query_groups) / layout.tensor
+        if arguments.trains_weights:
+            attention += tokens * (query + key) * _normalized_element(model, device=device)
     if not arguments.recomputes("core_attn"):
         window = model.window or arguments.seq_length
         masked_layers = sum(model.windowed_layers) / model.num_layers if window < arguments.seq_length else 0.0
@@ -253,7 +350,7 @@ def layer_activations(model: ModelConfig, arguments: TrainArguments, layout: Lay
                 attention += repeated * tokens * 2 * query * element  # keys and values for each head: see `SDPACoreAttention`
     angles = 4 * arguments.seq_length * model.rope.dim * element if model.rope is not None else 0.0
     inner = 0.0 if arguments.recomputes("mlp") else tokens * mlp_activations(model, layout.tensor) * element
-    return norms + normed + attention + angles + inner
+    return norms + normed + attention + angles + inner + compared_activations(model, arguments, layout, device=device)
 
 
 def mlp_activations(model: ModelConfig, tensor: int) -> float:
@@ -268,32 +365,55 @@ def mlp_activations(model: ModelConfig, tensor: int) -> float:
 def backward_activations(model: ModelConfig, arguments: TrainArguments, layout: Layout) -> float:
     """Bytes of the activation gradients that exist at the same time in a layer's backward pass: those of the MLP's inner width.
 
-    With soft-capping, the scores of one query group may need more: four in the weights' dtype and two in fp32.
+    With soft-capping, the scores of one query group may need more: four in the weights' dtype and two in fp32. So may SquareHead: two
+    gradients of a layer's output in the weights' dtype and two more in fp32.
     """
     tokens = arguments.seq_length * arguments.micro_batch_size
     width = model.ffn_hidden_size / layout.tensor * (2 if model.gated_mlp else 1)
-    mlp = tokens * (2 * width + 2 * model.hidden_size) * FLOAT_BYTES[arguments.params_dtype]
-    if model.attention_softcap is None:
-        return mlp
-    scores = tokens * arguments.seq_length * model.num_attention_heads / model.num_query_groups
-    return max(mlp, scores * (4 * FLOAT_BYTES[arguments.params_dtype] + 2 * 4))
+    element = FLOAT_BYTES[arguments.params_dtype]
+    most = tokens * (2 * width + 2 * model.hidden_size) * element
+    if model.attention_softcap is not None:
+        scores = tokens * arguments.seq_length * model.num_attention_heads / model.num_query_groups
+        most = max(most, scores * (4 * element + 2 * 4))
+    if arguments.squarehead_loss_coeff:
+        most = max(most, tokens / sequence_split(arguments, layout) * model.hidden_size * (2 * element + 2 * 4))
+    return most
 
 
-def loss_temporary(model: ModelConfig, arguments: TrainArguments, layout: Layout) -> float:
-    """Bytes of one chunk of vocabulary logits in the loss, in fp32 and again in the weights' dtype; with soft-capping also its slope."""
-    vocabulary = model.padded(layout.tensor).dimensions()["vocab"] // layout.tensor
-    tokens = min(arguments.seq_length * arguments.micro_batch_size, max(1, MAX_CHUNK_LOGITS // vocabulary))
+def loss_temporary(model: ModelConfig, arguments: TrainArguments, layout: Layout, *, device: str) -> float:
+    """Bytes that the loss needs besides what it keeps (`maskllm.megatron.loss`).
+
+    These are the tensors of one chunk of vocabulary logits: fp32 and again the weights' dtype; with soft-capping also its slope. With a
+    teacher they are the logits and exponentials of both. A trained output matrix adds the chunk's part of its gradient; in the backward
+    pass this gradient is scaled and converted.
+    """
+    shapes = Shapes(model, layout.tensor)
+    vocabulary, element = shapes.vocabulary, FLOAT_BYTES[arguments.params_dtype]
     slope = 4 if model.logit_softcap is not None else 0
-    return tokens * vocabulary * (4 + slope + FLOAT_BYTES[arguments.params_dtype])
+    chunk, most, after = MAX_CHUNK_LOGITS // vocabulary, 4 + slope + element, 4 + slope + element
+    if arguments.kl_loss_coeff:
+        most = 4 * (4 + (model.logit_softcap is not None) + (arguments.kl_temperature != 1))
+        after = 3 * 4 + slope + element  # when the output matrix's gradient is computed
+        chunk = 2 * MAX_CHUNK_LOGITS // vocabulary // (most // 4)
+    logits = vocabulary * min(arguments.seq_length * arguments.micro_batch_size, max(1, chunk))
+    if not arguments.train_embeddings:
+        return logits * most
+    in_bf16 = arguments.params_dtype == "bf16"
+    added = shapes.output_matrix * (element + (4 if in_bf16 and device == "cpu" else 0))
+    return max(logits * most, logits * after + added, shapes.output_matrix * (4 + (element if in_bf16 else 0)))
 
 
-def optimizer_temporary(shapes: Shapes, arguments: TrainArguments, pattern: Pattern) -> float:
+def optimizer_temporary(shapes: Shapes, arguments: TrainArguments) -> float:
     """Bytes that the optimizer needs during its step."""
-    largest = max(shapes.masked.values()) / pattern.m * pattern.num_candidates
+    weights = max(shapes.masked.values())
+    largest = shapes.logits(weights, arguments)
     if arguments.low_precision:
         # Seven 4-byte numbers per entry: gradient, two moments, update, random number, and two intermediates of the rounding.
         return 28 * min(largest, CHUNK)
-    # Without Transformer Engine and Apex, Megatron's clipping scales a copy of one gradient at a time.
+    if arguments.trains_weights:
+        largest = max(largest, weights, shapes.output_matrix if arguments.train_embeddings else 0.0)
+    # Without Transformer Engine and Apex, Megatron's clipping scales a copy of one gradient at a time. Masters take the fp32 gradients
+    # of the step without a copy.
     return 4 * largest
 
 

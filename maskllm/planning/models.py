@@ -15,7 +15,7 @@ from maskllm.dtypes import BY_NAME
 from maskllm.errors import MaskLLMError
 from maskllm.families.hf_config import HFConfig
 from maskllm.families.model_config import ModelConfig
-from maskllm.families.registry import FAMILIES, parameter_map, read_model_config
+from maskllm.families.registry import FAMILIES, read_model_config
 from maskllm.files import read_json_object
 from maskllm.huggingface.hub import find_source
 
@@ -115,8 +115,9 @@ def named_model(name: str) -> StoredModel:
     path = Path(name)
     if path.is_dir() and not (path / "config.json").is_file():
         checkpoint = resolve(path)
-        linear = next(mapping for mapping in parameter_map(checkpoint.model_config) if mapping.linear is not None)
-        return StoredModel(**vars(checkpoint.model_config), stored_dtype=checkpoint.tensors[linear.megatron].dtype)
+        # Training that trains the layers' weights stores them in another dtype than the embeddings.
+        embedding = checkpoint.tensors["embedding.word_embeddings.weight"]
+        return StoredModel(**vars(checkpoint.model_config), stored_dtype=embedding.dtype)
     try:
         file = find_source(name, files=["config.json"]) / "config.json"
     except MaskLLMError as error:

@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from maskllm.planning.cost import BANDWIDTH_EFFICIENCY, FLOPS_EFFICIENCY, GPUS, checkpoint_bytes
 from maskllm.planning.models import StoredModel
 from maskllm.planning.plan import Option, Plan
+from maskllm.training.arguments import TrainArguments
 
 COMPONENTS = {
     "weights": "weights, frozen",
+    "teacher": "the teacher's weights, frozen",
     "mask_bits": "prior mask and last winners, as bits",
     "mask_logits": "mask logits",
     "gradients": "gradients",
+    "masters": "fp32 masters of the trained weights",
     "optimizer_state": "optimizer state",
     "activations": "activations kept for the backward pass",
     "masked_weights": "masked weights kept for the backward pass",
@@ -20,6 +23,8 @@ COMPONENTS = {
     "temporary": "temporary peak (a layer's backward pass, the loss's logits or the optimizer's step)",
 }
 """Descriptions of the fields of `planning.memory.Memory`."""
+IN_SOME_RUNS = ("teacher", "mask_logits", "masters")
+"""Fields that the text leaves out if they are 0."""
 
 LAYOUTS_SHOWN = 8
 """The number of layouts that the text lists."""
@@ -35,8 +40,9 @@ def plan_lines(plan: Plan, model: StoredModel, name: str, gpu: str | None) -> It
         f"{sizes.micro_batch_size} a micro-batch"
     )
     yield ""
-    for field, words in COMPONENTS.items():
-        yield f"  {_gb(getattr(asked.memory, field))}  {words}"
+    for field, words in (COMPONENTS | _words_of_trained(asked.arguments)).items():
+        if getattr(asked.memory, field) or field not in IN_SOME_RUNS:
+            yield f"  {_gb(getattr(asked.memory, field))}  {words}"
     if gpu is not None:
         yield f"  {_gb(asked.outside)}  CUDA context and NCCL (assumed)"
     verdict = f"{'fits' if plan.fits else 'DOES NOT FIT'} in {plan.gpu_bytes / 1e9:.4g} GB"
@@ -46,8 +52,8 @@ def plan_lines(plan: Plan, model: StoredModel, name: str, gpu: str | None) -> It
     yield ""
     cost = asked.cost
     yield (
-        f"step: {cost.flops / 1e15:.3g} PFLOP in total; per rank {cost.memory_traffic / 1e9:.3g} GB of memory traffic for masks "
-        f"and optimizer, {cost.link_traffic / 1e9:.3g} GB over its links"
+        f"step: {cost.flops / 1e15:.3g} PFLOP in total; per rank {cost.memory_traffic / 1e9:.3g} GB of memory traffic for "
+        f"{'masks and optimizer' if sizes.train == 'masks' else 'masks, gradients and optimizer'}, {cost.link_traffic / 1e9:.3g} GB over its links"
     )
     if cost.seconds is not None:
         yield (
@@ -73,6 +79,16 @@ def plan_lines(plan: Plan, model: StoredModel, name: str, gpu: str | None) -> It
             yield f"  and {len(plan.layouts) - LAYOUTS_SHOWN} more"
     else:
         yield f"no layout of {layout.ranks} ranks fits with the given settings"
+
+
+def _words_of_trained(arguments: TrainArguments) -> dict[str, str]:
+    """The words of COMPONENTS that other things than masks change."""
+    if not arguments.trains_weights:
+        return {}
+    words = {"weights": "weights, all trained" if arguments.train_embeddings else "weights, those of the layers trained"}
+    if not arguments.trains_masks:
+        words["mask_bits"] = "fixed mask, as bits"
+    return words
 
 
 def _precision_notes(option: Option, asked: Option) -> Iterator[str]:

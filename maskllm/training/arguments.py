@@ -182,6 +182,11 @@ class TrainArguments:
         """Whether the loss has a term that needs the teacher."""
         return self.kl_loss_coeff > 0 or self.squarehead_loss_coeff > 0
 
+    @property
+    def has_separate_teacher(self) -> bool:
+        """Whether the teacher is a second model. Otherwise it is the student's own frozen weights without their masks."""
+        return self.distills and (self.trains_weights or self.teacher is not None)
+
     def check(self) -> Pattern:
         """Raise MaskLLMError for values that cannot work, whatever the number of ranks; returns the pattern."""
         if not self.data_path:

@@ -17,11 +17,14 @@ from maskllm.families.model_config import ModelConfig
 from maskllm.masking.draw import Draw, open_draw
 from maskllm.masking.sampler import MaskSampler
 from maskllm.megatron.build import build_model
-from maskllm.megatron.linears import attach_logits, masked_parameters
+from maskllm.megatron.distillation import StudentAndTeacher
+from maskllm.megatron.linears import attach_bits, attach_logits, masked_parameters
+from maskllm.megatron.loss import LossTerms
 from maskllm.megatron.process_groups import parallel_processes
 from maskllm.patterns import Pattern
 from maskllm.planning.models import config_of
 from maskllm.training.arguments import TrainArguments
+from maskllm.training.trainables import parameter_groups
 
 
 def kept(model_config: ModelConfig, arguments: TrainArguments) -> list[tuple[str, int]]:
@@ -35,14 +38,27 @@ def kept(model_config: ModelConfig, arguments: TrainArguments) -> list[tuple[str
         sequence_parallel=arguments.sequence_parallel,
         recomputation=arguments.recomputation(),
     )
+    masked = masked_parameters(model)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter.data, std=0.02)
-    sampler = MaskSampler(Pattern.parse(arguments.pattern), recompute_masked_weight=arguments.recomputes("masked_weight"))
-    attach_logits(model, sampler)
-    for parameter in masked_parameters(model):
-        parameter.reset()
-    known = {parameter.untyped_storage().data_ptr() for parameter in [*model.parameters(), *model.buffers()]}
-    masked_shapes = {parameter.shape for parameter in masked_parameters(model)}
+    if arguments.trains_masks:
+        sampler = MaskSampler(Pattern.parse(arguments.pattern), recompute_masked_weight=arguments.recomputes("masked_weight"))
+        attach_logits(model, sampler)
+        for parameter in masked:
+            parameter.reset()
+    else:
+        attach_bits(model)
+    parameter_groups(arguments, model, masked)
+    models = [model]
+    if arguments.has_separate_teacher:
+        models.append(build_model(model_config, params_dtype=arguments.dtype, sequence_parallel=arguments.sequence_parallel).eval())
+        models[1].load_state_dict({name: tensor for name, tensor in model.state_dict().items() if "mask" not in name}, strict=False)
+    trained = model
+    if arguments.distills:
+        terms = LossTerms(arguments.ce_loss_coeff, arguments.kl_loss_coeff, arguments.kl_temperature)
+        trained = StudentAndTeacher(model, models[1] if models[1:] else None, terms, arguments.squarehead_loss_coeff)
+    known = {tensor.untyped_storage().data_ptr() for each in models for tensor in [*each.parameters(), *each.buffers()]}
+    masked_shapes = {parameter.shape for parameter in masked}
     found: dict[int, tuple[str, int]] = {}
     alive = []
 
@@ -56,8 +72,11 @@ def kept(model_config: ModelConfig, arguments: TrainArguments) -> list[tuple[str
 
     tokens = torch.randint(model_config.vocab_size, (arguments.micro_batch_size, arguments.seq_length))
     positions = torch.arange(arguments.seq_length).expand_as(tokens).contiguous()
-    with open_draw(Draw(0)), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(tokens, positions, None, labels=tokens).mean
+    draw = Draw(0)
+    with open_draw(draw), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = trained(tokens, positions, None, labels=tokens).mean
+        for target in draw.kept.values():  # functions that are computed again hold the draw
+            pack(target)
     loss.backward()
     return list(found.values())
 

@@ -36,6 +36,7 @@ QWEN3 = LLAMA | {"model_type": "qwen3", "head_dim": 32}
 MISTRAL = LLAMA | {"model_type": "mistral", "sliding_window": 50}
 GEMMA2 = LLAMA | {"model_type": "gemma2", "head_dim": 32, "sliding_window": 50}
 SELECTIVE = {"recompute_granularity": "selective"}
+TEACHER = {"kl_loss_coeff": 1.0, "squarehead_loss_coeff": 0.1}
 FULL = {"recompute_granularity": "full", "recompute_num_layers": 2}
 
 CASES = {
@@ -52,6 +53,23 @@ CASES = {
     "mlp": (LLAMA, SELECTIVE | {"recompute_modules": ["mlp"]}),
     "uniform": (LLAMA, FULL | {"recompute_method": "uniform"}),
     "block": (LLAMA, FULL | {"recompute_method": "block"}),
+    "weights": (LLAMA, {"train": "weights"}),
+    "weights_fp32": (LLAMA, {"train": "weights", "params_dtype": "fp32"}),
+    "weights_embeddings": (LLAMA, {"train": "weights", "train_embeddings": True}),
+    "weights_embeddings_untied": (NEMOTRON, {"train": "weights", "train_embeddings": True} | TEACHER),
+    "weights_gpt": (GPT, {"train": "weights"} | TEACHER),
+    "weights_qwen3": (QWEN3, {"train": "weights"} | TEACHER),
+    "weights_gemma2": (GEMMA2, {"train": "weights"} | TEACHER),
+    "weights_mlp": (LLAMA, {"train": "weights"} | TEACHER | SELECTIVE | {"recompute_modules": ["mlp"]}),
+    "weights_uniform": (LLAMA, {"train": "weights"} | TEACHER | FULL | {"recompute_method": "uniform"}),
+    "both": (LLAMA, {"train": "both"} | TEACHER),
+    "both_fp32": (LLAMA, {"train": "both", "params_dtype": "fp32"} | TEACHER),
+    "both_uniform": (LLAMA, {"train": "both"} | TEACHER | FULL | {"recompute_method": "uniform"}),
+    "both_block": (LLAMA, {"train": "both"} | TEACHER | FULL | {"recompute_method": "block"}),
+    "masks_with_themselves": (LLAMA, TEACHER),
+    "masks_with_themselves_uniform": (LLAMA, TEACHER | FULL | {"recompute_method": "uniform"}),
+    "masks_with_a_teacher": (NEMOTRON, TEACHER | {"teacher": "a checkpoint"}),
+    "kl_alone": (LLAMA, {"train": "both", "kl_loss_coeff": 1.0}),
 }
 
 
@@ -138,7 +156,9 @@ def test_pipeline_stages_together_hold_the_model_once_and_tied_embeddings_twice(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "runs", [["pipeline", "sequence"], pytest.param(["low-precision"], marks=pytest.mark.long)], ids=lambda runs: "+".join(runs)
+    "runs",
+    [["pipeline", "sequence"], ["weights", "weights-and-masks"], pytest.param(["low-precision"], marks=pytest.mark.long)],
+    ids=lambda runs: "+".join(runs),
 )
 def test_runs_peak_within_a_tenth_of_the_plan(runs, ranks, tmp_path):
     """Peak resident memory of real runs, as `benchmarks/plan_memory.py` measures it for larger models."""
