@@ -161,8 +161,9 @@ def _divergence(
     if temperature != 1:
         ours, theirs = ours / temperature, theirs.div_(temperature)
     their_exp = theirs.exp()
-    our_exp = ours.exp()
+    # The products in `vecdot` are as large as `our_exp`, so they come before it.
     dots = [torch.linalg.vecdot(their_exp, logits)[:, None] for logits in (theirs, ours)]
+    our_exp = ours.exp()
     sums = [exp.sum(-1, keepdim=True) for exp in (their_exp, our_exp)]
     their_dot, our_dot, their_sum, our_sum = _sum_over_ranks([*dots, *sums], tp_group)
     divergence = (their_dot - our_dot) / their_sum - their_sum.log() + our_sum.log()

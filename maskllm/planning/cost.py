@@ -99,9 +99,8 @@ def step_cost(model: ModelConfig, arguments: TrainArguments, layout: Layout, clu
     sampling = micro_batches * trained * (weight + 2 * FP32)  # each gradient of a weight is added to those of the step
     if arguments.trains_masks:
         draw = masked * 2 * weight + logits * logit
-        redrawn = _recomputed_layers(arguments, layers // layout.pipeline) + arguments.recomputes("mlp") * mlp / sum(
-            linears.values()
-        )
+        redrawn = _recomputed_layers(arguments, layers // layout.pipeline)
+        redrawn += arguments.recomputes("mlp") * mlp / sum(linears.values())
         draws = 1 + (1.0 if arguments.recomputes("masked_weight") else redrawn)
         of_weights = masked * weight if arguments.trains_weights else 0.0
         sampling += micro_batches * (draws * draw + masked * 2 * weight + logits * 3 * logit + of_weights)

@@ -383,24 +383,28 @@ def backward_activations(model: ModelConfig, arguments: TrainArguments, layout: 
 def loss_temporary(model: ModelConfig, arguments: TrainArguments, layout: Layout, *, device: str) -> float:
     """Bytes that the loss needs besides what it keeps (`maskllm.megatron.loss`).
 
-    These are the tensors of one chunk of vocabulary logits: fp32 and again the weights' dtype; with soft-capping also its slope. With a
-    teacher they are the logits and exponentials of both. A trained output matrix adds the chunk's part of its gradient; in the backward
-    pass this gradient is scaled and converted.
+    These are the tensors of one chunk of vocabulary logits: fp32 and, if the weights are not, again their dtype; with soft-capping also
+    the slope. With a teacher they are the logits and exponentials of both. The chunk's part of the gradient of the hidden states or of a
+    trained output matrix comes last. In the backward pass, the output matrix's gradient is scaled and converted.
     """
     shapes = Shapes(model, layout.tensor)
     vocabulary, element = shapes.vocabulary, FLOAT_BYTES[arguments.params_dtype]
-    slope = 4 if model.logit_softcap is not None else 0
-    chunk, most, after = MAX_CHUNK_LOGITS // vocabulary, 4 + slope + element, 4 + slope + element
-    if arguments.kl_loss_coeff:
-        most = 4 * (4 + (model.logit_softcap is not None) + (arguments.kl_temperature != 1))
-        after = 3 * 4 + slope + element  # when the output matrix's gradient is computed
-        chunk = 2 * MAX_CHUNK_LOGITS // vocabulary // (most // 4)
-    logits = vocabulary * min(arguments.seq_length * arguments.micro_batch_size, max(1, chunk))
-    if not arguments.train_embeddings:
-        return logits * most
     in_bf16 = arguments.params_dtype == "bf16"
-    added = shapes.output_matrix * (element + (4 if in_bf16 and device == "cpu" else 0))
-    return max(logits * most, logits * after + added, shapes.output_matrix * (4 + (element if in_bf16 else 0)))
+    is_capped = model.logit_softcap is not None
+    most = after = 4 * (1 + is_capped) + (element if in_bf16 else 0)
+    chunk = MAX_CHUNK_LOGITS // vocabulary
+    if arguments.kl_loss_coeff:
+        tensors = 4 + is_capped + (arguments.kl_temperature != 1)
+        most = 4 * tensors
+        after += 2 * 4  # the teacher's logits and the divergence's gradient, when the output matrix's gradient is computed
+        chunk = 2 * MAX_CHUNK_LOGITS // vocabulary // tensors
+    tokens = min(arguments.seq_length * arguments.micro_batch_size, max(1, chunk))
+    product = tokens * model.hidden_size * element  # the gradients of the hidden states
+    scaled = 0.0
+    if arguments.train_embeddings:
+        product = max(product, shapes.output_matrix * (element + (4 if in_bf16 and device == "cpu" else 0)))
+        scaled = shapes.output_matrix * (4 + (element if in_bf16 else 0))
+    return max(tokens * vocabulary * most, tokens * vocabulary * after + product, scaled)
 
 
 def optimizer_temporary(shapes: Shapes, arguments: TrainArguments) -> float:

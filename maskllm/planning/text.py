@@ -51,9 +51,10 @@ def plan_lines(plan: Plan, model: StoredModel, name: str, gpu: str | None) -> It
     yield f"  {_gb(asked.bytes)}  per rank of the largest pipeline stage; {verdict}"
     yield ""
     cost = asked.cost
+    traffic = "masks and optimizer" if sizes.train == "masks" else "masks, gradients and optimizer"
     yield (
-        f"step: {cost.flops / 1e15:.3g} PFLOP in total; per rank {cost.memory_traffic / 1e9:.3g} GB of memory traffic for "
-        f"{'masks and optimizer' if sizes.train == 'masks' else 'masks, gradients and optimizer'}, {cost.link_traffic / 1e9:.3g} GB over its links"
+        f"step: {cost.flops / 1e15:.3g} PFLOP in total; per rank {cost.memory_traffic / 1e9:.3g} GB of memory traffic for {traffic}, "
+        f"{cost.link_traffic / 1e9:.3g} GB over its links"
     )
     if cost.seconds is not None:
         yield (

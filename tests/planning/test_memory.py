@@ -6,19 +6,28 @@ import json
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.plan_memory import make_inputs, measure
 from maskllm.masking import parameter as masked_parameter
+from maskllm.masking.sampler import MaskSampler
+from maskllm.megatron import loss
 from maskllm.megatron.build import build_model
 from maskllm.megatron.gpt import MaskedGPTModel
-from maskllm.megatron.linears import masked_linears
+from maskllm.megatron.linears import attach_bits, attach_logits, masked_linears, masked_parameters
 from maskllm.megatron.process_groups import parallel_processes
 from maskllm.ops import masked_weight
+from maskllm.patterns import Pattern
+from maskllm.planning import memory as planning
 from maskllm.planning.memory import Layout, Shapes, activations, stage_memory
 from maskllm.planning.models import config_of
 from maskllm.training.arguments import TrainArguments
+from maskllm.training.data_parallel import data_parallel
+from maskllm.training.optimizer import build_optimizer
+from maskllm.training.trainables import parameter_groups
 from tests.planning.saved import kept
 
 SIZES = {"hidden_size": 192, "intermediate_size": 320, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2}
@@ -144,6 +153,80 @@ def test_planned_weights_match_a_built_model(model):
         in_fp32 = stage_memory(stored, TrainArguments(seq_length=128, params_dtype="fp32"), Layout(1, 1, 1), 0, device="cpu")
         assert in_fp32.weights == (4 + copy) * everything
     assert memory.mask_logits == memory.gradients == memory.optimizer_state / 2 == 4 * weights * 6 / 4
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize("params_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("trained", ["masks", "weights", "both", "embeddings"])
+def test_planned_training_state_matches_a_built_optimizer(trained, params_dtype, distributed):
+    what = {"train": "weights", "train_embeddings": True} if trained == "embeddings" else {"train": trained}
+    arguments = TrainArguments(params_dtype=params_dtype, use_distributed_optimizer=distributed, seq_length=128, **what)
+    config = config_of(GPT | {"n_layer": 1})
+    with parallel_processes():
+        built = build_model(config, params_dtype=arguments.dtype)
+        attach_bits(built)
+        if arguments.trains_masks:
+            attach_logits(built, MaskSampler(Pattern.parse(arguments.pattern)))
+        masked = masked_parameters(built)
+        groups = parameter_groups(arguments, built, masked)
+        model = data_parallel(arguments, built)
+        (optimizer,) = getattr(whole := build_optimizer(arguments, groups, masked, model), "chained_optimizers", [whole])
+        optimizer.step()
+        own = {parameter.untyped_storage().data_ptr() for parameter in built.parameters()}
+        updated = [parameter for group in optimizer.optimizer.param_groups for parameter in group["params"]]
+        masters = sum(parameter.nbytes for parameter in updated if parameter.untyped_storage().data_ptr() not in own)
+        moments = sum(
+            optimizer.optimizer.state[parameter][name].nbytes for parameter in updated for name in ("exp_avg", "exp_avg_sq")
+        )
+        gradients = sum(buffer.grad_data.nbytes for buffer in model.buffers)
+        logits = sum(parameter.logits.nbytes for parameter in masked if arguments.trains_masks)
+    memory = stage_memory(config, arguments, Layout(1, 1, 1), 0, device="cpu")
+    assert (memory.masters, memory.optimizer_state, memory.mask_logits) == (masters, moments, logits)
+    assert memory.gradients == pytest.approx(gradients, rel=1e-3)  # the distributed optimizer pads its buffers
+
+
+class _Alive(TorchDispatchMode):
+    """The largest number of bytes of the tensors that operators in the block have made and that are alive after one of them."""
+
+    def __init__(self, known: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        results = func(*args, **(kwargs or {}))
+        for tensor in results if isinstance(results, tuple | list) else [results]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                storage = tensor.untyped_storage()
+                self.made[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
+        del tensor
+        self.made = {place: one for place, one in self.made.items() if not one[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self.made.values()))
+        return results
+
+
+@pytest.mark.parametrize("settings", [{}, {"kl_loss_coeff": 1.0}, {"kl_loss_coeff": 1.0, "kl_temperature": 2.0}], ids=str)
+@pytest.mark.parametrize("params_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("embeddings", [False, True])
+def test_planned_memory_of_the_loss_matches_its_tensors(settings, params_dtype, embeddings, monkeypatch):
+    for module in (loss, planning):
+        monkeypatch.setattr(module, "MAX_CHUNK_LOGITS", 1 << 16)
+    what = {"train": "weights", "train_embeddings": True} if embeddings else {"train": "both"}
+    arguments = TrainArguments(params_dtype=params_dtype, seq_length=512, **what, **settings)
+    config = config_of(LLAMA | {"vocab_size": 1024, "hidden_size": 96, "num_attention_heads": 6})
+    hidden, weight, theirs, their_weight = (torch.randn(rows, 96).to(arguments.dtype) for rows in (512, 1024, 512, 1024))
+    labels = torch.randint(1024, (512,))
+    terms = loss.LossTerms(kl=arguments.kl_loss_coeff, temperature=arguments.kl_temperature)
+    with parallel_processes(), _Alive([hidden, weight, theirs, their_weight, labels]) as alive:
+        group = parallel_state.get_tensor_model_parallel_group()
+        teacher = (theirs, their_weight) if settings else None
+        loss.linear_losses(
+            hidden.requires_grad_(), weight.requires_grad_(embeddings), labels, group, 1024, terms=terms, teacher=teacher
+        )
+    kept = hidden.nbytes + (4 * weight.numel() if embeddings else 0)
+    planned = planning.loss_temporary(config, arguments, Layout(1, 1, 1), device="cuda")
+    assert alive.most - kept == pytest.approx(planned, rel=0.1)
 
 
 def test_pipeline_stages_together_hold_the_model_once_and_tied_embeddings_twice():
