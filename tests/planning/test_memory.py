@@ -129,9 +129,13 @@ def _then(forward, after):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sequence_parallel", [False, True])
-def test_planned_activations_of_a_tensor_parallel_rank(sequence_parallel, ranks, tmp_path):
-    settings = {"micro_batch_size": 2, "seq_length": 128, "sequence_parallel": sequence_parallel}
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"sequence_parallel": True}, {"sequence_parallel": True, "train": "both"} | TEACHER],
+    ids=["tensor", "sequence", "teacher"],
+)
+def test_planned_activations_of_a_tensor_parallel_rank(more, ranks, tmp_path):
+    settings = {"micro_batch_size": 2, "seq_length": 128, **more}
     ranks(2, "tests.planning.saved", tmp_path / "found.json", 2, json.dumps(LLAMA), json.dumps(settings))
     compare(json.loads((tmp_path / "found.json").read_text()), LLAMA, TrainArguments(**settings), Layout(2, 1, 1))
 
