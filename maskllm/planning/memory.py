@@ -208,12 +208,10 @@ def activations(model: ModelConfig, arguments: TrainArguments, layout: Layout, s
     others = 0.0  # activations outside the layers
     if is_first and arguments.recompute_granularity is None and not arguments.train_embeddings:
         # The first norm's input comes from frozen embeddings and needs no gradient.
-        others -= norm_activations(model, arguments, layout, device=device) - frozen_input_norm(
-            model, arguments, layout, device=device
-        )
+        others -= norm_activations(model, arguments, layout, device=device)
+        others += frozen_input_norm(model, arguments, layout, device=device)
     if is_last:
-        norm_is_trained = arguments.train_embeddings
-        others += norm_activations(model, arguments, layout, device=device, trained=norm_is_trained)
+        others += norm_activations(model, arguments, layout, device=device, trained=arguments.train_embeddings)
         others += tokens * (model.hidden_size * element + 4)  # the loss keeps the hidden states' gradient and the losses
         if arguments.train_embeddings:
             others += 4 * shapes.output_matrix  # and the output matrix's gradient, in fp32
