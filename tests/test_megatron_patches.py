@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_patches import checkpoints, cpu, recomputation
+from megatron_patches import checkpoints, cpu, optimizer, recomputation
 from tests.training.conftest import arguments
 
 RUNS = {
@@ -19,8 +19,10 @@ RUNS = {
     "pipeline": {"pipeline_model_parallel_size": 2, "async_save": True},
     "data": {"use_distributed_optimizer": True},
     "resumed data": {"use_distributed_optimizer": True},
+    "mixed precision": {"train": "both", "params_dtype": "bf16"},
+    "resumed mixed precision": {"train": "both", "params_dtype": "bf16"},
 }  # fmt: skip
-"""Trainings that together use all that the patches change; the last one continues the one before."""
+"""Trainings that together use all that the patches change. A resumed one continues the one before."""
 
 
 def upstream_source(upstream: str) -> str:
@@ -34,7 +36,7 @@ def upstream_source(upstream: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "patch", cpu.PATCHES + checkpoints.PATCHES + recomputation.PATCHES, ids=lambda patch: patch.function.__name__
+    "patch", cpu.PATCHES + checkpoints.PATCHES + optimizer.PATCHES + recomputation.PATCHES, ids=lambda patch: patch.function.__name__
 )
 def test_upstream_still_needs_the_patch(patch):
     assert patch.needed_for in upstream_source(patch.upstream), (
@@ -44,7 +46,7 @@ def test_upstream_still_needs_the_patch(patch):
 
 ANOTHER_ADAM = {"distributed_optimizer_states_on_cpu"}
 """Needed for another Adam than torch's: tests/training/test_resume.py resumes with one."""
-TRAINED = {patch.function.__name__ for patch in cpu.PATCHES + recomputation.PATCHES} - ANOTHER_ADAM
+TRAINED = {patch.function.__name__ for patch in cpu.PATCHES + optimizer.PATCHES + recomputation.PATCHES} - ANOTHER_ADAM
 
 
 @pytest.mark.long

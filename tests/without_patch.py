@@ -16,9 +16,9 @@ def main(name: str, *arguments: str) -> int:
     """Train; returns the exit status."""
     megatron_patches.import_megatron()
     from maskllm import train
-    from megatron_patches import checkpoints, cpu, recomputation
+    from megatron_patches import checkpoints, cpu, optimizer, recomputation
 
-    for module in (checkpoints, cpu, recomputation):
+    for module in (checkpoints, cpu, optimizer, recomputation):
         module.PATCHES[:] = [patch for patch in module.PATCHES if patch.function.__name__ != name]
     torch.set_num_threads(1)
     return train.main(arguments)
