@@ -36,7 +36,9 @@ def upstream_source(upstream: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "patch", cpu.PATCHES + checkpoints.PATCHES + optimizer.PATCHES + recomputation.PATCHES, ids=lambda patch: patch.function.__name__
+    "patch",
+    cpu.PATCHES + checkpoints.PATCHES + optimizer.PATCHES + recomputation.PATCHES,
+    ids=lambda patch: patch.function.__name__,
 )
 def test_upstream_still_needs_the_patch(patch):
     assert patch.needed_for in upstream_source(patch.upstream), (
