@@ -63,6 +63,21 @@ class Checkpoint:
         """
         return TensorReader(self.path, self.manifest.verify)
 
+    @functools.cached_property
+    def has_mask_bits(self) -> bool:
+        """Whether it holds one-shot or fixed masks, as `mask_bits`."""
+        return f"{self._first_linear}.mask_bits" in self.tensors
+
+    @functools.cached_property
+    def has_mask_logits(self) -> bool:
+        """Whether it holds masks that are learned, as `mask_logits`. They count before `mask_bits`, which are then their prior."""
+        return f"{self._first_linear}.mask_logits" in self.tensors
+
+    @property
+    def _first_linear(self) -> str:
+        """The first masked linear. All linears have the same kinds of masks."""
+        return next(mapping.linear for mapping in parameter_map(self.model_config) if mapping.linear is not None)
+
     def manifest_digest(self) -> str:
         """The SHA-256 of the manifest, which names this checkpoint by the contents of all its files."""
         return hashlib.sha256((self.path / MANIFEST).read_bytes()).hexdigest()

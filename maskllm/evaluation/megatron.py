@@ -62,8 +62,8 @@ def evaluate_checkpoint(
 def load_masked_model(checkpoint: Checkpoint, params_dtype: torch.dtype) -> MaskedGPTModel:
     """This rank's part of the model: with its logits if it has logits (see `use_winners`), else with its fixed mask, else dense."""
     model = build_model(checkpoint.model_config, params_dtype=params_dtype).eval()
-    first = masked_parameters(model)[0].location.name
-    if f"{first}.mask_logits" in checkpoint.tensors:
+    if checkpoint.has_mask_logits:
+        first = masked_parameters(model)[0].location.name
         stored = checkpoint.tensors[f"{first}.mask_logits"].dtype
         attach_logits(model, MaskSampler(checkpoint.info.block_pattern), dtype=stored)
     elif checkpoint.info.stage != "dense":

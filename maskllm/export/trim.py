@@ -109,15 +109,10 @@ def _final_weight(checkpoint: Checkpoint, key: str) -> LazyTensor:
 def _mask_source(checkpoint: Checkpoint, linear: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
     """The key and the shape of the tensor that holds the mask, or its logits, of a weight [out, in] with shape `shape`."""
     rows, columns = shape
-    if _has_fixed_masks(checkpoint):
+    if not checkpoint.has_mask_logits:
         return f"{linear}.mask_bits", (rows, -(-columns // 8))
     pattern = _learned_pattern(checkpoint)
     return f"{linear}.mask_logits", (rows, columns // pattern.m, pattern.num_candidates)
-
-
-def _has_fixed_masks(checkpoint: Checkpoint) -> bool:
-    """Whether the masks are fixed ones: a one-shot mask, or that of a run which trained the weights alone."""
-    return checkpoint.info.stage == "pruned" or checkpoint.info.details.get("settings", {}).get("train") == "weights"
 
 
 def _learned_pattern(checkpoint: Checkpoint) -> Pattern:
@@ -131,7 +126,7 @@ def _mask(checkpoint: Checkpoint, linear: str) -> torch.Tensor:
     """The final mask of the linear `linear`, bool [out, in]."""
     shape = checkpoint.tensors[f"{linear}.weight"].shape
     source = checkpoint.tensors[_mask_source(checkpoint, linear, shape)[0]].load()
-    if _has_fixed_masks(checkpoint):
+    if not checkpoint.has_mask_logits:
         return unpack_mask(source, shape[1])
     try:
         return winner_mask(source, _learned_pattern(checkpoint))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -35,15 +36,15 @@ class Rope:
         return self.theta ** (torch.arange(0, self.dim, 2, dtype=torch.int64).float() / self.dim)
 
 
-class RopeScaling:
+class RopeScaling(ABC):
     """What a `rope_type` other than default makes of the frequencies, so that a model reads longer texts than it was trained on."""
 
     attention_factor = 1.0
     """The rotated channels of queries and keys are multiplied by it."""
 
+    @abstractmethod
     def frequencies(self, rope: Rope, seq_length: int) -> torch.Tensor:
         """The angle per position of each pair of channels in a sequence of `seq_length` tokens, in radians, fp32 [rope.dim / 2]."""
-        raise NotImplementedError
 
     def context(self, max_position_embeddings: int) -> int:
         """The longest sequence, in tokens, of a model with that value in its `config.json`."""

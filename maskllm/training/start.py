@@ -58,9 +58,8 @@ SETTINGS_THAT_MUST_MATCH = (
 )
 """Arguments that a resumed run must share with the run it continues, as it must share its data: all that decide what is learned.
 Everything else (layout, precision of frozen weights, intervals, paths) may change. A run that an older version has written lacks the
-settings that came later; it has their defaults. Megatron's two kinds of optimizer keep their state
-under different keys and cannot load each other's."""
-
+settings that came later; it has their defaults. Megatron's two kinds of optimizer keep their state under different keys and cannot
+load each other's."""
 
 _ADDED_LATER = SETTINGS_THAT_MUST_MATCH[SETTINGS_THAT_MUST_MATCH.index("train") :]
 
@@ -111,7 +110,7 @@ def resolve_start(arguments: TrainArguments, pattern: Pattern, *, say: Callable[
     if arguments.pretrained_checkpoint is not None and (path is None or not from_first_rank(holds_checkpoint(path))):
         path = arguments.pretrained_checkpoint
     checkpoint = _open_intact(path, fall_back=arguments.auto_fallback, say=say)
-    resumed = checkpoint.info.stage == "trained" and _settings(checkpoint).get("train") == arguments.train
+    resumed = _trained_by(checkpoint) == arguments.train
     _check_can_start(checkpoint, arguments, pattern)
     data: list[dict[str, Any]] = []
     with raised_together():
@@ -168,8 +167,8 @@ def _check_can_start(checkpoint: Checkpoint, arguments: TrainArguments, pattern:
         return  # under masks of any pattern
     if info.pattern is not None and info.pattern != str(pattern):
         raise MaskLLMError(f"{checkpoint.path}: its masks have pattern {info.pattern}; --pattern is {pattern}")
-    if info.stage == "trained" and _settings(checkpoint).get("train") not in ("masks", arguments.train):
-        before = _settings(checkpoint)["train"]
+    before = _trained_by(checkpoint)
+    if before not in (None, "masks", arguments.train):
         raise MaskLLMError(
             f"{checkpoint.path}: its run had --train {before}, whose weights are no longer the original's; --train {arguments.train} "
             f"cannot start from them; resume it with --train {before}, or start from an earlier checkpoint"
@@ -190,6 +189,11 @@ def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
     stored = checkpoint.info.details.get("settings")
     defaults = settings_of(TrainArguments())
     return {**{name: defaults[name] for name in _ADDED_LATER}, **(stored if isinstance(stored, dict) else {})}
+
+
+def _trained_by(checkpoint: Checkpoint) -> str | None:
+    """The `--train` of the run that wrote the checkpoint; None if no run did."""
+    return _settings(checkpoint)["train"] if checkpoint.info.stage == "trained" else None
 
 
 def _find_teacher(start: Start, say: Callable[[str], None]) -> Checkpoint | None:
@@ -226,7 +230,7 @@ def _find_teacher(start: Start, say: Callable[[str], None]) -> Checkpoint | None
             ) from None
     info, option = checkpoint.info, f"--teacher {checkpoint.path}"
     is_dense = info.stage == "dense" or (info.stage == "pruned" and not info.details.get("update_weights"))
-    if not is_dense and not (info.stage == "trained" and _settings(checkpoint)["train"] == "masks"):
+    if not is_dense and _trained_by(checkpoint) != "masks":
         raise MaskLLMError(
             f"{option}: its weights are not dense; a teacher is a dense checkpoint, such as `maskllm convert` writes; name it by --teacher"
         )

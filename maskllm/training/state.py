@@ -16,12 +16,14 @@ from maskllm.checkpoints.reading import Checkpoint, load_model, load_tensors
 from maskllm.distributed import any_rank, raised_together
 from maskllm.environment.optional_parts import resolve_transformer_impl
 from maskllm.errors import MaskLLMError
+from maskllm.families.model_config import ModelConfig
 from maskllm.masking.sampler import MaskSampler
 from maskllm.megatron.build import build_model
 from maskllm.megatron.distillation import StudentAndTeacher
 from maskllm.megatron.gpt import MaskedGPTModel
 from maskllm.megatron.linears import attach_bits, attach_logits, masked_parameters
 from maskllm.megatron.loss import LossTerms
+from maskllm.training.arguments import TrainArguments
 from maskllm.training.optimizer import fit_adam_state
 from maskllm.training.start import Start, settings_of
 from maskllm.training.trainables import is_trained
@@ -50,17 +52,9 @@ class TrainingState:
         start's logits.
         """
         arguments = start.arguments
-        model = build_model(
-            start.model_config,
-            params_dtype=arguments.dtype,
-            sequence_parallel=arguments.sequence_parallel,
-            transformer_impl=resolve_transformer_impl(arguments.transformer_impl),
-            recomputation=arguments.recomputation(),
-        )
+        model = _build(start.model_config, arguments, recomputation=arguments.recomputation())
         masked = masked_parameters(model)
-        has_bits, has_logits = (
-            f"{masked[0].location.name}.{key}" in start.checkpoint.tensors for key in ("mask_bits", "mask_logits")
-        )
+        has_bits, has_logits = start.checkpoint.has_mask_bits, start.checkpoint.has_mask_logits
         if has_bits:
             attach_bits(model)
         if has_logits:
@@ -89,12 +83,7 @@ class TrainingState:
             return None
         teacher = None
         if checkpoint is not None:
-            teacher = build_model(
-                checkpoint.model_config,
-                params_dtype=arguments.dtype,
-                sequence_parallel=arguments.sequence_parallel,
-                transformer_impl=resolve_transformer_impl(arguments.transformer_impl),
-            ).eval()
+            teacher = _build(checkpoint.model_config, arguments).eval()
             load_model(checkpoint, teacher)
             with raised_together():
                 for name, parameter in teacher.named_parameters():
@@ -167,6 +156,17 @@ class TrainingState:
             "model": model_state,
             "optimizer": optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata),
         }
+
+
+def _build(config: ModelConfig, arguments: TrainArguments, *, recomputation: dict[str, Any] | None = None) -> MaskedGPTModel:
+    """This rank's part of a model that computes as the run does."""
+    return build_model(
+        config,
+        params_dtype=arguments.dtype,
+        sequence_parallel=arguments.sequence_parallel,
+        transformer_impl=resolve_transformer_impl(arguments.transformer_impl),
+        recomputation=recomputation,
+    )
 
 
 def _make_room(optimizer: MegatronOptimizer) -> None:
