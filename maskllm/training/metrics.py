@@ -69,8 +69,7 @@ class TrainMetrics:
         local = torch.stack([step.sums for step in good] or [torch.zeros_like(window[0].sums)]).double()
         losses = mean_losses(local[:, :4].sum(0))
         values: dict[str, Any] = {"loss": losses.cross_entropy if steps else None}
-        if self.objective.pair is not None:
-            values |= {name: getattr(losses, name) if steps else None for name in ("kl", "squarehead")}
+        values |= {name: getattr(losses, name) if steps else None for name in self.objective.teacher_terms}
         if self.tracker is not None:
             values |= self._of_masks(good, local)
         memory = torch.tensor(float(peak_memory_bytes()), dtype=torch.float64, device=device())

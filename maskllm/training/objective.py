@@ -37,6 +37,11 @@ class Objective:
         self.sampler = sampler
         self.coefficient = ce_loss_coeff if pair is None else 1.0
         self.pair = pair
+        self.teacher_terms: list[str] = []
+        """The terms of the loss that compare with the teacher, as metrics name them: "kl", "squarehead"."""
+        if pair is not None:
+            weights = {"kl": pair.terms.kl, "squarehead": pair.squarehead}
+            self.teacher_terms = [name for name, weight in weights.items() if weight]
 
     def set_step(self, iteration: int, num_microbatches: int) -> None:
         """Weigh the terms as in step `iteration`, counted from 0. Its loss is the mean of `num_microbatches` on each data-parallel rank."""

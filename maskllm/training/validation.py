@@ -47,8 +47,7 @@ class Validation:
                 if mean is None:
                     return None
                 means[f"loss_{name}"] = mean.cross_entropy
-                if self.micro_batches.objective.pair is not None:
-                    means |= {f"kl_{name}": mean.kl, f"squarehead_{name}": mean.squarehead}
+                means |= {f"{term}_{name}": getattr(mean, term) for term in self.micro_batches.objective.teacher_terms}
             return means
         finally:
             self.model.train()

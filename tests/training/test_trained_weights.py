@@ -202,6 +202,8 @@ def test_a_run_that_trains_weights_starts_from_a_trimmed_checkpoint_with_a_teach
     run = {"train": "weights", "kl_loss_coeff": 1.0, "teacher": tiny_dense, "steps": 2}
     assert train.main(arguments(tmp_path / "run", tiny_dataset, tmp_path / "trimmed", **run)) == 0
     assert Path(resolve(tmp_path / "run").info.details["teacher"]["path"]) == resolve(tiny_dense).path.resolve()
+    assert all("kl" in line for line in metrics(tmp_path / "run"))
+    assert not any("squarehead" in line for line in metrics(tmp_path / "run")), "a term that is not computed is logged"
 
 
 @pytest.mark.usefixtures("signal_handlers")
