@@ -54,10 +54,10 @@ class Recipe:
 
     def command(self, rate: str, seed: int, iterations: int) -> list[str]:
         """The options with this learning rate, which decays to a tenth, this seed and this length."""
-        name = "lr" if self.options[:2] == ["--train", "masks"] else "weights-lr"
-        low = f"{float(rate) / 10:g}"
+        prefix = "--" if self.options[:2] == ["--train", "masks"] else "--weights-"
         return [
-            *self.options, f"--{name}", rate, f"--{name.replace('lr', 'min-lr')}", low, "--seed", str(seed), "--train-iters", str(iterations),
+            *self.options, f"{prefix}lr", rate, f"{prefix}min-lr", f"{float(rate) / 10:g}", "--seed", str(seed),
+            "--train-iters", str(iterations),
         ]  # fmt: skip
 
 
@@ -106,10 +106,10 @@ def _run_row(arguments: argparse.Namespace, name: str, rate: str | None, seed: i
     common.run("convert", megatron / "dense", [*maskllm, "convert", "--hf", arguments.hf, "--output", megatron / "dense"])
     if start in ONE_SHOT:
         one_shot = Steps(_made(work / start))
-        calibration = [] if start == "magnitude" else ["--calibration-data", dataset, *CALIBRATION, "--params-dtype", arguments.params_dtype]
+        calibration = ["--calibration-data", dataset, *CALIBRATION, "--params-dtype", arguments.params_dtype]
         one_shot.run(
             "prune", megatron / start,
-            [*maskllm, "prune", "--load", megatron / "dense", "--output", megatron / start, "--method", start, *calibration],
+            [*maskllm, "prune", "--load", megatron / "dense", "--output", megatron / start, "--method", start, *([] if start == "magnitude" else calibration)],
         )  # fmt: skip
 
     folder = _made(work / row)
@@ -135,8 +135,8 @@ def _run_row(arguments: argparse.Namespace, name: str, rate: str | None, seed: i
     steps.run(
         "evaluate", file,
         [
-            *maskllm, "evaluate", "--model", directory, "--data", arguments.eval_data, *EVALUATION, "--params-dtype", arguments.params_dtype,
-            "--json", file,
+            *maskllm, "evaluate", "--model", directory, "--data", arguments.eval_data, *EVALUATION,
+            "--params-dtype", arguments.params_dtype, "--json", file,
         ],
     )  # fmt: skip
     perplexity = read_json_object(file)
@@ -154,7 +154,9 @@ def _run_row(arguments: argparse.Namespace, name: str, rate: str | None, seed: i
             "peak_memory_bytes": steps.records["train"]["peak_memory_bytes"] if training else None,
             "machine": describe("cuda" if torch.cuda.is_available() else "cpu"),
             "date": datetime.date.today().isoformat(),
-            "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip(),
+            "commit": subprocess.run(
+                ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+            ).stdout.strip(),
             "versions": {package: metadata.version(package) for package in ("torch", "megatron-core", "transformers")},
         },
     )
@@ -170,9 +172,18 @@ def table() -> str:
     results = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("*.json"))]
     by_recipe = {result["recipe"]: result["perplexity"] for result in results if not result["rate"]}
     dense, prior = by_recipe["dense"], by_recipe[PRIOR]
-    lines = ["| recipe | learning rate | seed | training tokens | perplexity | gap closed |", "| --- | --- | --- | --- | --- | --- |"]
+    lines = [
+        "| recipe | learning rate | seed | training tokens | perplexity | gap closed |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for result in sorted(results, key=lambda result: (result["tokens"], -result["perplexity"])):
-        cells = [result["recipe"], result["rate"] or "-", result["seed"] or "-", f"{result['tokens']:,}", f"{result['perplexity']:.1f}"]
+        cells = [
+            result["recipe"],
+            result["rate"] or "-",
+            result["seed"] or "-",
+            f"{result['tokens']:,}",
+            f"{result['perplexity']:.1f}",
+        ]
         lines.append("| " + " | ".join(map(str, [*cells, f"{(prior - result['perplexity']) / (prior - dense):.1%}"])) + " |")
     return "\n".join(lines)
 
