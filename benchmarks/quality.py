@@ -106,10 +106,13 @@ def _run_row(arguments: argparse.Namespace, name: str, rate: str | None, seed: i
     common.run("convert", megatron / "dense", [*maskllm, "convert", "--hf", arguments.hf, "--output", megatron / "dense"])
     if start in ONE_SHOT:
         one_shot = Steps(_made(work / start))
-        calibration = ["--calibration-data", dataset, *CALIBRATION, "--params-dtype", arguments.params_dtype]
+        data = ["--calibration-data", dataset, *CALIBRATION, "--params-dtype", arguments.params_dtype]
         one_shot.run(
             "prune", megatron / start,
-            [*maskllm, "prune", "--load", megatron / "dense", "--output", megatron / start, "--method", start, *([] if start == "magnitude" else calibration)],
+            [
+                *maskllm, "prune", "--load", megatron / "dense", "--output", megatron / start, "--method", start,
+                *([] if start == "magnitude" else data),
+            ],
         )  # fmt: skip
 
     folder = _made(work / row)
