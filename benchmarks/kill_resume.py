@@ -48,14 +48,14 @@ def make_inputs(folder: Path) -> tuple[Path, str]:
 
     from maskllm.checkpoints.convert import convert
     from maskllm.patterns import Pattern
-    from maskllm.pruning.megatron import prune_by_magnitude
+    from maskllm.pruning.megatron import prune_without_data
     from maskllm.pruning.solve import PruneSettings
 
     torch.manual_seed(0)
     sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     LlamaForCausalLM(LlamaConfig(**sizes, bos_token_id=None, eos_token_id=0)).save_pretrained(folder / "hf")
     convert(str(folder / "hf"), str(folder / "dense"))
-    prune_by_magnitude(str(folder / "dense"), str(folder / "pruned"), PruneSettings("magnitude", Pattern(2, 4)))
+    prune_without_data(str(folder / "dense"), str(folder / "pruned"), PruneSettings("magnitude", Pattern(2, 4)))
     builder = IndexedDatasetBuilder(str(folder / "data.bin"), dtype=np.uint16)
     generator = np.random.default_rng(0)
     for _ in range(64):

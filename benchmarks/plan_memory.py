@@ -33,7 +33,7 @@ from maskllm.files import write_json  # noqa: E402
 from maskllm.patterns import Pattern  # noqa: E402
 from maskllm.planning.memory import Layout, largest_stage  # noqa: E402
 from maskllm.planning.models import named_model  # noqa: E402
-from maskllm.pruning.megatron import prune_by_magnitude  # noqa: E402
+from maskllm.pruning.megatron import prune_without_data  # noqa: E402
 from maskllm.pruning.solve import PruneSettings  # noqa: E402
 
 RUNS = {
@@ -67,7 +67,7 @@ def make_inputs(hf: str | Path, folder: Path) -> tuple[dict[str, Path], Path]:
     checkpoints = {"tiny": folder / "tiny", "model": folder / "model"}
     for kind, source in (("tiny", folder / "tiny-hf"), ("model", hf)):
         convert(source, folder / f"{kind}-dense")
-        prune_by_magnitude(folder / f"{kind}-dense", checkpoints[kind], PruneSettings("magnitude", Pattern(2, 4)))
+        prune_without_data(folder / f"{kind}-dense", checkpoints[kind], PruneSettings("magnitude", Pattern(2, 4)))
     builder = IndexedDatasetBuilder(str(folder / "data.bin"), dtype=np.uint16)
     tokens = torch.from_numpy(np.random.default_rng(0).integers(1, 250, 20000))
     builder.add_document(tokens, [len(tokens)])

@@ -121,11 +121,11 @@ def tiny_dense(tiny_hf: Path) -> Path:
 def tiny_pruned(tiny_dense: Path) -> Path:
     """`tiny_dense` with magnitude masks."""
     from maskllm.patterns import Pattern
-    from maskllm.pruning.megatron import prune_by_magnitude
+    from maskllm.pruning.megatron import prune_without_data
     from maskllm.pruning.solve import PruneSettings
 
     path = tiny_dense.parent / "pruned"
-    prune_by_magnitude(str(tiny_dense), str(path), PruneSettings("magnitude", Pattern(2, 4)))
+    prune_without_data(str(tiny_dense), str(path), PruneSettings("magnitude", Pattern(2, 4)))
     return path
 
 

@@ -14,8 +14,8 @@ from maskllm import train
 from maskllm.checkpoints.reading import resolve
 from maskllm.cli import main
 from maskllm.evaluation.huggingface import block_weights
-from maskllm.export.mask_file import apply_mask_file
 from maskllm.families.registry import parameter_map
+from maskllm.huggingface.mask_file import open_mask_file
 from maskllm.patterns import Pattern, unpack_mask
 from maskllm.pruning import PruneSettings, prune_hf
 from maskllm.pruning.calibration import open_documents, sample_windows
@@ -178,6 +178,6 @@ def test_whole_pipeline(family, tmp_path, tiny_dataset):
     sparse, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "sparse", dtype=torch.float32, output_loading_info=True)
     assert not any(loading.values()), loading
     masked = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
-    apply_mask_file(tmp_path / "masks.npz", block_weights(masked))
+    open_mask_file(tmp_path / "masks.npz").apply(block_weights(masked))
     with torch.no_grad():
         assert torch.equal(masked(tokens).logits, sparse(tokens).logits)

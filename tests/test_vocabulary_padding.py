@@ -22,7 +22,7 @@ from maskllm.families.registry import parameter_map
 from maskllm.patterns import Pattern
 from maskllm.planning.memory import Shapes
 from maskllm.planning.models import named_model
-from maskllm.pruning.megatron import prune_by_magnitude
+from maskllm.pruning.megatron import prune_without_data
 from maskllm.pruning.solve import PruneSettings
 from tests.training.conftest import arguments, metrics
 
@@ -49,7 +49,7 @@ def converted(request, tmp_path_factory) -> Path:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "hf")
     for multiple in MULTIPLES:
         convert(folder / "hf", folder / f"dense{multiple}", make_vocab_size_divisible_by=multiple)
-    prune_by_magnitude(folder / "dense1", folder / "pruned", PruneSettings("magnitude", Pattern(2, 4)))
+    prune_without_data(folder / "dense1", folder / "pruned", PruneSettings("magnitude", Pattern(2, 4)))
     return folder
 
 

@@ -10,7 +10,7 @@ import torch
 
 from maskllm.cli.options import writable_file
 from maskllm.dtypes import BY_FLAG
-from maskllm.errors import MaskLLMError
+from maskllm.errors import MaskLLMError, flag
 from maskllm.evaluation.huggingface import Evaluation, evaluate_hf
 from maskllm.failures import run_guarded
 from maskllm.files import write_json
@@ -34,6 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mask",
         metavar="F.npz_OR_ID",
         help="mask file to apply to the weights of --model first, or the hub id of a repository that holds one",
+    )
+    parser.add_argument(
+        "--mask-base", metavar="G.npz_OR_ID", help="if --mask is a difference: the mask file that it is a difference to"
     )
     parser.add_argument(
         "--seq-length",
@@ -64,14 +67,16 @@ def run(args: argparse.Namespace) -> int | None:
             args.data,
             **windows,
             mask_file=args.mask,
+            mask_base=args.mask_base,
             dtype=dtype,
             device=args.device,
             trust_remote_code=args.trust_remote_code,
         )
         report(args, result)
         return None
-    if args.mask is not None:
-        raise MaskLLMError("--mask: applies to --model only; a Megatron checkpoint has its own masks")
+    for name in ("mask", "mask_base"):
+        if getattr(args, name) is not None:
+            raise MaskLLMError(f"{flag(name)}: applies to --model only; a Megatron checkpoint has its own masks")
     if args.device is not None or args.trust_remote_code:
         raise MaskLLMError("--device, --trust-remote-code: apply to --model only; leave them out with --load")
     import megatron_patches
@@ -96,5 +101,5 @@ def report(args: argparse.Namespace, result: Evaluation) -> None:
         f"{result.text_tokens} tokens in all; {result.zeros:.1%} zeros; {result.dtype} on {result.device}, {result.seconds:.1f} s)"
     )
     if args.json:
-        what = {"model": args.model, "load": args.load, "data": args.data, "mask": args.mask}
+        what = {"model": args.model, "load": args.load, "data": args.data, "mask": args.mask, "mask_base": args.mask_base}
         write_json(args.json, what | dataclasses.asdict(result) | {"peak_memory_bytes": peak_resident_bytes()})

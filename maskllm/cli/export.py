@@ -18,6 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="Hugging Face checkpoint directory to write")
     parser.add_argument("--mask-file", type=writable_file, metavar="F.npz", help="also write the masks to this file")
+    parser.add_argument(
+        "--mask-base", metavar="G.npz_OR_ID", help="write --mask-file as a difference to this mask file, which makes it small"
+    )
     parser.add_argument("--json", type=writable_file, metavar="FILE", help="also write the numbers to this file")
     parser.add_argument("--max-shard-size", default=MAX_SHARD_SIZE, metavar="SIZE", help="largest safetensors file to write")
 
@@ -25,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Export, then print what was written."""
     with measured() as cost:
-        report = export(args.load, args.output, mask_file=args.mask_file, max_shard_size=args.max_shard_size)
+        report = export(
+            args.load, args.output, mask_file=args.mask_file, mask_base=args.mask_base, max_shard_size=args.max_shard_size
+        )
     if args.json:
         write_json(args.json, {"load": args.load} | dataclasses.asdict(report) | cost)
     print(f"wrote {args.output}" + (f" and {args.mask_file}" if args.mask_file else ""))

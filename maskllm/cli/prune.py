@@ -18,9 +18,10 @@ from maskllm.environment.cpu_speed import slow_dtype_warning
 from maskllm.errors import MaskLLMError, flag
 from maskllm.failures import run_guarded
 from maskllm.files import write_json
+from maskllm.huggingface.mask_file import MaskFile, open_mask_file
 from maskllm.patterns import Pattern
-from maskllm.pruning.megatron import Calibration, prune_by_magnitude, prune_calibrated
-from maskllm.pruning.solve import METHODS, PruneSettings
+from maskllm.pruning.megatron import Calibration, prune_calibrated, prune_without_data
+from maskllm.pruning.solve import MASK_FILE, METHODS, PruneSettings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +29,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     settings = PruneSettings()
     parser.add_argument("--load", required=True, metavar="CKPT", help="dense checkpoint: its directory or one iteration's")
     parser.add_argument("--output", required=True, metavar="CKPT", help="Megatron checkpoint directory to write")
-    parser.add_argument("--method", choices=METHODS, default=settings.method, help="how to choose the mask")
+    parser.add_argument("--method", choices=(*METHODS, MASK_FILE), default=settings.method, help="how to choose the mask")
+    parser.add_argument(
+        "--mask",
+        metavar="F.npz_OR_ID",
+        help=f"with --method {MASK_FILE}: the mask file, or the hub id of a repository that holds one",
+    )
+    parser.add_argument(
+        "--mask-base", metavar="G.npz_OR_ID", help="if --mask is a difference: the mask file that it is a difference to"
+    )
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--pattern", default=str(settings.sparsity), metavar="N:M", help="keep N of every M consecutive weights")
     target.add_argument(
@@ -43,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration-data",
         metavar="PREFIX_OR_FILE",
-        help="prefix of an indexed dataset, or JSON-lines file; magnitude does not need it, but reports errors only with it",
+        help="prefix of an indexed dataset, or JSON-lines file; magnitude and mask-file do not need it, but report errors only "
+        "with it",
     )
     parser.add_argument(
         "--calibration-samples", type=int, default=Calibration.samples, metavar="K", help="number of windows to draw"
@@ -67,14 +77,15 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("maskllm").setLevel(logging.INFO)
     sparsity = Pattern.parse(args.pattern) if args.sparsity is None else args.sparsity
-    settings = PruneSettings(args.method, sparsity, args.update_weights, sequential=not args.no_sequential)
+    masks = _mask_file(args)
+    settings = PruneSettings(args.method, sparsity, args.update_weights, sequential=not args.no_sequential, mask_file=masks)
     for name in ("calibration_samples", "seq_length"):
         if getattr(args, name) < 1:
             raise MaskLLMError(f"{flag(name)} {getattr(args, name)}: wanted a positive number")
     if args.seed < 0:
         raise MaskLLMError(f"--seed {args.seed}: wanted a number of at least 0")
     if args.calibration_data is None:
-        if args.method != "magnitude":
+        if args.method not in ("magnitude", MASK_FILE):
             raise MaskLLMError(f"--method {args.method} needs --calibration-data")
         work = functools.partial(_without_data, args, settings)
     else:
@@ -85,14 +96,32 @@ def run(args: argparse.Namespace) -> int:
     return run_in_group(lambda: run_guarded("maskllm prune", work), timeout_minutes=60)
 
 
+def _mask_file(args: argparse.Namespace) -> MaskFile | None:
+    """The mask file of --method mask-file. Raises MaskLLMError if the options do not go together or the file cannot be read."""
+    if args.method != MASK_FILE:
+        for name in ("mask", "mask_base"):
+            if getattr(args, name) is not None:
+                raise MaskLLMError(f"{flag(name)}: goes with --method {MASK_FILE} only, found --method {args.method}")
+        return None
+    if args.mask is None:
+        raise MaskLLMError(f"--method {MASK_FILE} needs --mask F.npz, a mask file")
+    if args.sparsity is not None:
+        raise MaskLLMError(f"--sparsity: --method {MASK_FILE} wants the file's pattern, as --pattern N:M")
+    if args.update_weights:
+        raise MaskLLMError(
+            f"--update-weights: --method {MASK_FILE} takes a mask only; updating the weights needs --method sparsegpt"
+        )
+    return open_mask_file(args.mask, args.mask_base)
+
+
 def _without_data(args: argparse.Namespace, settings: PruneSettings) -> None:
-    """Prune by magnitude on the first rank; one process is enough."""
+    """Prune by magnitude, or as a mask file says, on the first rank; one process is enough."""
     from maskllm.distributed import raised_together
 
     with raised_together():
         if torch.distributed.get_rank() == 0:
             with measured() as cost:
-                path = prune_by_magnitude(args.load, args.output, settings)
+                path = prune_without_data(args.load, args.output, settings)
             _report(args, path, {"load": args.load, **settings.as_dict()} | cost)
 
 

@@ -21,12 +21,12 @@ from maskllm.environment.cpu_speed import computes_natively
 from maskllm.errors import MaskLLMError, whole_message
 from maskllm.evaluation.perplexity import Perplexity, WindowNLL, cut_windows, next_token_nll, perplexity
 from maskllm.evaluation.text import read_evaluation_text
-from maskllm.export.mask_file import apply_mask_file, find_mask_file
 from maskllm.families.model_config import check_context, check_vocabulary
 from maskllm.files import check_not_lfs_pointer
 from maskllm.huggingface.blocks import linears_of, transformer_blocks
 from maskllm.huggingface.config import load_config
 from maskllm.huggingface.hub import find_source
+from maskllm.huggingface.mask_file import open_mask_file
 from maskllm.huggingface.tensors import HFTensors, weight_files
 
 
@@ -52,6 +52,7 @@ def evaluate_hf(
     seq_length: int,
     max_windows: int | None = None,
     mask_file: str | os.PathLike | None = None,
+    mask_base: str | os.PathLike | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
@@ -62,7 +63,8 @@ def evaluate_hf(
         model: a local directory or hub id.
         data: see `read_evaluation_text`.
         seq_length, max_windows: see `cut_windows`.
-        mask_file: masks (`maskllm.export.mask_file`) to apply to the weights first: a file, or a hub id (`find_mask_file`).
+        mask_file, mask_base: masks to apply to the weights first, and their base if they are a difference: files or hub ids
+            (`maskllm.huggingface.mask_file.open_mask_file`).
         dtype: dtype to compute in. The default is the checkpoint's dtype, but fp32 on a CPU without instructions for it: that is
             faster and more exact, with the same weights.
         device: the default is the GPU if there is one.
@@ -71,8 +73,9 @@ def evaluate_hf(
     Raises MaskLLMError if an input cannot be read, the masks do not fit, the device cannot be used, or the windows are longer than
     the model's context.
     """
-    if mask_file is not None:
-        mask_file = find_mask_file(mask_file)
+    if mask_file is None and mask_base is not None:
+        raise MaskLLMError("--mask-base: belongs to a mask file that is a difference; give --mask too, or leave it out")
+    masks = None if mask_file is None else open_mask_file(mask_file, mask_base)
     directory = find_source(model)
     text = read_evaluation_text(data)
     tokens = load_tokenizer(directory, use_gigatoken=False).encode(text.text)
@@ -81,8 +84,8 @@ def evaluate_hf(
     loaded = load_hf_model(directory, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     _check_fits(directory, loaded, tokens, seq_length)
     weights = block_weights(loaded)
-    if mask_file is not None:
-        apply_mask_file(mask_file, weights)
+    if masks is not None:
+        masks.apply(weights)
     result = perplexity(hf_window_nll(loaded), windows)
     return Evaluation(
         **dataclasses.asdict(result),

@@ -18,10 +18,10 @@ from maskllm.checkpoints.reading import Checkpoint, resolve
 from maskllm.checkpoints.torch_dist import LazyTensor
 from maskllm.dtypes import dtype_name
 from maskllm.errors import MaskLLMError
-from maskllm.export.mask_file import write_mask_file
 from maskllm.families.mapping import Mapping
 from maskllm.families.registry import parameter_map
 from maskllm.files import atomic_directory, explain_safetensors_errors, read_json_object, write_json
+from maskllm.huggingface.mask_file import open_base, write_mask_file
 from maskllm.huggingface.side_files import read_side_files, write_side_files
 from maskllm.huggingface.tensors import INDEX
 from maskllm.ops import check_mask
@@ -46,7 +46,12 @@ class ExportReport:
 
 
 def export(
-    load: str | Path, output: str | Path, *, mask_file: str | Path | None = None, max_shard_size: str = MAX_SHARD_SIZE
+    load: str | Path,
+    output: str | Path,
+    *,
+    mask_file: str | Path | None = None,
+    mask_base: str | Path | None = None,
+    max_shard_size: str = MAX_SHARD_SIZE,
 ) -> ExportReport:
     """Write the checkpoint `load`, dense or trimmed, as a Hugging Face checkpoint to the directory `output`.
 
@@ -54,7 +59,8 @@ def export(
     of its mask. `output` appears complete or not at all.
 
     Args:
-        mask_file: A file outside of `output` to write the masks to (`maskllm.export.mask_file`). It appears before `output` does.
+        mask_file: A file outside of `output` to write the masks to (`maskllm.huggingface.mask_file`). It appears before `output` does.
+        mask_base: The mask file, or its hub id, that `mask_file` is written as a difference to.
         max_shard_size: The largest size of a safetensors file: a positive number with a unit, such as "5GB".
 
     Raises MaskLLMError if `output` exists and is not empty, if the checkpoint is of another stage, if a tensor is missing or has a
@@ -69,6 +75,8 @@ def export(
         raise MaskLLMError(
             f"--max-shard-size {max_shard_size}: wanted a positive size in KB, MB, GB or TB, such as {MAX_SHARD_SIZE}"
         )
+    if mask_base is not None and mask_file is None:
+        raise MaskLLMError("--mask-base: says how to write --mask-file; give both, or leave it out")
     checkpoint = resolve(load)
     if checkpoint.info.stage not in ("dense", "trimmed"):
         raise MaskLLMError(
@@ -79,6 +87,11 @@ def export(
         raise MaskLLMError(f"{checkpoint.path}: is a dense checkpoint, which has no masks for {mask_file}")
     checkpoint.check_weights()
     tensors = _hf_tensors(checkpoint)
+    pruned = _pruned_names(checkpoint)
+    base = None
+    if mask_base is not None:
+        base = open_base(mask_base)
+        base.check({name: tensors[name].shape for name in pruned})
     shards = split_state_dict_into_shards_factory(
         tensors,
         get_storage_size=lambda tensor: tensor.nbytes,
@@ -86,7 +99,6 @@ def export(
         max_shard_size=max_shard_size,
     )
     total = shards.metadata["total_size"]
-    pruned = _pruned_names(checkpoint)
     zeros = 0
     with (
         atomic_directory(output) as temporary,
@@ -104,7 +116,7 @@ def export(
         if shards.is_sharded:
             write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": shards.tensor_to_filename})
         if mask_file is not None:  # before `output` appears, so that both exist when `output` does
-            write_mask_file(mask_file, _hf_masks(checkpoint))
+            write_mask_file(mask_file, _hf_masks(checkpoint), base)
     sizes = {name: torch.Size(tensor.shape).numel() for name, tensor in tensors.items()}
     return ExportReport(
         sum(sizes.values()), sum(sizes[name] for name in pruned), zeros, total, checkpoint.info.weights_dtype is not None

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from maskllm.errors import MaskLLMError
-from maskllm.huggingface.blocks import check_no_fused_experts, linears_of, matrix, transformer_blocks
+from maskllm.huggingface.blocks import as_matrix, check_no_fused_experts, linears_of, matrix, transformer_blocks
 from maskllm.patterns import pack_mask
 from maskllm.pruning.layerwise import Layer, prune_layers
-from maskllm.pruning.solve import PrunedMatrix, PruneSettings, check_matrix
+from maskllm.pruning.solve import PrunedMatrix, PruneSettings, check_given, check_matrix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,8 +38,8 @@ def prune_hf(model: PreTrainedModel, input_ids: torch.Tensor, settings: PruneSet
         input_ids: int64 [samples, sequence], the calibration tokens (`calibration.sample_windows`).
         settings: None for the defaults: 2:4, SparseGPT without weight update.
 
-    Raises MaskLLMError if the model has no decoder layers or is a mixture of experts, a weight is not finite, the pattern does not
-    fit, or `input_ids` has another shape.
+    Raises MaskLLMError if the model has no decoder layers or is a mixture of experts, a weight is not finite, the pattern or the mask
+    file does not fit, or `input_ids` has another shape.
     """
     settings = settings or PruneSettings()
     _, layers = transformer_blocks(model)
@@ -47,9 +47,14 @@ def prune_hf(model: PreTrainedModel, input_ids: torch.Tensor, settings: PruneSet
     if input_ids.dim() != 2 or not input_ids.numel():
         raise MaskLLMError(f"calibration tokens have shape {list(input_ids.shape)}; wanted [samples, sequence], none of them 0")
     names = {module: name for name, module in model.named_modules()}
-    for layer in layers:
-        for name, linear in linears_of(layer, names[layer]).items():
-            check_matrix(matrix(linear), name, settings.sparsity)
+    linears = {name: linear for layer in layers for name, linear in linears_of(layer, names[layer]).items()}
+    for name, linear in linears.items():
+        check_matrix(matrix(linear), name, settings.sparsity)
+    if (file := settings.mask_file) is not None:
+        file.check({f"{name}.weight": tuple(linear.weight.shape) for name, linear in linears.items()})
+        for name, linear in linears.items():
+            mask = as_matrix(linear, file.mask(f"{name}.weight", tuple(linear.weight.shape)))
+            check_given(mask, settings.sparsity, f"{file.path}: {name}.weight")
     was_training = model.training
     model.eval()
     try:

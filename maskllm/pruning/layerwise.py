@@ -19,7 +19,7 @@ import torch
 from torch import distributed as dist
 from tqdm import tqdm
 
-from maskllm.huggingface.blocks import matrix
+from maskllm.huggingface.blocks import as_matrix, matrix
 from maskllm.patterns import pack_mask, unpack_mask
 from maskllm.pruning.solve import PrunedMatrix, PruneSettings, prune_matrices
 from maskllm.pruning.statistics import InputStatistics
@@ -209,12 +209,23 @@ def _solve(
         own = of_groups.pop(0)  # frees the one before
         if position % ranks == rank:
             weights = {name: layer.stored[name].to(layer.device) for name in names}
-            pruned.update(prune_matrices(weights, own, settings))
+            pruned.update(prune_matrices(weights, own, settings, _given_masks(layer, names, settings)))
     if group is not None:
         for position, names in enumerate(groups):
             for name in names:
                 pruned[name] = _broadcast(layer, name, pruned.get(name), position % ranks, settings, group)
     return {name: pruned[name] for name in layer.linears}
+
+
+def _given_masks(layer: Layer, names: Iterable[str], settings: PruneSettings) -> dict[str, torch.Tensor] | None:
+    """The masks [out, in] of the layer's linears `names` in the settings' mask file, on the layer's device; None without a file."""
+    if settings.mask_file is None:
+        return None
+    masks = {}
+    for name in names:
+        linear = layer.linears[name]
+        masks[name] = as_matrix(linear, settings.mask_file.mask(f"{name}.weight", tuple(linear.weight.shape))).to(layer.device)
+    return masks
 
 
 def _groups(statistics: dict[str, InputStatistics], group: dist.ProcessGroup | None) -> list[list[str]]:

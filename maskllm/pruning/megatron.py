@@ -24,13 +24,13 @@ from maskllm.distributed import device
 from maskllm.dtypes import dtype_name
 from maskllm.errors import MaskLLMError
 from maskllm.families.mapping import Mapping
-from maskllm.families.model_config import check_context, check_vocabulary
+from maskllm.families.model_config import ModelConfig, check_context, check_vocabulary
 from maskllm.families.registry import parameter_map
 from maskllm.patterns import Pattern, pack_mask
 from maskllm.pruning.calibration import open_documents, sample_windows
 from maskllm.pruning.layerwise import prune_layers
 from maskllm.pruning.magnitude import magnitude_mask
-from maskllm.pruning.solve import PruneSettings, check_matrix
+from maskllm.pruning.solve import PruneSettings, check_given, check_matrix
 from maskllm.pruning.store import DirectoryStore
 from maskllm.pruning.stream import LayerStream
 
@@ -38,8 +38,8 @@ from maskllm.pruning.stream import LayerStream
 def open_for_pruning(load: str | Path, output: str | Path, settings: PruneSettings) -> Checkpoint:
     """Open the checkpoint `load`, and check it, the settings and `output` before any work.
 
-    Raises MaskLLMError if the checkpoint already has masks, a tensor does not have its config's shape, the pattern does not fit, or
-    `output` cannot be written (`release_directory`).
+    Raises MaskLLMError if the checkpoint already has masks, a tensor does not have its config's shape, the pattern or the mask file does
+    not fit, or `output` cannot be written (`release_directory`).
     """
     checkpoint = resolve(load)
     if checkpoint.info.stage != "dense":
@@ -53,11 +53,29 @@ def open_for_pruning(load: str | Path, output: str | Path, settings: PruneSettin
     for mapping in parameter_map(checkpoint.model_config):
         if mapping.linear is not None and isinstance(settings.sparsity, Pattern):
             settings.sparsity.check_divides(checkpoint.tensors[mapping.megatron].shape[1], mapping.megatron)
+    if settings.mask_file is not None:
+        _check_mask_file(settings, checkpoint.model_config)
     return checkpoint
 
 
-def prune_by_magnitude(load: str | Path, output: str | Path, settings: PruneSettings) -> Path:
-    """Write the dense checkpoint `load` to OUTPUT/release with magnitude masks; returns that directory.
+def _check_mask_file(settings: PruneSettings, config: ModelConfig) -> None:
+    masked = [mapping for mapping in parameter_map(config) if mapping.linear is not None]
+    settings.mask_file.check(
+        {name: shape for mapping in masked for name, shape in zip(mapping.hf, mapping.hf_shapes(config), strict=True)}
+    )
+    for mapping in masked:
+        for name, mask in zip(mapping.hf, _given_masks(settings, mapping, config), strict=True):
+            check_given(mask, settings.sparsity, f"{settings.mask_file.path}: {name}")
+
+
+def _given_masks(settings: PruneSettings, mapping: Mapping, config: ModelConfig) -> list[torch.Tensor]:
+    """The masks in the settings' file of the Hugging Face tensors of `mapping`, bool [out, in]."""
+    shapes = mapping.hf_shapes(config)
+    return mapping.transpose([settings.mask_file.mask(name, shape) for name, shape in zip(mapping.hf, shapes, strict=True)])
+
+
+def prune_without_data(load: str | Path, output: str | Path, settings: PruneSettings) -> Path:
+    """Write the dense checkpoint `load` to OUTPUT/release with masks by magnitude or of a mask file; returns that directory.
 
     It holds one tensor in memory at a time and builds no model. Raises MaskLLMError as `open_for_pruning` does, and if a weight is
     not finite.
@@ -70,7 +88,11 @@ def prune_by_magnitude(load: str | Path, output: str | Path, settings: PruneSett
         parts = mapping.split(checkpoint.tensors[mapping.megatron].load(), config)
         for name, part in zip(mapping.hf, parts, strict=True):
             check_matrix(part, name, settings.sparsity)
-        return mapping.fuse([pack_mask(magnitude_mask(part, settings.sparsity)) for part in parts], config)
+        if settings.mask_file is not None:
+            masks = _given_masks(settings, mapping, config)
+        else:
+            masks = [magnitude_mask(part, settings.sparsity) for part in parts]
+        return mapping.fuse([pack_mask(mask) for mask in masks], config)
 
     return write_pruned(checkpoint, output, settings, bits)
 
@@ -181,11 +203,12 @@ def write_pruned(
             if weight is not None:
                 tensor = dataclasses.replace(tensor, load=functools.partial(weight, mapping))
         tensors[mapping.megatron] = tensor
+    made_of = {"mask_file": settings.as_dict()["mask_file"]} if settings.mask_file is not None else {}
     info = CheckpointInfo(
         stage="pruned",
         source=checkpoint.info.source,
         pattern=str(settings.sparsity) if isinstance(settings.sparsity, Pattern) else UNSTRUCTURED,
         method=settings.method,
-        details={**checkpoint.info.details, **(details or {})},
+        details={**checkpoint.info.details, **made_of, **(details or {})},
     )
     return write_checkpoint(output, tensors, info, hf_files_from=checkpoint.hf_directory, description="write")

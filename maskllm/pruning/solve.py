@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
 from maskllm.errors import MaskLLMError
+from maskllm.huggingface.mask_file import MaskFile
 from maskllm.patterns import Pattern
 from maskllm.pruning.magnitude import magnitude_mask
 from maskllm.pruning.selection import Sparsity, check_sparsity
@@ -20,6 +21,10 @@ from maskllm.pruning.wanda import wanda_mask
 logger = logging.getLogger(__name__)
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
+"""The methods that choose a mask by a score."""
+
+MASK_FILE = "mask-file"
+"""The method that takes the masks of a mask file."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class PruneSettings:
     """How to prune. Raises MaskLLMError if the values are invalid or do not fit together."""
 
     method: str = "sparsegpt"
-    """One of METHODS."""
+    """One of METHODS, or MASK_FILE."""
     sparsity: Sparsity = Pattern(2, 4)
     """An N:M pattern, or the share of weights to remove."""
     update_weights: bool = False
@@ -36,10 +41,18 @@ class PruneSettings:
     """Calibrate a layer on the outputs of the pruned layers before it; otherwise on the dense model's."""
     damping: float = DAMPING
     """SparseGPT's damping, as a share of the Hessian's mean diagonal."""
+    mask_file: MaskFile | None = None
+    """The masks of the method MASK_FILE."""
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise MaskLLMError(f"prune method {self.method!r}: wanted one of {', '.join(METHODS)}")
+        if self.method not in (*METHODS, MASK_FILE):
+            raise MaskLLMError(f"prune method {self.method!r}: wanted one of {', '.join((*METHODS, MASK_FILE))}")
+        if (self.method == MASK_FILE) != (self.mask_file is not None):
+            raise MaskLLMError(
+                f"method {self.method} with mask file {self.mask_file}: {MASK_FILE} needs one, no other method takes one"
+            )
+        if self.method == MASK_FILE and not isinstance(self.sparsity, Pattern):
+            raise MaskLLMError(f"sparsity {self.sparsity}: method {MASK_FILE} wants the file's pattern N:M")
         if self.update_weights and self.method != "sparsegpt":
             raise MaskLLMError(f"method {self.method} chooses a mask only; updating the weights needs sparsegpt")
         if not 0 < self.damping < math.inf:
@@ -48,7 +61,10 @@ class PruneSettings:
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as JSON values."""
-        return {**asdict(self), "sparsity": str(self.sparsity) if isinstance(self.sparsity, Pattern) else self.sparsity}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["sparsity"] = str(self.sparsity) if isinstance(self.sparsity, Pattern) else self.sparsity
+        file = values.pop("mask_file")
+        return values if file is None else {**values, "mask_file": {"name": file.path.name, "sha256": file.digest}}
 
 
 @dataclass(frozen=True)
@@ -74,12 +90,16 @@ class PrunedMatrix:
 
 @torch.no_grad()
 def prune_matrices(
-    weights: dict[str, torch.Tensor], statistics: InputStatistics, settings: PruneSettings
+    weights: dict[str, torch.Tensor],
+    statistics: InputStatistics,
+    settings: PruneSettings,
+    given: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, PrunedMatrix]:
     """Prune `weights` (name -> [out, in], each of any float dtype), which all have the inputs of `statistics`.
 
-    They share one factorization of the Hessian. Each updated weight is rounded once, to the dtype of its matrix. Raises
-    MaskLLMError if a weight is not finite or the pattern does not fit.
+    `given` are the masks, bool [out, in], if the method is MASK_FILE. The matrices share one factorization of the Hessian. Each
+    updated weight is rounded once, to the dtype of its matrix. Raises MaskLLMError if a weight is not finite or the pattern does not
+    fit.
     """
     first = next(iter(weights))
     for name, weight in weights.items():
@@ -101,7 +121,9 @@ def prune_matrices(
         note["damping"] = factor.damping
 
     def solve(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if settings.method == "magnitude":
+        if settings.method == MASK_FILE:
+            mask = torch.cat([given[name] for name in weights])
+        elif settings.method == "magnitude":
             mask = magnitude_mask(weight, settings.sparsity)
         elif settings.method == "wanda":
             mask = wanda_mask(weight, hessian.diagonal(), settings.sparsity)
@@ -126,6 +148,18 @@ def prune_matrices(
         report = {"relative_error": None if error.isnan() else error.item(), "kept": mask.float().mean().item(), **note}
         pruned[name] = PrunedMatrix(mask, sparse_weight if settings.update_weights else None, report)
     return pruned
+
+
+def check_given(mask: torch.Tensor, pattern: Pattern, where: str) -> None:
+    """Raise MaskLLMError naming the first block of `mask`, bool [out, in], that does not keep exactly N of M; `where` names the mask."""
+    pattern.check_divides(mask.shape[1], where)
+    kept = mask.unflatten(1, (-1, pattern.m)).sum(-1)
+    if (kept != pattern.n).any():
+        row, block = (kept != pattern.n).nonzero()[0].tolist()
+        raise MaskLLMError(
+            f"{where}: output {row}, block {block} (inputs {block * pattern.m} to {(block + 1) * pattern.m - 1}) keeps "
+            f"{kept[row, block].item()} weights; --pattern {pattern} wants {pattern.n}"
+        )
 
 
 def output_norm(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from maskllm.cli import main
 from maskllm.errors import MaskLLMError
 from maskllm.evaluation.huggingface import block_weights, evaluate_hf, load_hf_model, usable_device, zero_share
 from maskllm.evaluation.perplexity import cut_windows, next_token_nll, perplexity
-from maskllm.export.mask_file import write_mask_file
+from maskllm.huggingface.mask_file import write_mask_file
 from tests.families.tiny import write_tiny
 
 

@@ -25,7 +25,7 @@ from maskllm.planning.cost import BANDWIDTH_EFFICIENCY, GPUS, Cluster, checkpoin
 from maskllm.planning.memory import Layout, layer_activations, norm_activations
 from maskllm.planning.models import BUILT_IN, named_model
 from maskllm.planning.plan import plan
-from maskllm.pruning.megatron import prune_by_magnitude
+from maskllm.pruning.megatron import prune_without_data
 from maskllm.pruning.solve import PruneSettings
 from maskllm.training.arguments import TrainArguments
 
@@ -277,7 +277,7 @@ def test_a_planned_checkpoint_is_as_large_as_a_real_one(dtype, options, tmp_path
         hf, start = tmp_path / "hf", tmp_path / "pruned"
         LlamaForCausalLM.from_pretrained(tiny_hf, dtype=torch.float32).save_pretrained(hf)
         convert(hf, tmp_path / "dense")
-        prune_by_magnitude(tmp_path / "dense", start, PruneSettings("magnitude", Pattern(2, 4)))
+        prune_without_data(tmp_path / "dense", start, PruneSettings("magnitude", Pattern(2, 4)))
     flags = [
         "--data-path", tiny_dataset, "--load", str(start), "--save", str(tmp_path / "run"), "--train-iters", "1", "--global-batch-size",
         "1", "--seq-length", "32", "--params-dtype", "fp32", "--eval-iters", "0", *options,

@@ -93,7 +93,7 @@ def test_the_layout_that_wrote_a_checkpoint_does_not_matter(layout, job, one_ran
     assert_same(one_rank, tmp_path / "out")
 
 
-def test_two_ranks_prune_by_magnitude_as_one_does(job, tiny_pruned):
+def test_two_ranks_prune_without_data_as_one_does(job, tiny_pruned):
     assert job.statuses["magnitude"] == [0, 0]
     assert_same(tiny_pruned, job.folder / "magnitude")
 

@@ -23,7 +23,7 @@ def pruned_after(folder: Path, damage: Callable[[torch.nn.Module], None]) -> Pat
 
     from maskllm.checkpoints.convert import convert
     from maskllm.patterns import Pattern
-    from maskllm.pruning.megatron import prune_by_magnitude
+    from maskllm.pruning.megatron import prune_without_data
     from maskllm.pruning.solve import PruneSettings
 
     torch.manual_seed(0)
@@ -33,7 +33,7 @@ def pruned_after(folder: Path, damage: Callable[[torch.nn.Module], None]) -> Pat
         damage(model)
     model.save_pretrained(folder / "hf")
     convert(str(folder / "hf"), str(folder / "dense"))
-    prune_by_magnitude(str(folder / "dense"), str(folder / "pruned"), PruneSettings("magnitude", Pattern(2, 4)))
+    prune_without_data(str(folder / "dense"), str(folder / "pruned"), PruneSettings("magnitude", Pattern(2, 4)))
     return folder / "pruned"
 
 

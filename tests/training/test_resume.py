@@ -17,7 +17,7 @@ from maskllm.checkpoints.convert import convert
 from maskllm.checkpoints.finding import LATEST, is_complete, iterations
 from maskllm.checkpoints.reading import resolve
 from maskllm.patterns import Pattern
-from maskllm.pruning.megatron import prune_by_magnitude
+from maskllm.pruning.megatron import prune_without_data
 from maskllm.pruning.solve import PruneSettings
 from tests.training.conftest import STEPS, arguments, assert_bit_identical, assert_close, learned_tensors, metrics, steps_done
 
@@ -297,7 +297,7 @@ def test_stored_dtypes_survive_and_a_link_to_an_iteration_resumes_elsewhere(rank
     model.model.embed_tokens.to(torch.bfloat16)
     model.save_pretrained(tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "dense")
-    prune_by_magnitude(tmp_path / "dense", tmp_path / "pruned", PruneSettings("magnitude", Pattern(2, 4)))
+    prune_without_data(tmp_path / "dense", tmp_path / "pruned", PruneSettings("magnitude", Pattern(2, 4)))
     save, fork = tmp_path / "run", tmp_path / "fork"
     options = {"steps": 4, "pipeline_model_parallel_size": 2}
     ranks(2, "maskllm.train", *arguments(save, tiny_dataset, tmp_path / "pruned", **options))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from maskllm.errors import MaskLLMError
-from maskllm.export.mask_file import apply_mask_file, find_mask_file, write_mask_file
+from maskllm.huggingface.mask_file import find_mask_file, open_mask_file, write_mask_file
 from tests.conftest import LFS_POINTER
 
 NAMES = ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"]
@@ -46,7 +46,7 @@ def test_masked_weights_become_zero_and_the_others_keep_their_values(tmp_path, w
     weights[NAMES[1]][0, 0] = before[NAMES[1]][0, 0] = float("nan")
     masks[NAMES[1]][0, 0] = False
     save_as_the_authors_do(tmp_path / "masks.npz", masks)
-    apply_mask_file(tmp_path / "masks.npz", weights)
+    open_mask_file(tmp_path / "masks.npz").apply(weights)
     for name, weight in weights.items():
         assert torch.equal(weight[masks[name]], before[name][masks[name]])
         assert (weight[~masks[name]] == 0).all()
@@ -78,7 +78,7 @@ def test_masks_that_do_not_fit_are_named_and_nothing_is_changed(tmp_path, weight
     np.savez_compressed(tmp_path / "masks.npz", **arrays(masks, case))
     before = {name: weight.clone() for name, weight in weights.items()}
     with pytest.raises(MaskLLMError, match=message) as error:
-        apply_mask_file(tmp_path / "masks.npz", weights)
+        open_mask_file(tmp_path / "masks.npz").apply(weights)
     assert str(error.value).startswith(str(tmp_path / "masks.npz"))
     assert all(torch.equal(weight, before[name]) for name, weight in weights.items())
 
@@ -91,7 +91,7 @@ def test_a_file_that_is_not_a_mask_file_is_named(tmp_path, weights, masks):
     (tmp_path / "cut.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:-60])
     for name in ("single.npy", "text.npz", "empty.npz", "cut.npz", "missing.npz"):
         with pytest.raises(MaskLLMError, match=name) as error:
-            apply_mask_file(tmp_path / name, weights)
+            open_mask_file(tmp_path / name).apply(weights)
         assert "\n" not in str(error.value)
 
 
@@ -163,7 +163,7 @@ def test_what_the_refusal_of_a_pickle_advises_works(tmp_path, weights, masks):
     loaded = torch.load(tmp_path / "masks.pt", weights_only=True)
     write_mask_file(tmp_path / "masks.npz", loaded.items())
     before = {name: weight.clone() for name, weight in weights.items()}
-    apply_mask_file(find_mask_file(tmp_path / "masks.npz"), weights)
+    open_mask_file(tmp_path / "masks.npz").apply(weights)
     assert all(torch.equal(weights[name], before[name] * masks[name]) for name in NAMES)
 
 
@@ -191,4 +191,4 @@ def test_a_mask_file_with_damaged_flags_is_named(tmp_path):
     data[entry + 8] |= 1  # the flag of an encrypted entry
     path.write_bytes(data)
     with pytest.raises(MaskLLMError, match=r"m\.npz: not a readable \.npz mask file"):
-        apply_mask_file(path, {"w": torch.zeros(8)})
+        open_mask_file(path).apply({"w": torch.zeros(8)})
