@@ -67,7 +67,8 @@ def test_an_empty_value_is_refused(refused, capsys, tmp_path, monkeypatch, tiny_
 
 def test_options_of_the_other_model_kind_are_refused(refused, tiny_dense):
     common = ["evaluate", "--load", tiny_dense, "--data", "text", "--seq-length", 8]
-    assert "--mask: applies to --model" in refused(*common, "--mask", "m.npz")
+    for option in ("--mask", "--mask-base"):
+        assert f"{option}: applies to --model" in refused(*common, option, "m.npz")
     assert "--device, --trust-remote-code: apply to --model only" in refused(*common, "--device", "cpu")
 
 

@@ -15,7 +15,7 @@ from maskllm.cli import main
 from maskllm.errors import MaskLLMError
 from maskllm.evaluation.huggingface import block_weights, evaluate_hf, load_hf_model, usable_device, zero_share
 from maskllm.evaluation.perplexity import cut_windows, next_token_nll, perplexity
-from maskllm.huggingface.mask_file import write_mask_file
+from maskllm.huggingface.mask_file import open_mask_file, write_mask_file
 from tests.families.tiny import write_tiny
 
 
@@ -166,6 +166,14 @@ def test_a_mask_file_gives_the_perplexity_of_the_masked_model(model_directory, t
     arguments = ["--data", str(text_file), "--seq-length", "48", "--params-dtype", "fp32", "--json", str(tmp_path / "out.json")]
     assert main(["evaluate", "--model", str(model_directory), "--mask", str(tmp_path / "masks.npz"), *arguments]) == 0
     masked = json.loads((tmp_path / "out.json").read_text())
+    base = {name: mask.roll(1, 0) for name, mask in masks.items()}
+    write_mask_file(tmp_path / "base.npz", base.items())
+    write_mask_file(tmp_path / "difference.npz", masks.items(), open_mask_file(tmp_path / "base.npz"))
+    difference = ["--mask", str(tmp_path / "difference.npz"), "--mask-base", str(tmp_path / "base.npz")]
+    assert main(["evaluate", "--model", str(model_directory), *difference, *arguments]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())["perplexity"] == masked["perplexity"]
+    with pytest.raises(MaskLLMError, match="--mask-base: belongs to a mask file"):
+        evaluate_hf(model_directory, text_file, seq_length=48, mask_base=tmp_path / "base.npz")
     sparse = evaluate_hf(tmp_path / "sparse", text_file, seq_length=48, dtype=torch.float32)
     dense = evaluate_hf(model_directory, text_file, seq_length=48, dtype=torch.float32)
     assert masked["perplexity"] == pytest.approx(sparse.perplexity, rel=1e-9)

@@ -174,6 +174,15 @@ def test_a_wrong_stage_output_or_size_is_refused(stages, tmp_path):
         export(stages / "pruned", tmp_path / "sparse")
     with pytest.raises(MaskLLMError, match="is a dense checkpoint, which has no masks"):
         export(stages / "dense", tmp_path / "sparse", mask_file=tmp_path / "masks.npz")
+
+
+def test_a_base_of_another_model_and_one_without_a_mask_file_are_refused(stages, tmp_path):
+    np.savez(tmp_path / "other.npz", **{"lm_head.weight.mask": np.zeros(3, np.uint8)})
+    with pytest.raises(MaskLLMError, match=r"other\.npz: no mask for model\.layers\.0"):
+        export(stages / "trimmed", tmp_path / "sparse", mask_file=tmp_path / "masks.npz", mask_base=tmp_path / "other.npz")
+    with pytest.raises(MaskLLMError, match="--mask-base: says how to write --mask-file"):
+        export(stages / "trimmed", tmp_path / "sparse", mask_base=tmp_path / "other.npz")
+    assert not (tmp_path / "sparse").exists() and not (tmp_path / "masks.npz").exists()
     with pytest.raises(MaskLLMError, match="hf exists and is not an empty directory"):
         export(stages / "trimmed", stages / "hf")
     for size in ("5 apples", "-5GB", "0GB", "0.0 kb", "infGB", "nanGB", "5", "1.2.3GB", "9" * 400 + "GB"):

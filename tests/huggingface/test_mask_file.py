@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 
 import huggingface_hub
 import numpy as np
@@ -192,3 +193,37 @@ def test_a_mask_file_with_damaged_flags_is_named(tmp_path):
     path.write_bytes(data)
     with pytest.raises(MaskLLMError, match=r"m\.npz: not a readable \.npz mask file"):
         open_mask_file(path).apply({"w": torch.zeros(8)})
+
+
+def test_a_difference_holds_what_changed_and_the_name_of_its_base(tmp_path, weights, masks):
+    save_as_the_authors_do(tmp_path / "general.npz", masks)
+    changed = {name: mask.clone() for name, mask in masks.items()}
+    changed[NAMES[1]][2, 6] ^= True
+    write_mask_file(tmp_path / "domain.npz", changed.items(), open_mask_file(tmp_path / "general.npz"))
+    with np.load(tmp_path / "domain.npz") as file:
+        assert file.files == ["base_name", "base_sha256", *(f"{name}.mask_xor" for name in NAMES)]
+        assert str(file["base_name"]) == "general.npz"
+        assert not file[f"{NAMES[0]}.mask_xor"].any()
+        np.testing.assert_array_equal(np.unpackbits(file[f"{NAMES[1]}.mask_xor"]).nonzero()[0], [20])
+    write_mask_file(tmp_path / "again.npz", masks.items())  # other bytes, the same masks
+    read = open_mask_file(tmp_path / "domain.npz", tmp_path / "again.npz")
+    assert all(torch.equal(read.mask(name, tuple(changed[name].shape)), changed[name]) for name in NAMES)
+    with pytest.raises(MaskLLMError, match=f"general.npz: no mask for {NAMES[1]};"):
+        save_as_the_authors_do(tmp_path / "general.npz", {NAMES[0]: masks[NAMES[0]]})
+        write_mask_file(tmp_path / "no.npz", changed.items(), open_mask_file(tmp_path / "general.npz"))
+    assert not (tmp_path / "no.npz").exists()
+
+
+def test_a_damaged_difference_is_named(tmp_path, masks):
+    save_as_the_authors_do(tmp_path / "general.npz", masks)
+    write_mask_file(tmp_path / "domain.npz", masks.items(), open_mask_file(tmp_path / "general.npz"))
+    arrays = dict(np.load(tmp_path / "domain.npz"))
+    for key, value, message in (
+        (f"{NAMES[0]}.mask_xor", np.zeros(1, np.uint8), f"the change of {NAMES[0]} is uint8 [1], but "),
+        ("extra", np.zeros(1, np.uint8), "entry extra is no mask"),
+    ):
+        np.savez(tmp_path / "damaged.npz", **(arrays | {key: value}))
+        with pytest.raises(MaskLLMError, match=re.escape(message)):
+            open_mask_file(tmp_path / "damaged.npz", tmp_path / "general.npz").apply(
+                {name: mask.float() for name, mask in masks.items()}
+            )
