@@ -12,6 +12,8 @@
 #   OUTPUT                directory of all results: checkpoints, tokens, numbers                 outputs/RECIPE
 #   EVAL_DATA             held-out text                                                          WikiText-2's raw test split
 #   SHARDS                numbers of the C4 shards to learn from, out of 1024                    0 to 19
+#   TRAIN_FILES           JSON-lines files to learn from instead of C4, separated by spaces
+#   PRIOR_MASK            mask file to start from instead of SparseGPT's mask; 8_export then writes the mask file as a difference to it
 #   JOBS, WORKERS         shards tokenized at the same time, and threads for each                8, 4
 #
 #   GPUS                  processes on each node, one for each GPU                               8
@@ -24,13 +26,18 @@
 #   MAX_RESTARTS          how often torchrun restarts the processes after a failure              3
 #
 #   TRAIN_ITERS, GLOBAL_BATCH_SIZE, MICRO_BATCH_SIZE, SEQ_LENGTH, LR, MIN_LR                     the paper's: 2000, 256, 1, 4096, 5e-5, 5e-6
+#   TRAIN_WEIGHTS         weights: train the weights that the learned masks keep, after the masks; both: go on with the masks too.
+#                         Set it for all steps from 5_train_weights on: their results have names of their own, with "weights" in them.
+#   WEIGHTS_ITERS, WEIGHTS_LR, WEIGHTS_MIN_LR, CE_LOSS_COEFF, KL_LOSS_COEFF                      2000, 2e-5, 2e-6, 0.67, 0.33
 #   SAVE_INTERVAL, KEEP_LAST, LOG_INTERVAL, EVAL_INTERVAL, EVAL_ITERS, SPLIT                     100, 3, 1, 500, 4, 98,2,0
 #   CALIBRATION_SAMPLES, CALIBRATION_SEQ_LENGTH for the SparseGPT prior                          128, 2048
 #   PARAMS_DTYPE          bf16 or fp32                                                           bf16
 #   EVAL_SEQ_LENGTH, EVAL_WINDOWS                                                                SEQ_LENGTH, all
 #   PYTHON                the interpreter for the Python files in steps/                         python3
-#   TRAIN_ARGS            more options for maskllm.train, for example "--hard"
+#   TRAIN_ARGS            more options for maskllm.train when it learns masks, for example "--hard"
+#   WEIGHTS_ARGS          more options for maskllm.train when it trains weights, for example "--kl-temperature 2"
 
+given_shards=${SHARDS:-}
 case "${MODEL:-}" in
   "") ;;
   tiny)
@@ -49,28 +56,55 @@ source "$EXAMPLES/recipes/$RECIPE.sh"
 : "${SHARDS:=$(seq -s ' ' 0 19)}" "${JOBS:=8}" "${WORKERS:=4}"
 : "${GPUS:=8}" "${TP:=8}" "${PP:=1}" "${NNODES:=1}" "${RDZV_ID:=$RECIPE}" "${MAX_RESTARTS:=3}"
 : "${TRAIN_ITERS:=2000}" "${GLOBAL_BATCH_SIZE:=256}" "${MICRO_BATCH_SIZE:=1}" "${SEQ_LENGTH:=4096}" "${LR:=5e-5}" "${MIN_LR:=5e-6}"
+: "${TRAIN_WEIGHTS:=}" "${WEIGHTS_ITERS:=2000}" "${WEIGHTS_LR:=2e-5}" "${WEIGHTS_MIN_LR:=2e-6}" "${CE_LOSS_COEFF:=0.67}" "${KL_LOSS_COEFF:=0.33}"
 : "${SAVE_INTERVAL:=100}" "${KEEP_LAST:=3}" "${LOG_INTERVAL:=1}" "${EVAL_INTERVAL:=500}" "${EVAL_ITERS:=4}" "${SPLIT:=98,2,0}"
 : "${CALIBRATION_SAMPLES:=128}" "${CALIBRATION_SEQ_LENGTH:=2048}" "${PARAMS_DTYPE:=bf16}"
-: "${EVAL_SEQ_LENGTH:=$SEQ_LENGTH}" "${EVAL_WINDOWS:=}" "${PYTHON:=python3}" "${TRAIN_ARGS:=}"
+: "${EVAL_SEQ_LENGTH:=$SEQ_LENGTH}" "${EVAL_WINDOWS:=}" "${PYTHON:=python3}" "${TRAIN_ARGS:=}" "${WEIGHTS_ARGS:=}"
+: "${TRAIN_FILES:=}" "${PRIOR_MASK:=}"
 
-# The files of a C4 shard: the download and the indexed dataset's prefix.
+# The files of a C4 shard, or of TRAIN_FILES by number: the text and the indexed dataset's prefix.
 shard_file() { printf '%s/en/c4-train.%05d-of-01024.json.gz' "$DATA_DIR/c4" "$1"; }
 shard_prefix() { printf '%s/tokens/c4_%05d' "$OUTPUT" "$1"; }
+if [[ -n $TRAIN_FILES ]]; then
+  read -r -d '' -a files <<<"$TRAIN_FILES" || true # read all lines; it fails at the end of the text
+  SHARDS=${given_shards:-${!files[*]}}
+  shard_file() { printf '%s' "${files[$1]}"; }
+  shard_prefix() { printf '%s/tokens/text_%05d' "$OUTPUT" "$1"; }
+fi
 
 # Print the first of the files that a pattern matches, or nothing if it matches none (bash then passes the pattern itself).
 first_of() { [[ ! -e $1 ]] || printf '%s' "$1"; }
 
-for name in GPUS TP PP NNODES TRAIN_ITERS; do
+case "$TRAIN_WEIGHTS" in
+  "" | weights | both) ;;
+  *)
+    echo "TRAIN_WEIGHTS=$TRAIN_WEIGHTS: wanted weights, both or nothing" >&2
+    exit 2
+    ;;
+esac
+if [[ $STEP == 5_train_weights && -z $TRAIN_WEIGHTS ]]; then
+  echo "TRAIN_WEIGHTS is not set: wanted weights or both, also for the steps after 5_train_weights" >&2
+  exit 2
+fi
+# The training that this step starts, or whose results it uses, and the end of those results' names.
+# shellcheck disable=SC2034 # the steps use them
+TRAINING=learned SUFFIX=
+if [[ -n $TRAIN_WEIGHTS && $STEP != 5_train ]]; then
+  # shellcheck disable=SC2034
+  TRAINING=weights SUFFIX=-weights
+fi
+
+for name in GPUS TP PP NNODES TRAIN_ITERS WEIGHTS_ITERS; do
   if [[ ! ${!name} =~ ^[1-9][0-9]*$ ]]; then
     echo "$name=${!name}: wanted a number, 1 or more" >&2
     exit 2
   fi
 done
 
-checkpoint=$(first_of "$OUTPUT"/learned/iter_*/maskllm.json)
+checkpoint=$(first_of "$OUTPUT/$TRAINING"/iter_*/maskllm.json)
 if [[ -n $checkpoint ]]; then
   : "${DISTRIBUTED_OPTIMIZER:=$(grep -c '"use_distributed_optimizer": true' "$checkpoint" || true)}"
-elif [[ $TRAIN_ARGS =~ --(mask-logits|optimizer-state)-dtype[=\ ]+(bf16|8bit) ]]; then
+elif [[ $TRAINING == learned && $TRAIN_ARGS =~ --(mask-logits|optimizer-state)-dtype[=\ ]+(bf16|8bit) ]]; then
   : "${DISTRIBUTED_OPTIMIZER:=0}" # Megatron's distributed optimizer keeps fp32
 fi
 : "${DISTRIBUTED_OPTIMIZER:=$((GPUS * NNODES > TP * PP))}"

@@ -20,6 +20,6 @@ train_on_all_nodes() { # -m MODULE ARGUMENTS...
     fi
     nodes=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$RDZV_ENDPOINT" --rdzv-id "$RDZV_ID")
   fi
-  run_training "$OUTPUT/learned/latest_checkpointed_iteration.txt" \
+  run_training "$OUTPUT/$TRAINING/latest_checkpointed_iteration.txt" \
     torchrun "${nodes[@]}" --nproc-per-node "$GPUS" --max-restarts "$MAX_RESTARTS" "$@"
 }

@@ -15,7 +15,7 @@ fi
 missing=()
 for shard in $SHARDS; do
   file=$(shard_file "$shard")
-  [[ -e $file ]] || missing+=("${file#"$DATA_DIR/c4/"}")
+  [[ -n $TRAIN_FILES || -e $file ]] || missing+=("${file#"$DATA_DIR/c4/"}")
 done
 if ((${#missing[@]})); then
   run hf download allenai/c4 "${missing[@]}" --repo-type dataset --local-dir "$DATA_DIR/c4"

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
 # Step 5: learn the masks with the hyper-parameters of MaskLLM (arXiv 2409.17481). The same command resumes an interrupted run.
-# With several nodes, run it on every node with the same NNODES and RDZV_ENDPOINT.
+# With several nodes, run it on every node with the same NNODES and RDZV_ENDPOINT. 5_train_weights.sh uses this file too.
 
 data=()
 for shard in $SHARDS; do
@@ -13,16 +13,25 @@ fi
 if ((DISTRIBUTED_OPTIMIZER)); then
   layout+=(--use-distributed-optimizer)
 fi
-read -r -d '' -a more <<<"$TRAIN_ARGS" || true # read all lines; it fails at the end of the text
+start=prior iterations=$TRAIN_ITERS lr=$LR arguments=$TRAIN_ARGS trained=()
+masks=(--pattern 2:4 --gumbel-temperature-range 4 0.05 --gumbel-scale-range 1e2 5e2 --prior-strength 3.0 --weight-reg 1e-5)
+if [[ $TRAINING == weights ]]; then
+  start=learned iterations=$WEIGHTS_ITERS lr=$MIN_LR arguments=$WEIGHTS_ARGS masks=()
+  trained=(--train "$TRAIN_WEIGHTS" --weights-lr "$WEIGHTS_LR" --weights-min-lr "$WEIGHTS_MIN_LR"
+    --ce-loss-coeff "$CE_LOSS_COEFF" --kl-loss-coeff "$KL_LOSS_COEFF" --teacher "$OUTPUT/dense")
+  if [[ $TRAIN_WEIGHTS == both ]]; then # the masks go on where the first training ended
+    masks=(--pattern 2:4 --gumbel-temperature-range 0.05 0.05 --gumbel-scale-range 5e2 5e2 --weight-reg 0)
+  fi
+fi
+read -r -d '' -a more <<<"$arguments" || true # read all lines; it fails at the end of the text
 
-train_on_all_nodes -m maskllm.train \
-  --pretrained-checkpoint "$OUTPUT/prior" --load "$OUTPUT/learned" --save "$OUTPUT/learned" \
+train_on_all_nodes -m maskllm.train "${trained[@]}" \
+  --pretrained-checkpoint "$OUTPUT/$start" --load "$OUTPUT/$TRAINING" --save "$OUTPUT/$TRAINING" \
   --save-interval "$SAVE_INTERVAL" --keep-last "$KEEP_LAST" --async-save --auto-fallback \
   --data-path "${data[@]}" --split "$SPLIT" \
   "${layout[@]}" --recompute-granularity selective --recompute-modules mlp masked_weight --params-dtype "$PARAMS_DTYPE" \
-  --train-iters "$TRAIN_ITERS" --global-batch-size "$GLOBAL_BATCH_SIZE" --micro-batch-size "$MICRO_BATCH_SIZE" \
-  --seq-length "$SEQ_LENGTH" --lr "$LR" --min-lr "$MIN_LR" --lr-decay-style cosine --weight-decay 0.1 \
+  --train-iters "$iterations" --global-batch-size "$GLOBAL_BATCH_SIZE" --micro-batch-size "$MICRO_BATCH_SIZE" \
+  --seq-length "$SEQ_LENGTH" --lr "$lr" --min-lr "$MIN_LR" --lr-decay-style cosine --weight-decay 0.1 \
   --adam-beta1 0.9 --adam-beta2 0.95 --adam-eps 1e-5 --clip-grad 1.0 \
-  --pattern 2:4 --gumbel-temperature-range 4 0.05 --gumbel-scale-range 1e2 5e2 --prior-strength 3.0 --weight-reg 1e-5 \
-  --log-interval "$LOG_INTERVAL" --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS" \
-  --tensorboard-dir "$OUTPUT/learned/tensorboard" "${more[@]}"
+  "${masks[@]}" --log-interval "$LOG_INTERVAL" --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS" \
+  --tensorboard-dir "$OUTPUT/$TRAINING/tensorboard" "${more[@]}"

@@ -10,4 +10,4 @@ evaluate() { # NAME DIRECTORY
     --json "$OUTPUT/evaluate-$1.json"
 }
 evaluate dense "$HF_DIR"
-evaluate learned "$OUTPUT/hf-2to4"
+evaluate "$TRAINING" "$OUTPUT/hf-2to4$SUFFIX"

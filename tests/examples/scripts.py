@@ -18,7 +18,9 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 RUN = EXAMPLES / "run.sh"
 RECIPES = ["llama2-7b", "llama2-13b", "llama3-8b", "llama3.1-8b", "nemotron4-15b", "gpt3-843m", "gpt3-2b"]
 ALL = ["1_download", "2_preprocess", "3_convert", "4_prune", "5_train", "7_trim", "8_export", "9_evaluate"]
-STEPS = [*ALL, "5_train_multinode", "6_resume"]
+STEPS = [*ALL, "5_train_multinode", "5_train_weights", "6_resume"]
+DOMAIN = "llama2-7b-domain"
+"""The recipe for a domain's mask, which has other settings than RECIPES."""
 
 
 def environment(**settings: object) -> dict[str, str]:

@@ -15,6 +15,7 @@ from maskllm.files import write_json
 from maskllm.training.arguments import TrainArguments
 from tests.examples.scripts import (
     ALL,
+    DOMAIN,
     EXAMPLES,
     RECIPES,
     RUN,
@@ -34,7 +35,7 @@ def test_help_lists_all_recipes_and_steps(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     recipes = re.search("^RECIPE +one of (.*)$", done.stdout, re.MULTILINE)[1].split()
     steps = re.search("^STEP +one of (.*)$", done.stdout, re.MULTILINE)[1].split()
-    assert sorted(recipes) == sorted(RECIPES)
+    assert sorted(recipes) == sorted([*RECIPES, DOMAIN])
     assert sorted(steps) == sorted([*STEPS, "all"])
 
 
@@ -123,6 +124,57 @@ def test_a_dry_run_of_all_steps_prints_commands_that_the_programs_accept(recipe,
     assert export.load == trim.output and export.mask_file.endswith(".npz")
     assert (dense.model, sparse.model) == (convert.hf, export.output)
     assert list(tmp_path.iterdir()) == [], "a dry run wrote something"
+
+
+@pytest.mark.parametrize("trained", ["weights", "both"])
+def test_with_train_weights_the_weights_are_trained_after_the_masks(trained, tmp_path):
+    """All steps but the new one start as before; the later ones use its results, under names of their own."""
+    settings = {"SHARDS": 0, "TRAIN_WEIGHTS": trained, "WEIGHTS_ARGS": "--kl-temperature 2"}
+    before, after = dry_run("llama2-7b", "all", tmp_path, SHARDS=0), dry_run("llama2-7b", "all", tmp_path, **settings)
+    masks = next(number for number, words in enumerate(before) if "maskllm.train" in words)
+    assert after[: masks + 1] == before[: masks + 1]
+    weights, *others = after[masks + 1 :]
+    assert dry_run("llama2-7b", "5_train_weights", tmp_path, **settings) == [weights]
+    assert dry_run("llama2-7b", "6_resume", tmp_path, **settings) == [weights]
+    first, second = (parse_arguments(split_torchrun(words)[1][1:]) for words in (before[masks], weights))
+    second.check()
+    assert (second.train, second.pretrained_checkpoint, second.teacher) == (trained, first.save, "outputs/llama2-7b/dense")
+    assert second.load == second.save == "outputs/llama2-7b/weights"
+    # arXiv 2509.25996: cross-entropy 2/3, divergence 1/3, 2e-5 at 7B, 256 x 4096 tokens
+    assert (second.ce_loss_coeff, second.kl_loss_coeff, second.kl_temperature) == (0.67, 0.33, 2)
+    assert (second.weights_lr, second.global_batch_size, second.seq_length) == (2e-5, 256, 4096)
+    if trained == "both":
+        assert second.gumbel_temperature_range == (first.gumbel_temperature_range[1],) * 2
+        assert second.gumbel_scale_range == (first.gumbel_scale_range[1],) * 2
+        assert second.lr == second.min_lr == first.min_lr
+    trim, export, dense, sparse = map(parse_verb, others)
+    assert (trim.load, export.load, sparse.model) == (second.save, trim.output, export.output)
+    assert export.mask_file is None and dense.model != sparse.model
+    outputs = [
+        {word for words in commands for word in words if word.startswith("outputs/")} for commands in (before[masks + 1 :], others)
+    ]
+    assert outputs[0] & outputs[1] == {"outputs/llama2-7b/evaluate-dense.json"}
+
+
+def test_a_domain_starts_from_the_general_mask(tmp_path):
+    general = dry_run("llama2-7b", "8_export", tmp_path)[0]
+    files = {"TRAIN_FILES": "a.jsonl b.jsonl", "EVAL_DATA": "held out.txt", "OUTPUT": "out"}
+    commands = dry_run(DOMAIN, "all", tmp_path, **files)
+    verbs = [parse_verb(words) for words in commands if words[0] == "maskllm"]
+    first, second, convert, prune, trim, export, _, sparse = verbs
+    assert [first.input, second.input] == [["a.jsonl"], ["b.jsonl"]]
+    assert (prune.load, prune.method, prune.pattern, prune.mask) == (
+        convert.output,
+        "mask-file",
+        "2:4",
+        parse_verb(general).mask_file,
+    )
+    assert (export.mask_base, trim.load, sparse.data) == (prune.mask, "out/learned", "held out.txt")
+    (words,) = (words for words in commands if words[0] == "torchrun")
+    train = parse_arguments(split_torchrun(words)[1][1:])
+    train.check()
+    assert train.pretrained_checkpoint == prune.output
+    assert train.data_path == ["1", f"{first.output_prefix}_text_document", "1", f"{second.output_prefix}_text_document"]
 
 
 def test_all_is_the_single_steps_in_order(tmp_path):
@@ -264,6 +316,23 @@ def test_the_readme_trains_as_the_recipe_does(tmp_path):
         ("llama2-7b 3_convert", {"HF_MODEL": "/nowhere/llama"}, 2, "HF_MODEL=/nowhere/llama: no such directory, and not a hub id"),
         ("llama2-7b 3_convert", {"MODEL": "small"}, 2, "MODEL=small: wanted tiny"),
         ("llama2-7b 5_train", {"TP": "two"}, 2, "TP=two: wanted a number, 1 or more\n"),
+        ("llama2-7b 5_train", {"TRAIN_WEIGHTS": "all"}, 2, "TRAIN_WEIGHTS=all: wanted weights, both or nothing\n"),
+        ("llama2-7b 5_train_weights", {}, 2, "TRAIN_WEIGHTS is not set: wanted weights or both, also for the steps after"),
+        (
+            "llama2-7b 5_train_weights",
+            {"TRAIN_WEIGHTS": "weights"},
+            1,
+            f"outputs/llama2-7b/learned: found no masks whose weights could be trained; learn them first, with: {RUN} llama2-7b 5_train\n",
+        ),
+        (
+            "llama2-7b 6_resume",
+            {"TRAIN_WEIGHTS": "both"},
+            1,
+            "outputs/llama2-7b/weights: found no checkpoint to resume from; start a training with: "
+            f"{RUN} llama2-7b 5_train_weights\n",
+        ),
+        (f"{DOMAIN} 3_convert", {}, 2, f"{DOMAIN}: TRAIN_FILES is not set: wanted text of the domain; "),
+        (f"{DOMAIN} 3_convert", {"TRAIN_FILES": "a"}, 2, f"{DOMAIN}: EVAL_DATA is not set: wanted text of the domain; "),
         ("llama2-7b 5_train_multinode", {}, 1, "RDZV_ENDPOINT is not set: with NNODES=2, wanted HOST:PORT of one of the nodes"),
         (
             "llama2-7b 6_resume",
@@ -299,6 +368,18 @@ def test_preprocessing_tokenizes_each_shard_once_and_fails_if_one_fails(shards, 
     inputs = sorted(option.input for option in options)
     assert inputs == [[f"data/c4/en/c4-train.0000{shard}-of-01024.json.gz"] for shard in shards.split()]
     assert sorted(option.output_prefix for option in options) == [f"out/tokens/c4_0000{shard}" for shard in shards.split()]
+
+
+def test_preprocessing_takes_the_files_of_a_domain(tmp_path):
+    (tmp_path / "hf").mkdir()
+    path = stand_ins(tmp_path, maskllm='#!/bin/bash\necho "$*" >> called\n')
+    settings = {"HF_MODEL": "hf", "OUTPUT": "out", "TRAIN_FILES": "a b", "EVAL_DATA": "c", "JOBS": 2, "PATH": path}
+    assert bash(RUN, tmp_path, DOMAIN, "2_preprocess", **settings).returncode == 0
+    options = [parse_verb(["maskllm", *line.split()]) for line in (tmp_path / "called").read_text().splitlines()]
+    assert sorted((option.input, option.output_prefix) for option in options) == [
+        (["a"], "out/tokens/text_00000"),
+        (["b"], "out/tokens/text_00001"),
+    ]
 
 
 def test_a_command_runs_even_if_it_cannot_be_printed(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import runpy
@@ -18,7 +19,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 from maskllm.cli import main
-from tests.examples.scripts import EXAMPLES, RECIPES, RUN, bash, dry_run, environment, reserved_port, stand_ins
+from maskllm.huggingface.mask_file import open_mask_file
+from tests.examples.scripts import ALL, DOMAIN, EXAMPLES, RECIPES, RUN, bash, dry_run, environment, reserved_port, stand_ins
 from tests.ranks import Pool
 
 pytestmark = pytest.mark.slow
@@ -127,6 +129,40 @@ def test_a_slurm_job_resumes_the_training_on_two_nodes(finished):
     assert job.returncode == 0, consoles[0][-3000:] + consoles[1][-3000:]
     assert all("+ torchrun --nnodes 2 " in console for console in consoles)
     finished.check_end(validation)
+
+
+def test_the_weights_are_trained_after_the_masks(finished):
+    run = dataclasses.replace(finished, settings=finished.settings | {"TRAIN_WEIGHTS": "weights", "SHARDS": 0})
+    for step in ("5_train_weights", "7_trim", "8_export", "9_evaluate"):
+        run.step(step)
+    lines = [json.loads(line) for line in (run.output / "weights" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines if line["kind"] == "train" and np.isfinite(line["kl"])] == [1, 2, 3, 4, 5, 6]
+    masks, weights = (load_file(run.output / name / "model.safetensors") for name in ("hf-2to4", "hf-2to4-weights"))
+    moved = [name for name in masks if not (masks[name] == weights[name]).all()]
+    assert any("q_proj" in name for name in moved) and not any("embed_tokens" in name for name in moved)
+    for name, weight in weights.items():
+        assert ((weight != 0) <= (masks[name] != 0)).all(), name
+    assert json.loads((run.output / "evaluate-weights.json").read_text())["zeros"] == pytest.approx(0.5, abs=1e-3)
+    assert run.step("6_resume").stderr.endswith("iteration 6 of 6: nothing is left to do\n")
+
+
+def test_a_domains_mask_starts_from_the_general_one(finished, ranks, tmp_path):
+    settings = {
+        "HF_MODEL": finished.output / "hf-original",
+        "DATA_DIR": finished.output / "data",
+        "TRAIN_FILES": next((finished.output / "data" / "c4" / "en").glob("*.json.gz")),
+        "EVAL_DATA": finished.output / "data" / "held_out.txt",
+        "PRIOR_MASK": finished.output / "llama2-7b.mask.npz",
+    }
+    run = Run(DOMAIN, tmp_path, settings, ranks)
+    for step in ALL[1:]:
+        run.step(step)
+    report = json.loads((run.output / "prior.json").read_text())
+    assert (report["method"], report["mask_file"]["name"]) == ("mask-file", "llama2-7b.mask.npz")
+    masks = open_mask_file(run.output / f"{DOMAIN}.mask.npz", settings["PRIOR_MASK"])
+    sparse = load_file(run.output / "hf-2to4" / "model.safetensors")
+    for name in masks.names:
+        assert ((sparse[name] != 0) <= masks.mask(name, tuple(sparse[name].shape))).all()
 
 
 @pytest.mark.parametrize("recipe", ["nemotron4-15b", "gpt3-2b"])
