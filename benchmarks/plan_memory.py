@@ -45,6 +45,8 @@ RUNS = {
         "--recompute-method", "uniform", "--recompute-num-layers", "1",
     ],
     "weights": ["--train", "weights"],
+    "weights-teacher": ["--train", "weights", "--kl-loss-coeff", "1", "--squarehead-loss-coeff", "0.1"],
+    "both-teacher": ["--train", "both", "--kl-loss-coeff", "1", "--squarehead-loss-coeff", "0.1"],
     "weights-and-masks": [
         "--train", "both", "--kl-loss-coeff", "1", "--squarehead-loss-coeff", "0.1", "--params-dtype", "bf16",
     ],
@@ -136,7 +138,7 @@ def main() -> None:
     print(f"{platform.machine()}, torch {torch.__version__}; GB per process, measured and planned, and their ratio")
     for run, row in rows.items():
         measured, planned = row["measured"], row["planned"]
-        print(f"{run:14} {measured / 1e9:6.2f} {planned / 1e9:6.2f} {measured / planned:5.2f}   {' '.join(RUNS[run])}")
+        print(f"{run:17} {measured / 1e9:6.2f} {planned / 1e9:6.2f} {measured / planned:5.2f}   {' '.join(RUNS[run])}")
     if args.json:
         write_json(args.json, {"torch": torch.__version__, "rows": rows})
 
