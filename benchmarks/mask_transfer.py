@@ -2,8 +2,8 @@
 
 usage: python benchmarks/mask_transfer.py --hf DIR --general FILE... --domain NAME TRAIN HELD_OUT [--domain ...] --output DIR
 
-A general 2:4 mask is learned on the corpus --general (JSON lines) from SparseGPT's. Each domain's mask is then learned on TRAIN (JSON
-lines) with the same number of steps from two priors: the general mask, and SparseGPT's calibrated on the domain. All masks are
+A general 2:4 mask is learned on the corpus --general (JSON lines) from SparseGPT's, which is calibrated on it. Each domain's mask is
+then learned on TRAIN (JSON lines) with the same number of steps from two priors: the general mask, and SparseGPT's. All masks are
 evaluated on HELD_OUT as mask files over the same dense weights. Every step is a command that is printed before it runs; a second call
 with the same --output skips finished steps and resumes an interrupted one.
 """
@@ -51,10 +51,10 @@ class Transfer:
         self.verb(f"preprocess {name}", document.with_suffix(".idx"), "preprocess", *words)
         return document
 
-    def sparsegpt(self, name: str, data: Path) -> Path:
-        pruned, options = self.output / "pruned" / f"sparsegpt-{name}", self.options
+    def sparsegpt(self, data: Path) -> Path:
+        pruned, options = self.output / "pruned" / "sparsegpt-general", self.options
         self.verb(
-            f"prune {name}", pruned, "prune", "--load", self.dense, "--output", pruned, "--method", "sparsegpt", "--pattern", "2:4",
+            "prune general", pruned, "prune", "--load", self.dense, "--output", pruned, "--method", "sparsegpt", "--pattern", "2:4",
             "--calibration-data", data, "--calibration-samples", options.calibration_samples, "--seq-length", options.seq_length,
             "--pack", "--params-dtype", options.params_dtype,
         )  # fmt: skip
@@ -103,28 +103,28 @@ class Transfer:
         options = self.options
         self.verb("convert", self.dense, "convert", "--hf", options.hf, "--output", self.dense)
         data = self.dataset("general", options.general)
-        first = self.sparsegpt("general", data)
-        self.masks("general", self.learn("general", first, data, options.general_iters))
+        sparsegpt = self.sparsegpt(data)
+        self.masks("general", self.learn("general", sparsegpt, data, options.general_iters))
+        one_shot = self.masks("sparsegpt", sparsegpt)
         prior = self.output / "pruned" / "general"
         words = ["--load", self.dense, "--output", prior, "--method", "mask-file", "--mask", self.general, "--pattern", "2:4"]
         self.verb("prune from the general mask", prior, "prune", *words)
         rows = []
         for domain, train, held_out in options.domain:
             data = self.dataset(domain, [train])
-            pruned = self.sparsegpt(domain, data)
+            learned = {
+                start: self.masks(f"{domain}-from-{start}", self.learn(f"{domain}-from-{start}", path, data, options.domain_iters))
+                for start, path in (("sparsegpt", sparsegpt), ("general", prior))
+            }
             files = {
-                "SparseGPT on the domain": self.masks(f"{domain}-sparsegpt", pruned),
-                "learned from SparseGPT": self.masks(
-                    f"{domain}-from-sparsegpt", self.learn(f"{domain}-from-sparsegpt", pruned, data, options.domain_iters)
-                ),
+                "SparseGPT": one_shot,
+                "learned from SparseGPT": learned["sparsegpt"],
                 "general": self.general,
-                "learned from general": self.masks(
-                    f"{domain}-from-general", self.learn(f"{domain}-from-general", prior, data, options.domain_iters)
-                ),
+                "learned from the general mask": learned["general"],
             }
             rows.append({"domain": domain, "mask": "none (dense)", "perplexity": self.evaluate(f"{domain}-dense", held_out)})
             for mask, file in files.items():
-                name = f"{domain}-general" if file == self.general else file.stem
+                name = file.stem if file in learned.values() else f"{domain}-{file.stem}"
                 rows.append(
                     {"domain": domain, "mask": mask, "perplexity": self.evaluate(name, held_out, file), **self.changes(file)}
                 )
