@@ -40,6 +40,9 @@ def test_a_slurm_job_starts_one_torchrun_on_each_node(tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     torchrun, (module, *_) = split_torchrun(shlex.split(done.stdout))
     assert (torchrun["nnodes"], torchrun["rdzv_id"], module) == ("8", "llama2-7b-42", "maskllm.train")
+    weights = bash(SCRIPT, tmp_path, "llama2-7b", "5_train_weights", DRY_RUN=1, TRAIN_WEIGHTS="both", SLURM_JOB_NUM_NODES=8)
+    torchrun, (_, *options) = split_torchrun(shlex.split(weights.stdout))
+    assert (torchrun["nnodes"], options[:2]) == ("8", ["--train", "both"])
     assert "#SBATCH --ntasks-per-node=1" in SCRIPT.read_text(), "torchrun itself starts the processes of a node"
     assert [path.name for path in tmp_path.iterdir()] == ["examples"], "a dry run wrote something"
 
