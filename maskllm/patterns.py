@@ -21,17 +21,20 @@ from maskllm.errors import MaskLLMError
 MAX_CANDIDATES = 128
 """The largest number of candidates for which a mask can be learned."""
 
+MAX_LEARNED_M = 32
+"""The largest M for which a mask can be learned."""
+
 
 @dataclass(frozen=True)
 class Pattern:
-    """An N:M pattern: N of every M consecutive weights are kept. Raises MaskLLMError unless 0 < N < M <= 32."""
+    """An N:M pattern: N of every M consecutive weights are kept. Raises MaskLLMError unless 0 < N < M <= 64."""
 
     n: int
     m: int
 
     def __post_init__(self) -> None:
-        if not 0 < self.n < self.m <= 32:
-            raise MaskLLMError(f"pattern {self.n}:{self.m}: wanted N:M with 0 < N < M <= 32, for example 2:4")
+        if not 0 < self.n < self.m <= 64:
+            raise MaskLLMError(f"pattern {self.n}:{self.m}: wanted N:M with 0 < N < M <= 64, for example 2:4")
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
@@ -56,7 +59,9 @@ class Pattern:
         return 1 - self.n / self.m
 
     def require_learnable(self) -> None:
-        """Raise MaskLLMError if a block has more than MAX_CANDIDATES candidates."""
+        """Raise MaskLLMError if a block has more than MAX_LEARNED_M weights or MAX_CANDIDATES candidates."""
+        if self.m > MAX_LEARNED_M:
+            raise MaskLLMError(f"pattern {self}: masks can be learned for M up to {MAX_LEARNED_M}")
         if self.num_candidates > MAX_CANDIDATES:
             raise MaskLLMError(
                 f"pattern {self} has {self.num_candidates} candidate masks per block; learning supports at most {MAX_CANDIDATES}"
