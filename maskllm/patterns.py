@@ -101,3 +101,8 @@ def unpack_mask(bits: torch.Tensor, in_features: int) -> torch.Tensor:
     """The mask, bool [out, in_features], from `pack_mask`'s bits."""
     shifts = torch.arange(7, -1, -1, dtype=torch.uint8, device=bits.device)
     return ((bits.unsqueeze(-1) >> shifts) & 1).flatten(1)[:, :in_features].bool()
+
+
+def blocks_that_differ(bits: torch.Tensor, other: torch.Tensor, in_features: int, m: int) -> torch.Tensor:
+    """How many blocks of `m` weights two masks, given as `pack_mask`'s bits, treat differently: int64 []."""
+    return unpack_mask(bits ^ other, in_features).view(-1, m).any(-1).sum()

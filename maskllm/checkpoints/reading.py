@@ -73,6 +73,11 @@ class Checkpoint:
         """Whether it holds masks that are learned, as `mask_logits`. They count before `mask_bits`, which are then their prior."""
         return f"{self._first_linear}.mask_logits" in self.tensors
 
+    @functools.cached_property
+    def has_weight_scales(self) -> bool:
+        """Whether CAST trained it: dense weights with `weight_scales`. Its final masks are by magnitude; `mask_bits` are the last used."""
+        return f"{self._first_linear}.weight_scales" in self.tensors
+
     @property
     def _first_linear(self) -> str:
         """The first masked linear. All linears have the same kinds of masks."""

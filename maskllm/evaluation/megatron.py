@@ -21,7 +21,7 @@ from maskllm.masking.parameter import use_winners
 from maskllm.masking.sampler import MaskSampler
 from maskllm.megatron.build import build_model
 from maskllm.megatron.gpt import MaskedGPTModel
-from maskllm.megatron.linears import attach_bits, attach_logits, masked_parameters
+from maskllm.megatron.linears import attach_bits, attach_logits, attach_scales, masked_parameters
 
 
 def evaluate_checkpoint(
@@ -60,12 +60,14 @@ def evaluate_checkpoint(
 
 
 def load_masked_model(checkpoint: Checkpoint, params_dtype: torch.dtype) -> MaskedGPTModel:
-    """This rank's part of the model: with its logits if it has logits (see `use_winners`), else with its fixed mask, else dense."""
+    """This rank's part of the model: with its logits or scales if it has any (see `use_winners`), else with its fixed mask, else dense."""
     model = build_model(checkpoint.model_config, params_dtype=params_dtype).eval()
     if checkpoint.has_mask_logits:
         first = masked_parameters(model)[0].location.name
         stored = checkpoint.tensors[f"{first}.mask_logits"].dtype
         attach_logits(model, MaskSampler(checkpoint.info.block_pattern), dtype=stored)
+    elif checkpoint.has_weight_scales:
+        attach_scales(model, MaskSampler(checkpoint.info.block_pattern))
     elif checkpoint.info.stage != "dense":
         attach_bits(model)
     load_model(checkpoint, model)

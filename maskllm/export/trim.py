@@ -16,6 +16,8 @@ from maskllm.checkpoints.writing import write_checkpoint
 from maskllm.dtypes import BY_NAME
 from maskllm.errors import MaskLLMError
 from maskllm.families.registry import num_parameters, parameter_map
+from maskllm.masking.scaling import group_boundary, scaled
+from maskllm.masking.selection import keep_of_each_block
 from maskllm.ops import winner_mask
 from maskllm.patterns import Pattern, pack_mask, unpack_mask
 
@@ -46,7 +48,8 @@ def trim(load: str | Path, output: str | Path) -> TrimReport:
     Removed weights become zero. Kept weights keep their bits; if they were trained, they are the fp32 masters, rounded once to the dtype
     that they had before. Each mask is stored beside its weight as `mask_bits`. Logits, optimizer state and training state are left out.
     The final mask of a trained block is the candidate with the largest logit, the lowest index of equals. The final masks of a pruned
-    checkpoint, and of a run that trained the weights alone, are the fixed ones. Raises MaskLLMError if the checkpoint is of another
+    checkpoint, and of a run that trained the weights alone, are the fixed ones. Those of CAST keep the largest weights of each block; its
+    scales are multiplied into the masters before these are rounded. Raises MaskLLMError if the checkpoint is of another
     stage, or if a tensor is missing or has another shape than the config asks for.
     """
     checkpoint = resolve(load)
@@ -99,16 +102,27 @@ def _final_weight(checkpoint: Checkpoint, key: str) -> LazyTensor:
     before = checkpoint.info.weights_dtype
     if before is None:
         return stored
+    scales = checkpoint.tensors.get(f"{key}_scales")
     # Megatron's names for masters: those of its mixed-precision optimizer, and those of its distributed one.
     masters = (f"optimizer.state.{name}.{key}" for name in ("fp32_param", "param"))
     source = next((checkpoint.tensors[name] for name in masters if name in checkpoint.tensors), stored)
     dtype = BY_NAME[before if isinstance(before, str) else before[key]]
-    return LazyTensor(stored.shape, dtype, lambda: source.load().to(dtype))
+
+    def load() -> torch.Tensor:
+        weight = source.load()
+        if scales is not None:
+            boundary = group_boundary(weight.shape[1], checkpoint.info.block_pattern.m)
+            weight = scaled(weight.float(), scales.load(), boundary)
+        return weight.to(dtype)
+
+    return LazyTensor(stored.shape, dtype, load)
 
 
 def _mask_source(checkpoint: Checkpoint, linear: str, shape: tuple[int, ...]) -> tuple[str, tuple[int, ...]]:
-    """The key and the shape of the tensor that holds the mask, or its logits, of a weight [out, in] with shape `shape`."""
+    """The key and the shape of the tensor that holds the mask, its logits or its magnitudes, of a weight [out, in] with shape `shape`."""
     rows, columns = shape
+    if checkpoint.has_weight_scales:
+        return f"{linear}.weight", shape
     if not checkpoint.has_mask_logits:
         return f"{linear}.mask_bits", (rows, -(-columns // 8))
     pattern = _learned_pattern(checkpoint)
@@ -126,6 +140,8 @@ def _mask(checkpoint: Checkpoint, linear: str) -> torch.Tensor:
     """The final mask of the linear `linear`, bool [out, in]."""
     shape = checkpoint.tensors[f"{linear}.weight"].shape
     source = checkpoint.tensors[_mask_source(checkpoint, linear, shape)[0]].load()
+    if checkpoint.has_weight_scales:
+        return keep_of_each_block(source.abs(), checkpoint.info.block_pattern)
     if not checkpoint.has_mask_logits:
         return unpack_mask(source, shape[1])
     try:

@@ -3,15 +3,17 @@
 A frame (`maskllm.megatron.linears`, `maskllm.huggingface.masked_linear`) has a module for each linear. The module owns the tensors, so
 that state dicts, `.to()` and optimizers see them, and holds a `MaskedParameter`, which does the method:
 
-    weight        [out, in], frozen
+    weight        [out, in]
     mask_bits     uint8 [out, ceil(in / 8)], buffer: the fixed mask, or the prior of a learnable one (`maskllm.patterns.pack_mask`)
     mask_logits   fp32 or bf16 [out, in / M, candidates], parameter: one distribution over the candidate masks for each block
+    weight_scales fp32 [out, 2], parameter: the factors of a dense weight that is trained toward its mask by magnitude (CAST)
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,8 +22,10 @@ import torch
 from maskllm.masking.draw import current_draw, masks_are_off
 from maskllm.masking.prior import add_prior, initial_logits
 from maskllm.masking.sampler import MaskSampler
+from maskllm.masking.scaling import GROUPS, group_boundary, scaled
+from maskllm.masking.selection import keep_of_each_block
 from maskllm.ops import NoiseKey, ShardMap, masked_weight, philox_key, winner_bits, winner_bits_of_all
-from maskllm.patterns import Pattern, unpack_mask
+from maskllm.patterns import Pattern, pack_mask, unpack_mask
 
 
 @dataclass(frozen=True)
@@ -78,11 +82,12 @@ class MaskedParameter:
         self._transposed = transposed
         self.location = location
         self.sampler: MaskSampler | None = None
-        """How masks are drawn from the logits; None while there are none."""
+        """The pattern and how masks are drawn from the logits; None while there are neither logits nor scales."""
         self._winner: torch.Tensor | None = None
         """The bits of the mask that `use_winners` has chosen; None outside of its block."""
         owner.register_buffer("mask_bits", None)
         owner.register_parameter("mask_logits", None)
+        owner.register_parameter("weight_scales", None)
 
     @property
     def weight(self) -> torch.Tensor:
@@ -98,6 +103,11 @@ class MaskedParameter:
     def logits(self) -> torch.nn.Parameter | None:
         """fp32 or bf16 [out, in / M, candidates]."""
         return self._owner.mask_logits
+
+    @property
+    def scales(self) -> torch.nn.Parameter | None:
+        """fp32 [out, 2]: what the product multiplies the weights of each row by. A tensor-parallel rank has them for its rows."""
+        return self._owner.weight_scales
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -124,6 +134,17 @@ class MaskedParameter:
         self.shard = self.location.shard_map(pattern)
         """Where the blocks here lie in the unsharded weight."""
         self._noise_key = philox_key(sampler.seed, self.location.name)
+
+    def attach_scales(self, sampler: MaskSampler) -> None:
+        """Make room for a mask by magnitude, as `bits`, and for scales of 1.
+
+        Raises MaskLLMError if a row does not split into whole blocks.
+        """
+        rows, columns = self.shape
+        sampler.pattern.check_divides(columns, self.location.name)
+        self.attach_bits()
+        self._owner.weight_scales = torch.nn.Parameter(torch.ones(rows, GROUPS, device=self._owner.weight.device))
+        self.sampler = sampler
 
     @torch.no_grad()
     def reset(self, prior_strength: float | None = None) -> None:
@@ -154,18 +175,32 @@ class MaskedParameter:
         """Set the weights that the fixed mask removes to zero."""
         self._owner.weight.mul_(self.fixed_mask().t() if self._transposed else self.fixed_mask())
 
+    @torch.no_grad()
     def winner_bits(self) -> torch.Tensor:
-        """The arg-max mask of the logits, as `bits` holds masks."""
-        return winner_bits(self.logits, self.sampler.pattern)
+        """The mask that the training so far leads to, as `bits` holds masks: the arg-max mask of the logits, or that by magnitude.
+
+        The mask by magnitude keeps the N largest |weight| of each block, of equals those with the lower index (CAST, equation 6).
+        """
+        if self.logits is not None:
+            return winner_bits(self.logits, self.sampler.pattern)
+        return pack_mask(keep_of_each_block(self.weight.abs(), self.sampler.pattern))
+
+    def refresh_mask(self, bits: torch.Tensor) -> None:
+        """Make `bits`, uint8 [out, ceil(in / 8)], the mask."""
+        self._owner.mask_bits.copy_(bits)
 
     def effective_weight(self) -> torch.Tensor:
         """The weight that the matrix product uses, [out, in], in the weight's dtype.
 
         With logits it is the weight times a mask drawn in the open draw (`maskllm.masking.draw`), or times the winner inside of
-        `use_winners`; with bits alone the weight times the fixed mask; else, and inside of `without_masks`, the dense weight.
+        `use_winners`; with scales the dense weight times them, inside of `use_winners` also times the mask by magnitude; with bits alone
+        the weight times the fixed mask; else, and inside of `without_masks`, the dense weight.
         """
         if masks_are_off():
             return self.weight
+        if self.scales is not None:
+            product = self._scaled_weight()
+            return product if self._winner is None else product * unpack_mask(self._winner, self.shape[1])
         if self.logits is None:
             if self.bits is None:
                 return self.weight
@@ -180,13 +215,16 @@ class MaskedParameter:
         """A block that multiplies by `effective_weight`.
 
         Autograd keeps that weight for the backward pass. With `MaskSampler.recompute_masked_weight` it keeps the sample index instead,
-        and the backward pass draws the masked weight again.
+        and the backward pass draws the masked weight again; a scaled weight is multiplied again.
         """
         masked = self.effective_weight()
-        if self.logits is None or not masked.requires_grad or not self.sampler.recompute_masked_weight:
+        if self.sampler is None or not masked.requires_grad or not self.sampler.recompute_masked_weight:
             yield masked
             return
-        sample, storage = current_draw().sample, masked.untyped_storage().data_ptr()
+        again: Callable[[], torch.Tensor] = self._scaled_weight
+        if self.logits is not None:
+            again = functools.partial(self._masked_weight, current_draw().sample, None)
+        storage = masked.untyped_storage().data_ptr()
 
         def pack(tensor: torch.Tensor) -> torch.Tensor | _View:
             is_masked = tensor.untyped_storage().data_ptr() == storage
@@ -194,11 +232,16 @@ class MaskedParameter:
 
         def unpack(kept: torch.Tensor | _View) -> torch.Tensor:
             if isinstance(kept, _View):
-                return self._masked_weight(sample, None).detach().as_strided(*kept)
+                return again().detach().as_strided(*kept)
             return kept
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield masked
+
+    def _scaled_weight(self) -> torch.Tensor:
+        """The dense weight times its scales."""
+        boundary = group_boundary(self.location.columns, self.sampler.pattern.m) - self.location.column_offset
+        return scaled(self.weight, self.scales, min(max(boundary, 0), self.shape[1]))
 
     def _masked_weight(self, sample: int, stats: torch.Tensor | None) -> torch.Tensor:
         """The weight times the mask of the global sample index `sample`; `stats` as `maskllm.ops.masked_weight` has it."""
@@ -218,18 +261,21 @@ class MaskedParameter:
 
 @contextlib.contextmanager
 def use_winners(parameters: Sequence[MaskedParameter]) -> Iterator[None]:
-    """A block in which each of `parameters` that has logits multiplies by its winner, the arg-max mask, as after training.
+    """A block in which each of `parameters` that has logits or scales multiplies by its winner, as after training.
 
-    The winners are those of the logits when the block begins. They are found once, and kept as one bit a weight. The parameters share
-    a pattern and a device. Raises MaskLLMError if a logit is NaN.
+    The winners are the arg-max masks of the logits, or the masks by magnitude, when the block begins. They are found once, and kept as
+    one bit a weight. The parameters share a pattern and a device. Raises MaskLLMError if a logit is NaN.
     """
     learned = [parameter for parameter in parameters if parameter.logits is not None]
     if learned:
         winners = winner_bits_of_all([parameter.logits for parameter in learned], learned[0].sampler.pattern)
         for parameter, bits in zip(learned, winners, strict=True):
             parameter._winner = bits
+    for parameter in parameters:
+        if parameter.scales is not None:
+            parameter._winner = parameter.winner_bits()
     try:
         yield
     finally:
-        for parameter in learned:
+        for parameter in parameters:
             parameter._winner = None

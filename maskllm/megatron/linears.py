@@ -6,10 +6,12 @@ classes here hold a `MaskedParameter`, multiply by the weight that it gives, and
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, set_tensor_model_parallel_attributes
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
@@ -45,7 +47,7 @@ class _MaskedLinear:
         """
         axes = {"weight": self.partition_dim, "mask_logits": self.partition_dim, "mask_bits": self.partition_dim}
         if self.partition_dim == 0:
-            axes["bias"] = 0
+            axes |= {"bias": 0, "weight_scales": 0}
         sharded = make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,
@@ -55,7 +57,7 @@ class _MaskedLinear:
             dp_cp_group=metadata["dp_cp_group"],
         )
         if self.masked.location.split_row is not None:
-            for key in (f"{prefix}mask_logits", f"{prefix}mask_bits"):
+            for key in (f"{prefix}{name}" for name in ("mask_logits", "mask_bits", "weight_scales")):
                 if key in sharded:
                     sharded[key] = apply_swiglu_sharded_factory(
                         sharded[key], sharded_offsets, metadata.get("singleton_local_shards", False)
@@ -129,6 +131,34 @@ def attach_bits(model: torch.nn.Module) -> None:
 
     Raises MaskLLMError if the bits of a tensor-parallel shard's row do not fill whole bytes.
     """
+    _check_whole_bytes(model)
+    for linear in masked_linears(model):
+        linear.masked.attach_bits()
+
+
+def attach_scales(model: torch.nn.Module, sampler: MaskSampler) -> None:
+    """Make room for masks by magnitude and for scales of 1 in all masked linears.
+
+    Tensor-parallel ranks of a row-parallel linear all have the scales of all rows, and each adds the gradients of its own columns.
+    Raises MaskLLMError if a shard's row does not split into whole blocks, or its bits do not fill whole bytes.
+    """
+    _check_whole_bytes(model)
+    for linear in masked_linears(model):
+        linear.masked.attach_scales(sampler)
+        scales = linear.weight_scales
+        if linear.partition_dim == 0:
+            set_tensor_model_parallel_attributes(scales, True, 0, 1)
+        elif linear.tp_group.size() > 1:
+            scales.register_hook(functools.partial(_sum_over, linear.tp_group))
+
+
+def _sum_over(group: dist.ProcessGroup, gradient: torch.Tensor) -> torch.Tensor:
+    dist.all_reduce(gradient, group=group)
+    return gradient
+
+
+def _check_whole_bytes(model: torch.nn.Module) -> None:
+    """Raise MaskLLMError if the bits of a tensor-parallel shard's row do not fill whole bytes."""
     for linear in masked_linears(model):
         in_features = linear.weight.shape[1]
         if linear.partition_dim == 1 and linear.tp_group.size() > 1 and in_features % 8:
@@ -136,7 +166,6 @@ def attach_bits(model: torch.nn.Module) -> None:
                 f"{linear.masked.location.name}: a tensor-parallel shard has {in_features} input columns, not a multiple of 8, so its "
                 "mask bits do not fill whole bytes; use a smaller --tensor-model-parallel-size"
             )
-        linear.masked.attach_bits()
 
 
 def attach_logits(model: torch.nn.Module, sampler: MaskSampler, *, dtype: torch.dtype = torch.float32) -> None:

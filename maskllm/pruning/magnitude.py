@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from maskllm.masking.selection import Sparsity, check_sparsity, keep_of_all, keep_of_each_block
 from maskllm.patterns import Pattern
-from maskllm.pruning.selection import Sparsity, check_sparsity, keep_of_all, keep_of_each_block
 
 
 def magnitude_mask(weight: torch.Tensor, sparsity: Sparsity) -> torch.Tensor:

@@ -11,9 +11,9 @@ import torch
 
 from maskllm.errors import MaskLLMError
 from maskllm.huggingface.mask_file import MaskFile
+from maskllm.masking.selection import Sparsity, check_sparsity
 from maskllm.patterns import Pattern
 from maskllm.pruning.magnitude import magnitude_mask
-from maskllm.pruning.selection import Sparsity, check_sparsity
 from maskllm.pruning.sparsegpt import DAMPING, factor_hessian, sparsegpt
 from maskllm.pruning.statistics import InputStatistics
 from maskllm.pruning.wanda import wanda_mask

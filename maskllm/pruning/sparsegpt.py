@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from maskllm.errors import MaskLLMError
+from maskllm.masking.selection import Sparsity, check_sparsity, keep_of_all, keep_of_each_block
 from maskllm.patterns import Pattern
-from maskllm.pruning.selection import Sparsity, check_sparsity, keep_of_all, keep_of_each_block
 
 logger = logging.getLogger(__name__)
 

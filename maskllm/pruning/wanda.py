@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from maskllm.masking.selection import Sparsity, check_sparsity, keep_of_each_block, keep_of_each_row
 from maskllm.patterns import Pattern
-from maskllm.pruning.selection import Sparsity, check_sparsity, keep_of_each_block, keep_of_each_row
 
 
 def wanda_mask(weight: torch.Tensor, input_squares: torch.Tensor, sparsity: Sparsity) -> torch.Tensor:

@@ -47,7 +47,8 @@ class TrainArguments:
 
     pattern: str = _option(
         "2:4",
-        "with --train masks or both: N:M, keep N of every M consecutive weights; M at most 32, and at most 128 candidate masks",
+        "with --train masks or both, or --weights-optimizer cast: N:M, keep N of every M consecutive weights; M at most 32, and at most "
+        "128 candidate masks",
     )
     gumbel_temperature_range: tuple[float, float] = _option((4.0, 0.05), "softmax temperature, first and last", nargs=2)
     gumbel_scale_range: tuple[float, float] = _option((1e2, 5e2), "multiplier of the logits, first and last", nargs=2)
@@ -70,6 +71,16 @@ class TrainArguments:
     weights_weight_decay: float = _option(0.0, "decoupled weight decay of the weights; norms and biases have none")
     weights_start_iter: int = _option(
         0, "with --train both: the step from which on the weights move; before it only the masks learn"
+    )
+    weights_optimizer: str = _option(
+        "adam",
+        "with --train weights: adam trains the weights that the checkpoint's mask keeps; cast trains a dense checkpoint toward its mask "
+        "by magnitude (CAST, arXiv 2509.25996)",
+        choices=["adam", "cast"],
+    )
+    mask_refresh_interval: int = _option(10, "with cast: steps between new masks by magnitude")
+    l1_decay_coeff: float = _option(
+        4e-7, "with cast: strength of the decay outside of the mask at the end of the run, about as large as a weight's gradient"
     )
     train_embeddings: bool = _option(False, "with --train weights or both: train the embedding and the output layer too")
 
@@ -178,6 +189,16 @@ class TrainArguments:
         return self.train != "masks"
 
     @property
+    def uses_cast(self) -> bool:
+        """Whether a dense model is trained toward its mask by magnitude."""
+        return self.weights_optimizer == "cast"
+
+    @property
+    def chooses_masks(self) -> bool:
+        """Whether the run decides which masks it ends with, rather than keeping its start's."""
+        return self.trains_masks or self.uses_cast
+
+    @property
     def distills(self) -> bool:
         """Whether the loss has a term that needs the teacher."""
         return self.kl_loss_coeff > 0 or self.squarehead_loss_coeff > 0
@@ -245,6 +266,18 @@ class TrainArguments:
             name = "mask_logits_dtype" if self.mask_logits_dtype != "fp32" else "optimizer_state_dtype"
             raise MaskLLMError(
                 f"{flag(name)} {getattr(self, name)}: only --train masks has it; --train {self.train} keeps fp32 masters and moments"
+            )
+        if self.uses_cast and self.train != "weights":
+            raise MaskLLMError(
+                f"--weights-optimizer cast: wanted --train weights, found --train {self.train}; CAST finds its masks itself"
+            )
+        for name in ("mask_refresh_interval", "l1_decay_coeff"):
+            if not self.uses_cast and getattr(self, name) != getattr(TrainArguments, name):
+                raise MaskLLMError(f"{flag(name)}: wanted only with --weights-optimizer cast")
+        if self.uses_cast and 10 * self.adam_eps > self.l1_decay_coeff:
+            raise MaskLLMError(
+                f"--adam-eps {self.adam_eps}: with --weights-optimizer cast wanted at most a tenth of --l1-decay-coeff "
+                f"{self.l1_decay_coeff}, such as 1e-8; a larger one outweighs the decay, and no weight gets to zero"
             )
         if self.trains_weights and self.adam_eps == 0:
             raise MaskLLMError(
@@ -333,11 +366,11 @@ _RANGES = (
         lambda value: value >= 1,
         (
             "train_iters", "micro_batch_size", "global_batch_size", "seq_length", "log_interval", "eval_interval",
-            "tensor_model_parallel_size", "pipeline_model_parallel_size", "max_bad_steps",
+            "tensor_model_parallel_size", "pipeline_model_parallel_size", "max_bad_steps", "mask_refresh_interval",
         ),
     ),
     ("positive numbers", lambda value: value > 0, ("gumbel_temperature_range", "gumbel_scale_range")),
-    ("a positive number", lambda value: value > 0, ("lr", "weights_lr", "kl_temperature", "distributed_timeout_minutes")),
+    ("a positive number", lambda value: value > 0, ("lr", "weights_lr", "kl_temperature", "distributed_timeout_minutes", "l1_decay_coeff")),
     (
         "at least 0",
         lambda value: value >= 0,

@@ -20,13 +20,14 @@ from maskllm.masking.sampler import MaskSampler
 from maskllm.masking.schedules import AnnealingSchedule
 from maskllm.megatron.linears import masked_parameters
 from maskllm.training.arguments import TrainArguments
+from maskllm.training.cast import Cast
 from maskllm.training.data import build_batches
 from maskllm.training.data_parallel import data_parallel
 from maskllm.training.log import MetricsWriter
 from maskllm.training.metrics import TrainMetrics
 from maskllm.training.micro_batches import MicroBatches
 from maskllm.training.objective import Objective
-from maskllm.training.optimizer import build_lr_scheduler, build_optimizer
+from maskllm.training.optimizer import build_lr_scheduler, build_optimizer, inner_optimizer
 from maskllm.training.start import resolve_start
 from maskllm.training.state import TrainingState
 from maskllm.training.step import Step, StepResult
@@ -96,6 +97,9 @@ class Trainer:
         train_batches, valid_batches = build_batches(arguments, self.start.model_config.vocab_size, device())
         self.stopping = Stopping(arguments.blend()[0])
 
+        cast = None
+        if arguments.uses_cast:
+            cast = Cast(arguments, masked, inner_optimizer(self.optimizer), has_masks=self.start.resumed)
         schedule = AnnealingSchedule(
             arguments.train_iters, arguments.gumbel_temperature_range, arguments.gumbel_scale_range, arguments.weight_reg
         )
@@ -111,13 +115,14 @@ class Trainer:
             self.optimizer,
             lr_scheduler,
             self.stopping,
+            cast,
         )
         self.validation = None
         if valid_batches is not None:
             self.validation = Validation(
                 self.model, self.sampler, masked, self.micro_batches, valid_batches, arguments.eval_iters, self.stopping
             )
-        self.metrics = TrainMetrics(arguments, masked, self.micro_batches)
+        self.metrics = TrainMetrics(arguments, masked, self.micro_batches, cast)
         self.saver = self._build_saver()
         self.bad_steps = 0
         """Skipped steps in a row."""

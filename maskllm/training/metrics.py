@@ -11,9 +11,10 @@ from megatron.core import parallel_state
 
 from maskllm.distributed import device
 from maskllm.masking.parameter import MaskedParameter
-from maskllm.patterns import unpack_mask
+from maskllm.patterns import blocks_that_differ
 from maskllm.processes import peak_resident_bytes
 from maskllm.training.arguments import TrainArguments
+from maskllm.training.cast import Cast
 from maskllm.training.micro_batches import MicroBatches, mean_losses
 from maskllm.training.step import StepResult
 
@@ -45,15 +46,17 @@ class WinnerTracker:
 
 
 def _blocks_that_differ(bits: torch.Tensor, other: torch.Tensor, parameter: MaskedParameter) -> int:
-    differ = unpack_mask(bits ^ other, parameter.shape[1])
-    return int(differ.view(-1, parameter.sampler.pattern.m).any(-1).sum())
+    return int(blocks_that_differ(bits, other, parameter.shape[1], parameter.sampler.pattern.m))
 
 
 class TrainMetrics:
     """The metrics of a run's steps, the same on every rank. All ranks make the same calls."""
 
-    def __init__(self, arguments: TrainArguments, masked: Sequence[MaskedParameter], micro_batches: MicroBatches) -> None:
+    def __init__(
+        self, arguments: TrainArguments, masked: Sequence[MaskedParameter], micro_batches: MicroBatches, cast: Cast | None
+    ) -> None:
         self.arguments = arguments
+        self.cast = cast
         self.micro_batches = micro_batches
         self.objective = micro_batches.objective
         self.has_prior = masked[0].bits is not None
@@ -72,6 +75,8 @@ class TrainMetrics:
         values |= {name: getattr(losses, name) if steps else None for name in self.objective.teacher_terms}
         if self.tracker is not None:
             values |= self._of_masks(good, local)
+        if self.cast is not None:
+            values |= self._of_cast(window[-1].iteration)
         memory = torch.tensor(float(peak_memory_bytes()), dtype=torch.float64, device=device())
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
         tokens = len(window) * self.arguments.global_batch_size * self.arguments.seq_length
@@ -86,6 +91,16 @@ class TrainMetrics:
         if self.arguments.train == "both":
             values["weights_learning_rate"] = rates[-1]
         return values
+
+    def _of_cast(self, iteration: int) -> dict[str, Any]:
+        """The metrics of CAST: of the last refresh of the masks, and after the last step of the masks that the run ends with."""
+        cast = self.cast
+        change = cast.look() if iteration + 1 == self.arguments.train_iters else cast.last
+        changed = outside = None
+        if change is not None:
+            changed = _model_parallel_sum(change.changed) / _model_parallel_sum(change.blocks)
+            outside = _model_parallel_sum(change.outside) / _model_parallel_sum(change.total)
+        return {"l1_decay": cast.adam.alpha * cast.adam.decay, "changed_since_refresh": changed, "l1_outside_mask": outside}
 
     def _of_masks(self, good: list[StepResult], local: torch.Tensor) -> dict[str, Any]:
         """The metrics of the masks; `local` are the sums of the steps `good`, or one row of zeros."""

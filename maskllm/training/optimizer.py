@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,15 +13,18 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, make_sharded_optimizer_tensor
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import FP32Optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from maskllm.errors import MaskLLMError
+from maskllm.masking.adam_s import AdamS
 from maskllm.masking.parameter import MaskedParameter
 from maskllm.ops import philox_key
 from maskllm.training.arguments import TrainArguments
 from maskllm.training.logits_adam import LogitsAdam, Place
-from maskllm.training.trainables import MASK_LOGITS, ParameterGroup
+from maskllm.training.trainables import MASK_LOGITS, WEIGHT_SCALES, ParameterGroup
 
 
 def build_optimizer(
@@ -32,7 +36,8 @@ def build_optimizer(
     """Build the optimizer of `groups`, which hold all trained parameters of `model`. One norm over all of them is clipped.
 
     Parameters in bf16 have fp32 masters (Megatron's mixed-precision optimizer). Returns Megatron's optimizer if logits and moments are
-    all fp32, and `LogitsOptimizer` otherwise. `masked` are the masked weights that own the logits among the parameters.
+    all fp32, and `LogitsOptimizer` otherwise. `masked` are the masked weights that own the logits or weights among the parameters.
+    With `--weights-optimizer cast` Megatron's optimizer has `AdamS` inside. Raises MaskLLMError if that cannot be.
     """
     first = groups[0]
     config = OptimizerConfig(
@@ -60,13 +65,51 @@ def build_optimizer(
     for group in optimizer.param_groups:
         if "fused" in group:  # torch's AdamW: unless fused, it needs GPU memory for copies of all its parameters
             group["fused"] = True
+    if arguments.uses_cast:
+        _use_adam_s(optimizer, masked, arguments.l1_decay_coeff)
     return optimizer
+
+
+def inner_optimizer(optimizer: MegatronOptimizer) -> torch.optim.Optimizer:
+    """The optimizer of the numbers that are updated, inside of Megatron's."""
+    (one,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    return one.optimizer
+
+
+def _use_adam_s(optimizer: MegatronOptimizer, masked: Sequence[MaskedParameter], decay: float) -> None:
+    """Put `AdamS` in the place of the Adam that Megatron has chosen, over the same groups."""
+    (one,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    if isinstance(one, DistributedOptimizer) and not isinstance(one.optimizer, torch.optim.Adam):
+        # It counts the steps where the Adam that it was made for does, and a checkpoint would lose those of another.
+        raise MaskLLMError(
+            "--weights-optimizer cast: Megatron's distributed optimizer needs torch's Adam for it, and takes that of Transformer Engine or "
+            "Apex, which is installed; leave out --use-distributed-optimizer"
+        )
+    kept = {}
+    for parameter in masked:
+        here = slice(None)
+        if isinstance(one, DistributedOptimizer):
+            place = one.model_param_group_index_map.get(parameter.weight)
+            if place is None:
+                continue  # other data-parallel ranks hold all of it
+            master = one.param_groups[place[0]]["params"][place[1]]
+            entries = one._get_model_param_range_map(parameter.weight)["param"]
+            here = slice(entries.start, entries.end)
+        else:
+            master = getattr(parameter.weight, "main_param", parameter.weight)
+        kept[master] = functools.partial(_kept, parameter, here)
+    one.optimizer = AdamS(one.optimizer.param_groups, kept, decay)
+
+
+def _kept(parameter: MaskedParameter, entries: slice) -> torch.Tensor:
+    """The mask of these entries of the flattened weight."""
+    return parameter.fixed_mask().view(-1)[entries]
 
 
 def _overrides(groups: Sequence[ParameterGroup]) -> dict[ParamKey, dict[str, Any]]:
     """Return the rates of all groups but that of the logits, in the form of Megatron's `config_overrides`.
 
-    Megatron tells the groups of a checkpoint apart by `wd_mult` and `is_decoupled_lr` alone.
+    Megatron tells the groups of a checkpoint apart by `wd_mult` and `is_decoupled_lr` alone, and sorts them by these settings.
     """
     overrides = {}
     for group in groups:
@@ -78,7 +121,7 @@ def _overrides(groups: Sequence[ParameterGroup]) -> dict[ParamKey, dict[str, Any
                 "start_wd": group.weight_decay,
                 "end_wd": group.weight_decay,
                 "wd_mult": 1.0 if group.weight_decay else 0.0,
-                "is_decoupled_lr": True,
+                "is_decoupled_lr": group.name != WEIGHT_SCALES,
             }
     return overrides
 

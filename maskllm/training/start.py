@@ -55,6 +55,9 @@ SETTINGS_THAT_MUST_MATCH = (
     "kl_loss_coeff",
     "kl_temperature",
     "squarehead_loss_coeff",
+    "weights_optimizer",
+    "mask_refresh_interval",
+    "l1_decay_coeff",
 )
 """Arguments that a resumed run must share with the run it continues, as it must share its data: all that decide what is learned.
 Everything else (layout, precision of frozen weights, intervals, paths) may change. A run that an older version has written lacks the
@@ -158,7 +161,13 @@ def _check_can_start(checkpoint: Checkpoint, arguments: TrainArguments, pattern:
     """Raise MaskLLMError if what `--train` names cannot be trained from this checkpoint."""
     info = checkpoint.info
     check_context(arguments.seq_length, checkpoint.model_config.context)
-    if arguments.train == "weights":
+    if arguments.uses_cast:
+        if info.stage != "dense" and _trained_by(checkpoint) != "weights":
+            raise MaskLLMError(
+                f"{checkpoint.path}: is a {info.stage} checkpoint; --weights-optimizer cast starts from a dense one, because it takes its "
+                "masks from the magnitudes of the weights; name what `maskllm convert` wrote"
+            )
+    elif arguments.train == "weights":
         if info.stage == "dense":
             raise MaskLLMError(
                 f"{checkpoint.path}: is a dense checkpoint, which has no masks to train the weights under; give it masks first, with "

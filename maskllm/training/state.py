@@ -21,7 +21,7 @@ from maskllm.masking.sampler import MaskSampler
 from maskllm.megatron.build import build_model
 from maskllm.megatron.distillation import StudentAndTeacher
 from maskllm.megatron.gpt import MaskedGPTModel
-from maskllm.megatron.linears import attach_bits, attach_logits, masked_parameters
+from maskllm.megatron.linears import attach_bits, attach_logits, attach_scales, masked_parameters
 from maskllm.megatron.loss import LossTerms
 from maskllm.training.arguments import TrainArguments
 from maskllm.training.optimizer import fit_adam_state
@@ -45,17 +45,20 @@ class TrainingState:
 
     @classmethod
     def load(cls, start: Start, sampler: MaskSampler) -> TrainingState:
-        """Build the model with weights and masks loaded: with learnable logits, or with fixed masks and zeros in the weights.
+        """Build the model with weights and masks loaded: with learnable logits, with scales (`--weights-optimizer cast`), or with fixed
+        masks and zeros in the weights.
 
         A new run's logits are those of the run that it starts from. If that has none, they are drawn and, if there is a prior, moved toward
         it. `load_optimizer` loads the state of a resumed run. A new run with fixed masks has its start's masks, or the winners of its
-        start's logits.
+        start's logits. A new run with scales has no masks before its first step.
         """
         arguments = start.arguments
         model = _build(start.model_config, arguments, recomputation=arguments.recomputation())
         masked = masked_parameters(model)
         has_bits, has_logits = start.checkpoint.has_mask_bits, start.checkpoint.has_mask_logits
-        if has_bits:
+        if start.checkpoint.has_weight_scales:
+            attach_scales(model, sampler)
+        elif has_bits:
             attach_bits(model)
         if has_logits:
             attach_logits(model, sampler, dtype=arguments.logits_dtype)
@@ -66,7 +69,9 @@ class TrainingState:
             attach_logits(model, sampler, dtype=arguments.logits_dtype)
             for parameter in masked:
                 parameter.reset(arguments.prior_strength if has_bits else None)
-        if not arguments.trains_masks:
+        if arguments.uses_cast and not start.checkpoint.has_weight_scales:
+            attach_scales(model, sampler)
+        if not arguments.chooses_masks:
             for parameter in masked:
                 if has_logits:
                     parameter.fix_winner()
@@ -133,7 +138,7 @@ class TrainingState:
         return CheckpointInfo(
             stage="trained",
             source=before.source,
-            pattern=self.start.arguments.pattern if self.start.arguments.trains_masks else before.pattern,
+            pattern=self.start.arguments.pattern if self.start.arguments.chooses_masks else before.pattern,
             method=before.method,
             details={
                 "iteration": iteration,

@@ -14,6 +14,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from maskllm.distributed import device
 from maskllm.masking.sampler import MaskSampler
 from maskllm.training.arguments import TrainArguments
+from maskllm.training.cast import Cast
 from maskllm.training.data import Batches
 from maskllm.training.micro_batches import MicroBatches
 from maskllm.training.surviving.stopping import Stopping
@@ -37,7 +38,7 @@ class StepResult:
 
 @dataclass
 class Step:
-    """Draws the masks, runs the micro-batches forward and backward, and updates what is trained."""
+    """Draws or refreshes the masks, runs the micro-batches forward and backward, and updates what is trained."""
 
     arguments: TrainArguments
     model: DistributedDataParallel
@@ -48,6 +49,7 @@ class Step:
     optimizer: MegatronOptimizer
     lr_scheduler: OptimizerParamScheduler
     stopping: Stopping
+    cast: Cast | None
 
     def __call__(self, iteration: int) -> StepResult:
         """Do step `iteration`, counted from 0.
@@ -59,6 +61,8 @@ class Step:
         sampler.scale = objective.schedule.scale(iteration)
         sampler.stats = torch.zeros(2, dtype=torch.float32, device=device())
         objective.set_step(iteration, self.micro_batches.count)
+        if self.cast is not None:
+            self.cast.start_step(iteration)
         learning_rates = self._set_learning_rates(iteration)
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()

@@ -13,6 +13,8 @@ from maskllm.training.arguments import TrainArguments
 
 MASK_LOGITS = "mask_logits"
 """The name of the group of logits."""
+WEIGHT_SCALES = "weight_scales"
+"""The name of the group of the scales of CAST."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class ParameterGroup:
 
 
 def parameter_groups(arguments: TrainArguments, model: MaskedGPTModel, masked: Sequence[MaskedParameter]) -> list[ParameterGroup]:
-    """The groups that a run trains, in the order of Megatron's optimizer: the logits of `masked`, and the weights, norms and biases.
+    """The groups that a run trains, in the order of Megatron's optimizer: the logits of `masked`, and the weights with their scales,
+    norms and biases.
 
     `--train-embeddings` adds the embeddings and the output layer to the weights, and the final norm to the norms. All other parameters
     of `model` are frozen.
@@ -50,14 +53,18 @@ def parameter_groups(arguments: TrainArguments, model: MaskedGPTModel, masked: S
             )
         )
     if arguments.trains_weights:
-        trained = [parameter for name, parameter in model.named_parameters() if is_trained(name, arguments)]
+        named = {name: parameter for name, parameter in model.named_parameters() if is_trained(name, arguments)}
+        scales = [parameter for name, parameter in named.items() if name.endswith(f".{WEIGHT_SCALES}")]
+        trained = [parameter for name, parameter in named.items() if not name.endswith(f".{WEIGHT_SCALES}")]
         decay = arguments.weights_weight_decay
         # Megatron sorts its groups by their settings, and groups with the same settings are one.
         parts = {
             "norms_and_biases": [each for each in trained if each.dim() == 1],
             "weights": [each for each in trained if each.dim() > 1],
         }
-        for name, members in parts.items() if decay else {"weights": trained}.items():
+        parts = parts if decay else {"weights": trained}
+        # Scales are fp32 even if the weights are not, so they are a group of their own.
+        for name, members in (({WEIGHT_SCALES: scales} if arguments.uses_cast else {}) | parts).items():
             groups.append(
                 ParameterGroup(
                     name,
@@ -74,7 +81,7 @@ def parameter_groups(arguments: TrainArguments, model: MaskedGPTModel, masked: S
 
 
 def is_trained(name: str, arguments: TrainArguments) -> bool:
-    """Whether the parameter `name` is a weight, a norm or a bias that this run trains."""
+    """Whether the parameter `name` is a weight, a scale, a norm or a bias that this run trains."""
     return (
         arguments.trains_weights
         and not name.endswith(".mask_logits")

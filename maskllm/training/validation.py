@@ -1,4 +1,4 @@
-"""The loss on validation text, with sampled masks and with the winners."""
+"""The loss on validation text: with sampled masks, or with the dense weights that become sparse, and with the winners."""
 
 from __future__ import annotations
 
@@ -31,16 +31,17 @@ class Validation:
     def __call__(self) -> dict[str, float] | None:
         """The mean losses, the same on every rank; None if a signal stopped the validation.
 
-        Losses with sampled masks are called "sampled", with the winners or the fixed masks "winner".
+        Losses with sampled masks are called "sampled", with CAST's dense weights "dense", with the winners or the fixed masks "winner".
         """
         self.sampler.stats = None
         self.sampler.weight_reg = 0.0
         self.model.eval()
         try:
             means = {}
-            kinds = {"sampled": contextlib.nullcontext(), "winner": use_winners(self.masked)}
-            if self.masked[0].logits is None:
-                del kinds["sampled"]
+            kinds = {"winner": use_winners(self.masked)}
+            if self.masked[0].sampler is not None:
+                before = "sampled" if self.masked[0].logits is not None else "dense"
+                kinds = {before: contextlib.nullcontext()} | kinds
             for name, masks in kinds.items():
                 with masks:
                     mean = self._mean_losses()

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from maskllm.masking.selection import keep_of_each_row
 from maskllm.patterns import Pattern
-from maskllm.pruning.selection import keep_of_each_row
 from maskllm.pruning.statistics import InputStatistics
 from maskllm.pruning.wanda import wanda_mask
 
