@@ -13,7 +13,7 @@ from maskllm.planning.models import BUILT_IN
 from maskllm.training.arguments import TrainArguments
 
 TRAINING_OPTIONS = (
-    "pattern", "train", "train_embeddings", "kl_loss_coeff", "kl_temperature", "squarehead_loss_coeff", "teacher",
+    "pattern", "train", "weights_optimizer", "train_embeddings", "kl_loss_coeff", "kl_temperature", "squarehead_loss_coeff", "teacher",
     "tensor_model_parallel_size", "pipeline_model_parallel_size", "sequence_parallel", "use_distributed_optimizer",
     "micro_batch_size", "global_batch_size", "params_dtype", "mask_logits_dtype", "optimizer_state_dtype",
     "recompute_granularity", "recompute_method", "recompute_num_layers", "recompute_modules",

@@ -34,7 +34,7 @@ def add_options(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
         if entry.type == "bool":
             parser.add_argument(flag(entry.name), action="store_true", **options)
         else:
-            kinds = {"int": int, "int | None": int, "float": float, "tuple[float, float]": float}
+            kinds = {"int": int, "int | None": int, "float": float, "float | None": float, "tuple[float, float]": float}
             required = entry.name == "data_path"
             parser.add_argument(
                 flag(entry.name),

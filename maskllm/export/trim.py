@@ -64,7 +64,7 @@ def trim(load: str | Path, output: str | Path) -> TrimReport:
     pruned_parameters = 0
     tensors: dict[str, LazyTensor] = {}
     for mapping in parameter_map(checkpoint.model_config):
-        weight = _final_weight(checkpoint, mapping.megatron)
+        weight = _final_weight(checkpoint, mapping.megatron, mapping.linear)
         if mapping.linear is None:
             tensors[mapping.megatron] = weight
             continue
@@ -96,13 +96,14 @@ def trim(load: str | Path, output: str | Path) -> TrimReport:
     )
 
 
-def _final_weight(checkpoint: Checkpoint, key: str) -> LazyTensor:
-    """The tensor `key`; if it was trained, its fp32 master rounded once, to the dtype that it had before."""
+def _final_weight(checkpoint: Checkpoint, key: str, linear: str | None) -> LazyTensor:
+    """The tensor `key`, which may be the weight of `linear`; if it was trained, its fp32 master times the scales that it may have, rounded
+    once, to the dtype that it had before."""
     stored = checkpoint.tensors[key]
     before = checkpoint.info.weights_dtype
     if before is None:
         return stored
-    scales = checkpoint.tensors.get(f"{key}_scales")
+    scales = checkpoint.tensors[f"{linear}.weight_scales"] if linear is not None and checkpoint.has_weight_scales else None
     # Megatron's names for masters: those of its mixed-precision optimizer, and those of its distributed one.
     masters = (f"optimizer.state.{name}.{key}" for name in ("fp32_param", "param"))
     source = next((checkpoint.tensors[name] for name in masters if name in checkpoint.tensors), stored)

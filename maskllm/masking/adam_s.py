@@ -41,7 +41,12 @@ class AdamS(torch.optim.AdamW):
             kept: of the parameters with a mask: a function that gives the mask now, bool, with as many entries as the parameter.
             decay: lambda, the strength of the decay at the end of the run, in the unit of gradients.
         """
-        super().__init__(params)
+        groups = list(params)
+        # Megatron's distributed optimizer updates slices of parameters, which torch would refuse.
+        super().__init__([{**group, "params": []} for group in groups])
+        for group, complete in zip(groups, self.param_groups, strict=True):
+            group.update({name: value for name, value in complete.items() if name not in group})
+        self.param_groups = groups
         self.kept = dict(kept)
         self.decay = decay
         self.alpha = 0.0

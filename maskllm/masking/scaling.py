@@ -32,11 +32,12 @@ class _Scaled(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         weight, scales = ctx.saved_tensors
         of_weight = of_scales = None
+        if ctx.needs_input_grad[1]:
+            products = weight.to(scales.dtype, copy=True).mul_(grad)
+            of_scales = torch.stack([products[:, : ctx.boundary].sum(1), products[:, ctx.boundary :].sum(1)], 1)
+            del products
         if ctx.needs_input_grad[0]:
             of_weight = _multiplied(grad, scales, ctx.boundary)
-        if ctx.needs_input_grad[1]:
-            products = grad.to(scales.dtype) * weight.to(scales.dtype)
-            of_scales = torch.stack([products[:, : ctx.boundary].sum(1), products[:, ctx.boundary :].sum(1)], 1)
         return of_weight, of_scales, None
 
 

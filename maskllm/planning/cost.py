@@ -104,6 +104,8 @@ def step_cost(model: ModelConfig, arguments: TrainArguments, layout: Layout, clu
         draws = 1 + (1.0 if arguments.recomputes("masked_weight") else redrawn)
         of_weights = masked * weight if arguments.trains_weights else 0.0
         sampling += micro_batches * (draws * draw + masked * 2 * weight + logits * 3 * logit + of_weights)
+    elif arguments.uses_cast:
+        sampling += micro_batches * masked * 5 * weight  # the weight is multiplied by its scales, and so is its gradient
     else:
         sampling += micro_batches * masked * 2 * weight  # the gradient is multiplied by the mask
     moments = 2 * FLOAT_BYTES[arguments.optimizer_state_dtype]

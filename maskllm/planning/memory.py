@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from maskllm.families.linears import LINEARS, MLP_LINEARS, linear_of
 from maskllm.families.model_config import ModelConfig
 from maskllm.families.registry import parameter_map
+from maskllm.masking.scaling import GROUPS
 from maskllm.megatron.loss import MAX_CHUNK_LOGITS
 from maskllm.patterns import Pattern
 from maskllm.planning.models import StoredModel
@@ -42,11 +43,12 @@ class Memory:
     """Bytes on one rank at the busiest moment of a step."""
 
     weights: float
-    """Weights, embeddings and norms."""
+    """Weights, embeddings, norms and CAST's scales."""
     teacher: float
     """Those of a teacher that is a second model."""
     mask_bits: float
-    """The fixed mask; or the prior mask and the winners of the last check. One bit per weight each."""
+    """The fixed mask; or the prior mask and the winners of the last check; or CAST's mask and that of a validation. One bit per weight
+    each."""
     mask_logits: float
     gradients: float
     masters: float
@@ -56,7 +58,7 @@ class Memory:
     activations: float
     """Tensors that micro-batches in flight keep for their backward passes, without masked weights."""
     masked_weights: float
-    """Weights times masks, kept for backward passes."""
+    """Weights times masks, or times CAST's scales, kept for backward passes."""
     communication: float
     """Buffers for transfers between ranks."""
     temporary: float
@@ -121,6 +123,11 @@ class Shapes:
         pattern = Pattern.parse(arguments.pattern)
         return masked / pattern.m * pattern.num_candidates if arguments.trains_masks else 0.0
 
+    def scales(self, pipeline: int, arguments: TrainArguments) -> float:
+        """The number of CAST's scales, which are fp32 and trained, on a rank."""
+        rows = sum(linear.shape(self.model, self.tensor)[0] for linear in LINEARS)
+        return self.model.num_layers // pipeline * rows * GROUPS if arguments.uses_cast else 0.0
+
     @property
     def output_matrix(self) -> float:
         """Elements of the output matrix, which may be that of the embeddings."""
@@ -147,7 +154,8 @@ def stage_memory(model: StoredModel, arguments: TrainArguments, layout: Layout, 
     logit = FLOAT_BYTES[arguments.mask_logits_dtype]
     logits = shapes.logits(masked, arguments)
     masters = trained * FLOAT_BYTES["fp32"] if arguments.params_dtype == "bf16" else 0.0
-    state = logits * 2 * FLOAT_BYTES[arguments.optimizer_state_dtype] + trained * 2 * FLOAT_BYTES["fp32"]
+    scales = shapes.scales(layout.pipeline, arguments)
+    state = logits * 2 * FLOAT_BYTES[arguments.optimizer_state_dtype] + (trained + scales) * 2 * FLOAT_BYTES["fp32"]
     if arguments.use_distributed_optimizer:
         masters /= layout.data
         state /= layout.data
@@ -163,11 +171,11 @@ def stage_memory(model: StoredModel, arguments: TrainArguments, layout: Layout, 
     if sequence_split(arguments, layout) > 1:
         communication += hidden  # Megatron's buffer for gathered sequences
     return Memory(
-        weights=(masked + other) * element + (masked + other - trained) * host_copy,
+        weights=(masked + other) * element + (masked + other - trained) * host_copy + scales * FLOAT_BYTES["fp32"],
         teacher=(masked + other) * element if arguments.has_separate_teacher else 0.0,
-        mask_bits=(2 if arguments.trains_masks else 1) * masked / 8,
+        mask_bits=(2 if arguments.chooses_masks else 1) * masked / 8,
         mask_logits=logits * logit,
-        gradients=logits * logit + trained * FLOAT_BYTES["fp32"],
+        gradients=logits * logit + (trained + scales) * FLOAT_BYTES["fp32"],
         masters=masters,
         optimizer_state=state,
         activations=kept.activations,
@@ -197,8 +205,10 @@ def activations(model: ModelConfig, arguments: TrainArguments, layout: Layout, s
     shapes = Shapes(model, layout.tensor)
     linears = shapes.masked
     # A trained weight with a fixed mask is multiplied itself.
-    masked = sum(linears.values()) * element if arguments.trains_masks else 0.0
-    mlp_masked = sum(size for linear, size in linears.items() if linear in MLP_LINEARS) * element if arguments.trains_masks else 0.0
+    masked = sum(linears.values()) * element if arguments.chooses_masks else 0.0
+    mlp_masked = (
+        sum(size for linear, size in linears.items() if linear in MLP_LINEARS) * element if arguments.chooses_masks else 0.0
+    )
     largest = max(linears.values())
     layer = layer_activations(model, arguments, layout, device=device)
     layers = model.num_layers // layout.pipeline
@@ -239,7 +249,7 @@ def activations(model: ModelConfig, arguments: TrainArguments, layout: Layout, s
     if arguments.recomputes("mlp"):
         kept_masked -= mlp_masked
         recomputed = tokens * mlp_activations(model, layout.tensor) * element + mlp_masked
-    if arguments.recomputes("masked_weight") and arguments.trains_masks:
+    if arguments.recomputes("masked_weight") and arguments.chooses_masks:
         kept_masked = 0.0
         recomputed = recomputed - mlp_masked * arguments.recomputes("mlp") + largest * element
     gradients = weight_gradients(arguments, device=device) * largest
@@ -259,7 +269,9 @@ def weight_gradients(arguments: TrainArguments, *, device: str) -> float:
     if not arguments.trains_weights:
         return element  # of the masked weight; the operator adds those of the logits in place
     # The gradients of the masked weight and of the weight; with a fixed mask also the mask, in bools.
-    gradients = 2 * element + (0 if arguments.trains_masks else 1)
+    gradients = 2 * element + (0 if arguments.chooses_masks else 1)
+    if arguments.uses_cast:
+        gradients = max(gradients, element + 4)  # the scales' gradient comes from products in fp32
     # On a CPU, torch adds a bf16 tensor to an fp32 one by way of an fp32 copy.
     return max(gradients, element + 4) if device == "cpu" and arguments.params_dtype == "bf16" else gradients
 
@@ -416,7 +428,12 @@ def optimizer_temporary(shapes: Shapes, arguments: TrainArguments) -> float:
         largest = max(largest, weights, shapes.output_matrix if arguments.train_embeddings else 0.0)
     # Without Transformer Engine and Apex, Megatron's clipping scales a copy of one gradient at a time. Masters take the fp32 gradients
     # of the step without a copy.
-    return 4 * largest
+    clipping = 4 * largest
+    if not arguments.uses_cast:
+        return clipping
+    # A refresh sorts the magnitudes of a weight: they, and their order in 8-byte numbers. A step has a mask, and chunks of fp32.
+    refresh = weights * (2 * FLOAT_BYTES[arguments.params_dtype] + 8 + 1)
+    return max(clipping, refresh, 3 * weights + 12 * min(weights, CHUNK))
 
 
 def sequence_split(arguments: TrainArguments, layout: Layout) -> int:

@@ -87,7 +87,10 @@ def _words_of_trained(arguments: TrainArguments) -> dict[str, str]:
     if not arguments.trains_weights:
         return {}
     words = {"weights": "weights, all trained" if arguments.train_embeddings else "weights, those of the layers trained"}
-    if not arguments.trains_masks:
+    if arguments.uses_cast:
+        words["mask_bits"] = "mask by magnitude and that of a validation, as bits"
+        words["masked_weights"] = "weights times their scales kept for the backward pass"
+    elif not arguments.trains_masks:
         words["mask_bits"] = "fixed mask, as bits"
     return words
 

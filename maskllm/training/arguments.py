@@ -106,7 +106,7 @@ class TrainArguments:
     weight_decay: float = _option(0.1, "decoupled weight decay of the logits")
     adam_beta1: float = _option(0.9, "Adam's first moment's decay")
     adam_beta2: float = _option(0.95, "Adam's second moment's decay")
-    adam_eps: float = _option(1e-5, "Adam's epsilon")
+    adam_eps: float | None = _option(None, "Adam's epsilon; default: 1e-5, and 1e-8 with cast")
     clip_grad: float = _option(1.0, "clip the gradient to this norm; 0: do not clip")
     max_bad_steps: int = _option(
         10,
@@ -162,6 +162,10 @@ class TrainArguments:
     eval_iters: int = _option(100, "batches in a validation, always the same ones; 0 for none")
     log_interval: int = _option(1, "steps between lines of the log; a line covers the steps since the one before")
     tensorboard_dir: str | None = _option(None, "directory for TensorBoard events")
+
+    def __post_init__(self) -> None:
+        if self.adam_eps is None:
+            self.adam_eps = 1e-8 if self.uses_cast else 1e-5
 
     @property
     def dtype(self) -> torch.dtype:

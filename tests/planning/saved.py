@@ -18,7 +18,7 @@ from maskllm.masking.draw import Draw, open_draw
 from maskllm.masking.sampler import MaskSampler
 from maskllm.megatron.build import build_model
 from maskllm.megatron.distillation import StudentAndTeacher
-from maskllm.megatron.linears import attach_bits, attach_logits, masked_parameters
+from maskllm.megatron.linears import attach_bits, attach_logits, attach_scales, masked_parameters
 from maskllm.megatron.loss import LossTerms
 from maskllm.megatron.process_groups import parallel_processes
 from maskllm.patterns import Pattern
@@ -46,6 +46,8 @@ def kept(model_config: ModelConfig, arguments: TrainArguments) -> list[tuple[str
         attach_logits(model, sampler)
         for parameter in masked:
             parameter.reset()
+    elif arguments.uses_cast:
+        attach_scales(model, MaskSampler(Pattern.parse(arguments.pattern)))
     else:
         attach_bits(model)
     parameter_groups(arguments, model, masked)

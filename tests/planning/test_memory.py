@@ -17,7 +17,7 @@ from maskllm.masking.sampler import MaskSampler
 from maskllm.megatron import loss
 from maskllm.megatron.build import build_model
 from maskllm.megatron.gpt import MaskedGPTModel
-from maskllm.megatron.linears import attach_bits, attach_logits, masked_linears, masked_parameters
+from maskllm.megatron.linears import attach_bits, attach_logits, attach_scales, masked_linears, masked_parameters
 from maskllm.megatron.process_groups import parallel_processes
 from maskllm.ops import masked_weight
 from maskllm.patterns import Pattern
@@ -46,6 +46,7 @@ MISTRAL = LLAMA | {"model_type": "mistral", "sliding_window": 50}
 GEMMA2 = LLAMA | {"model_type": "gemma2", "head_dim": 32, "sliding_window": 50}
 SELECTIVE = {"recompute_granularity": "selective"}
 TEACHER = {"kl_loss_coeff": 1.0, "squarehead_loss_coeff": 0.1}
+CAST = {"train": "weights", "weights_optimizer": "cast"}
 FULL = {"recompute_granularity": "full", "recompute_num_layers": 2}
 
 CASES = {
@@ -71,6 +72,9 @@ CASES = {
     "weights_gemma2": (GEMMA2, {"train": "weights"} | TEACHER),
     "weights_mlp": (LLAMA, {"train": "weights"} | TEACHER | SELECTIVE | {"recompute_modules": ["mlp"]}),
     "weights_uniform": (LLAMA, {"train": "weights"} | TEACHER | FULL | {"recompute_method": "uniform"}),
+    "cast": (LLAMA, CAST | TEACHER),
+    "cast_fp32": (LLAMA, CAST | {"params_dtype": "fp32"}),
+    "cast_uniform": (LLAMA, CAST | FULL | {"recompute_method": "uniform"}),
     "both": (LLAMA, {"train": "both"} | TEACHER),
     "both_fp32": (LLAMA, {"train": "both", "params_dtype": "fp32"} | TEACHER),
     "both_uniform": (LLAMA, {"train": "both"} | TEACHER | FULL | {"recompute_method": "uniform"}),
@@ -161,14 +165,17 @@ def test_planned_weights_match_a_built_model(model):
 
 @pytest.mark.parametrize("distributed", [False, True])
 @pytest.mark.parametrize("params_dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("trained", ["masks", "weights", "both", "embeddings"])
+@pytest.mark.parametrize("trained", ["masks", "weights", "both", "embeddings", "cast"])
 def test_planned_training_state_matches_a_built_optimizer(trained, params_dtype, distributed):
-    what = {"train": "weights", "train_embeddings": True} if trained == "embeddings" else {"train": trained}
+    what = {"embeddings": {"train": "weights", "train_embeddings": True}, "cast": CAST}.get(trained, {"train": trained})
     arguments = TrainArguments(params_dtype=params_dtype, use_distributed_optimizer=distributed, seq_length=128, **what)
     config = config_of(GPT | {"n_layer": 1})
     with parallel_processes():
         built = build_model(config, params_dtype=arguments.dtype)
-        attach_bits(built)
+        if arguments.uses_cast:
+            attach_scales(built, MaskSampler(Pattern.parse(arguments.pattern)))
+        else:
+            attach_bits(built)
         if arguments.trains_masks:
             attach_logits(built, MaskSampler(Pattern.parse(arguments.pattern)))
         masked = masked_parameters(built)

@@ -52,7 +52,7 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 def largest(weight: torch.Tensor) -> torch.Tensor:
     """The mask of the two largest of each four, by sorting."""
     blocks = weight.abs().view(-1, 4)
-    order = blocks.sort(-1, descending=True, stable=True).indices
+    order = blocks.sort(dim=-1, descending=True, stable=True).indices
     return torch.zeros_like(blocks, dtype=torch.bool).scatter_(-1, order[:, :2], True).view(weight.shape)
 
 
@@ -112,7 +112,7 @@ def test_all_weights_and_scales_move_and_the_masks_are_the_refreshed_ones(single
 
 @pytest.mark.parametrize("more", [{}, {"use_distributed_optimizer": True}])
 def test_a_resumed_run_in_bf16_has_the_bits_of_an_uninterrupted_one(more, ranks, tmp_path, tiny_dataset, tiny_dense):
-    """Weights, fp32 masters, moments, masks and scales. Step 3 is between two refreshes of the masks."""
+    """Weights, fp32 masters, moments, masks and scales. Step 4 is between two refreshes of the masks."""
     run = OPTIONS | {"params_dtype": "bf16", **more}
     save = tmp_path / "run"
     ranks(2, "maskllm.train", *arguments(save, tiny_dataset, tiny_dense, **run))
@@ -172,7 +172,11 @@ def test_what_cast_cannot_do_is_refused_in_one_line(capfd, tmp_path, tiny_datase
         (tiny_dense, {"train": "both"}, "--weights-optimizer cast: wanted --train weights, found --train both"),
         (tiny_dense, {"train": "masks"}, "--weights-optimizer cast: wanted --train weights, found --train masks"),
         (tiny_dense, {"weights_optimizer": "adam"}, "--mask-refresh-interval: wanted only with --weights-optimizer cast"),
-        (tiny_dense, {"adam_eps": 1e-5, "l1_decay_coeff": 4e-7}, "--adam-eps 1e-05: with --weights-optimizer cast wanted at most a tenth"),
+        (
+            tiny_dense,
+            {"adam_eps": 1e-5, "l1_decay_coeff": 4e-7},
+            "--adam-eps 1e-05: with --weights-optimizer cast wanted at most a tenth",
+        ),
         (single, {"l1_decay_coeff": 0.02}, "start a new run from what `maskllm trim` makes of it"),
     ):
         words = arguments(tmp_path / "run", tiny_dataset, start, **OPTIONS | {"load": tmp_path / "none"} | more)
