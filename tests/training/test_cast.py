@@ -21,7 +21,7 @@ from tests.training.conftest import arguments, metrics
 PATTERN = Pattern(2, 4)
 STEPS = 6
 OPTIONS = {
-    "train": "weights", "weights_optimizer": "cast", "mask_refresh_interval": 2, "l1_decay_coeff": 0.01, "adam_eps": 1e-8,
+    "train": "weights", "weights_optimizer": "cast", "mask_refresh_interval": 2, "l1_decay_coeff": 0.01,
     "steps": STEPS, "save_interval": 3, "eval_iters": 1, "eval_interval": 3, "split": "80,20,0", "weights_lr": 0.003,
     "ce_loss_coeff": 0.67, "kl_loss_coeff": 0.33,
 }  # fmt: skip
@@ -77,7 +77,7 @@ def test_a_layout_gives_the_run_of_a_single_process(layout, single, ranks, tmp_p
         for first, second in zip(expected, found, strict=True):
             for key in keys:
                 close = {"grad_norm": 1e-4, "changed_since_refresh": 1e-2}.get(key, 2e-5)
-                is_close = second[key] == first[key] or second[key] == pytest.approx(first[key], rel=close)
+                is_close = second[key] == first[key] or second[key] == pytest.approx(first[key], rel=close, abs=1e-6)
                 assert is_close, (first["iteration"], key, first[key], second[key])
     first, second = tensors(single), tensors(save)
     for name in first.keys() & second.keys():
@@ -87,12 +87,12 @@ def test_a_layout_gives_the_run_of_a_single_process(layout, single, ranks, tmp_p
             assert torch.isclose(first[name], second[name], rtol=1e-3, atol=1e-4).float().mean() > 0.999, name
 
 
-def test_all_weights_and_scales_move_and_the_masks_are_the_refreshed_ones(single, tiny_dense, ranks, tmp_path, tiny_dataset):
+def test_all_weights_and_scales_move_and_the_masks_are_the_refreshed_ones(single, tiny_dense):
     """The mask bits in the checkpoint are those of the refresh before step 5, so of the weights after four steps."""
     before, after = tensors(tiny_dense), tensors(single)
     linears = linears_of(after)
     assert len(linears) == 4 * resolve(tiny_dense).model_config.num_layers
-    assert all(sum(part.sum() for part in [after[f"{linear}.weight_scales"] != 1]) > 0 for linear in linears)
+    assert all((after[f"{linear}.weight_scales"] != 1).any() for linear in linears)
     changed = 0
     for linear in linears:
         moved = after[f"{linear}.weight"] != before[f"{linear}.weight"].float()
