@@ -16,9 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from maskllm import train
 from maskllm.checkpoints.reading import resolve
 from maskllm.cli import main
-from maskllm.evaluation.huggingface import hf_window_nll, load_hf_model
+from maskllm.evaluation.huggingface import hf_window_nll
 from maskllm.evaluation.megatron import load_masked_model, megatron_window_nll
 from maskllm.huggingface.config import load_config
+from maskllm.huggingface.loading import load_hf_model
 from maskllm.megatron.process_groups import parallel_processes
 from maskllm.patterns import Pattern, unpack_mask
 from maskllm.pruning import PruneSettings, prune_hf

@@ -26,9 +26,10 @@ VERBS = {
     "trim": "keep only the winning mask of a trained checkpoint",
     "export": "Megatron checkpoint to Hugging Face checkpoint and mask file",
     "evaluate": "perplexity of a Hugging Face model or a Megatron checkpoint",
+    "generate": "text from a Hugging Face model",
 }
 
-WITHOUT_MEGATRON = ("doctor", "evaluate")
+WITHOUT_MEGATRON = ("doctor", "evaluate", "generate")
 """Verbs that run without Megatron Core. `doctor` reports if it is missing. `evaluate` imports it for --load only."""
 
 

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskllm.cli import main
 from maskllm.errors import MaskLLMError
-from maskllm.evaluation.huggingface import block_weights, evaluate_hf, load_hf_model, usable_device, zero_share
+from maskllm.evaluation.huggingface import block_weights, evaluate_hf, zero_share
 from maskllm.evaluation.perplexity import cut_windows, next_token_nll, perplexity
+from maskllm.huggingface.loading import load_hf_model, usable_device
 from maskllm.huggingface.mask_file import open_mask_file, write_mask_file
 from tests.families.tiny import write_tiny
 

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from maskllm.checkpoints.convert import convert
 from maskllm.checkpoints.reading import resolve
 from maskllm.errors import MaskLLMError
-from maskllm.evaluation.huggingface import load_hf_model
 from maskllm.export.huggingface import export
+from maskllm.huggingface.loading import load_hf_model
 from maskllm.huggingface.tensors import INDEX, SINGLE, HFTensors
 from tests.conftest import LFS_POINTER
 from tests.families.tiny import write_tiny

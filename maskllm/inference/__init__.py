@@ -1,0 +1,1 @@
+"""Using a model: text from it."""
