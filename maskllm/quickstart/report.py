@@ -1,4 +1,4 @@
-"""The result of mask learning: a table for the terminal, `report.json` for programs and `report.html` for people."""
+"""The result of the quickstart: a table for the terminal, `report.json` for programs and `report.html` for people."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from maskllm.quickstart.formatting import RESULT_COLUMNS, result_cells
 
 DENSE = "dense"
 """The name of the result of the dense model."""
+LEARNED = "learned"
+"""The name of the result of the learned masks, on the original's weights."""
+FINAL = "final"
+"""The name of the result of the model whose weights were trained after the masks."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,11 @@ class Report:
     steps: list[dict[str, Any]]
     """name, seconds and peak_memory_bytes of each step, in order."""
     metrics: list[dict[str, Any]]
-    """The lines of the training's metrics.jsonl (`maskllm.training.log.MetricsWriter`)."""
+    """The lines of metrics.jsonl of mask learning (`maskllm.training.log.MetricsWriter`)."""
+    weights_metrics: list[dict[str, Any]]
+    """The lines of metrics.jsonl of the training of the weights."""
+    continuations: list[dict[str, Any]]
+    """prompt, and texts: by a model's name the text that it adds to the prompt, in the order in which they are shown."""
 
 
 def best_one_shot(results: list[ModelResult]) -> ModelResult | None:
@@ -67,8 +75,8 @@ def times_best_one_shot(result: ModelResult, results: list[ModelResult]) -> floa
 def gap_closed(result: ModelResult, results: list[ModelResult]) -> float | None:
     """How much of the perplexity gap between the best one-shot mask and the dense model `result` closes.
 
-    (best - p) / (best - dense): 0 for the best one-shot mask, 1 for a mask as good as the dense model, negative for a mask worse
-    than the best one-shot mask. None for the dense model itself, and if there is no gap: `results` lacks a dense model or a
+    (best - p) / (best - dense): 0 for the best one-shot mask, 1 for a model as good as the dense one, negative for one worse than
+    the best one-shot mask. None for the dense model itself, and if there is no gap: `results` lacks a dense model or a
     one-shot mask, or the best one-shot mask is at least as good as the dense model.
     """
     best = best_one_shot(results)

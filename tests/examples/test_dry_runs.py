@@ -256,11 +256,15 @@ def test_a_dry_run_of_the_quickstart_prints_its_steps_and_does_nothing(tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     commands = [shlex.split(line) for line in done.stdout.splitlines()]
     verbs = [words for words in commands if words[0] == "maskllm"]
-    assert [words[1] for words in verbs] == ["convert", "preprocess", "prune", "trim", "export", "evaluate"]
+    assert [words[1] for words in verbs] == [
+        "convert", "preprocess", "prune", *["trim", "export", "evaluate"] * 2, "generate",
+    ]  # fmt: skip
     for words in verbs:
         parse_verb(words)
-    (words,) = (words for words in commands if words[0] != "maskllm")
-    parse_arguments(split_torchrun(words)[1][1:]).check()
+    trainings = [parse_arguments(split_torchrun(words)[1][1:]) for words in commands if words[0] != "maskllm"]
+    for training in trainings:
+        training.check()
+    assert [training.train for training in trainings] == ["masks", "both"]
     assert list(tmp_path.iterdir()) == [], "a dry run wrote something"
 
 

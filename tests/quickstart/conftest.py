@@ -34,13 +34,36 @@ def report() -> Report:
             ModelResult("magnitude", 2020.0, 0.5, 3.2, GIB, one_shot=True),
             ModelResult("wanda", 120.0, 0.5, 61.0, 2 * GIB, one_shot=True),
             ModelResult("learned", 60.0, 0.5, 400.0, 4 * GIB, one_shot=False),
+            ModelResult("final", 30.0, 0.5, 700.0, 5 * GIB, one_shot=False),
         ],
         steps=[
             {"name": "convert", "seconds": 100.0, "peak_memory_bytes": GIB},
             {"name": "train", "seconds": 400.0, "peak_memory_bytes": 4 * GIB},
+            {"name": "train final", "seconds": 300.0, "peak_memory_bytes": 5 * GIB},
         ],
         metrics=[
             *(train(iteration, loss) for iteration, loss in ((1, 5.0), (2, 4.5), (3, 4.0))),
             {"kind": "validation", "iteration": 3, "loss_sampled": 4.25, "loss_winner": 4.125},
+        ],
+        weights_metrics=[
+            *(train(iteration, loss) | {"kl": loss - 3.0} for iteration, loss in ((1, 4.0), (2, 3.5))),
+            *(
+                {
+                    "kind": "validation",
+                    "iteration": iteration,
+                    "loss_sampled": 3.75,
+                    "loss_winner": 3.5,
+                    "kl_sampled": 0.75,
+                    "kl_winner": kl,
+                }
+                for iteration, kl in ((1, 0.625), (2, 0.5))
+            ),
+        ],
+        continuations=[
+            {
+                "prompt": "The sky is",
+                "texts": {"dense": " blue.", "wanda": " a a a", "learned": " is", "final": " blue,\n\nand high"},
+            },
+            {"prompt": "One", "texts": {"dense": " two", "wanda": "\n", "learned": " of", "final": " two"}},
         ],
     )

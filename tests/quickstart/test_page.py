@@ -15,6 +15,7 @@ CHARTS = [
     "Loss", "Mean maximum probability", "Blocks that left the prior", "Blocks changed since the last log", "Gumbel temperature",
     "Scale of the logits",
 ]  # fmt: skip
+WEIGHTS_CHARTS = ["Divergence from the dense model", "Cross-entropy with the text", "Blocks that left the prior, in both trainings"]
 
 
 def written(report: Report, directory: Path) -> tuple[str, Page]:
@@ -50,19 +51,24 @@ def test_page_is_one_file_that_shows_the_whole_report(report, tmp_path):
     assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.elements
     assert ("html", {"lang": "en"}) in page.elements
     assert page.texts_in("h1") == ["2:4 masks of SmolLM2"]
-    assert {"60.00", "60.0%", "8 min 20 s", "4.00 GiB"} <= set(page.texts_in("b"))
-    assert {"magnitude", "wanda", "learned", "convert", "train"} <= set(page.texts_in("th"))
+    assert {"30.00", "90.0%", "60.00", "60.0%", "13 min 20 s", "5.00 GiB"} <= set(page.texts_in("b"))
+    assert {"magnitude", "wanda", "learned", "final", "convert", "train", "train final"} <= set(page.texts_in("th"))
     assert {"--hard", "0.0005", "24.00 GiB", "a processor"} <= set(page.texts_in("dd"))
     assert [style for tag, attributes in page.elements if tag == "div" for style in [attributes.get("style")] if style] == [
-        "width: 25.0%", "width: 100.0%",
+        "width: 25.0%", "width: 100.0%", "width: 75.0%",
     ]  # fmt: skip
 
-    assert chart_titles(page) == CHARTS
-    assert set(CHARTS) <= set(page.texts_in("b"))
+    assert chart_titles(page) == CHARTS + WEIGHTS_CHARTS
+    assert set(CHARTS + WEIGHTS_CHARTS) <= set(page.texts_in("b"))
     shown = page.texts_in("title")
     assert [text for text in shown if text.startswith("training")] == [
-        f"training, sampled masks, iteration {iteration}: {loss}" for iteration, loss in ((1, "5.00"), (2, "4.50"), (3, "4.00"))
+        f"training, sampled masks, iteration {iteration}: {loss}"
+        for values in (("5.00", "4.50", "4.00"), ("1.00", "0.500"), ("4.00", "3.50"))
+        for iteration, loss in enumerate(values, start=1)
     ]
+    assert [text for text in shown if text.startswith("validation, arg-max masks, iteration 2")] == [
+        "validation, arg-max masks, iteration 2: 0.500", "validation, arg-max masks, iteration 2: 3.50",
+    ]  # fmt: skip
     assert "validation, sampled masks, iteration 3: 4.25" in shown and "validation, arg-max masks, iteration 3: 4.12" in shown
     assert "Blocks that left the prior, iteration 2: 0.200%" in shown
 
@@ -71,7 +77,7 @@ def test_what_was_not_measured_has_no_curve(report, tmp_path):
     lines = [{"kind": "train", "iteration": 5 * number, "loss": loss} for number, loss in enumerate((5.0, math.nan, 4.0), start=1)]
     lines[1]["scale"] = lines[2]["scale"] = None
     # No validation, a loss that is not a number, values that are None, and a temperature of one step only.
-    report = replace(report, metrics=[lines[0] | {"temperature": 4.0}, *lines[1:]])
+    report = replace(report, metrics=[lines[0] | {"temperature": 4.0}, *lines[1:]], weights_metrics=[])
     report.results[-1] = replace(report.results[-1], perplexity=math.inf)
     text, page = written(report, tmp_path)
     assert chart_titles(page) == ["Loss", "Gumbel temperature"]
@@ -84,8 +90,31 @@ def test_what_was_not_measured_has_no_curve(report, tmp_path):
     assert written(report, tmp_path)[0] == text, "the same report gave another page"
 
 
+def test_the_texts_of_the_models_stand_side_by_side(report, tmp_path):
+    text, page = written(replace(report, metrics=[], weights_metrics=[]), tmp_path)
+    assert page.texts_in("h3") == ["The sky is \N{HORIZONTAL ELLIPSIS}", "One \N{HORIZONTAL ELLIPSIS}"]
+    # An empty text is a dash. Line breaks inside of a text stay, and the page shows them.
+    texts = page.texts_in("p")[-8:]
+    assert texts == ["blue.", "a a a", "is", "blue,\n\nand high", "two", "-", "of", "two"]
+    assert "white-space: pre-wrap" in text
+    assert [name for name in page.texts_in("b") if name in ("dense", "wanda", "learned", "final")] == [
+        "dense", "wanda", "learned", "final",
+    ] * 2  # fmt: skip
+    assert page.texts_in("span").count("\N{MIDDLE DOT} perplexity 30.00") == 2
+
+
+def test_fixed_masks_are_not_called_sampled(report, tmp_path):
+    lines = [{"kind": "train", "iteration": 1, "loss": 4.0, "kl": 1.0}, {"kind": "validation", "iteration": 1, "loss_winner": 3.0}]
+    _, page = written(replace(report, metrics=[], weights_metrics=lines), tmp_path)
+    assert chart_titles(page) == WEIGHTS_CHARTS[:2]
+    assert [text for text in page.texts_in("title") if "iteration" in text] == [
+        "training, iteration 1: 1.00", "training, iteration 1: 4.00", "validation, iteration 1: 3.00",
+    ]  # fmt: skip
+
+
 def test_a_report_without_metrics_steps_or_masks_has_a_page(report, tmp_path):
-    _, page = written(replace(report, metrics=[], steps=[], results=report.results[:1]), tmp_path)
+    empty = {"metrics": [], "weights_metrics": [], "steps": [], "continuations": []}
+    _, page = written(replace(report, **empty, results=report.results[:1]), tmp_path)
     assert page.texts_in("h2")[:2] == ["Models", "Steps"] and not chart_titles(page)
     assert page.texts_in("th")[-4:] == ["dense", "step", "time", "peak memory"]
 
@@ -101,9 +130,13 @@ def test_every_text_is_escaped(report, tmp_path):
         results=[report.results[0], ModelResult(HOSTILE, 120.0, 0.5, 61.0, 2**30, one_shot=True), report.results[-1]],
         steps=[{"name": HOSTILE, "seconds": 1.0, "peak_memory_bytes": 1}],
         metrics=[],
+        weights_metrics=[],
+        continuations=[{"prompt": HOSTILE, "texts": {HOSTILE: HOSTILE, "final": HOSTILE}}],
     )
     text, page = written(hostile, tmp_path)
     assert "<script" not in text
     assert f"{HOSTILE} masks of {HOSTILE}" in page.texts_in("h1")
     # The model, the pattern and the data; the model's row and the step's; the other sections.
     assert [page.texts_in(tag).count(HOSTILE) for tag in ("th", "dt", "dd")] == [2, 3, 6]
+    assert (page.texts_in("p").count(HOSTILE), page.texts_in("b").count(HOSTILE)) == (2, 1)
+    assert page.texts_in("h3") == [f"{HOSTILE} \N{HORIZONTAL ELLIPSIS}"]

@@ -74,6 +74,7 @@ def test_table_is_aligned_and_complete(report):
     assert [cell.strip() for cell in cells[0]] == ["dense", "20.00", "0.167", "-", "0.0%", "-", "-"]
     assert [cell.strip() for cell in cells[1]] == ["magnitude", "2,020", "16.8", "-1,900%", "50.0%", "3.20 s", "1.00 GiB"]
     assert [cell.strip() for cell in cells[3]] == ["learned", "60.00", "0.500", "60.0%", "50.0%", "6 min 40 s", "4.00 GiB"]
+    assert [cell.strip() for cell in cells[4]] == ["final", "30.00", "0.250", "90.0%", "50.0%", "11 min 40 s", "5.00 GiB"]
     for row in cells:
         assert row[0] == row[0].lstrip() and all(cell == cell.rstrip() for cell in row[1:])
 
@@ -104,19 +105,19 @@ def test_numbers_are_rounded_before_their_unit_is_chosen(found, wanted):
 
 
 def test_json_holds_every_field_and_the_computed_values(report, tmp_path):
-    report = replace(report, metrics=report.metrics[-1:])  # one chart, which is quick to draw
+    report = replace(report, metrics=report.metrics[-1:], weights_metrics=[])  # one chart, which is quick to draw
     write_report(report, tmp_path)
     found = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
     assert found == report_dict(report)
     computed = {name: found.pop(name) for name in ("best_one_shot", "seconds", "peak_memory_bytes")}
-    assert computed == {"best_one_shot": "wanda", "seconds": 500.0, "peak_memory_bytes": 4 * GIB}
-    assert [result.pop("gap_closed") for result in found["results"]] == [None, -19.0, 0.0, 0.6]
-    assert [result.pop("times_best_one_shot") for result in found["results"]] == pytest.approx([1 / 6, 2020 / 120, 1.0, 0.5])
+    assert computed == {"best_one_shot": "wanda", "seconds": 800.0, "peak_memory_bytes": 5 * GIB}
+    assert [result.pop("gap_closed") for result in found["results"]] == [None, -19.0, 0.0, 0.6, 0.9]
+    assert [result.pop("times_best_one_shot") for result in found["results"]] == pytest.approx([1 / 6, 2020 / 120, 1.0, 0.5, 0.25])
     assert Report(**(found | {"results": [ModelResult(**result) for result in found["results"]]})) == report
 
 
 def test_numbers_that_json_cannot_hold_become_null(report, tmp_path):
-    report = replace(report, metrics=[{"kind": "train", "iteration": 1, "loss": math.nan}])
+    report = replace(report, metrics=[{"kind": "train", "iteration": 1, "loss": math.nan}], weights_metrics=[])
     report.results[-1] = replace(LEARNED, perplexity=math.inf)
     write_report(report, tmp_path)
 

@@ -16,7 +16,8 @@ from maskllm.checkpoints.reading import resolve
 from maskllm.cli import main
 from maskllm.cli.train_options import parse_arguments
 from maskllm.errors import MaskLLMError
-from maskllm.quickstart.pipeline import MIN_DOCUMENTS, QuickstartSettings, quickstart, train_command
+from maskllm.quickstart.pipeline import MIN_DOCUMENTS, QuickstartSettings, masks_command, quickstart, weights_command
+from maskllm.training.arguments import TrainArguments
 from maskllm.training.data import build_batches
 
 
@@ -27,9 +28,31 @@ def batches(folder: Path, documents: int, *, has_validation: bool):
     for _ in range(documents):
         builder.add_document(torch.arange(1, 101), [100])
     builder.finalize(f"{prefix}.idx")
-    words = train_command(QuickstartSettings(), str(prefix), folder / "prior", folder / "learned", has_validation)
-    arguments = parse_arguments([str(word) for word in words[words.index("maskllm.train") + 1 :]])
-    return build_batches(arguments, 256, torch.device("cpu"))
+    words = masks_command(QuickstartSettings(), str(prefix), folder / "prior", folder / "learned", has_validation)
+    return build_batches(parsed(words), 256, torch.device("cpu"))
+
+
+def parsed(words: list[object]) -> TrainArguments:
+    """What `maskllm.train` reads from a command of the quickstart."""
+    return parse_arguments([str(word) for word in words[words.index("maskllm.train") + 1 :]])
+
+
+@pytest.mark.parametrize("what", ["both", "weights"])
+def test_the_second_training_starts_where_the_first_ended(what, tmp_path):
+    settings = QuickstartSettings(weights_train=what, weights_train_iters=5)
+    settings.check()
+    found = parsed(weights_command(settings, "data", tmp_path / "learned", tmp_path / "final", True))
+    found.check_settings()
+    assert (found.train, found.train_iters, found.eval_interval) == (what, 5, 3)
+    assert (found.pretrained_checkpoint, found.load, found.save) == (
+        str(tmp_path / "learned"), str(tmp_path / "final"), str(tmp_path / "final"),
+    )  # fmt: skip
+    assert found.distills and found.weights_lr == settings.weights_lr
+    if what == "both":
+        first = parsed(masks_command(settings, "data", tmp_path / "prior", tmp_path / "learned", True))
+        assert set(found.gumbel_temperature_range) == {first.gumbel_temperature_range[1]}
+        assert set(found.gumbel_scale_range) == {first.gumbel_scale_range[1]}
+        assert (found.lr, found.min_lr, found.weight_reg) == (settings.masks_lr, settings.masks_min_lr, 0)
 
 
 def test_a_corpus_too_small_for_validation_is_trained_on_without_it(tmp_path):
@@ -71,6 +94,12 @@ def test_help_needs_no_package_of_the_extra(monkeypatch, capsys):
         ({"train_iters": -1}, "--train-iters: found -1"),
         ({"lr": float("nan")}, "--lr: found nan"),
         ({"min_lr": 1.0}, "--min-lr 1.0: wanted at most --lr"),
+        ({"weights_train": "masks"}, "--weights-train masks: wanted both or weights"),
+        ({"weights_train_iters": 0}, "--weights-train-iters: found 0"),
+        ({"weights_min_lr": 1.0}, "--weights-min-lr 1.0: wanted at most --weights-lr"),
+        ({"masks_min_lr": 1.0}, "--masks-min-lr 1.0: wanted at most --masks-lr"),
+        ({"ce_loss_coeff": -1.0}, "--ce-loss-coeff: found -1.0"),
+        ({"ce_loss_coeff": 0.0, "kl_loss_coeff": 0.0}, "nothing is minimized"),
         ({"eval_seq_length": 1}, "--eval-seq-length 1"),
     ],
 )
