@@ -29,7 +29,7 @@ body { margin: 0 auto; padding: 1rem; max-width: 64rem; background: var(--page);
 h1 { font-size: 1.5rem; line-height: 1.25; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .75rem; }
 h3 { font-size: 1rem; font-weight: 600; margin: 1.25rem 0 .5rem; }
 .texts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 13rem), 1fr)); }
-.texts p { margin: .25rem 0 0; white-space: pre-wrap; } .chosen { border-color: var(--curve-0); }
+.texts p { margin: .25rem 0 0; white-space: pre-wrap; } .card.chosen { border-color: var(--curve-0); }
 .muted { color: var(--muted); font-size: .875rem; } p.muted { margin: .5rem 0; }
 .grid { display: grid; gap: .75rem; } .tiles { grid-template-columns: repeat(auto-fit, minmax(max(8.5rem, 22%), 1fr)); }
 .charts { grid-template-columns: repeat(auto-fit, minmax(min(100%, 23rem), 1fr)); }
@@ -58,9 +58,9 @@ def html_page(report: dict[str, Any]) -> str:
     data = f"Perplexity on {evaluation['data']}, {evaluation['windows']} windows of {evaluation['seq_length']} tokens."
     best = report["best_one_shot"] or UNKNOWN
     sections = [
+        _texts(report),
         _charts("Mask learning", _mask_charts(report["metrics"])),
         _charts("Weights trained too", _weights_charts(report["weights_metrics"])),
-        _texts(report),
     ]
     return f"""<!DOCTYPE html>
 <html lang="en">
