@@ -1,4 +1,4 @@
-"""The optional packages, Transformer Engine and Apex: what each brings, why it cannot be used, and which one a run uses."""
+"""The optional packages: what each brings, why it cannot be used, and which of Transformer Engine and Apex a run uses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TRANSFORMER_IMPLS = ("local", "transformer_engine")
 
 @dataclass(frozen=True)
 class OptionalPart:
-    """A package that makes training faster. Training works without it."""
+    """A package that training works without."""
 
     name: str
     brings: str
@@ -45,6 +45,17 @@ def apex() -> OptionalPart:
     """NVIDIA's Apex, the substitute for Transformer Engine: `local` uses its norms, Megatron Core its Adam."""
     modules = ["apex.optimizers", "apex.normalization", "amp_C", "fused_layer_norm_cuda"]  # the last two are its kernels
     return _part("apex", "apex", modules, "fused norms and Adam")
+
+
+@functools.cache
+def lm_eval() -> OptionalPart:
+    """lm-evaluation-harness. This call does not import it."""
+    name = "lm-eval"
+    brings = "zero-shot tasks in `maskllm evaluate` (pip install 'maskllm[eval]')"
+    try:
+        return OptionalPart(name, brings, metadata.version(name), None)
+    except metadata.PackageNotFoundError:
+        return OptionalPart(name, brings, None, "not installed")
 
 
 def _part(name: str, package: str, modules: list[str], brings: str) -> OptionalPart:

@@ -20,7 +20,7 @@ from maskllm.families.model_config import check_context, check_vocabulary
 from maskllm.huggingface.blocks import linears_of, transformer_blocks
 from maskllm.huggingface.hub import find_source
 from maskllm.huggingface.loading import context_of, load_hf_model, usable_device
-from maskllm.huggingface.mask_file import open_mask_file
+from maskllm.huggingface.mask_file import MaskFile, open_mask_file
 
 
 @dataclass(frozen=True)
@@ -66,19 +66,14 @@ def evaluate_hf(
     Raises MaskLLMError if an input cannot be read, the masks do not fit, the device cannot be used, or the windows are longer than
     the model's context.
     """
-    if mask_file is None and mask_base is not None:
-        raise MaskLLMError("--mask-base: belongs to a mask file that is a difference; give --mask too, or leave it out")
-    masks = None if mask_file is None else open_mask_file(mask_file, mask_base)
+    masks = open_masks(mask_file, mask_base)
     directory = find_source(model)
     text = read_evaluation_text(data)
     tokens = load_tokenizer(directory, use_gigatoken=False).encode(text.text)
     windows = cut_windows(tokens, seq_length, max_windows)
     device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    loaded = load_hf_model(directory, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    loaded, zeros = load_sparse_model(directory, masks, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     _check_fits(directory, loaded, tokens, seq_length)
-    weights = block_weights(loaded)
-    if masks is not None:
-        masks.apply(weights)
     result = perplexity(hf_window_nll(loaded), windows)
     return Evaluation(
         **dataclasses.asdict(result),
@@ -86,8 +81,29 @@ def evaluate_hf(
         data_kind=text.kind,
         dtype=dtype_name(loaded.dtype),
         device=str(device),
-        zeros=zero_share(weights),
+        zeros=zeros,
     )
+
+
+def open_masks(mask_file: str | os.PathLike | None, mask_base: str | os.PathLike | None) -> MaskFile | None:
+    """`open_mask_file`, or None without a mask file. Raises MaskLLMError if there is a base only."""
+    if mask_file is None and mask_base is not None:
+        raise MaskLLMError("--mask-base: belongs to a mask file that is a difference; give --mask too, or leave it out")
+    return None if mask_file is None else open_mask_file(mask_file, mask_base)
+
+
+def load_sparse_model(
+    directory: str | os.PathLike, masks: MaskFile | None, *, dtype: torch.dtype | None, device: torch.device, trust_remote_code: bool
+) -> tuple[PreTrainedModel, float]:
+    """`load_hf_model` with masks applied, and the share of zeros in the blocks' linear layers.
+
+    Raises MaskLLMError as that does, and if the masks do not fit.
+    """
+    loaded = load_hf_model(directory, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    weights = block_weights(loaded)
+    if masks is not None:
+        masks.apply(weights)
+    return loaded, zero_share(weights)
 
 
 def hf_window_nll(model: PreTrainedModel) -> WindowNLL:

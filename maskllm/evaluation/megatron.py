@@ -1,9 +1,13 @@
-"""Perplexity of a Megatron checkpoint of any stage, with Megatron's model."""
+"""A Megatron checkpoint of any stage: its perplexity with Megatron's model, and its export for other evaluations."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -13,9 +17,12 @@ from maskllm.checkpoints.reading import Checkpoint, load_model, resolve
 from maskllm.data.tokenizer import load_tokenizer
 from maskllm.distributed import device
 from maskllm.dtypes import dtype_name
+from maskllm.evaluation.candidates import Candidate
 from maskllm.evaluation.huggingface import Evaluation
 from maskllm.evaluation.perplexity import WindowNLL, cut_windows, perplexity
 from maskllm.evaluation.text import read_evaluation_text
+from maskllm.export.huggingface import export
+from maskllm.export.trim import trim
 from maskllm.families.model_config import check_context, check_vocabulary
 from maskllm.masking.parameter import use_winners
 from maskllm.masking.sampler import MaskSampler
@@ -97,3 +104,18 @@ def zero_share(model: MaskedGPTModel) -> float:
         counts += torch.tensor([(weight == 0).sum(), weight.numel()], dtype=torch.float64, device=device())
     dist.all_reduce(counts, group=parallel_state.get_tensor_model_parallel_group())
     return float(counts[0] / counts[1])
+
+
+@contextlib.contextmanager
+def exported(load: str | os.PathLike) -> Iterator[Candidate]:
+    """A block with a Megatron checkpoint of any stage as a Hugging Face directory, which is removed at the end.
+
+    A trained or pruned checkpoint is trimmed first. Raises MaskLLMError as `trim` and `export` do.
+    """
+    with tempfile.TemporaryDirectory(prefix="maskllm-export-") as folder:
+        source = Path(load)
+        if resolve(load).info.stage not in ("dense", "trimmed"):
+            trim(load, Path(folder) / "trimmed")
+            source = Path(folder) / "trimmed"
+        export(source, Path(folder) / "hf")
+        yield Candidate(Path(load).absolute().name, str(load), directory=Path(folder) / "hf")

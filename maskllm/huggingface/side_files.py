@@ -9,7 +9,10 @@ from pathlib import Path
 from maskllm.errors import MaskLLMError
 from maskllm.files import check_not_lfs_pointer
 
-WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+HASH_FILE = "weights_sha256.json"
+"""What `maskllm export` writes beside the weights: their hash (`maskllm.huggingface.weights_hash`)."""
+
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", HASH_FILE)
 
 OTHER_WEIGHTS = (
     *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl"),  # PyTorch, also training arguments and optimizer states
