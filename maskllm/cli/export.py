@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         write_json(args.json, {"load": args.load} | dataclasses.asdict(report) | cost)
     print(f"wrote {args.output}" + (f" and {args.mask_file}" if args.mask_file else ""))
-    print(f"{report.parameters:,} parameters, {report.bytes:,} bytes")
+    print(f"{report.parameters:,} parameters, {report.bytes:,} bytes, weights sha256 {report.weights_sha256}")
     if report.pruned_parameters:
         print(
             f"{report.zeros:,} of {report.pruned_parameters:,} pruned weights are zero ({report.zeros / report.pruned_parameters:.2%})"

@@ -205,10 +205,11 @@ def _cache_file(key: Sequence[Any]) -> Path | None:
     folder = Path(os.environ.get("MASKLLM_CACHE_DIR", Path.home() / ".cache" / "maskllm")) / "evaluate"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with (folder / ".writable").open("w"):
-            pass
-    except OSError as error:
-        print(f"{folder}: {error.strerror}; an interrupted evaluation will begin again", file=sys.stderr, flush=True)
+        usable = os.access(folder, os.W_OK)
+    except OSError:
+        usable = False
+    if not usable:
+        print(f"{folder}: cannot be written; an interrupted evaluation will begin again", file=sys.stderr, flush=True)
         return None
     return folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.db"
 

@@ -24,6 +24,7 @@ from maskllm.files import atomic_directory, explain_safetensors_errors, read_jso
 from maskllm.huggingface.mask_file import open_base, write_mask_file
 from maskllm.huggingface.side_files import read_side_files, write_side_files
 from maskllm.huggingface.tensors import INDEX
+from maskllm.huggingface.weights_hash import WeightsHash, write_hash
 from maskllm.ops import check_mask
 from maskllm.patterns import unpack_mask
 
@@ -41,6 +42,8 @@ class ExportReport:
     zeros: int
     """Zeros in the pruned matrices."""
     bytes: int
+    weights_sha256: str
+    """The hash of the weights, which is also in the directory (`maskllm.huggingface.weights_hash`)."""
     trained_weights: bool
     """Whether the weights were trained, so that masks alone do not make this model of the original."""
 
@@ -56,7 +59,7 @@ def export(
     """Write the checkpoint `load`, dense or trimmed, as a Hugging Face checkpoint to the directory `output`.
 
     Tensors keep their dtype and their bits. Every pruned matrix is checked: it has at most N non-zeros in every M, and none outside
-    of its mask. `output` appears complete or not at all.
+    of its mask. `output` states the hash of its weights (`maskllm.huggingface.weights_hash`). It appears complete or not at all.
 
     Args:
         mask_file: A file outside of `output` to write the masks to (`maskllm.huggingface.mask_file`). It appears before `output` does.
@@ -100,6 +103,7 @@ def export(
     )
     total = shards.metadata["total_size"]
     zeros = 0
+    weights_hash = WeightsHash()
     with (
         atomic_directory(output) as temporary,
         tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=None) as progress,
@@ -110,16 +114,23 @@ def export(
             for name in names:
                 shard[name] = tensors[name].load().contiguous()
                 zeros += int((shard[name] == 0).sum()) if name in pruned else 0
+                weights_hash.add(name, shard[name])
                 progress.update(tensors[name].nbytes)
             with explain_safetensors_errors(output / file):
                 save_file(shard, temporary / file, metadata={"format": "pt"})
         if shards.is_sharded:
             write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": shards.tensor_to_filename})
+        write_hash(temporary, weights_hash.hexdigest())
         if mask_file is not None:  # before `output` appears, so that both exist when `output` does
             write_mask_file(mask_file, _hf_masks(checkpoint), base)
     sizes = {name: torch.Size(tensor.shape).numel() for name, tensor in tensors.items()}
     return ExportReport(
-        sum(sizes.values()), sum(sizes[name] for name in pruned), zeros, total, checkpoint.info.weights_dtype is not None
+        parameters=sum(sizes.values()),
+        pruned_parameters=sum(sizes[name] for name in pruned),
+        zeros=zeros,
+        bytes=total,
+        weights_sha256=weights_hash.hexdigest(),
+        trained_weights=checkpoint.info.weights_dtype is not None,
     )
 
 
