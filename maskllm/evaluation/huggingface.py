@@ -93,7 +93,12 @@ def open_masks(mask_file: str | os.PathLike | None, mask_base: str | os.PathLike
 
 
 def load_sparse_model(
-    directory: str | os.PathLike, masks: MaskFile | None, *, dtype: torch.dtype | None, device: torch.device, trust_remote_code: bool
+    directory: str | os.PathLike,
+    masks: MaskFile | None,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    trust_remote_code: bool,
 ) -> tuple[PreTrainedModel, float]:
     """`load_hf_model` with masks applied, and the share of zeros in the blocks' linear layers.
 

@@ -25,7 +25,7 @@ from maskllm.evaluation.huggingface import block_weights
 from maskllm.evaluation.lm_eval_tasks import Row, load_suite
 from maskllm.evaluation.task_sets import NAMED, TaskSet, expand
 from maskllm.evaluation.zero_shot import ModelScores, Score, TaskScores, evaluate_tasks
-from maskllm.export.mask_file import write_mask_file
+from maskllm.huggingface.mask_file import write_mask_file
 from maskllm.huggingface.weights_hash import weights_sha256
 from tests.evaluation.conftest import words
 
@@ -209,7 +209,7 @@ def scores_of(correct: dict[str, list[int]], groups: dict[str, list[str]] | None
     for name, leaves in (groups or {}).items():
         everything = np.concatenate([arrays[leaf] for leaf in leaves])
         tasks[name] = TaskScores(len(everything), None, None, 0, {"acc": Score(everything.mean(), 0.1)})
-    return ModelScores("m", "m", None, None, None, "float32", "cpu", 0.0, 64, "BOS", "8", 1.0, tasks, arrays)
+    return ModelScores("m", "m", None, None, None, None, "float32", "cpu", 0.0, 64, "BOS", "8", 1.0, tasks, arrays)
 
 
 def test_the_paired_test_equals_resampling():
@@ -458,14 +458,15 @@ def test_options_that_do_not_fit_together(refused, model_directory, tasks_data, 
         "--model", "m", "--data", text_file, "--seq-length", 8, "--limit", 3
     )
     assert "m.npz: stands before every --model" in refused("--mask", "m.npz", "--model", "a", "--model", "b", *tasks)
-    assert "has the masks of m.npz already" in refused("--model", "a", "--mask", "m.npz", "--mask", "n.npz", *tasks)
+    assert "--mask n.npz: --model a has m.npz already" in refused("--model", "a", "--mask", "m.npz", "--mask", "n.npz", *tasks)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "--tasks: runs in one process" in refused("--model", "m", *tasks)
 
 
 def test_labels_differ():
-    found = named(["runs/a/hf", "runs/b/hf", "runs/b/hf", "x"], {2: "masks/m.npz"})
+    found = named(["runs/a/hf", "runs/b/hf", "runs/b/hf", "x"], {2: "masks/m.npz"}, {2: "base.npz"})
     assert [candidate.label for candidate in found] == ["hf (1)", "hf (2)", "hf + m.npz", "x"]
+    assert found[2].mask_base == "base.npz" and found[3].mask is None
 
 
 def test_a_megatron_checkpoint_is_exported(model_directory, tasks_data, tmp_path, capsys):
