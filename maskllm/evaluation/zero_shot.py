@@ -27,9 +27,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from maskllm.dtypes import dtype_name
 from maskllm.errors import MaskLLMError, whole_message
 from maskllm.evaluation.candidates import Candidate
-from maskllm.evaluation.huggingface import load_sparse_model, open_masks, usable_device
+from maskllm.evaluation.huggingface import load_sparse_model, open_masks
 from maskllm.evaluation.lm_eval_tasks import Suite, quiet
 from maskllm.huggingface.hub import find_source
+from maskllm.huggingface.loading import usable_device
 from maskllm.huggingface.side_files import read_side_files
 from maskllm.huggingface.tensors import weight_files
 from maskllm.huggingface.weights_hash import weights_sha256
