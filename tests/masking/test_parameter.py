@@ -154,3 +154,61 @@ def test_a_diverged_logit_is_found_in_any_of_the_weights():
     parameters[1].logits.data[4, 2, 5] = torch.nan
     with pytest.raises(MaskLLMError, match="NaN in row 4, block 2"), use_winners(parameters):
         pass
+
+
+def scaled_parts(parts: int, *, recompute: bool = False) -> list[MaskedParameter]:
+    """A weight [OUT, 24] with its scales, cut along its columns as tensor-parallel ranks hold it."""
+    weight = torch.randn(OUT, 24, generator=torch.Generator().manual_seed(0))
+    scales = torch.rand(OUT, 2, generator=torch.Generator().manual_seed(1)) + 0.5
+    found = []
+    for index, part in enumerate(weight.chunk(parts, 1)):
+        owner = torch.nn.Module()
+        owner.weight = torch.nn.Parameter(part.contiguous())
+        found.append(MaskedParameter(owner, Location("layer", 24, column_offset=index * part.shape[1])))
+        found[-1].attach_scales(MaskSampler(PATTERN, recompute_masked_weight=recompute))
+        found[-1].scales.data.copy_(scales)
+    return found
+
+
+@pytest.mark.parametrize("parts", [2, 3, 6])
+def test_the_parts_of_a_scaled_weight_are_those_of_the_whole(parts):
+    """Also parts that lie in both groups of columns. The sum of the parts' gradients of the scales is the whole's."""
+    (whole,) = scaled_parts(1)
+    grad = torch.randn(OUT, 24, generator=torch.Generator().manual_seed(2))
+    whole.effective_weight().backward(grad)
+    expected = whole.weight * whole.scales.repeat_interleave(12, 1)
+    assert torch.equal(whole.effective_weight(), expected)
+    cut = scaled_parts(parts)
+    assert torch.equal(torch.cat([part.effective_weight() for part in cut], 1), expected)
+    for part, gradient in zip(cut, grad.chunk(parts, 1), strict=True):
+        part.effective_weight().backward(gradient)
+    torch.testing.assert_close(sum(part.scales.grad for part in cut), whole.scales.grad)
+    assert torch.equal(torch.cat([part.weight.grad for part in cut], 1), whole.weight.grad)
+
+
+def test_the_winner_of_a_scaled_weight_keeps_its_largest_weights():
+    (parameter,) = scaled_parts(1)
+    dense = parameter.effective_weight()
+    with use_winners([parameter]):
+        sparse = parameter.effective_weight()
+    kept = sparse != 0
+    assert torch.equal(sparse, dense * kept)
+    blocks = parameter.weight.abs().view(OUT, 6, 4)
+    assert torch.equal(kept.view(OUT, 6, 4), blocks >= blocks.topk(2, -1).values[..., 1:])
+    assert torch.equal(parameter.effective_weight(), dense), "the winner is for its block alone"
+
+
+def test_a_recomputed_scaled_weight_gives_the_same_gradients_without_being_kept():
+    def gradients(recompute: bool) -> list[torch.Tensor]:
+        (parameter,) = scaled_parts(1, recompute=recompute)
+        inputs = torch.randn(3, 24, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        with parameter.weight_for_product() as weight:
+            output = inputs @ weight.t()
+        kept = weakref.ref(weight)
+        del weight
+        assert (kept() is None) == recompute
+        output.square().sum().backward()
+        return [parameter.scales.grad, parameter.weight.grad, inputs.grad]
+
+    for one, other in zip(gradients(False), gradients(True), strict=True):
+        assert one.any() and torch.equal(one, other)

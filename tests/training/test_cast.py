@@ -12,10 +12,20 @@ from maskllm import train
 from maskllm.checkpoints.finding import LATEST
 from maskllm.checkpoints.reading import resolve
 from maskllm.cli import main
+from maskllm.evaluation.megatron import load_masked_model, megatron_window_nll, zero_share
 from maskllm.families.registry import parameter_map
+from maskllm.masking.parameter import use_winners
+from maskllm.masking.sampler import MaskSampler
 from maskllm.masking.scaling import GROUPS
+from maskllm.megatron.build import build_model
+from maskllm.megatron.linears import attach_scales, masked_parameters
+from maskllm.megatron.process_groups import parallel_processes
 from maskllm.ops.winner import check_mask
 from maskllm.patterns import Pattern, unpack_mask
+from maskllm.training.arguments import TrainArguments
+from maskllm.training.data_parallel import data_parallel
+from maskllm.training.optimizer import build_optimizer, inner_optimizer
+from maskllm.training.trainables import parameter_groups
 from tests.training.conftest import arguments, metrics
 
 PATTERN = Pattern(2, 4)
@@ -149,6 +159,14 @@ def test_the_exported_model_has_the_masters_times_the_scales_under_the_final_mas
             check_mask(weight, PATTERN, mapping.linear)
         for name, part in zip(mapping.hf, mapping.to_hf(weight.to(before), config), strict=True):
             assert torch.equal(exported[name], part), name
+    tokens, found = torch.randint(256, (32,), generator=torch.Generator().manual_seed(0)), []
+    for name in ("run", "trimmed"):
+        with parallel_processes():
+            model = load_masked_model(resolve(tmp_path / name), torch.float32)
+            with use_winners(masked_parameters(model)):
+                assert zero_share(model) == pytest.approx(0.5), name
+                found.append(megatron_window_nll(model)(tokens))
+    assert found[0] == pytest.approx(found[1], rel=1e-3), "more than the rounding to the first dtype"
 
 
 @pytest.mark.slow
@@ -163,6 +181,27 @@ def test_the_decay_empties_what_is_outside_of_the_mask(tmp_path, tiny_dataset, t
     assert lines[-1]["l1_outside_mask"] < 0.02
     assert validation["loss_winner"] == pytest.approx(validation["loss_dense"], abs=0.02)
     assert lines[-1]["changed_since_refresh"] < 0.02
+
+
+@pytest.mark.parametrize("params_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_scales_are_a_group_of_their_own_without_weight_decay(params_dtype, decay, tiny_dense):
+    given = TrainArguments(train="weights", weights_optimizer="cast", params_dtype=params_dtype, weights_weight_decay=decay)
+    with parallel_processes():
+        built = build_model(resolve(tiny_dense).model_config, params_dtype=given.dtype)
+        attach_scales(built, MaskSampler(PATTERN))
+        masked = masked_parameters(built)
+        groups = parameter_groups(given, built, masked)
+        optimizer = build_optimizer(given, groups, masked, data_parallel(given, built))
+        adam = inner_optimizer(optimizer)
+    assert [group.name for group in groups] == ["weight_scales", *["norms_and_biases"] * bool(decay), "weights"]
+    assert set(map(id, groups[0].parameters)) == {id(parameter.scales) for parameter in masked}
+    assert [settings["wd_mult"] for settings in optimizer.param_groups] == [0.0] * len(groups[1:]) + [float(decay > 0)]
+    for group, settings in zip(groups, optimizer.param_groups, strict=True):
+        updated = {getattr(parameter, "main_param", parameter) for parameter in group.parameters}
+        assert updated == set(settings["params"]), group.name
+        assert all(parameter.dtype == torch.float32 for parameter in updated)
+    assert len(adam.kept) == len(masked)
 
 
 @pytest.mark.usefixtures("signal_handlers")
