@@ -12,7 +12,11 @@ RECIPES=("$EXAMPLES"/recipes/*.sh)
 RECIPES=("${RECIPES[@]##*/}")
 RECIPES=("${RECIPES[@]%.sh}")
 ALL=(1_download 2_preprocess 3_convert 4_prune 5_train 7_trim 8_export 9_evaluate)
-[[ -z ${TRAIN_WEIGHTS:-} ]] || ALL=("${ALL[@]:0:5}" 5_train_weights "${ALL[@]:5}")
+case "${TRAIN_WEIGHTS:-}" in
+  "") ;;
+  cast) ALL=("${ALL[@]:0:3}" 5_train_weights "${ALL[@]:5}") ;; # it starts from the dense model
+  *) ALL=("${ALL[@]:0:5}" 5_train_weights "${ALL[@]:5}") ;;
+esac
 STEPS=(1_download 2_preprocess 3_convert 4_prune 5_train 5_train_multinode 5_train_weights 6_resume 7_trim 8_export 9_evaluate all)
 
 usage() {
@@ -24,7 +28,7 @@ STEP    one of ${STEPS[*]}
 
 \`all\` runs the steps in order on one node. Finished steps are skipped, and an interrupted training resumes.
 DRY_RUN=1 prints the commands instead of running them. MODEL=tiny trains a tiny random model on the CPU.
-TRAIN_WEIGHTS=weights or both trains the weights too, after the masks (5_train_weights).
+TRAIN_WEIGHTS=weights or both trains the weights too, after the masks, and cast instead of them (5_train_weights).
 Every setting is an environment variable: $EXAMPLES/lib/settings.sh lists them.
 END
 }

@@ -26,9 +26,11 @@
 #   MAX_RESTARTS          how often torchrun restarts the processes after a failure              3
 #
 #   TRAIN_ITERS, GLOBAL_BATCH_SIZE, MICRO_BATCH_SIZE, SEQ_LENGTH, LR, MIN_LR                     the paper's: 2000, 256, 1, 4096, 5e-5, 5e-6
-#   TRAIN_WEIGHTS         weights: train the weights that the learned masks keep, after the masks; both: go on with the masks too.
+#   TRAIN_WEIGHTS         weights: train the weights that the learned masks keep, after the masks; both: go on with the masks too;
+#                         cast: instead of learning masks, train the dense weights toward their masks by magnitude.
 #                         Set it for all steps from 5_train_weights on: their results have names of their own, with "weights" in them.
-#   WEIGHTS_ITERS, WEIGHTS_LR, WEIGHTS_MIN_LR, CE_LOSS_COEFF, KL_LOSS_COEFF                      2000, 2e-5, 2e-6, 0.67, 0.33
+#   WEIGHTS_ITERS         steps of that training                                                 2000 (cast: 7500)
+#   WEIGHTS_LR, WEIGHTS_MIN_LR, CE_LOSS_COEFF, KL_LOSS_COEFF                                     2e-5, 2e-6, 0.67, 0.33
 #   SAVE_INTERVAL, KEEP_LAST, LOG_INTERVAL, EVAL_INTERVAL, EVAL_ITERS, SPLIT                     100, 3, 1, 500, 4, 98,2,0
 #   CALIBRATION_SAMPLES, CALIBRATION_SEQ_LENGTH for the SparseGPT prior                          128, 2048
 #   PARAMS_DTYPE          bf16 or fp32                                                           bf16
@@ -56,7 +58,9 @@ source "$EXAMPLES/recipes/$RECIPE.sh"
 : "${SHARDS:=$(seq -s ' ' 0 19)}" "${JOBS:=8}" "${WORKERS:=4}"
 : "${GPUS:=8}" "${TP:=8}" "${PP:=1}" "${NNODES:=1}" "${RDZV_ID:=$RECIPE}" "${MAX_RESTARTS:=3}"
 : "${TRAIN_ITERS:=2000}" "${GLOBAL_BATCH_SIZE:=256}" "${MICRO_BATCH_SIZE:=1}" "${SEQ_LENGTH:=4096}" "${LR:=5e-5}" "${MIN_LR:=5e-6}"
-: "${TRAIN_WEIGHTS:=}" "${WEIGHTS_ITERS:=2000}" "${WEIGHTS_LR:=2e-5}" "${WEIGHTS_MIN_LR:=2e-6}" "${CE_LOSS_COEFF:=0.67}" "${KL_LOSS_COEFF:=0.33}"
+: "${TRAIN_WEIGHTS:=}"
+[[ $TRAIN_WEIGHTS != cast ]] || : "${WEIGHTS_ITERS:=7500}"
+: "${WEIGHTS_ITERS:=2000}" "${WEIGHTS_LR:=2e-5}" "${WEIGHTS_MIN_LR:=2e-6}" "${CE_LOSS_COEFF:=0.67}" "${KL_LOSS_COEFF:=0.33}"
 : "${SAVE_INTERVAL:=100}" "${KEEP_LAST:=3}" "${LOG_INTERVAL:=1}" "${EVAL_INTERVAL:=500}" "${EVAL_ITERS:=4}" "${SPLIT:=98,2,0}"
 : "${CALIBRATION_SAMPLES:=128}" "${CALIBRATION_SEQ_LENGTH:=2048}" "${PARAMS_DTYPE:=bf16}"
 : "${EVAL_SEQ_LENGTH:=$SEQ_LENGTH}" "${EVAL_WINDOWS:=}" "${PYTHON:=python3}" "${TRAIN_ARGS:=}" "${WEIGHTS_ARGS:=}"
@@ -76,14 +80,14 @@ fi
 first_of() { [[ ! -e $1 ]] || printf '%s' "$1"; }
 
 case "$TRAIN_WEIGHTS" in
-  "" | weights | both) ;;
+  "" | weights | both | cast) ;;
   *)
-    echo "TRAIN_WEIGHTS=$TRAIN_WEIGHTS: wanted weights, both or nothing" >&2
+    echo "TRAIN_WEIGHTS=$TRAIN_WEIGHTS: wanted weights, both, cast or nothing" >&2
     exit 2
     ;;
 esac
 if [[ $STEP == 5_train_weights && -z $TRAIN_WEIGHTS ]]; then
-  echo "TRAIN_WEIGHTS is not set: wanted weights or both, also for the steps after 5_train_weights" >&2
+  echo "TRAIN_WEIGHTS is not set: wanted weights, both or cast, also for the steps after 5_train_weights" >&2
   exit 2
 fi
 # The training that this step starts, or whose results it uses, and the end of those results' names.

@@ -122,7 +122,7 @@ def test_a_dry_run_of_all_steps_prints_commands_that_the_programs_accept(recipe,
     trim, export, dense, sparse = map(parse_verb, last_words)
     assert trim.load == learned
     assert export.load == trim.output and export.mask_file.endswith(".npz")
-    assert (dense.model, sparse.model) == (convert.hf, export.output)
+    assert (dense.model, sparse.model) == ([convert.hf], [export.output])
     assert list(tmp_path.iterdir()) == [], "a dry run wrote something"
 
 
@@ -148,12 +148,23 @@ def test_with_train_weights_the_weights_are_trained_after_the_masks(trained, tmp
         assert second.gumbel_scale_range == (first.gumbel_scale_range[1],) * 2
         assert second.lr == second.min_lr == first.min_lr
     trim, export, dense, sparse = map(parse_verb, others)
-    assert (trim.load, export.load, sparse.model) == (second.save, trim.output, export.output)
+    assert (trim.load, export.load, sparse.model) == (second.save, trim.output, [export.output])
     assert export.mask_file is None and dense.model != sparse.model
     outputs = [
         {word for words in commands for word in words if word.startswith("outputs/")} for commands in (before[masks + 1 :], others)
     ]
     assert outputs[0] & outputs[1] == {"outputs/llama2-7b/evaluate-dense.json"}
+
+
+def test_cast_starts_from_the_dense_model(tmp_path):
+    commands = dry_run("llama2-7b", "all", tmp_path, SHARDS=0, TRAIN_WEIGHTS="cast")
+    assert not any("prune" in words for words in commands)
+    (words,) = (words for words in commands if words[0] == "torchrun")
+    train = parse_arguments(split_torchrun(words)[1][1:])
+    train.check()
+    assert (train.train, train.weights_optimizer, train.pretrained_checkpoint) == ("weights", "cast", "outputs/llama2-7b/dense")
+    # arXiv 2509.25996, table XI
+    assert (train.weights_lr, train.l1_decay_coeff, train.train_iters, train.global_batch_size) == (2e-5, 4e-7, 7500, 256)
 
 
 def test_a_domain_starts_from_the_general_mask(tmp_path):
@@ -320,8 +331,8 @@ def test_the_readme_trains_as_the_recipe_does(tmp_path):
         ("llama2-7b 3_convert", {"HF_MODEL": "/nowhere/llama"}, 2, "HF_MODEL=/nowhere/llama: no such directory, and not a hub id"),
         ("llama2-7b 3_convert", {"MODEL": "small"}, 2, "MODEL=small: wanted tiny"),
         ("llama2-7b 5_train", {"TP": "two"}, 2, "TP=two: wanted a number, 1 or more\n"),
-        ("llama2-7b 5_train", {"TRAIN_WEIGHTS": "all"}, 2, "TRAIN_WEIGHTS=all: wanted weights, both or nothing\n"),
-        ("llama2-7b 5_train_weights", {}, 2, "TRAIN_WEIGHTS is not set: wanted weights or both, also for the steps after"),
+        ("llama2-7b 5_train", {"TRAIN_WEIGHTS": "all"}, 2, "TRAIN_WEIGHTS=all: wanted weights, both, cast or nothing\n"),
+        ("llama2-7b 5_train_weights", {}, 2, "TRAIN_WEIGHTS is not set: wanted weights, both or cast, also for the steps after"),
         (
             "llama2-7b 5_train_weights",
             {"TRAIN_WEIGHTS": "weights"},

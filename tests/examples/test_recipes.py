@@ -146,6 +146,19 @@ def test_the_weights_are_trained_after_the_masks(finished):
     assert run.step("6_resume").stderr.endswith("iteration 6 of 6: nothing is left to do\n")
 
 
+def test_cast_makes_a_2to4_model_of_the_dense_one(finished, ranks, tmp_path):
+    settings = {
+        "TRAIN_WEIGHTS": "cast",
+        "SHARDS": 0,
+        "HF_MODEL": finished.output / "hf-original",
+        "DATA_DIR": finished.output / "data",
+    }
+    run = Run("llama2-7b", tmp_path, settings | {"EVAL_DATA": finished.output / "data" / "held_out.txt"}, ranks)
+    for step in ("2_preprocess", "3_convert", "5_train_weights", "7_trim", "8_export", "9_evaluate"):
+        run.step(step)
+    assert json.loads((run.output / "evaluate-weights.json").read_text())["zeros"] == pytest.approx(0.5, abs=1e-3)
+
+
 def test_a_domains_mask_starts_from_the_general_one(finished, ranks, tmp_path):
     settings = {
         "HF_MODEL": finished.output / "hf-original",
