@@ -25,11 +25,12 @@ VERBS = {
     "plan": "memory, time and disk that mask learning will take, and the layouts that fit",
     "trim": "keep only the winning mask of a trained checkpoint",
     "export": "Megatron checkpoint to Hugging Face checkpoint and mask file",
+    "compress": "sparse Hugging Face checkpoint to one that stores only the non-zeros, and back",
     "evaluate": "perplexity of a Hugging Face model or a Megatron checkpoint",
     "generate": "text from a Hugging Face model",
 }
 
-WITHOUT_MEGATRON = ("doctor", "evaluate", "generate")
+WITHOUT_MEGATRON = ("doctor", "compress", "evaluate", "generate")
 """Verbs that run without Megatron Core. `doctor` reports if it is missing. `evaluate` imports it for --load only."""
 
 

@@ -53,3 +53,13 @@ def matrix(linear: torch.nn.Module) -> torch.Tensor:
 def as_matrix(linear: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
     """`weight`, which has the layout of the linear's own weight, as a matrix [out, in]; a view."""
     return weight.t() if isinstance(linear, Conv1D) else weight
+
+
+def linears_in_lists(model: torch.nn.Module) -> dict[str, torch.nn.Linear | Conv1D]:
+    """The linears in lists of modules, by name: those of all blocks, whatever a model calls them, of encoders and decoders too."""
+    lists = [f"{name}." for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and name.startswith(tuple(lists))
+    }

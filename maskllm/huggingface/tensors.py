@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,8 +13,15 @@ from maskllm.dtypes import BY_SAFETENSORS
 from maskllm.errors import MaskLLMError
 from maskllm.files import check_not_lfs_pointer, read_json_object
 
+INDEX_ENDING = ".index.json"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+
+NEEDS_MASKLLM = "pip install maskllm and import maskllm first.safetensors"
+"""The weights that the config.json of a compressed checkpoint names, through an index of this name and `.index.json`.
+
+There is no such file: transformers without maskllm would fill in random weights, and so it ends in an error with this name.
+"""
 
 
 class HFTensors:
@@ -22,8 +30,8 @@ class HFTensors:
     The files are those that transformers loads (`weight_files`). If two of them hold a tensor of one name, the index decides.
     """
 
-    def __init__(self, directory: Path) -> None:
-        """Read the headers of all files.
+    def __init__(self, directory: Path, files: Sequence[str] | None = None) -> None:
+        """Read the headers of all files, or of those named `files` in the directory.
 
         Says on stderr if there are other weights, which are ignored. Raises MaskLLMError if files are missing, damaged, or in
         another format than safetensors.
@@ -33,7 +41,7 @@ class HFTensors:
         """Whether two files hold a tensor of one name. transformers does not ask the index then."""
         self._files: dict[str, str] = {}
         self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
-        names, weight_map = weight_files(directory)
+        names, weight_map = weight_files(directory) if files is None else (list(files), {})
         if not names and any(directory.glob("*.bin")):
             raise MaskLLMError(
                 f"{directory}: has only pickled weights (.bin), which can run code when read; load it once with "
@@ -43,7 +51,8 @@ class HFTensors:
             raise MaskLLMError(f"{directory}: neither {SINGLE} nor {INDEX} is there; wanted a Hugging Face checkpoint")
         for name in names:
             self._read_header(name, weight_map)
-        _say_what_is_ignored(directory, names)
+        if files is None:
+            _say_what_is_ignored(directory, names)
 
     def _read_header(self, name: str, weight_map: dict[str, str]) -> None:
         path = self.directory / name
@@ -77,6 +86,15 @@ class HFTensors:
             raise MaskLLMError(f"{self.directory}: tensor {name} is of type {dtype}; wanted one of {', '.join(BY_SAFETENSORS)}")
         return BY_SAFETENSORS[dtype]
 
+    def stored_dtype(self, name: str) -> str:
+        """The name that safetensors has for a tensor's dtype, of any kind. Raises MaskLLMError if there is no such tensor."""
+        return self._header(name)[1]
+
+    def file(self, name: str) -> Path:
+        """The file that holds a tensor. Raises MaskLLMError if there is no such tensor."""
+        self._header(name)
+        return self.directory / self._files[name]
+
     def _header(self, name: str) -> tuple[tuple[int, ...], str]:
         if name not in self._headers:
             raise MaskLLMError(f"{self.directory}: has no tensor {name}")
@@ -87,8 +105,7 @@ class HFTensors:
 
         Raises MaskLLMError if there is no such tensor or it cannot be read.
         """
-        self._header(name)
-        path = self.directory / self._files[name]
+        path = self.file(name)
         try:
             with safe_open(path, framework="pt") as file:
                 return file.get_tensor(name)
@@ -100,10 +117,11 @@ def weight_files(directory: Path) -> tuple[list[str], dict[str, str]]:
     """The names of the safetensors files that transformers loads, and the index: tensor name -> file name, empty without an index.
 
     The order is that of transformers' `_get_resolved_checkpoint_files`: the file or index that config.json names
-    (`transformers_weights`), then model.safetensors, then the index. Without any of them the list is empty. Raises MaskLLMError if
-    the index cannot be read or names a file that is not there.
+    (`transformers_weights`, which of a compressed checkpoint means nothing), then model.safetensors, then the index. Without any of
+    them the list is empty. Raises MaskLLMError if the index cannot be read or names a file that is not there.
     """
     stated = read_json_object(directory / "config.json").get("transformers_weights")
+    stated = None if stated == NEEDS_MASKLLM + INDEX_ENDING else stated
     for name in (SINGLE, INDEX) if stated is None else (stated,):
         if not (isinstance(name, str) and name.endswith((".safetensors", ".safetensors.index.json")) and Path(name).name == name):
             raise MaskLLMError(

@@ -1,0 +1,319 @@
+"""`maskllm compress`: a sparse Hugging Face checkpoint to one that stores the non-zeros alone, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from maskllm.errors import MaskLLMError, whole_message
+from maskllm.export.pattern_search import smallest_layout
+from maskllm.files import atomic_directory, read_json_object, write_json
+from maskllm.huggingface.blocks import linears_in_lists
+from maskllm.huggingface.config import load_config
+from maskllm.huggingface.hub import find_source
+from maskllm.huggingface.mask_file import MaskFile
+from maskllm.huggingface.parameter_names import ParameterNames
+from maskllm.huggingface.shards import TensorSpec, write_shards
+from maskllm.huggingface.side_files import read_side_files, write_side_files
+from maskllm.huggingface.tensors import HFTensors
+from maskllm.inference.compressed_format import (
+    SAFETENSORS_NAMES,
+    CompressedMatrix,
+    from_config,
+    mark_needs_maskllm,
+    stored_shapes,
+    to_config,
+)
+from maskllm.ops.sparse_linear import TENSORS, Layout, sparse_check, sparse_expand, sparse_pack
+from maskllm.patterns import Pattern
+
+BITS = (32, 16, 8, 4)
+_FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+@dataclass(frozen=True)
+class CompressSettings:
+    """How kept values are stored."""
+
+    bits: int | None = None
+    """Of a kept value; None: the dtype that it has."""
+    group_size: int = 128
+    """With 8 and 4 bits: the columns that share a scale; -1: a whole row."""
+    pattern: Pattern | None = None
+    """Compress only matrices with this pattern; None: find each matrix's own."""
+
+
+@dataclass
+class CompressReport:
+    """What was written. Sizes are bytes of tensors."""
+
+    matrices: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Each compressed matrix by name: pattern (None: unstructured), shape, share of zeros, dense bytes, bytes."""
+    dense: dict[str, float | None] = field(default_factory=dict)
+    """The share of zeros of each matrix of the blocks that stays dense; None if its dtype cannot be compressed."""
+    negative_zeros: int = 0
+    """Negative zeros beside N non-zeros, or unstructured: `--decompress` gives them back as positive zeros."""
+    dense_bytes: int = 0
+    """Of the compressed matrices before."""
+    compressed_bytes: int = 0
+    """Of the compressed matrices after."""
+    bytes_before: int = 0
+    """Of all tensors."""
+    bytes: int = 0
+
+
+def compress(
+    model: str | Path, output: str | Path, settings: CompressSettings | None = None, *, masks: MaskFile | None = None
+) -> CompressReport:
+    """Write the sparse checkpoint `model`, a directory or a hub id, in compressed form to the directory `output`.
+
+    Every matrix of the blocks is looked at: stored are the non-zeros and their places if that takes fewer bytes. All other tensors
+    keep their bits. The weights are read twice, to find the layouts and to write; one matrix is in memory at a time. `output`
+    appears complete or not at all.
+
+    Args:
+        masks: set the weights that these masks remove to zero first.
+
+    Raises MaskLLMError if `output` exists and is not empty, if `model` is no Hugging Face checkpoint, quantized or of an architecture
+    that transformers does not have, if masks or settings do not fit, and if no matrix is sparse.
+    """
+    settings = settings or CompressSettings()
+    output = _empty_output(output)
+    directory = find_source(model)
+    config = read_json_object(directory / "config.json")
+    if "quantization_config" in config:
+        raise MaskLLMError(f"{directory}: its weights are quantized or compressed already; wanted a dense checkpoint")
+    tensors = HFTensors(directory)
+    weights = _block_weights(directory, tensors)
+    if masks is not None:
+        masks.check({parameter: tensors.shape(tensor) for tensor, (parameter, _) in weights.items()})
+    load = functools.partial(_matrix, tensors, weights, masks)
+    report = CompressReport(bytes_before=sum(_spec(tensors, name).nbytes for name in tensors.names))
+    found = {tensor: matrix for tensor, matrix in _find_layouts(tensors, weights, load, settings, report) if matrix is not None}
+    if not found:
+        raise MaskLLMError(_why_nothing(directory, settings, report))
+    plan = {}
+    for name in tensors.names:
+        plan |= {name: _spec(tensors, name)} if name not in found else _stored_specs(name, found[name], report)
+    with (
+        atomic_directory(output) as temporary,
+        write_shards(temporary, plan) as writer,
+        tqdm(total=report.bytes_before, unit="B", unit_scale=True, desc="compress", disable=None) as progress,
+    ):
+        report.bytes = writer.total_bytes
+        for name in tensors.names:
+            if name not in found:
+                writer.write(name, tensors.load(name))
+            else:
+                matrix = found[name]
+                weight = load(name)
+                kept = weight != 0 if matrix.layout.pattern is None else None  # as many as announced: rounding may make zeros
+                packed = sparse_pack(weight.to(matrix.pack_dtype), matrix.layout, name, mask=kept)
+                for key, tensor in packed.items():
+                    writer.write(f"{_module(name)}.{key}", tensor)
+            progress.update(_spec(tensors, name).nbytes)
+        write_side_files(read_side_files(directory), temporary)
+        matrices = {_module(name): matrix.stored for name, matrix in found.items()}
+        mark_needs_maskllm(temporary, config | {"quantization_config": to_config(matrices)})
+    return report
+
+
+def decompress(model: str | Path, output: str | Path) -> int:
+    """Write the compressed checkpoint `model` as the dense checkpoint that it was made of to `output`; returns the bytes of its tensors.
+
+    With 16 and 32 bits every tensor has the bits that it had (but for the negative zeros that `compress` reports), and so have all
+    files but config.json, which has its values, and the split into files, which is transformers' own. One matrix is in memory at a
+    time. `output` appears complete or not at all.
+
+    Raises MaskLLMError if `output` exists and is not empty, if `model` is not compressed, and if a tensor is damaged.
+    """
+    output = _empty_output(output)
+    directory = find_source(model)
+    config = read_json_object(directory / "config.json")
+    matrices = from_config(config.pop("quantization_config", None), str(directory / "config.json"))
+    config.pop("transformers_weights", None)
+    tensors = HFTensors(directory)
+    parts = {f"{name}.{key}": name for name, matrix in matrices.items() for key in stored_shapes(tensors, name, matrix)}
+    plan = {}
+    for name in tensors.names:
+        if name not in parts:
+            plan[name] = _spec(tensors, name)
+        else:
+            matrix = matrices[parts[name]]
+            plan[f"{parts[name]}.weight"] = TensorSpec(SAFETENSORS_NAMES[matrix.dtype], matrix.dense_shape)
+    with (
+        atomic_directory(output) as temporary,
+        write_shards(temporary, plan) as writer,
+        tqdm(total=writer.total_bytes, unit="B", unit_scale=True, desc="decompress", disable=None) as progress,
+    ):
+        for name, spec in plan.items():
+            matrix = matrices.get(_module(name)) if name not in tensors.names else None
+            writer.write(name, tensors.load(name) if matrix is None else _expand(tensors, _module(name), matrix))
+            progress.update(spec.nbytes)
+        write_side_files(read_side_files(directory), temporary)
+        write_json(temporary / "config.json", config)
+    return writer.total_bytes
+
+
+def _expand(tensors: HFTensors, name: str, matrix: CompressedMatrix) -> torch.Tensor:
+    """The dense weight of a matrix, checked."""
+    stored = {key: tensors.load(f"{name}.{key}") for key in TENSORS if f"{name}.{key}" in tensors.names}
+    sparse_check(stored, matrix.layout, matrix.out_features, matrix.in_features, f"{tensors.file(f'{name}.values')}: {name}")
+    weight = sparse_expand(stored, matrix.layout, matrix.in_features, matrix.dtype)
+    return weight.t() if matrix.transposed else weight
+
+
+def _empty_output(output: str | Path) -> Path:
+    output = Path(output)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise MaskLLMError(f"--output {output} exists and is not an empty directory; remove it or name another")
+    return output
+
+
+def _module(tensor: str) -> str:
+    return tensor.removesuffix(".weight")
+
+
+def _spec(tensors: HFTensors, name: str) -> TensorSpec:
+    return TensorSpec(tensors.stored_dtype(name), tensors.shape(name))
+
+
+def _block_weights(directory: Path, tensors: HFTensors) -> dict[str, tuple[str, bool]]:
+    """The weights of the blocks' linears by the names of their tensors: the model's name of the parameter, and whether it is [in, out].
+
+    A weight that several modules share is none of them, and neither is one that transformers makes of several tensors.
+    """
+    config = load_config(directory)
+    names = config.architectures or ["none"]
+    architecture = getattr(transformers, names[0], None)
+    if architecture is None:
+        raise MaskLLMError(f"{directory / 'config.json'}: architectures is {names[0]}; wanted one that transformers has")
+    try:
+        with torch.device("meta"):
+            model = architecture(config)
+    except Exception as error:  # transformers raises many types for values that do not fit together
+        raise MaskLLMError(f"{directory}: transformers cannot make its model: {whole_message(error)}") from error
+    shared = model.all_tied_weights_keys
+    shared = {*shared.keys(), *shared.values()}
+    linears = {f"{name}.weight": linear for name, linear in linears_in_lists(model).items() if f"{name}.weight" not in shared}
+    parameters = ParameterNames(model)
+    found = {}
+    for tensor in tensors.names:
+        parameter = parameters.parameter(tensor)
+        if parameter in linears and tensor.endswith(".weight"):
+            linear = linears[parameter]
+            if tensors.shape(tensor) != tuple(linear.weight.shape):
+                raise MaskLLMError(
+                    f"{tensors.file(tensor)}: {tensor} is {list(tensors.shape(tensor))}; config.json has {list(linear.weight.shape)}"
+                )
+            found[tensor] = (parameter, not isinstance(linear, torch.nn.Linear))
+    return found
+
+
+def _matrix(tensors: HFTensors, weights: dict[str, tuple[str, bool]], masks: MaskFile | None, tensor: str) -> torch.Tensor:
+    """A weight as [out, in], after its mask."""
+    weight = tensors.load(tensor)
+    parameter, transposed = weights[tensor]
+    if masks is not None:
+        weight = weight.masked_fill(~masks.mask(parameter, tuple(weight.shape)), 0)
+    return weight.t().contiguous() if transposed else weight
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The layout of a matrix, and what is needed to announce its tensors."""
+
+    stored: CompressedMatrix
+    kept: int
+    zeros: float
+
+    @property
+    def layout(self) -> Layout:
+        return self.stored.layout
+
+    @property
+    def pack_dtype(self) -> torch.dtype:
+        """The dtype of the matrix for `sparse_pack`."""
+        return self.stored.dtype if self.layout.quantized else self.stored.values_dtype
+
+
+def _find_layouts(
+    tensors: HFTensors,
+    weights: dict[str, tuple[str, bool]],
+    load: Callable[[str], torch.Tensor],
+    settings: CompressSettings,
+    report: CompressReport,
+) -> Iterator[tuple[str, _Found | None]]:
+    """Read each weight, and find its layout or None. Notes in the report which weights stay dense."""
+    names = tqdm(weights, desc="find zeros", unit="matrix", disable=None, leave=False)
+    for tensor in names:
+        dtype = _FLOATS.get(tensors.stored_dtype(tensor))
+        if dtype is None:
+            report.dense[_module(tensor)] = None
+            continue
+        bits = settings.bits or 8 * dtype.itemsize
+        if bits > 8 * dtype.itemsize:
+            raise MaskLLMError(f"--bits {bits}: {tensor} has {8 * dtype.itemsize} bits a weight; leave --bits out to keep them")
+        group_size = settings.group_size if bits < 16 else -1
+        matrix = load(tensor)
+        kept = matrix != 0
+        count = int(kept.sum())
+        zeros = 1 - count / max(1, matrix.numel())
+        layout = smallest_layout(kept, dtype, settings.pattern, group_size)
+        if layout is None:
+            report.dense[_module(tensor)] = zeros
+            yield tensor, None
+            continue
+        layout = dataclasses.replace(layout, bits=bits, group_size=group_size)
+        if bits >= 16:
+            report.negative_zeros += _lost_signs(matrix, kept, layout)
+        yield tensor, _Found(CompressedMatrix(*matrix.shape, layout, dtype, weights[tensor][1]), count, zeros)
+
+
+def _lost_signs(matrix: torch.Tensor, kept: torch.Tensor, layout: Layout) -> int:
+    """The negative zeros that do not come back: `sparse_pack` keeps those that have room in their block."""
+    negative = matrix.signbit() & ~kept
+    if not negative.any():
+        return 0
+    if layout.pattern is None:
+        return int(negative.sum())
+    n, m = layout.pattern.n, layout.pattern.m
+    room = n - kept.unflatten(1, (-1, m)).sum(-1)
+    return int((negative.unflatten(1, (-1, m)).sum(-1) - room).clamp(min=0).sum())
+
+
+def _stored_specs(tensor: str, matrix: _Found, report: CompressReport) -> dict[str, TensorSpec]:
+    """The stored tensors of a matrix. Notes its sizes in the report."""
+    stored, name = matrix.stored, _module(tensor)
+    dtypes = stored.layout.dtypes(stored.values_dtype)
+    shapes = stored.layout.shapes(stored.out_features, stored.in_features, matrix.kept)
+    specs = {f"{name}.{key}": TensorSpec(SAFETENSORS_NAMES[dtypes[key]], tuple(shape)) for key, shape in shapes.items()}
+    dense, size = stored.out_features * stored.in_features * stored.dtype.itemsize, sum(spec.nbytes for spec in specs.values())
+    pattern = stored.layout.pattern
+    report.matrices[name] = {
+        "pattern": None if pattern is None else str(pattern),
+        "shape": [stored.out_features, stored.in_features],
+        "zeros": matrix.zeros,
+        "dense_bytes": dense,
+        "bytes": size,
+    }
+    report.dense_bytes += dense
+    report.compressed_bytes += size
+    return specs
+
+
+def _why_nothing(directory: Path, settings: CompressSettings, report: CompressReport) -> str:
+    wanted = "sparse enough to save bytes" if settings.pattern is None else f"of the pattern {settings.pattern}"
+    shares = [share for share in report.dense.values() if share is not None]
+    most = f"; the sparsest has {max(shares):.1%} zeros" if shares else ""
+    return (
+        f"{directory}: none of the {len(report.dense)} matrices of its blocks is {wanted}{most}. Prune it first (docs/pruning.md)"
+    )

@@ -1,0 +1,87 @@
+"""Which layout stores a sparse matrix in the fewest bytes: N:M for every M, or unstructured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from maskllm import patterns
+from maskllm.errors import MaskLLMError
+from maskllm.ops.sparse_linear import Layout
+from maskllm.patterns import Pattern
+
+MAX_BLOCK = getattr(patterns, "MAX_BLOCK", 32)
+_SAMPLED_ROWS = 64
+
+
+def smallest_layout(kept: torch.Tensor, dtype: torch.dtype, pattern: Pattern | None = None, group_size: int = -1) -> Layout | None:
+    """The layout that takes the fewest bytes for a matrix with values of `dtype`; None if none takes fewer than the dense matrix.
+
+    Args:
+        kept: bool [out, in], the places of the non-zeros.
+        dtype: fp32, bf16 or fp16.
+        pattern: consider this pattern only.
+        group_size: consider only patterns with blocks that divide it; -1 for any.
+
+    Of layouts with the same size, the one with the smallest blocks is taken: 2:4 rather than 4:8. Rows are counted for one block
+    size after the other, beginning with the smallest size that a sample of rows allows, so few of them are counted in full.
+    """
+    out_features, in_features = kept.shape
+    dense = out_features * in_features * dtype.itemsize
+    sample = kept[:: max(1, out_features // _SAMPLED_ROWS)]
+    bounds = []
+    for m in _block_sizes(in_features, pattern, group_size):
+        n = _largest_count(sample, m)
+        bounds.append((_bytes(_pattern(n, m, pattern), kept, dtype), m))
+    best, best_bytes = None, dense
+    if pattern is None:
+        unstructured = Layout(None, 8 * dtype.itemsize)
+        size = _nbytes(unstructured, out_features, in_features, dtype, int(kept.sum()))
+        best, best_bytes = (unstructured, size) if size < dense else (None, dense)
+    for bound, m in sorted(bounds):
+        if bound > best_bytes or (bound == best_bytes and best is not None and best.pattern is not None):
+            break
+        found = _pattern(_largest_count(kept, m), m, pattern)
+        size = _bytes(found, kept, dtype)
+        if size < best_bytes:
+            best, best_bytes = Layout(found, 8 * dtype.itemsize), size
+    return best
+
+
+def _block_sizes(in_features: int, pattern: Pattern | None, group_size: int) -> Iterator[int]:
+    """The block sizes that fit, smallest first. Raises MaskLLMError if a given pattern does not fit the group size."""
+    if pattern is not None:
+        if group_size != -1 and group_size % pattern.m:
+            raise MaskLLMError(f"--group-size {group_size}: wanted a multiple of {pattern.m} for the pattern {pattern}")
+        sizes = [pattern.m]
+    else:
+        sizes = range(2, MAX_BLOCK + 1)
+    for m in sizes:
+        if in_features % m == 0 and (group_size == -1 or group_size % m == 0):
+            yield m
+
+
+def _largest_count(kept: torch.Tensor, m: int) -> int:
+    """The most non-zeros that a block of `m` columns has."""
+    if kept.numel() == 0:
+        return 0
+    return int(kept.view(torch.uint8).unflatten(1, (-1, m)).sum(-1, dtype=torch.uint8).max())
+
+
+def _pattern(n: int, m: int, wanted: Pattern | None) -> Pattern | None:
+    """The pattern with `n` of `m`; None if it keeps all, or more than the `wanted` one does."""
+    if wanted is not None:
+        return wanted if n <= wanted.n else None
+    return Pattern(max(n, 1), m) if n < m else None
+
+
+def _bytes(pattern: Pattern | None, kept: torch.Tensor, dtype: torch.dtype) -> float:
+    return math.inf if pattern is None else _nbytes(Layout(pattern, 8 * dtype.itemsize), *kept.shape, dtype)
+
+
+def _nbytes(layout: Layout, out_features: int, in_features: int, dtype: torch.dtype, kept: int | None = None) -> int:
+    dtypes = layout.dtypes(dtype)
+    shapes = layout.shapes(out_features, in_features, kept)
+    return sum(math.prod(shape) * dtypes[key].itemsize for key, shape in shapes.items())

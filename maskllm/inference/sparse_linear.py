@@ -1,0 +1,110 @@
+"""The linear layer of a compressed checkpoint: its weight stays compressed in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from maskllm.inference.compressed_format import CompressedMatrix
+from maskllm.ops.sparse_linear import TENSORS, Layout, sparse_check, sparse_expand, sparse_linear
+
+
+class SparseLinear(nn.Module):
+    """`input @ weight.T + bias` with a weight [out, in] of which only the non-zeros are stored (`maskllm.ops.sparse_linear`).
+
+    It takes the place of a `torch.nn.Linear` or a `Conv1D`, for inference only: it has no gradient. The parameters `values`, `places`
+    and, if the layout has them, `scales` and `row_starts` are the stored weight; `bias` is [out] or None.
+
+    Another dtype (`.to(dtype)`) changes the bias and floating-point values, never the scales.
+
+    Args:
+        matrix: sizes and layout.
+        dtype: what it computes in: the dtype of inputs, of the bias, and of what `weight` shows.
+        shapes: of the stored tensors, by name (`maskllm.ops.sparse_linear.Layout.shapes`).
+        bias: whether there is one.
+
+    The new parameters have no contents: they are to be loaded, and then checked (`check`) before the first product.
+    """
+
+    def __init__(
+        self, matrix: CompressedMatrix, dtype: torch.dtype, shapes: dict[str, list[int]], bias: bool, device: torch.device | str
+    ) -> None:
+        super().__init__()
+        self.matrix, self.dtype = matrix, dtype
+        dtypes = matrix.layout.dtypes(matrix.values_dtype)
+        if dtypes["values"].is_floating_point and dtype.itemsize <= dtypes["values"].itemsize:
+            dtypes["values"] = dtype  # as a dense weight's; wider, they would take more memory and be the same numbers
+        for key, shape in shapes.items():
+            empty = torch.empty(shape, dtype=dtypes[key], device=device)
+            self.register_parameter(key, nn.Parameter(empty, requires_grad=False))
+        empty = torch.empty(matrix.out_features, dtype=dtype, device=device) if bias else None
+        self.register_parameter("bias", None if empty is None else nn.Parameter(empty, requires_grad=False))
+
+    @property
+    def in_features(self) -> int:
+        """The size of an input."""
+        return self.matrix.in_features
+
+    @property
+    def out_features(self) -> int:
+        """The size of an output."""
+        return self.matrix.out_features
+
+    @property
+    def layout(self) -> Layout:
+        """How the weight is stored in memory. Floating-point values may have another dtype than in the file."""
+        layout = self.matrix.layout
+        return layout if layout.quantized else Layout(layout.pattern, 8 * self.values.element_size())
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The shape and dtype of the dense weight, on the meta device. `dense_weight` has its contents.
+
+        Models ask for it: T5 casts the input of a linear to the dtype of its weight.
+        """
+        return torch.empty(self.matrix.dense_shape, dtype=self.dtype, device="meta")
+
+    @property
+    def matrix_in_memory(self) -> CompressedMatrix:
+        """`matrix` as a save of this module would have it: floating-point values may have another dtype than in the file."""
+        if self.values.dtype == self.matrix.values_dtype:
+            return self.matrix
+        return dataclasses.replace(self.matrix, layout=self.layout, dtype=self.values.dtype)
+
+    def stored(self) -> dict[str, torch.Tensor]:
+        """The stored weight, as the operators take it."""
+        return {key: self._parameters[key] for key in TENSORS if key in self._parameters}
+
+    def check(self, name: str, stored: dict[str, torch.Tensor] | None = None) -> None:
+        """Raise MaskLLMError unless the stored weight, or `stored` if it is not in memory, is sound. `name` is for the message."""
+        sparse_check(stored or self.stored(), self.layout, self.out_features, self.in_features, name)
+
+    def dense_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The weight in the shape in which the dense module has it, by default in this module's dtype."""
+        weight = sparse_expand(self.stored(), self.layout, self.in_features, dtype or self.dtype)
+        return weight.t().contiguous() if self.matrix.transposed else weight
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map `input` [..., in] to [..., out] of its dtype."""
+        return sparse_linear(input, self.stored(), self.layout, self.bias)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SparseLinear:
+        scales = self._parameters.get("scales")
+        super()._apply(fn, recurse)
+        if scales is not None and self.scales.dtype != scales.dtype:
+            self.scales = nn.Parameter(scales.data.to(self.scales.device), requires_grad=False)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.values.device)).dtype
+        return self
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        layout = self.layout
+        kind = "unstructured" if layout.pattern is None else str(layout.pattern)
+        group = f", group_size={layout.group_size}" if layout.quantized else ""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, {kind}, bits={layout.bits}{group}, "
+            f"bias={self.bias is not None}"
+        )
