@@ -21,6 +21,9 @@ from maskllm.errors import MaskLLMError
 MAX_CANDIDATES = 128
 """The largest number of candidates for which a mask can be learned."""
 
+MAX_M = 64
+"""The largest block of a pattern."""
+
 MAX_LEARNED_M = 32
 """The largest M for which a mask can be learned."""
 
@@ -33,8 +36,8 @@ class Pattern:
     m: int
 
     def __post_init__(self) -> None:
-        if not 0 < self.n < self.m <= 64:
-            raise MaskLLMError(f"pattern {self.n}:{self.m}: wanted N:M with 0 < N < M <= 64, for example 2:4")
+        if not 0 < self.n < self.m <= MAX_M:
+            raise MaskLLMError(f"pattern {self.n}:{self.m}: wanted N:M with 0 < N < M <= {MAX_M}, for example 2:4")
 
     @classmethod
     def parse(cls, text: str) -> Pattern:

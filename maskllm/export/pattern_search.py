@@ -7,12 +7,10 @@ from collections.abc import Iterator
 
 import torch
 
-from maskllm import patterns
 from maskllm.errors import MaskLLMError
 from maskllm.ops.sparse_linear import Layout
-from maskllm.patterns import Pattern
+from maskllm.patterns import MAX_M, Pattern
 
-MAX_BLOCK = getattr(patterns, "MAX_BLOCK", 32)
 _SAMPLED_ROWS = 64
 
 
@@ -57,7 +55,7 @@ def _block_sizes(in_features: int, pattern: Pattern | None, group_size: int) -> 
             raise MaskLLMError(f"--group-size {group_size}: wanted a multiple of {pattern.m} for the pattern {pattern}")
         sizes = [pattern.m]
     else:
-        sizes = range(2, MAX_BLOCK + 1)
+        sizes = range(2, MAX_M + 1)
     for m in sizes:
         if in_features % m == 0 and (group_size == -1 or group_size % m == 0):
             yield m

@@ -92,10 +92,10 @@ class SparseLinear(nn.Module):
         return sparse_linear(input, self.stored(), self.layout, self.bias)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SparseLinear:
-        scales = self._parameters.get("scales")
+        scales = self.scales.data if self.layout.quantized else None
         super()._apply(fn, recurse)
-        if scales is not None and self.scales.dtype != scales.dtype:
-            self.scales = nn.Parameter(scales.data.to(self.scales.device), requires_grad=False)
+        if scales is not None:
+            self.scales.data = scales.to(self.values.device)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.values.device)).dtype
         return self
 
