@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from maskllm.huggingface.blocks import linears_of, transformer_blocks
 from maskllm.huggingface.hub import find_source
 from maskllm.huggingface.loading import context_of, load_hf_model, usable_device
 from maskllm.huggingface.mask_file import MaskFile, open_mask_file
+from maskllm.inference.sparse_linear import SparseLinear
 
 
 @dataclass(frozen=True)
@@ -102,13 +104,16 @@ def load_sparse_model(
 ) -> tuple[PreTrainedModel, float]:
     """`load_hf_model` with masks applied, and the share of zeros in the blocks' linear layers.
 
-    Raises MaskLLMError as that does, and if the masks do not fit.
+    Raises MaskLLMError as that does, if the masks do not fit, and if there are masks for compressed weights.
     """
     loaded = load_hf_model(directory, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    compressed = [module for module in loaded.modules() if isinstance(module, SparseLinear)]
     weights = block_weights(loaded)
     if masks is not None:
+        if compressed:
+            raise MaskLLMError(f"{directory}: its weights are compressed; use masks before that, with maskllm compress --mask")
         masks.apply(weights)
-    return loaded, zero_share(weights)
+    return loaded, zero_share(weights, compressed)
 
 
 def hf_window_nll(model: PreTrainedModel) -> WindowNLL:
@@ -123,7 +128,7 @@ def hf_window_nll(model: PreTrainedModel) -> WindowNLL:
 
 
 def block_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Parameter name -> stored weight, for every linear of the transformer blocks, without embedding and output layer.
+    """Parameter name -> weight, for every linear of the transformer blocks that is dense, without embedding and output layer.
 
     Raises MaskLLMError if the model's blocks cannot be found.
     """
@@ -131,10 +136,10 @@ def block_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {f"{name}.weight": linear.weight.data for name, linear in linears_of(blocks, prefix).items()}
 
 
-def zero_share(weights: dict[str, torch.Tensor]) -> float:
-    """The share of zeros among all elements of `weights`."""
-    zeros = sum(int((weight == 0).sum()) for weight in weights.values())
-    return zeros / sum(weight.numel() for weight in weights.values())
+def zero_share(weights: dict[str, torch.Tensor], compressed: Sequence[SparseLinear] = ()) -> float:
+    """The share of zeros among all elements of `weights` and of the weights of `compressed`."""
+    zeros = sum(int((weight == 0).sum()) for weight in weights.values()) + sum(linear.zeros for linear in compressed)
+    return zeros / sum(weight.numel() for weight in [*weights.values(), *(linear.weight for linear in compressed)])
 
 
 def _check_fits(directory: Path, model: PreTrainedModel, tokens: np.ndarray, seq_length: int) -> None:

@@ -21,9 +21,10 @@ from maskllm.huggingface.config import load_config
 from maskllm.huggingface.hub import find_source
 from maskllm.huggingface.mask_file import MaskFile
 from maskllm.huggingface.parameter_names import ParameterNames
-from maskllm.huggingface.shards import TensorSpec, write_shards
-from maskllm.huggingface.side_files import read_side_files, write_side_files
+from maskllm.huggingface.shards import ShardWriter, TensorSpec, write_shards
+from maskllm.huggingface.side_files import HASH_FILE, read_side_files, write_side_files
 from maskllm.huggingface.tensors import HFTensors
+from maskllm.huggingface.weights_hash import write_hash
 from maskllm.inference.compressed_format import (
     SAFETENSORS_NAMES,
     CompressedMatrix,
@@ -120,7 +121,7 @@ def compress(
                 for key, tensor in packed.items():
                     writer.write(f"{_module(name)}.{key}", tensor)
             progress.update(_spec(tensors, name).nbytes)
-        write_side_files(read_side_files(directory), temporary)
+        _write_other_files(directory, temporary, writer)
         matrices = {_module(name): matrix.stored for name, matrix in found.items()}
         mark_needs_maskllm(temporary, config | {"quantization_config": to_config(matrices)})
     return report
@@ -158,9 +159,16 @@ def decompress(model: str | Path, output: str | Path) -> int:
             matrix = matrices.get(_module(name)) if name not in tensors.names else None
             writer.write(name, tensors.load(name) if matrix is None else _expand(tensors, _module(name), matrix))
             progress.update(spec.nbytes)
-        write_side_files(read_side_files(directory), temporary)
+        _write_other_files(directory, temporary, writer)
         write_json(temporary / "config.json", config)
     return writer.total_bytes
+
+
+def _write_other_files(source: Path, target: Path, writer: ShardWriter) -> None:
+    """Everything but weights and config.json; also the hash of the new weights if the source states that of its own."""
+    write_side_files(read_side_files(source), target)
+    if (source / HASH_FILE).is_file():
+        write_hash(target, writer.weights_hash.hexdigest())
 
 
 def _expand(tensors: HFTensors, name: str, matrix: CompressedMatrix) -> torch.Tensor:

@@ -74,7 +74,10 @@ def read_model_config(path: Path) -> ModelConfig:
             reason = " (models for images and text; the text models have model_type 'gemma3_text')"
         raise hf.error(f"model_type {model_type!r}{reason} is not supported, only {', '.join(map(repr, sorted(FAMILIES)))}")
     if hf.has("quantization_config"):
-        raise hf.error("quantization_config (quantized weights) is not supported; give the model that was quantized")
+        raise hf.error(
+            "quantization_config (quantized or compressed weights) is not supported; give the model that was quantized, or what "
+            "`maskllm compress --decompress` makes of it"
+        )
     return FAMILIES[model_type].read_config(hf)
 
 

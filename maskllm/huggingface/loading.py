@@ -56,7 +56,7 @@ def load_hf_model(
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise MaskLLMError(f"{directory}: has no tensor {missing[0]}{more}, which the model in its config.json has")
     if dtype is None and device.type == "cpu" and not computes_natively(model.dtype):
-        model = model.float()
+        model = model.to(torch.float32)  # transformers refuses `float()` for compressed weights
     return model.to(device).eval()
 
 

@@ -16,6 +16,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from maskllm.errors import MaskLLMError
 from maskllm.files import write_json
 from maskllm.huggingface.tensors import INDEX
+from maskllm.huggingface.weights_hash import WeightsHash
 
 MAX_SHARD_SIZE = "5GB"
 """The largest safetensors file to write: the default of huggingface_hub's writer."""
@@ -72,6 +73,8 @@ class ShardWriter:
             max_shard_size=max_shard_size,
         )
         self.total_bytes: int = shards.metadata["total_size"]
+        self.weights_hash = WeightsHash()
+        """Of the tensors that are written."""
         self._left = dict(tensors)
         self._places: dict[str, tuple[int, int]] = {}
         self._descriptors: list[int] = []
@@ -87,10 +90,12 @@ class ShardWriter:
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write a tensor, which has the shape and size in bytes that were announced."""
         spec = self._left.pop(name)
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        tensor = tensor.detach().cpu()
+        data = tensor.contiguous().reshape(-1).view(torch.uint8)
         if tuple(tensor.shape) != spec.shape or data.numel() != spec.nbytes:
             raise AssertionError(f"{name}: {tensor.dtype} {list(tensor.shape)} is not the announced {spec}")
         descriptor, offset = self._places[name]
+        self.weights_hash.add(name, tensor)
         _write(descriptor, memoryview(data.numpy()), offset)
 
     def close(self) -> None:

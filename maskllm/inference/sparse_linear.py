@@ -18,7 +18,7 @@ class SparseLinear(nn.Module):
     It takes the place of a `torch.nn.Linear` or a `Conv1D`, for inference only: it has no gradient. The parameters `values`, `places`
     and, if the layout has them, `scales` and `row_starts` are the stored weight; `bias` is [out] or None.
 
-    Another dtype (`.to(dtype)`) changes the bias and floating-point values, never the scales.
+    Another dtype (`.to(dtype)`) changes the bias and, unless it is wider, floating-point values; never the scales.
 
     Args:
         matrix: sizes and layout.
@@ -74,6 +74,14 @@ class SparseLinear(nn.Module):
             return self.matrix
         return dataclasses.replace(self.matrix, layout=self.layout, dtype=self.values.dtype)
 
+    @property
+    def zeros(self) -> int:
+        """The zeros of the dense weight."""
+        values = self.values
+        if self.layout.bits == 4:
+            values = torch.stack([values & 15, values >> 4])
+        return self.out_features * self.in_features - int(values.count_nonzero())
+
     def stored(self) -> dict[str, torch.Tensor]:
         """The stored weight, as the operators take it."""
         return {key: self._parameters[key] for key in TENSORS if key in self._parameters}
@@ -92,10 +100,12 @@ class SparseLinear(nn.Module):
         return sparse_linear(input, self.stored(), self.layout, self.bias)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SparseLinear:
-        scales = self.scales.data if self.layout.quantized else None
+        before = {key: tensor.data for key, tensor in self.stored().items() if tensor.is_floating_point()}
         super()._apply(fn, recurse)
-        if scales is not None:
-            self.scales.data = scales.to(self.values.device)
+        for key, old in before.items():
+            new = self._parameters[key]
+            if key == "scales" or new.element_size() > old.element_size():
+                new.data = old.to(new.device)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.values.device)).dtype
         return self
 

@@ -15,6 +15,7 @@ from maskllm.cli import main
 from maskllm.errors import MaskLLMError
 from maskllm.evaluation.huggingface import block_weights, evaluate_hf, zero_share
 from maskllm.evaluation.perplexity import cut_windows, next_token_nll, perplexity
+from maskllm.export.compress import CompressSettings, compress, decompress
 from maskllm.huggingface.loading import load_hf_model, usable_device
 from maskllm.huggingface.mask_file import open_mask_file, write_mask_file
 from tests.families.tiny import write_tiny
@@ -212,3 +213,27 @@ def test_scores_are_soft_capped_in_every_allowed_transformers(tmp_path):
     tokens = torch.arange(96)[None]
     found = load_hf_model(tmp_path, device=torch.device("cpu"))(tokens).logits
     torch.testing.assert_close(found, model(tokens).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_compressed_model_has_the_perplexity_of_its_dense_form(bits, model_directory, text_file, tmp_path, capsys):
+    weights = block_weights(model := load_hf_model(model_directory, device=torch.device("cpu"), dtype=torch.bfloat16))
+    for name, weight in weights.items():
+        if "layers.1.mlp.up" not in name:  # one stays dense
+            weight *= (weight.abs().unflatten(1, (-1, 4)).argsort(-1).argsort(-1) > 1).flatten(1)
+    model.save_pretrained(tmp_path / "sparse")
+    shutil.copy(model_directory / "tokenizer.json", tmp_path / "sparse")
+    shutil.copy(model_directory / "tokenizer_config.json", tmp_path / "sparse")
+    compress(tmp_path / "sparse", tmp_path / "small", CompressSettings(bits, group_size=16))
+    decompress(tmp_path / "small", tmp_path / "back")
+    for dtype in (None, torch.float32):
+        small, back = (
+            evaluate_hf(tmp_path / name, text_file, seq_length=32, max_windows=2, dtype=dtype, device="cpu")
+            for name in ("small", "back")
+        )
+        assert small.perplexity == pytest.approx(back.perplexity, rel=2e-2 if bits else 1e-5)
+        assert (small.zeros, small.dtype) == (back.zeros, back.dtype)
+    arguments = ["--data", str(text_file), "--seq-length", "32", "--device", "cpu"]
+    write_mask_file(tmp_path / "masks.npz", [(name, weight != 0) for name, weight in weights.items()])
+    assert main(["evaluate", "--model", str(tmp_path / "small"), "--mask", str(tmp_path / "masks.npz"), *arguments]) == 1
+    assert "small: its weights are compressed; use masks before that, with maskllm compress --mask" in capsys.readouterr().err

@@ -17,6 +17,7 @@ from maskllm.export.compress import CompressSettings, compress, decompress
 from maskllm.huggingface.blocks import linears_in_lists
 from maskllm.huggingface.mask_file import open_mask_file, write_mask_file
 from maskllm.huggingface.shards import TensorSpec, write_shards
+from maskllm.huggingface.weights_hash import weights_sha256, write_hash
 from maskllm.ops.sparse_linear import Layout, sparse_expand
 from maskllm.patterns import Pattern
 from tests.families.tiny import write_tiny
@@ -51,12 +52,16 @@ def files_of(path: Path) -> dict[str, bytes]:
 def test_decompress_gives_every_file_back(kind, dtype, n, m, tmp_path):
     write_sparse(tmp_path / "hf", kind, dtype, n, m)
     (tmp_path / "hf" / "LICENSE").write_text("free")
+    write_hash(tmp_path / "hf", weights_sha256(tmp_path / "hf"))
     (tmp_path / "hf" / "additional_chat_templates").mkdir()
     (tmp_path / "hf" / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     report = compress(tmp_path / "hf", tmp_path / "small")
     assert {matrix["pattern"] for matrix in report.matrices.values()} == {f"{n}:{m}"} and not report.dense
     assert decompress(tmp_path / "small", tmp_path / "back") == report.bytes_before
     assert files_of(tmp_path / "back") == files_of(tmp_path / "hf")
+    assert json.loads((tmp_path / "small" / "weights_sha256.json").read_text())["weights_sha256"] == weights_sha256(
+        tmp_path / "small"
+    )
     small = tensors_of(tmp_path / "small")
     assert report.bytes == sum(tensor.nbytes for tensor in small.values())
     assert report.compressed_bytes == sum(small[key].nbytes for key in small if key.endswith((".values", ".places")))
