@@ -26,7 +26,7 @@ VERBS = {
     "trim": "keep only the winning mask of a trained checkpoint",
     "export": "Megatron checkpoint to Hugging Face checkpoint and mask file",
     "compress": "sparse Hugging Face checkpoint to one that stores only the non-zeros, and back",
-    "evaluate": "perplexity of a Hugging Face model or a Megatron checkpoint",
+    "evaluate": "perplexity and zero-shot tasks of Hugging Face models or a Megatron checkpoint",
     "generate": "text from a Hugging Face model",
 }
 
