@@ -48,8 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mask",
         action=_OfModel,
         metavar="F.npz_OR_ID",
-        help="mask file to apply to the weights of --model first, or the hub id of a repository that holds one; with several models, it "
-        "belongs to the --model before it",
+        help="mask file to apply to the weights of --model first, or the hub id of a repository that holds one; with several models, "
+        "it belongs to the --model before it",
     )
     parser.add_argument(
         "--mask-base",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def commit() -> str | None:
-    """The commit of the checkout that this package runs from, with "-dirty" after local changes; None if it runs from no checkout."""
+    """The commit of the checkout that the package runs from, with "-dirty" after local changes; None outside of a checkout."""
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None

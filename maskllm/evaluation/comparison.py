@@ -51,8 +51,8 @@ def compare(reference: ModelScores, model: ModelScores, rows: Sequence[Row]) -> 
     """One comparison for each line that has an acc.
 
     For a task, McNemar's exact test asks whether gained and lost items are equally likely (a binomial test). For a line of several
-    tasks, the difference is divided by its standard error, in which each task's items are drawn apart from the others', and compared
-    with the normal distribution.
+    tasks, the difference is divided by its standard error and compared with the normal distribution. The items of each task are a
+    sample of their own.
     """
     found = []
     for row in rows:

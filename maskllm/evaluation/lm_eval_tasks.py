@@ -18,7 +18,7 @@ from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.tasks import TaskManager
 
 from maskllm.errors import MaskLLMError, whole_message
-from maskllm.evaluation.task_files import TaskFile, data_set, find_task_file, local_config
+from maskllm.evaluation.task_files import TaskFile, data_set, describes_itself, find_task_file, local_config
 from maskllm.evaluation.task_sets import FOLDERS, NAMED, TaskSet
 
 _LM_EVAL_TASKS = Path(lm_eval.__file__).parent / "tasks"
@@ -56,8 +56,8 @@ def load_suite(sets: Sequence[TaskSet], data: Path | None, limit: int | None, sc
         limit: evaluate the first `limit` items of each task; None for all.
         scratch: an existing folder to write the configurations of local tasks to.
 
-    Raises MaskLLMError if a name is unknown (with the closest names), if its data cannot be had, if a local file is missing or malformed,
-    and if a task is asked for with two numbers of examples.
+    Raises MaskLLMError if a name is unknown (with the closest names), if its data cannot be had, if a local file is missing or
+    malformed, and if a task is asked for with two numbers of examples.
     """
     if data is not None and not data.is_dir():
         raise MaskLLMError(f"--tasks-data {data}: no such folder")
@@ -120,9 +120,9 @@ def _shots(sets: Sequence[TaskSet]) -> dict[str, int]:
 
 
 def _manager(members: Sequence[str], data: Path | None, scratch: Path | None) -> TaskManager:
-    """An index of the members' configurations: of all of lm-eval's if one is neither well known nor a local file."""
+    """An index of the members' configurations: of all of lm-eval's if one needs a configuration of lm-eval that is not well known."""
     known = [name for name in members if name in FOLDERS]
-    rest = [name for name in members if name not in FOLDERS and (data is None or find_task_file(data, name) is None)]
+    rest = [name for name in members if name not in FOLDERS and not (data is not None and describes_itself(data, name))]
     folders = [_LM_EVAL_TASKS / FOLDERS[name] for name in known]
     with quiet():
         return TaskManager(include_defaults=bool(rest), include_path=[*dict.fromkeys(folders), *([scratch] if scratch else [])])
@@ -142,8 +142,9 @@ def _leaves(manager: TaskManager, name: str) -> list[str]:
 def _unknown(manager: TaskManager, name: str, data: Path | None) -> MaskLLMError:
     local = [path.name.removesuffix(".jsonl") for path in data.glob("*.jsonl")] if data is not None else []
     close = difflib.get_close_matches(name, [*NAMED, *local, *manager.all_tasks], n=5, cutoff=0.5)
+    nor = f", nor has {data} the file {name}.jsonl" if data else ""
     return MaskLLMError(
-        f"--tasks {name}: lm-eval {lm_eval.__version__} has no such task{f', nor has {data} the file {name}.jsonl' if data else ''}; "
+        f"--tasks {name}: lm-eval {lm_eval.__version__} has no such task{nor}; "
         f"the closest names are {', '.join(close) or 'none'}; `lm-eval ls tasks` prints all"
     )
 
@@ -158,8 +159,8 @@ def _load(manager: TaskManager, members: Sequence[str]) -> dict[str, Any]:
         ]
         more = f" and {len(wanted) - 3} more" if len(wanted) > 3 else ""
         raise MaskLLMError(
-            f"--tasks {' '.join(members)}: lm-eval cannot load a task: {whole_message(error)}; without a network, put the data as JSON "
-            f"lines into a folder, {', '.join(wanted[:3])}{more}, and name it with --tasks-data"
+            f"--tasks {' '.join(members)}: lm-eval cannot load a task: {whole_message(error)}; without a network, put the data as "
+            f"JSON lines into a folder, {', '.join(wanted[:3])}{more}, and name it with --tasks-data"
         ) from error
 
 

@@ -52,8 +52,8 @@ class ZeroShotReport:
             lines += ["", *comparison_table(self.models[0], compared), ""]
             lines.append(
                 f"recovered: acc as a share of {self.models[0].label}'s. gained / lost: items that only this model, or only "
-                f"{self.models[0].label}, answers right. p: of no difference, by McNemar's exact test for a task and a paired normal test "
-                "for a mean."
+                f"{self.models[0].label}, answers right. p: of no difference, by McNemar's exact test for a task and a paired normal "
+                "test for a mean."
             )
         return lines
 
@@ -89,7 +89,7 @@ def zero_shot_report(
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
 ) -> Iterator[ZeroShotReport]:
-    """A block with the report of the candidates on the tasks. Answers so far are kept on disk until the block ends without an error.
+    """A block with the report of the candidates on the tasks. The answers stay on disk until the block ends without an error.
 
     Args:
         tasks: names of sets (`maskllm.evaluation.task_sets`), or of tasks, groups and tags of lm-eval.

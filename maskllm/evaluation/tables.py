@@ -68,8 +68,8 @@ def comparison_table(reference: ModelScores, found: Sequence[tuple[ModelScores, 
 def truncation_lines(models: Sequence[ModelScores], rows: Sequence[Row]) -> list[str]:
     """One line for each task and model with prompts that were cut."""
     return [
-        f"{scores.label}: {row.name}: {scores.tasks[row.name].truncated} of {scores.tasks[row.name].items} items are longer than the "
-        f"window of {scores.window} tokens; lm-eval cut their prompts on the left"
+        f"{scores.label}: {row.name}: {scores.tasks[row.name].truncated} of {scores.tasks[row.name].items} items are longer than "
+        f"the window of {scores.window} tokens; lm-eval cut their prompts on the left"
         for scores in models
         for row in rows
         if row.kind != "mean" and scores.tasks[row.name].truncated

@@ -7,7 +7,7 @@ The file of a task is NAME.jsonl in the folder of `--tasks-data`. It is of one o
   ends with a line "Answer:", as in lm-eval's PIQA and ARC;
 * `context_options`, `continuation`, `gold`: one continuation is compared after several contexts, as in lm-eval's WinoGrande.
 
-`gold` is the index of the right choice, from 0. NAME.SPLIT.jsonl holds the examples of prompts with examples, for the split that the
+`gold` is the index of the right choice, from 0. NAME.SPLIT.jsonl holds the examples of prompts with examples; SPLIT is the one that the
 configuration takes them from ("train", "dev", ...).
 """
 
@@ -56,13 +56,20 @@ def _plain(name: str) -> str:
     return re.sub("[_-]", "", name).lower()
 
 
+def describes_itself(folder: Path, task: str) -> bool:
+    """Whether `folder` has the task's file and its first line has one of the forms that need no configuration of lm-eval."""
+    path = find_task_file(folder, task)
+    first = None if path is None else next(_rows(path), None)
+    return first is not None and any(first[1].keys() >= set(fields) for fields in (_CHOICES, _CONTEXTS))
+
+
 def local_config(
     folder: Path, task: str, original: Mapping[str, Any] | None, source: Path | None, shots: int | None
 ) -> tuple[dict[str, Any], TaskFile]:
     """lm-eval's configuration of a task whose data are in `folder`, and the file that is evaluated.
 
     Args:
-        original: lm-eval's own configuration, with included files but without calls of functions; None for a task that it does not have.
+        original: lm-eval's own configuration, with its includes read but its functions not loaded; None if it has no such task.
         source: the file of `original`, which the result includes.
         shots: examples in the prompt; None for what the configuration says.
 

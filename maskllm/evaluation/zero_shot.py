@@ -106,13 +106,13 @@ def evaluate_tasks(
     Args:
         dtype, device, trust_remote_code: as in `maskllm.evaluation.huggingface.evaluate_hf`.
         limit: the first `limit` items of each task; None for all.
-        batch_size: prompts in a batch, or "auto" for the largest number that fits into memory, which lm-eval looks for. The default is
-            "auto" on a GPU and CPU_BATCH on a CPU.
+        batch_size: prompts in a batch, or "auto" for the largest number that fits into memory, which lm-eval looks for. The default
+            is "auto" on a GPU and CPU_BATCH on a CPU.
         caches: the file that holds the answers so far is added to it; remove the files after the report is written. None keeps no
             answers. lm-eval stores them as pickles, so the files are in the user's own cache and in no place that others can name.
 
-    Raises MaskLLMError as `evaluate_hf` does, if the tokenizer cannot be loaded or has neither BOS nor EOS, if memory runs out, and if the
-    likelihood of an answer is not a number.
+    Raises MaskLLMError as `evaluate_hf` does, if the tokenizer cannot be loaded or has neither BOS nor EOS, if memory runs out, and
+    if the likelihood of an answer is not a number.
     """
     started = time.perf_counter()
     label = candidate.label
@@ -140,8 +140,8 @@ def evaluate_tasks(
             if not should_reduce_batch_size(error):
                 raise
             raise MaskLLMError(
-                f"{label}: out of memory with --batch-size {batch_size} on {device}; give a smaller one (or auto), and the evaluation "
-                "goes on from here"
+                f"{label}: out of memory with --batch-size {batch_size} on {device}; give a smaller one (or auto), and the "
+                "evaluation goes on from here"
             ) from error
         finally:
             if cache is not None:
@@ -179,11 +179,11 @@ def _tokenizer(directory: Path, trust_remote_code: bool) -> PreTrainedTokenizerB
 
 
 def _bos(directory: Path, tokenizer: PreTrainedTokenizerBase) -> str:
-    """What stands before a prompt: "BOS", "no BOS (...)". Raises MaskLLMError if lm-eval has nothing to begin an empty prompt with."""
+    """What stands before a prompt: "BOS", "no BOS (...)". Raises MaskLLMError if nothing can begin an empty prompt."""
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise MaskLLMError(
-            f"{directory}: its tokenizer has neither a BOS nor an EOS token, with which an empty prompt begins; name the one that the "
-            "model was trained with as bos_token or eos_token in tokenizer_config.json"
+            f"{directory}: its tokenizer has neither a BOS nor an EOS token, with which an empty prompt begins; name the one that "
+            "the model was trained with as bos_token or eos_token in tokenizer_config.json"
         )
     if tokenizer.bos_token_id is None:
         return "no BOS (the tokenizer has none; an empty prompt begins with EOS)"
@@ -232,8 +232,8 @@ def _check_numbers(label: str, task: str, samples: Sequence[Mapping[str, Any]]) 
         for answers in sample["resps"]:
             if isinstance(answers[0], (tuple, list)) and not math.isfinite(answers[0][0]):
                 raise MaskLLMError(
-                    f"{label}: {task}: the likelihood of an answer to item {sample['doc_id']} is {answers[0][0]}; if the model is right, "
-                    "compute in another dtype (--params-dtype)"
+                    f"{label}: {task}: the likelihood of an answer to item {sample['doc_id']} is {answers[0][0]}; if the model "
+                    "is right, compute in another dtype (--params-dtype)"
                 )
 
 

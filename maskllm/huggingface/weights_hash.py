@@ -1,9 +1,9 @@
 """The hash of a checkpoint's weights: it names the tensors, not the files that hold them.
 
 The hash is the SHA-256 of one line a tensor, sorted by the tensor's name. A line has the name, the dtype ("bfloat16"), the shape
-("64,32") and the SHA-256 of the tensor's bytes (little-endian and row-major, as in a safetensors file), separated by tabs. So the hash
-is the same for one file or many shards, for any order of the tensors in them, and for any metadata. It changes with a tensor's name,
-dtype, shape or any of its bits. A tied tensor that is stored twice counts twice.
+("64,32") and the SHA-256 of the tensor's bytes (little-endian and row-major, as in a safetensors file), separated by tabs. So the
+hash is the same for one file or many shards, for any order of the tensors in them, and for any metadata. It changes with a tensor's
+name, dtype, shape or any of its bits. A tied tensor that is stored twice counts twice.
 """
 
 from __future__ import annotations

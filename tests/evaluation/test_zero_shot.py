@@ -1,4 +1,4 @@
-"""Zero-shot tasks on a tiny model with local files: lm-eval's own command line, sets, masks, several models, interruptions, errors."""
+"""Zero-shot tasks on a tiny model and local files: lm-eval's command line, sets, masks, several models, interruptions, errors."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from maskllm.evaluation.candidates import Candidate, named
 from maskllm.evaluation.comparison import accuracy, compare
 from maskllm.evaluation.huggingface import block_weights
 from maskllm.evaluation.lm_eval_tasks import Row, load_suite
+from maskllm.evaluation.task_files import describes_itself
 from maskllm.evaluation.task_sets import NAMED, TaskSet, expand
 from maskllm.evaluation.zero_shot import ModelScores, Score, TaskScores, evaluate_tasks
 from maskllm.huggingface.mask_file import write_mask_file
@@ -385,6 +386,10 @@ def test_files_that_are_missing_or_of_another_data_set(tmp_path):
     write_lines(tmp_path / "piqa.jsonl", [{"goal": "a", "sol1": "b", "sol2": "c", "label": 0}, {"goal": "a", "sol1": "b"}])
     with pytest.raises(MaskLLMError, match=r"piqa\.jsonl:2: has no 'sol2'; wanted goal, sol1, sol2, label in every line"):
         load_suite(expand(["piqa"]), tmp_path, None, tmp_path)
+
+
+def test_a_file_with_a_data_sets_own_fields_needs_lm_evals_configuration(tasks_data):
+    assert [describes_itself(tasks_data, name) for name in ("questions", "contexts", "piqa", "none")] == [True, True, False, False]
 
 
 def test_data_that_wants_the_network_says_which_file_would_do(monkeypatch):
