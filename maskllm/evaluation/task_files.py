@@ -57,10 +57,12 @@ def _plain(name: str) -> str:
 
 
 def describes_itself(folder: Path, task: str) -> bool:
-    """Whether `folder` has the task's file and its first line has one of the forms that need no configuration of lm-eval."""
+    """Whether `folder` has the task's file, and this is empty or has one of the forms that need no configuration of lm-eval."""
     path = find_task_file(folder, task)
-    first = None if path is None else next(_rows(path), None)
-    return first is not None and any(first[1].keys() >= set(fields) for fields in (_CHOICES, _CONTEXTS))
+    if path is None:
+        return False
+    first = next(_rows(path), None)
+    return first is None or any(first[1].keys() >= set(fields) for fields in (_CHOICES, _CONTEXTS))
 
 
 def local_config(

@@ -23,7 +23,7 @@ from maskllm.evaluation.candidates import Candidate, named
 from maskllm.evaluation.comparison import accuracy, compare
 from maskllm.evaluation.huggingface import block_weights
 from maskllm.evaluation.lm_eval_tasks import Row, load_suite
-from maskllm.evaluation.task_files import describes_itself
+from maskllm.evaluation.task_files import describes_itself, local_config
 from maskllm.evaluation.task_sets import NAMED, TaskSet, expand
 from maskllm.evaluation.zero_shot import ModelScores, Score, TaskScores, evaluate_tasks
 from maskllm.huggingface.mask_file import write_mask_file
@@ -356,7 +356,6 @@ def test_mmlu_has_five_examples_and_counts_items(model_directory, tmp_path):
         ("", r"questions\.jsonl: is empty; wanted JSON lines with query, choices, gold"),
         ('{"query": "a", "choices": ["b", "c"], "gold": 0}\n{"query": \n', r"questions\.jsonl:2: not JSON"),
         ("[1]\n", r"questions\.jsonl:1: a JSON array, wanted an object"),
-        ('{"question": "a"}\n', r"questions\.jsonl:1: has the fields question; wanted query, choices, gold or context_options"),
         (
             '{"query": "a", "choices": ["b", "c"], "gold": 0}\n\n{"query": "a", "gold": 0}\n',
             r"questions\.jsonl:3: has no 'choices'",
@@ -388,8 +387,13 @@ def test_files_that_are_missing_or_of_another_data_set(tmp_path):
         load_suite(expand(["piqa"]), tmp_path, None, tmp_path)
 
 
-def test_a_file_with_a_data_sets_own_fields_needs_lm_evals_configuration(tasks_data):
+def test_a_file_with_a_data_sets_own_fields_needs_lm_evals_configuration(tasks_data, tmp_path):
     assert [describes_itself(tasks_data, name) for name in ("questions", "contexts", "piqa", "none")] == [True, True, False, False]
+    write_lines(tmp_path / "own.jsonl", [{"question": "a"}])
+    with pytest.raises(
+        MaskLLMError, match=r"own\.jsonl:1: has the fields question; wanted query, choices, gold or context_options"
+    ):
+        local_config(tmp_path, "own", None, None, None)
 
 
 def test_data_that_wants_the_network_says_which_file_would_do(monkeypatch):
