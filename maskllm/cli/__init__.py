@@ -28,9 +28,10 @@ VERBS = {
     "compress": "sparse Hugging Face checkpoint to one that stores only the non-zeros, and back",
     "evaluate": "perplexity and zero-shot tasks of Hugging Face models or a Megatron checkpoint",
     "generate": "text from a Hugging Face model",
+    "benchmark": "speed and memory of Hugging Face models that generate text",
 }
 
-WITHOUT_MEGATRON = ("doctor", "compress", "evaluate", "generate")
+WITHOUT_MEGATRON = ("doctor", "compress", "evaluate", "generate", "benchmark")
 """Verbs that run without Megatron Core. `doctor` reports if it is missing. `evaluate` imports it for --load only."""
 
 

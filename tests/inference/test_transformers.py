@@ -15,6 +15,7 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -240,6 +241,34 @@ def test_device_maps(tmp_path):
     file.write_bytes(data)
     with pytest.raises(MaskLLMError, match=r"model.layers.1.mlp.up_proj.places: row 0, block 0"):
         load(small, device_map=devices | {"model.rotary_emb": "cpu"}, offload_folder=tmp_path / "offload2")
+
+
+class _Shapes(TorchDispatchMode):
+    """Collects the shapes of floating-point tensors that operators make in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and not tensor.is_meta:
+                self.shapes.add(tuple(tensor.shape))
+        return result
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_loading_makes_no_dense_matrix(bits, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # a dispatch mode sees its own thread only
+    small = compressed(tmp_path, "llama3", torch.bfloat16, CompressSettings(bits, group_size=16))
+    dense = {tuple(module.matrix.dense_shape) for module in sparse_linears(load(small)).values()}
+    with _Shapes() as seen:
+        load(small)
+    assert not dense & seen.shapes
+    with _Shapes() as seen:
+        load(tmp_path / "hf", dtype=torch.float32)
+    assert dense <= seen.shapes  # the test would see one
 
 
 def test_a_copy_saves_and_moves_like_the_model(tmp_path):

@@ -1,0 +1,195 @@
+"""How fast a Hugging Face model generates text, and how much memory it takes: several models in turn, each in a process of its own."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import time
+from collections.abc import Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from maskllm.dtypes import dtype_name
+from maskllm.errors import MaskLLMError
+from maskllm.huggingface.hub import find_source
+from maskllm.huggingface.loading import context_of, load_hf_model, quiet_transformers, usable_device
+from maskllm.huggingface.tensors import weight_files
+from maskllm.processes import peak_resident_bytes
+
+
+@dataclass(frozen=True)
+class BenchmarkSettings:
+    """What is generated, and how."""
+
+    prompt_tokens: int = 128
+    """Of each row; they are random."""
+    new_tokens: int = 64
+    """That each row gets."""
+    rows: int = 1
+    """Prompts at once."""
+    dtype: torch.dtype | None = None
+    """As in `maskllm.huggingface.loading.load_hf_model`."""
+    device: str | None = None
+    """The default is the GPU if there is one."""
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """What was measured of a model."""
+
+    model: str
+    first_token_seconds: float
+    """From the call of `generate` to the first new token of all rows."""
+    tokens_per_second: float
+    """New tokens after the first, of all rows together."""
+    file_bytes: int
+    """Of the files with weights."""
+    weight_bytes: int
+    """Of parameters and buffers in memory."""
+    peak_memory_bytes: int
+    """The process's peak resident memory, with Python and torch; on a GPU, the peak of its allocated memory."""
+    load_seconds: float
+    dtype: str
+    device: str
+    threads: int
+    """torch's threads on a CPU."""
+
+
+class _Clock(StoppingCriteria):
+    """Notes the time at which each token is there. It stops nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.times.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def benchmark(models: Sequence[str | Path], settings: BenchmarkSettings | None = None) -> list[BenchmarkResult]:
+    """Measure each model, a directory or a hub id, one after the other.
+
+    Raises MaskLLMError if a model cannot be loaded, if its context is too short, or if its process is killed.
+    """
+    settings = settings or BenchmarkSettings()
+    directories = [find_source(model) for model in models]
+    results = []
+    for model, directory in zip(models, directories, strict=True):
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            try:
+                results.append(pool.submit(measure, str(model), directory, settings).result())
+            except BrokenProcessPool:
+                raise MaskLLMError(f"{model}: its process was killed, usually because memory ran out") from None
+    return results
+
+
+def measure(model: str, directory: Path, settings: BenchmarkSettings) -> BenchmarkResult:
+    """Load a model and let it generate, once for a few tokens to warm up and once measured. The memory is that of this process."""
+    device = usable_device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    started = time.perf_counter()
+    loaded = load_hf_model(directory, dtype=settings.dtype, device=device)
+    load_seconds = time.perf_counter() - started
+    context = context_of(loaded)
+    wanted = settings.prompt_tokens + settings.new_tokens
+    if context is not None and wanted > context:
+        raise MaskLLMError(f"{model}: has a context of {context} tokens; --prompt-tokens and --new-tokens make {wanted}")
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = loaded.get_input_embeddings().num_embeddings
+    prompt = torch.randint(vocabulary, (settings.rows, settings.prompt_tokens), generator=generator).to(device)
+    _generate(loaded, prompt, 2)
+    started, times = time.perf_counter(), _generate(loaded, prompt, settings.new_tokens)
+    on_gpu = device.type == "cuda"
+    return BenchmarkResult(
+        model=model,
+        first_token_seconds=times[0] - started,
+        tokens_per_second=settings.rows * (len(times) - 1) / (times[-1] - times[0]),
+        file_bytes=sum((directory / file).stat().st_size for file in weight_files(directory)[0]),
+        weight_bytes=sum(tensor.nbytes for tensor in [*loaded.parameters(), *loaded.buffers()]),
+        peak_memory_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else peak_resident_bytes(),
+        load_seconds=load_seconds,
+        dtype=dtype_name(loaded.dtype),
+        device=torch.cuda.get_device_name(device) if on_gpu else str(device),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _generate(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> list[float]:
+    """The times at which the new tokens are there. No token ends the text."""
+    clock = _Clock(prompt.device)
+    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+    with quiet_transformers():
+        model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=new_tokens,
+            stopping_criteria=StoppingCriteriaList([clock]),
+        )
+    return clock.times
+
+
+def table(results: Sequence[BenchmarkResult]) -> str:
+    """The results as a Markdown table, and how much faster the first model is than each other one."""
+    rows = [
+        ("model", "first token, ms", "tokens/s", "weight files, MB", "weights in memory, MB", "peak memory, MB"),
+        *(
+            (
+                result.model,
+                f"{1e3 * result.first_token_seconds:.1f}",
+                f"{result.tokens_per_second:.2f}",
+                *(f"{size / 1e6:.1f}" for size in (result.file_bytes, result.weight_bytes, result.peak_memory_bytes)),
+            )
+            for result in results
+        ),
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
+    lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
+    first, *others = results
+    lines += [
+        f"{first.model} generates {first.tokens_per_second / other.tokens_per_second:.2f} times as fast as {other.model}, with "
+        f"{first.weight_bytes / other.weight_bytes:.2f} of the weights' bytes"
+        for other in others
+    ]
+    return "\n".join(lines)
+
+
+def check_figure(path: Path) -> None:
+    """Raise MaskLLMError if `draw` cannot write this file: matplotlib is missing, or the ending names no format that it has."""
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise MaskLLMError(f"--figure {path}: needs matplotlib; `pip install matplotlib`") from None
+    known = FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise MaskLLMError(
+            f"--figure {path}: wanted a file that ends with .svg, .png, .pdf or another of {', '.join(sorted(known))}"
+        )
+
+
+def draw(results: Sequence[BenchmarkResult], path: Path) -> None:
+    """Draw tokens a second and bytes of weights as bars into the file `path`, which `check_figure` has accepted."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1.2 + 0.45 * len(results)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    names = [Path(result.model).name for result in results]
+    places = range(len(results))
+    for panel, title, values in (
+        (panels[0], "tokens a second", [result.tokens_per_second for result in results]),
+        (panels[1], "weights in memory, MB", [result.weight_bytes / 1e6 for result in results]),
+    ):
+        panel.bar_label(panel.barh(places, values, color="#4c72b0"), fmt="%.4g", padding=3)
+        panel.set_title(title)
+        panel.set_yticks(places, names)
+        panel.margins(x=0.2)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].invert_yaxis()
+    figure.savefig(path)
