@@ -51,7 +51,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.attr("has_cusparselt") = false;
 #endif
   module.def("instruction_sets", maskllm::instruction_sets, "Instruction sets of the CPU kernels this processor can run, widest first.");
-  module.def("instruction_set", [] { return maskllm::cpu_kernels().name; }, "The instruction set in use.");
+  module.def("instruction_set", [] { return maskllm::instruction_set().name; }, "The instruction set in use.");
   module.def("use_instruction_set", maskllm::use_instruction_set, "Use another of `instruction_sets()`.");
   module.def("draws", draws, "The 21-bit draws of one block, one per candidate, which become the noise.");
   module.def("exp", pybind11::vectorize(exp_value), "The kernels' e^x of an fp32 array of non-positive numbers.");

@@ -4,42 +4,55 @@
 #include <atomic>
 #include <stdexcept>
 
+#include "sparse_kernels.h"
+
 namespace maskllm {
 namespace {
 
-std::vector<const CpuKernels*> available() {
-  std::vector<const CpuKernels*> sets;
+std::vector<InstructionSet> available() {
+  std::vector<InstructionSet> sets;
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  if (avx2 && avx512) sets.push_back(&kAvx512Kernels);
-  if (avx2) sets.push_back(&kAvx2Kernels);
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  const bool vbmi = vnni && __builtin_cpu_supports("avx512vbmi");
+  const bool bf16 = vbmi && __builtin_cpu_supports("avx512bf16");
+  if (bf16) sets.push_back({"avx512_bf16", &kAvx512Kernels, &kSparseAvx512Bf16, true});
+  if (vbmi) sets.push_back({"avx512_vbmi", &kAvx512Kernels, &kSparseAvx512Vbmi, false});
+  if (vnni) sets.push_back({"avx512_vnni", &kAvx512Kernels, &kSparseAvx512Vnni, false});
+  if (avx512) sets.push_back({"avx512", &kAvx512Kernels, &kSparseAvx512, false});
+  if (avx2) sets.push_back({"avx2", &kAvx2Kernels, &kSparseAvx2, false});
 #endif
-  sets.push_back(&kPortableKernels);
+  sets.push_back({"portable", &kPortableKernels, &kSparsePortable, false});
   return sets;
 }
 
-std::atomic<const CpuKernels*>& chosen() {
-  static std::atomic<const CpuKernels*> kernels{available().front()};
-  return kernels;
+const std::vector<InstructionSet>& sets() {
+  static const std::vector<InstructionSet> all = available();
+  return all;
+}
+
+std::atomic<const InstructionSet*>& chosen() {
+  static std::atomic<const InstructionSet*> set{&sets().front()};
+  return set;
 }
 
 }  // namespace
 
-const CpuKernels& cpu_kernels() { return *chosen().load(std::memory_order_relaxed); }
+const InstructionSet& instruction_set() { return *chosen().load(std::memory_order_relaxed); }
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
-  for (const CpuKernels* set : available()) names.emplace_back(set->name);
+  for (const InstructionSet& set : sets()) names.emplace_back(set.name);
   return names;
 }
 
 void use_instruction_set(const std::string& name) {
-  for (const CpuKernels* set : available()) {
-    if (name == set->name) {
-      chosen().store(set);
+  for (const InstructionSet& set : sets()) {
+    if (name == set.name) {
+      chosen().store(&set);
       return;
     }
   }

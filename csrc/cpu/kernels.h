@@ -1,4 +1,4 @@
-// The CPU kernels of one instruction set, and the selection of an instruction set.
+// The CPU kernels of the instruction sets, and the selection of one.
 #pragma once
 
 #include <string>
@@ -8,9 +8,10 @@
 
 namespace maskllm {
 
-// Each kernel works on blocks [begin, end) of the flattened tensor.
+struct SparseKernels;  // sparse_kernels.h
+
+// The masked-weight kernels. Each works on blocks [begin, end) of the flattened tensor.
 struct CpuKernels {
-  const char* name;
   // `sums` may be null.
   void (*forward)(const AnyPattern&, const ForwardArgs&, int64_t begin, int64_t end, Sums* sums);
   void (*backward)(const AnyPattern&, const BackwardArgs&, int64_t begin, int64_t end);
@@ -22,8 +23,16 @@ extern const CpuKernels kAvx2Kernels;
 extern const CpuKernels kAvx512Kernels;
 #endif
 
-// The kernels in use: the widest set that this processor has, unless `use_instruction_set` selected another.
-const CpuKernels& cpu_kernels();
+// What the processor can run.
+struct InstructionSet {
+  const char* name;
+  const CpuKernels* masked_weight;
+  const SparseKernels* sparse;
+  bool bf16;  // torch's bf16 products are faster than its fp32 products
+};
+
+// The set in use: the widest one that this processor has, unless `use_instruction_set` selected another.
+const InstructionSet& instruction_set();
 
 // The names of the sets that this processor can run, widest first; and the selection of one (std::invalid_argument for another).
 std::vector<std::string> instruction_sets();

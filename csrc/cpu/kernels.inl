@@ -240,6 +240,6 @@ void backward(const AnyPattern& p, const BackwardArgs& args, int64_t begin, int6
 
 #define MASKLLM_CONCAT_(a, b) a##b
 #define MASKLLM_CONCAT(a, b) MASKLLM_CONCAT_(a, b)
-const CpuKernels MASKLLM_CONCAT(k, MASKLLM_CONCAT(MASKLLM_ISA, Kernels)) = {MASKLLM_ISA_NAME, forward, backward};
+const CpuKernels MASKLLM_CONCAT(k, MASKLLM_CONCAT(MASKLLM_ISA, Kernels)) = {forward, backward};
 
 }  // namespace maskllm

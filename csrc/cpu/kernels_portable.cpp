@@ -1,5 +1,4 @@
 // The kernels without special instructions, for every processor.
 #define MASKLLM_ISA Portable
-#define MASKLLM_ISA_NAME "portable"
 #define MASKLLM_TARGET 
 #include "kernels.inl"

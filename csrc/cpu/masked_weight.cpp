@@ -36,7 +36,7 @@ std::tuple<at::Tensor, at::Tensor> masked_weight(const at::Tensor& weight, const
   args.masked = masked.mutable_data_ptr();
   const int64_t blocks = weight.numel() / m;
   std::vector<Sums> sums(with_stats ? (blocks + kChunk - 1) / kChunk : 0);
-  const CpuKernels& kernels = cpu_kernels();
+  const CpuKernels& kernels = *instruction_set().masked_weight;
   over_chunks(blocks, [&](int64_t chunk, int64_t begin, int64_t end) {
     kernels.forward(pattern, args, begin, end, with_stats ? &sums[chunk] : nullptr);
   });
@@ -59,7 +59,7 @@ void masked_weight_backward(const at::Tensor& grad, const at::Tensor& weight, co
   const AnyPattern pattern = pattern_of(n, m);
   const BackwardArgs args = backward_args({weight, mask_logits, n, m, key, sample, shard, scale, temperature, weight_reg, hard}, pattern,
                                           grad, grad_logits, accumulate, grad_weight);
-  const CpuKernels& kernels = cpu_kernels();
+  const CpuKernels& kernels = *instruction_set().masked_weight;
   over_chunks(weight.numel() / m, [&](int64_t, int64_t begin, int64_t end) { kernels.backward(pattern, args, begin, end); });
 }
 

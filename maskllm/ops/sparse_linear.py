@@ -63,8 +63,10 @@ class Layout:
         if self.bits not in (32, 16, 8, 4):
             raise MaskLLMError(f"bits {self.bits}: wanted 32, 16, 8 or 4")
         multiple = self.pattern.m if self.pattern else 1
-        if self.group_size != -1 and (not self.quantized or self.group_size <= 0 or self.group_size % multiple):
-            wanted = f"-1 or a positive multiple of {multiple}" if self.quantized else "-1, for there are no scales"
+        if self.group_size != -1 and (not self.quantized or not 0 < self.group_size < 1 << 31 or self.group_size % multiple):
+            wanted = (
+                f"-1 or a multiple of {multiple} from {multiple} to 2^31 - 1" if self.quantized else "-1, for there are no scales"
+            )
             raise MaskLLMError(f"group size {self.group_size} with {self.bits} bits: wanted {wanted}")
 
     @property

@@ -137,7 +137,7 @@ def choose(weight: torch.Tensor, pattern: Pattern | None, mask: torch.Tensor | N
 
 def each_column(scales: torch.Tensor, in_features: int, group_size: int) -> torch.Tensor:
     """The scale of each column, [out, in]."""
-    if group_size == -1:
+    if scales.shape[1] == 1:
         return scales.expand(-1, in_features)
     return scales.repeat_interleave(group_size, 1)[:, :in_features]
 
@@ -145,7 +145,7 @@ def each_column(scales: torch.Tensor, in_features: int, group_size: int) -> torc
 def scales_of(weight: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
     """The scale of each group, fp32 [out, groups], with which its largest value becomes 127 or 7; 1 for a group of zeros."""
     count = groups(weight.shape[1], group_size)
-    size = weight.shape[1] if group_size == -1 else group_size
+    size = weight.shape[1] if count == 1 else group_size
     padded = torch.nn.functional.pad(weight.float().abs(), (0, count * size - weight.shape[1]))
     scales = padded.view(len(weight), count, size).amax(-1) / LARGEST[bits]
     return torch.where(scales > 0, scales, 1.0)
@@ -203,7 +203,7 @@ def first_fault(
     inside, after = fields[:, : in_features // columns], fields[:, in_features // columns :]
     checks = []
     if row_starts is not None:
-        bad = row_starts.diff() < 0
+        bad = row_starts[1:] < row_starts[:-1]
         bad[:1] |= row_starts[0] != 0
         bad[-1:] |= value_elements(int(row_starts[-1]), bits) != values.numel()
         checks.append((BAD_ROW_STARTS, bad.unsqueeze(1)))

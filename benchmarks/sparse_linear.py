@@ -1,0 +1,201 @@
+"""Products with matrices stored without their zeros against torch's dense ones, on a CPU.
+
+    python benchmarks/sparse_linear.py [--rows 1 2 4 ...] [--seconds 4] [--json FILE]
+
+First one row times an 11008 x 4096 matrix, then a larger and larger number of rows. Each contender cycles through enough matrices that
+none of them is in the cache. The contenders take turns, and the shortest time of each counts, since other programs can only make one
+longer. Beside the times stand the bytes of weights a second as a share of what a plain loop reads, and the time with the weights in
+the cache, which is the loop's own limit. Needs g++ for the loops in dense_loops.cpp.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import itertools
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from machine import describe
+
+from maskllm.files import write_json
+from maskllm.ops import Layout, sparse_linear, sparse_pack
+from maskllm.ops.extension import kernels
+from maskllm.patterns import Pattern
+
+OUT, IN = 11008, 4096
+ROWS = [1, 2, 4, 8, 16, 17, 32, 64, 128, 256, 512, 1024, 2048]
+LAYOUTS = {
+    "2:4 bf16": Layout(Pattern(2, 4), 16),
+    "2:4 int8": Layout(Pattern(2, 4), 8),
+    "2:4 int4, groups of 128": Layout(Pattern(2, 4), 4, 128),
+    "1:4 bf16": Layout(Pattern(1, 4), 16),
+    "1:4 int8": Layout(Pattern(1, 4), 8),
+}
+
+
+def loops() -> ctypes.CDLL:
+    """The compiled loops of dense_loops.cpp. They use the OpenMP runtime that torch has loaded."""
+    path = Path(tempfile.mkdtemp()) / "dense_loops.so"
+    source = Path(__file__).with_name("dense_loops.cpp")
+    flags = ["-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-c"]
+    subprocess.run(["g++", *flags, str(source), "-o", str(path.with_suffix(".o"))], check=True)
+    subprocess.run(["g++", "-shared", str(path.with_suffix(".o")), "-o", str(path)], check=True)
+    return ctypes.CDLL(str(path))
+
+
+def cache_bytes() -> int:
+    """The size of the last-level cache."""
+    sizes = [os.sysconf(name) for name in ("SC_LEVEL3_CACHE_SIZE", "SC_LEVEL2_CACHE_SIZE") if name in os.sysconf_names]
+    return max([*sizes, 1 << 25])
+
+
+def kept(pattern: Pattern, out: int, inputs: int) -> torch.Tensor:
+    """A random matrix in fp32 that keeps N of every M."""
+    weight = torch.randn(out, inputs)
+    order = torch.rand(out, inputs // pattern.m, pattern.m).argsort(-1).argsort(-1)
+    return weight * (order < pattern.n).flatten(1)
+
+
+class Contender:
+    """A product with the same matrix `copies` times in different memory. Call it for the next copy."""
+
+    def __init__(self, tensors: list[torch.Tensor], product: Callable[..., object], copies: int) -> None:
+        self.bytes = sum(tensor.nbytes for tensor in tensors)
+        self.sets = [tensors] + [[tensor.clone() for tensor in tensors] for _ in range(copies - 1)]
+        self.product = product
+        self.turn = itertools.cycle(self.sets)
+        self.best = float("inf")
+
+    def measure(self) -> None:
+        tensors = next(self.turn)
+        start = time.perf_counter()
+        self.product(*tensors)
+        self.best = min(self.best, time.perf_counter() - start)
+
+
+def measure(contenders: dict[str, Contender], seconds: float) -> dict[str, float]:
+    """The shortest time of each contender. They take turns for `seconds` times their number."""
+    for contender in contenders.values():
+        for _ in range(2):
+            contender.measure()
+        contender.best = float("inf")
+    end = time.perf_counter() + seconds * len(contenders)
+    while time.perf_counter() < end:
+        for contender in contenders.values():
+            for _ in range(2):
+                contender.measure()
+    return {name: contender.best for name, contender in contenders.items()}
+
+
+def dense_int8(library: ctypes.CDLL, weight: torch.Tensor, data: torch.Tensor) -> tuple[list[torch.Tensor], Callable[..., object]]:
+    """The dense int8 loop's tensors and product, checked against torch."""
+    row_scales = weight.abs().amax(1) / 127
+    numbers = (weight / row_scales[:, None]).round().to(torch.int8)
+    blocks = data.view(-1, 128)
+    scales = blocks.abs().amax(1) / 127
+    inputs = ((blocks / scales[:, None]).round() + 128).to(torch.uint8).flatten()
+    result = torch.empty(len(weight))
+
+    def product(matrix: torch.Tensor) -> torch.Tensor:
+        pointers = [ctypes.c_void_p(each.data_ptr()) for each in (matrix, inputs, scales, row_scales)]
+        library.dense_int8(
+            *pointers, ctypes.c_int64(len(matrix)), ctypes.c_int64(matrix.shape[1]), ctypes.c_void_p(result.data_ptr())
+        )
+        return result
+
+    exact = (numbers.double() * row_scales.double()[:, None]) @ ((inputs.double() - 128).view(-1, 128) * scales[:, None]).flatten()
+    assert (product(numbers) - exact).abs().max() < 1e-3 * exact.abs().max()
+    return [numbers], product
+
+
+def stored(layout: Layout, weight: torch.Tensor, data: torch.Tensor) -> tuple[list[torch.Tensor], Callable[..., object]]:
+    """A stored matrix's tensors and product."""
+    tensors = sparse_pack(weight.bfloat16() if layout.bits == 16 else weight, layout)
+    return list(tensors.values()), lambda *each: sparse_linear(data, dict(zip(tensors, each, strict=True)), layout)
+
+
+def one_row(library: ctypes.CDLL, out: int, copies: Callable[[int], int], seconds: float) -> dict[str, dict[str, float]]:
+    """Time and bytes of each contender for one row and an `out` x IN matrix. `copies` is how many of so many bytes."""
+    data = torch.randn(1, IN)
+    half = data.bfloat16()
+    linear = torch.nn.functional.linear
+    weight = kept(Pattern(2, 4), out, IN)
+    parts = {
+        "dense bf16 (torch)": ([weight.bfloat16()], lambda each: linear(half, each)),
+        "dense fp32 (torch)": ([weight], lambda each: linear(data, each)),
+        "dense int8 (VNNI loop)": dense_int8(library, weight, data),
+        **{
+            name: stored(layout, weight if layout.pattern.n == 2 else kept(layout.pattern, out, IN), half)
+            for name, layout in LAYOUTS.items()
+        },
+    }
+    words = torch.ones(256 << 20, dtype=torch.uint8) if copies(1) > 1 else torch.ones(1 << 18, dtype=torch.uint8)
+    library.read_words.restype = ctypes.c_uint64
+    read = lambda each: library.read_words(ctypes.c_void_p(each.data_ptr()), ctypes.c_int64(each.nbytes // 8))  # noqa: E731
+    contenders = {
+        name: Contender(tensors, product, copies(sum(each.nbytes for each in tensors)))
+        for name, (tensors, product) in parts.items()
+    }
+    contenders["read"] = Contender([words], read, 1)
+    times = measure(contenders, seconds)
+    return {name: {"seconds": times[name], "bytes": contenders[name].bytes} for name in contenders}
+
+
+def many_rows(rows: list[int], seconds: float) -> list[dict]:
+    """The time of torch's dense product over each stored layout's, by number of rows."""
+    found = []
+    weight = kept(Pattern(2, 4), OUT, IN)
+    for count in rows:
+        half = torch.randn(count, IN).bfloat16()
+        parts = {"dense": ([weight.bfloat16()], lambda each, half=half: torch.nn.functional.linear(half, each))}
+        parts |= {name: stored(layout, weight, half) for name, layout in LAYOUTS.items() if layout.pattern.n == 2}
+        contenders = {name: Contender(*part, copies=2) for name, part in parts.items()}
+        times = measure(contenders, max(seconds, 0.004 * count) if count > 16 else seconds)
+        found.append({"rows": count, "seconds": times, "ratio": {name: times["dense"] / times[name] for name in times}})
+        ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in found[-1]["ratio"].items() if name != "dense")
+        print(f"  {count:5} rows: dense {times['dense'] * 1e3:8.2f} ms; dense over {ratios}", flush=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--rows", type=int, nargs="*", default=ROWS)
+    parser.add_argument("--seconds", type=float, default=2.0, help="the time for each contender")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    library = loops()
+    print(f"{describe('cpu')} ({kernels().instruction_set()}), load {os.getloadavg()[0]:.1f}")
+    memory = one_row(library, OUT, lambda size: max(2, -(-4 * cache_bytes() // size)), args.seconds)
+    cache = one_row(library, 96, lambda size: 1, args.seconds / 4)
+    bandwidth = memory["read"]["bytes"] / memory["read"]["seconds"]
+    dense = memory["dense bf16 (torch)"]["seconds"]
+    print(f"one row, {OUT} x {IN}; a plain loop reads {bandwidth / 1e9:.1f} GB/s")
+    print(f"  {'':26} {'ms':>8} {'GB/s':>6} {'of read':>8} {'in cache, GB/s':>15} {'bf16 over it':>13}")
+    for name, each in memory.items():
+        speed, ceiling = (found[name]["bytes"] / found[name]["seconds"] for found in (memory, cache))
+        each |= {"bytes_a_second": speed, "share_of_read": speed / bandwidth, "in_cache_bytes_a_second": ceiling}
+        ratio = f"{dense / each['seconds']:13.2f}" if name != "read" else ""
+        print(f"  {name:26} {each['seconds'] * 1e3:8.3f} {speed / 1e9:6.1f} {speed / bandwidth:8.0%} {ceiling / 1e9:15.1f} {ratio}")
+    by_int8 = memory["dense int8 (VNNI loop)"]["seconds"] / memory["2:4 int8"]["seconds"]
+    print(f"  2:4 int8 over dense int8: {by_int8:.2f}")
+    print(f"rows, {OUT} x {IN}, bf16 inputs, against torch's bf16")
+    result = {
+        "machine": describe("cpu"),
+        "instruction_set": kernels().instruction_set(),
+        "one_row": memory,
+        "int8_over_dense_int8": by_int8,
+        "rows": many_rows(args.rows, args.seconds),
+    }
+    if args.json:
+        write_json(args.json, result)
+
+
+if __name__ == "__main__":
+    main()

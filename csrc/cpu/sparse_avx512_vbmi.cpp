@@ -1,0 +1,9 @@
+// The products with stored matrices for AVX-512 with VNNI and VBMI.
+#if defined(__x86_64__)
+#include "../include/target.h"
+#define MASKLLM_SPARSE kSparseAvx512Vbmi
+#define MASKLLM_VNNI
+#define MASKLLM_VBMI
+#define MASKLLM_TARGET_BEGIN MASKLLM_TARGET_REGION("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c,avx512vnni,avx512vbmi")
+#include "sparse_avx512.inl"
+#endif

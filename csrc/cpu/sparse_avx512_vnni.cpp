@@ -1,0 +1,8 @@
+// The products with stored matrices for AVX-512 with VNNI.
+#if defined(__x86_64__)
+#include "../include/target.h"
+#define MASKLLM_SPARSE kSparseAvx512Vnni
+#define MASKLLM_VNNI
+#define MASKLLM_TARGET_BEGIN MASKLLM_TARGET_REGION("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c,avx512vnni")
+#include "sparse_avx512.inl"
+#endif

@@ -1,0 +1,42 @@
+// The AVX-512 products with VNNI, VBMI and BF16 over emulated instructions (emulated.h), called from a test through ctypes.
+#include <memory>
+#include <vector>
+
+#include "include/target.h"
+
+#define MASKLLM_EMULATED
+#define MASKLLM_VNNI
+#define MASKLLM_VBMI
+#define MASKLLM_BF16
+#define MASKLLM_SPARSE kSparseEmulated
+#define MASKLLM_TARGET_BEGIN MASKLLM_TARGET_REGION("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c")
+
+namespace maskllm {
+extern const struct SparseKernels kSparseEmulated;
+}
+
+#include "cpu/sparse_avx512.inl"
+
+// Numbers: form, type, n, m, out, in, kept, all_values, value_bytes, place_bytes, groups, group_size. Returns the form of the inputs.
+extern "C" int product(const uint8_t* values, const uint8_t* places, const float* scales, const int64_t* numbers, const float* x,
+                       int64_t rows, bool bf16, float* result) {
+  using namespace maskllm;
+  SparseMatrix matrix{};
+  matrix.values = values;
+  matrix.places = places;
+  matrix.scales = scales;
+  matrix.form = static_cast<Places>(numbers[0]);
+  matrix.type = static_cast<Values>(numbers[1]);
+  matrix.n = static_cast<int>(numbers[2]);
+  matrix.m = static_cast<int>(numbers[3]);
+  int64_t* const fields[] = {&matrix.out, &matrix.in, &matrix.kept, &matrix.all_values, &matrix.value_bytes, &matrix.place_bytes,
+                             &matrix.groups, &matrix.group_size};
+  for (int i = 0; i < 8; ++i) *fields[i] = numbers[4 + i];
+  const Inputs form = kSparseEmulated.inputs(matrix, bf16);
+  const int64_t row_bytes = kSparseEmulated.row_bytes(matrix, form);
+  std::vector<uint8_t> inputs(rows * row_bytes);
+  for (int64_t row = 0; row < rows; ++row) kSparseEmulated.prepare(matrix, form, x + row * matrix.in, inputs.data() + row * row_bytes);
+  std::vector<float> scratch(2 * (matrix.in + 64));
+  kSparseEmulated.linear(matrix, form, {inputs.data(), row_bytes, rows, result, Type::kFloat32, nullptr}, 0, matrix.out, scratch.data());
+  return static_cast<int>(form);
+}

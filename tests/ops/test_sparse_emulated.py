@@ -1,0 +1,62 @@
+"""The AVX-512 products with VNNI, VBMI and BF16 over emulated instructions, for processors that have plain AVX-512 alone."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from maskllm.ops import Layout, sparse_pack
+from maskllm.ops import sparse_reference as reference
+from maskllm.ops.extension import kernels
+from maskllm.patterns import Pattern
+from tests.ops.test_sparse_linear import DTYPES, assert_near, matrix, name, rounds_inputs, stored
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"),
+    pytest.mark.skipif(kernels() is None or "avx512" not in kernels().instruction_sets(), reason="needs AVX-512"),
+]
+FLOAT32, BFLOAT16, QUANTIZED = range(3)
+LAYOUTS = [
+    Layout(pattern, bits, group_size)
+    for pattern in (Pattern(2, 4), Pattern(1, 4), Pattern(4, 8))
+    for bits, group_size in ((16, -1), (32, -1), (8, -1), (8, 128), (4, 32), (4, 512))
+]
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    path = tmp_path_factory.mktemp("emulated") / "product.so"
+    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cpu'}", "-I."]
+    subprocess.run(["g++", *flags, "product.cpp", "-o", str(path)], check=True, cwd=Path(__file__).parent / "emulated")
+    library = ctypes.CDLL(str(path))
+    library.product.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64, ctypes.c_bool, ctypes.c_void_p]
+    return library
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name)
+def test_products_match_the_dense_product_in_fp64(library, layout):
+    for out, in_features, rows in ((1, 8, 1), (3, 200, 2), (9, 264, 7), (6, 1032, 1), (8, 1024, 16)):
+        tensors = sparse_pack(matrix(layout.pattern, out, in_features, DTYPES[layout.bits][0]), layout)
+        dense = reference.expand(*stored(tensors), in_features, layout.numbers, torch.float32)
+        values, places, scales, _ = stored(tensors)
+        n, m, bits, group_size = layout.numbers
+        kept = in_features // m * n
+        form = {(2, 4): 0, (1, 4): 1}.get((n, m), 2)
+        kind = {32: 0, 16: 1, 8: 3, 4: 4}[bits]
+        row_bytes = values[0].nbytes
+        groups = reference.groups(in_features, group_size)
+        group_size = in_features if groups == 1 else group_size
+        fields = (form, kind, n, m, out, in_features, kept, out * kept, row_bytes, places.shape[1], groups, group_size)
+        numbers = torch.tensor(fields)
+        data = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(rows))
+        data = data.bfloat16().float() if bits == 16 else data
+        result = torch.full((rows, out), torch.nan)
+        pointers = [None if each is None else each.data_ptr() for each in (values, places, scales, numbers, data)]
+        found = library.product(*pointers, rows, bits == 16, result.data_ptr())
+        rounded = rounds_inputs(layout, in_features, rows)
+        assert found == (QUANTIZED if rounded else BFLOAT16 if bits == 16 and form != 2 else FLOAT32)
+        assert_near(result, data, dense.double(), torch.zeros(out), rounded)
