@@ -7,8 +7,9 @@ import dataclasses
 
 from maskllm.cli.measure import measured
 from maskllm.cli.options import writable_file
-from maskllm.export.huggingface import MAX_SHARD_SIZE, export
+from maskllm.export.huggingface import export
 from maskllm.files import write_json
+from maskllm.huggingface.shards import MAX_SHARD_SIZE
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -21,12 +21,11 @@ from maskllm.huggingface.config import load_config
 from maskllm.huggingface.hub import find_source
 from maskllm.huggingface.mask_file import MaskFile
 from maskllm.huggingface.parameter_names import ParameterNames
-from maskllm.huggingface.shards import ShardWriter, TensorSpec, write_shards
+from maskllm.huggingface.shards import STORED_NAMES, ShardWriter, TensorSpec, write_shards
 from maskllm.huggingface.side_files import HASH_FILE, read_side_files, write_side_files
 from maskllm.huggingface.tensors import HFTensors
 from maskllm.huggingface.weights_hash import write_hash
 from maskllm.inference.compressed_format import (
-    SAFETENSORS_NAMES,
     CompressedMatrix,
     from_config,
     mark_needs_maskllm,
@@ -149,7 +148,7 @@ def decompress(model: str | Path, output: str | Path) -> int:
             plan[name] = _spec(tensors, name)
         else:
             matrix = matrices[parts[name]]
-            plan[f"{parts[name]}.weight"] = TensorSpec(SAFETENSORS_NAMES[matrix.dtype], matrix.dense_shape)
+            plan[f"{parts[name]}.weight"] = TensorSpec(STORED_NAMES[matrix.dtype], matrix.dense_shape)
     with (
         atomic_directory(output) as temporary,
         write_shards(temporary, plan) as writer,
@@ -303,7 +302,7 @@ def _stored_specs(tensor: str, matrix: _Found, report: CompressReport) -> dict[s
     stored, name = matrix.stored, _module(tensor)
     dtypes = stored.layout.dtypes(stored.values_dtype)
     shapes = stored.layout.shapes(stored.out_features, stored.in_features, matrix.kept)
-    specs = {f"{name}.{key}": TensorSpec(SAFETENSORS_NAMES[dtypes[key]], tuple(shape)) for key, shape in shapes.items()}
+    specs = {f"{name}.{key}": TensorSpec(STORED_NAMES[dtypes[key]], tuple(shape)) for key, shape in shapes.items()}
     dense, size = stored.out_features * stored.in_features * stored.dtype.itemsize, sum(spec.nbytes for spec in specs.values())
     pattern = stored.layout.pattern
     report.matrices[name] = {

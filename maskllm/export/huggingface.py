@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import split_state_dict_into_shards_factory
-from safetensors.torch import save_file
 from tqdm import tqdm
 
 from maskllm.checkpoints.reading import Checkpoint, resolve
@@ -20,16 +18,13 @@ from maskllm.dtypes import dtype_name
 from maskllm.errors import MaskLLMError
 from maskllm.families.mapping import Mapping
 from maskllm.families.registry import parameter_map
-from maskllm.files import atomic_directory, explain_safetensors_errors, read_json_object, write_json
+from maskllm.files import atomic_directory, read_json_object, write_json
 from maskllm.huggingface.mask_file import open_base, write_mask_file
+from maskllm.huggingface.shards import MAX_SHARD_SIZE, STORED_NAMES, TensorSpec, write_shards
 from maskllm.huggingface.side_files import read_side_files, write_side_files
-from maskllm.huggingface.tensors import INDEX
-from maskllm.huggingface.weights_hash import WeightsHash, write_hash
+from maskllm.huggingface.weights_hash import write_hash
 from maskllm.ops import check_mask
 from maskllm.patterns import unpack_mask
-
-MAX_SHARD_SIZE = "5GB"
-"""The default of huggingface_hub's writer. Export holds one file of at most this size in memory."""
 
 
 @dataclass(frozen=True)
@@ -95,32 +90,20 @@ def export(
     if mask_base is not None:
         base = open_base(mask_base)
         base.check({name: tensors[name].shape for name in pruned})
-    shards = split_state_dict_into_shards_factory(
-        tensors,
-        get_storage_size=lambda tensor: tensor.nbytes,
-        filename_pattern="model{suffix}.safetensors",
-        max_shard_size=max_shard_size,
-    )
-    total = shards.metadata["total_size"]
+    plan = {name: TensorSpec(STORED_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
     zeros = 0
-    weights_hash = WeightsHash()
     with (
         atomic_directory(output) as temporary,
-        tqdm(total=total, unit="B", unit_scale=True, desc="export", disable=None) as progress,
+        write_shards(temporary, plan, max_shard_size) as writer,
+        tqdm(total=writer.total_bytes, unit="B", unit_scale=True, desc="export", disable=None) as progress,
     ):
         _write_side_files(checkpoint, temporary, {tensor.dtype for tensor in tensors.values()})
-        for file, names in shards.filename_to_tensors.items():
-            shard = {}
-            for name in names:
-                shard[name] = tensors[name].load().contiguous()
-                zeros += int((shard[name] == 0).sum()) if name in pruned else 0
-                weights_hash.add(name, shard[name])
-                progress.update(tensors[name].nbytes)
-            with explain_safetensors_errors(output / file):
-                save_file(shard, temporary / file, metadata={"format": "pt"})
-        if shards.is_sharded:
-            write_json(temporary / INDEX, {"metadata": {"total_size": total}, "weight_map": shards.tensor_to_filename})
-        write_hash(temporary, weights_hash.hexdigest())
+        for name in tensors:
+            tensor = tensors[name].load()
+            zeros += int((tensor == 0).sum()) if name in pruned else 0
+            writer.write(name, tensor)
+            progress.update(tensors[name].nbytes)
+        write_hash(temporary, writer.weights_hash.hexdigest())
         if mask_file is not None:  # before `output` appears, so that both exist when `output` does
             write_mask_file(mask_file, _hf_masks(checkpoint), base)
     sizes = {name: torch.Size(tensor.shape).numel() for name, tensor in tensors.items()}
@@ -128,8 +111,8 @@ def export(
         parameters=sum(sizes.values()),
         pruned_parameters=sum(sizes[name] for name in pruned),
         zeros=zeros,
-        bytes=total,
-        weights_sha256=weights_hash.hexdigest(),
+        bytes=writer.total_bytes,
+        weights_sha256=writer.weights_hash.hexdigest(),
         trained_weights=checkpoint.info.weights_dtype is not None,
     )
 
@@ -168,7 +151,7 @@ def _hf_tensors(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
 
 
 def _part(parts: Callable[[Mapping], list[torch.Tensor]], mapping: Mapping, index: int) -> torch.Tensor:
-    return parts(mapping)[index].clone()  # a view would keep the fused tensor in memory, and safetensors refuses shared storage
+    return parts(mapping)[index]
 
 
 def _checked_parts(checkpoint: Checkpoint, mapping: Mapping) -> list[torch.Tensor]:

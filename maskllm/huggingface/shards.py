@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
+from maskllm.dtypes import BY_SAFETENSORS
 from maskllm.errors import MaskLLMError
 from maskllm.files import write_json
 from maskllm.huggingface.tensors import INDEX
@@ -20,6 +21,9 @@ from maskllm.huggingface.weights_hash import WeightsHash
 
 MAX_SHARD_SIZE = "5GB"
 """The largest safetensors file to write: the default of huggingface_hub's writer."""
+
+STORED_NAMES = {dtype: name for name, dtype in BY_SAFETENSORS.items()} | {torch.int8: "I8", torch.uint8: "U8", torch.int64: "I64"}
+"""How safetensors names the dtypes of weights and of what a compressed weight is stored as."""
 
 _ORDER = (
     "U64",

@@ -12,6 +12,7 @@ import torch
 from maskllm.dtypes import BY_NAME, dtype_name
 from maskllm.errors import MaskLLMError
 from maskllm.files import write_json
+from maskllm.huggingface.shards import STORED_NAMES
 from maskllm.huggingface.tensors import INDEX_ENDING, NEEDS_MASKLLM, HFTensors
 from maskllm.inference import QUANT_METHOD
 from maskllm.ops.sparse_linear import Layout
@@ -126,17 +127,10 @@ def stored_shapes(tensors: HFTensors, name: str, matrix: CompressedMatrix) -> di
         tensor = f"{name}.{key}"
         if tensor not in have:
             raise MaskLLMError(f"{tensors.directory}: has no tensor {tensor}, which the layout of {name} has")
-        found, wanted = (tensors.stored_dtype(tensor), list(tensors.shape(tensor))), (SAFETENSORS_NAMES[dtypes[key]], shape)
+        found, wanted = (tensors.stored_dtype(tensor), list(tensors.shape(tensor))), (STORED_NAMES[dtypes[key]], shape)
         if found != wanted:
             raise MaskLLMError(f"{tensors.file(tensor)}: {tensor} is {found[0]} {found[1]}; wanted {wanted[0]} {wanted[1]}")
     return shapes
-
-
-SAFETENSORS_NAMES = {
-    **{torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"},
-    **{torch.int8: "I8", torch.uint8: "U8", torch.int64: "I64"},
-}
-"""How safetensors names the dtypes of stored tensors."""
 
 
 def mark_needs_maskllm(directory: Path, config: Mapping[str, Any]) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
+import random
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from maskllm.cli import main
@@ -289,3 +292,31 @@ def test_a_damaged_file(tmp_path):
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.raises(MaskLLMError, match=r"small: has no tensor model.layers.0.mlp.up_proj.places"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+
+
+def test_mutated_files_are_refused_by_maskllm_or_read(tmp_path, monkeypatch):
+    """Bits flipped, bytes removed and inserted, half of them in a header: no other error, and nothing outside of the tensors is read."""
+    monkeypatch.setattr("maskllm.export.compress.tqdm", functools.partial(tqdm, disable=True))
+    model = sparse_model("llama3", torch.bfloat16)
+    unstructured = linears_in_lists(model)["model.layers.0.mlp.up_proj"].weight.data
+    unstructured.normal_().masked_fill_(torch.rand(unstructured.shape) < 0.7, 0)
+    model.save_pretrained(tmp_path / "hf")
+    generator = random.Random(0)
+    refused = 0
+    for name, bits in (("same", None), ("few", 4)):
+        compress(tmp_path / "hf", tmp_path / name, CompressSettings(bits, group_size=16))
+        for file in [tmp_path / name / "model.safetensors"] * 40 + [tmp_path / name / "config.json"] * 20:
+            whole = file.read_bytes()
+            header = 8 + int.from_bytes(whole[:8], "little") if file.suffix == ".safetensors" else len(whole)
+            place = generator.randrange(header if generator.random() < 0.5 else len(whole))
+            changed = generator.choice(
+                [bytes([whole[place] ^ 1 << generator.randrange(8)]), b"", b"0", b"-", b"99999999999", b"null"]
+            )
+            file.write_bytes(whole[:place] + changed + whole[place + generator.choice([0, 1]) :])
+            try:
+                decompress(tmp_path / name, tmp_path / "back")
+            except MaskLLMError:
+                refused += 1
+            shutil.rmtree(tmp_path / "back", ignore_errors=True)
+            file.write_bytes(whole)
+    assert 60 < refused < 120

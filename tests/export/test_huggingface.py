@@ -19,6 +19,7 @@ from maskllm.errors import MaskLLMError
 from maskllm.export.huggingface import export
 from maskllm.export.trim import trim
 from maskllm.families.registry import parameter_map
+from maskllm.huggingface.weights_hash import weights_sha256
 from maskllm.patterns import pack_mask
 from tests.checkpoints.changed import write_changed
 from tests.families.tiny import CONFIGS, write_tiny
@@ -91,6 +92,7 @@ def test_pruned_matrices_keep_two_of_four_and_other_tensors_are_unchanged(stages
         assert torch.equal(after[key][kept], before[key][kept]), key
     report = json.loads((tmp_path / "report.json").read_text())
     assert report.pop("load") == str(stages / "trimmed")
+    assert report.pop("weights_sha256") == weights_sha256(tmp_path / "sparse")
     assert report.pop("seconds") > 0 and report.pop("peak_memory_bytes") > 0
     assert report == {
         "parameters": sum(tensor.numel() for tensor in before.values()),
