@@ -25,18 +25,22 @@ VERBS = {
     "plan": "memory, time and disk that mask learning will take, and the layouts that fit",
     "trim": "keep only the winning mask of a trained checkpoint",
     "export": "Megatron checkpoint to Hugging Face checkpoint and mask file",
+    "verify": "whether the weights of a Hugging Face checkpoint are what is said of them",
     "compress": "sparse Hugging Face checkpoint to one that stores only the non-zeros, and back",
     "evaluate": "perplexity and zero-shot tasks of Hugging Face models or a Megatron checkpoint",
     "generate": "text from a Hugging Face model",
     "benchmark": "speed and memory of Hugging Face models that generate text",
 }
 
-WITHOUT_MEGATRON = ("doctor", "compress", "evaluate", "generate", "benchmark")
+WITHOUT_MEGATRON = ("doctor", "verify", "compress", "evaluate", "generate", "benchmark")
 """Verbs that run without Megatron Core. `doctor` reports if it is missing. `evaluate` imports it for --load only."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `maskllm VERB ...`; returns the exit status: 0 done, 1 bad input, 2 bad usage, 75 stopped by SIGTERM, 130 interrupted."""
+    """Run `maskllm VERB ...`; returns the exit status: 0 done, 1 bad input, 2 bad usage, 75 stopped by SIGTERM, 130 interrupted.
+
+    For `verify`, 1 means that something is not as claimed, and 2 also bad input.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: a path it cannot encode must not fail the verb
     argv = list(sys.argv[1:] if argv is None else argv)

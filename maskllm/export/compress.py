@@ -22,17 +22,18 @@ from maskllm.huggingface.hub import find_source
 from maskllm.huggingface.mask_file import MaskFile
 from maskllm.huggingface.parameter_names import ParameterNames
 from maskllm.huggingface.shards import STORED_NAMES, ShardWriter, TensorSpec, write_shards
-from maskllm.huggingface.side_files import HASH_FILE, read_side_files, write_side_files
+from maskllm.huggingface.side_files import read_side_files, write_side_files
 from maskllm.huggingface.tensors import HFTensors
-from maskllm.huggingface.weights_hash import write_hash
+from maskllm.huggingface.weights_hash import read_hash, write_hash
 from maskllm.inference.compressed_format import (
     CompressedMatrix,
+    dense_weight,
     from_config,
     mark_needs_maskllm,
     stored_shapes,
     to_config,
 )
-from maskllm.ops.sparse_linear import TENSORS, Layout, sparse_check, sparse_expand, sparse_pack
+from maskllm.ops.sparse_linear import Layout, sparse_pack
 from maskllm.patterns import Pattern
 
 BITS = (32, 16, 8, 4)
@@ -156,7 +157,7 @@ def decompress(model: str | Path, output: str | Path) -> int:
     ):
         for name, spec in plan.items():
             matrix = matrices.get(_module(name)) if name not in tensors.names else None
-            writer.write(name, tensors.load(name) if matrix is None else _expand(tensors, _module(name), matrix))
+            writer.write(name, tensors.load(name) if matrix is None else dense_weight(tensors, _module(name), matrix))
             progress.update(spec.nbytes)
         _write_other_files(directory, temporary, writer)
         write_json(temporary / "config.json", config)
@@ -166,16 +167,8 @@ def decompress(model: str | Path, output: str | Path) -> int:
 def _write_other_files(source: Path, target: Path, writer: ShardWriter) -> None:
     """Everything but weights and config.json; also the hash of the new weights if the source states that of its own."""
     write_side_files(read_side_files(source), target)
-    if (source / HASH_FILE).is_file():
-        write_hash(target, writer.weights_hash.hexdigest())
-
-
-def _expand(tensors: HFTensors, name: str, matrix: CompressedMatrix) -> torch.Tensor:
-    """The dense weight of a matrix, checked."""
-    stored = {key: tensors.load(f"{name}.{key}") for key in TENSORS if f"{name}.{key}" in tensors.names}
-    sparse_check(stored, matrix.layout, matrix.out_features, matrix.in_features, f"{tensors.file(f'{name}.values')}: {name}")
-    weight = sparse_expand(stored, matrix.layout, matrix.in_features, matrix.dtype)
-    return weight.t() if matrix.transposed else weight
+    if (stated := read_hash(source)) is not None:
+        write_hash(target, dataclasses.replace(stated, weights_sha256=writer.weights_hash.hexdigest()))
 
 
 def _empty_output(output: str | Path) -> Path:

@@ -22,7 +22,7 @@ from maskllm.files import atomic_directory, read_json_object, write_json
 from maskllm.huggingface.mask_file import open_base, write_mask_file
 from maskllm.huggingface.shards import MAX_SHARD_SIZE, STORED_NAMES, TensorSpec, write_shards
 from maskllm.huggingface.side_files import read_side_files, write_side_files
-from maskllm.huggingface.weights_hash import write_hash
+from maskllm.huggingface.weights_hash import TRAINED, StatedHash, write_hash
 from maskllm.ops import check_mask
 from maskllm.patterns import unpack_mask
 
@@ -54,7 +54,8 @@ def export(
     """Write the checkpoint `load`, dense or trimmed, as a Hugging Face checkpoint to the directory `output`.
 
     Tensors keep their dtype and their bits. Every pruned matrix is checked: it has at most N non-zeros in every M, and none outside
-    of its mask. `output` states the hash of its weights (`maskllm.huggingface.weights_hash`). It appears complete or not at all.
+    of its mask. `output` states the hash of its weights, and whether kept weights were changed (`maskllm.huggingface.weights_hash`).
+    It appears complete or not at all.
 
     Args:
         mask_file: A file outside of `output` to write the masks to (`maskllm.huggingface.mask_file`). It appears before `output` does.
@@ -103,7 +104,7 @@ def export(
             zeros += int((tensor == 0).sum()) if name in pruned else 0
             writer.write(name, tensor)
             progress.update(tensors[name].nbytes)
-        write_hash(temporary, writer.weights_hash.hexdigest())
+        write_hash(temporary, StatedHash(writer.weights_hash.hexdigest(), _kept_weights(checkpoint)))
         if mask_file is not None:  # before `output` appears, so that both exist when `output` does
             write_mask_file(mask_file, _hf_masks(checkpoint), base)
     sizes = {name: torch.Size(tensor.shape).numel() for name, tensor in tensors.items()}
@@ -115,6 +116,14 @@ def export(
         weights_sha256=writer.weights_hash.hexdigest(),
         trained_weights=checkpoint.info.weights_dtype is not None,
     )
+
+
+def _kept_weights(checkpoint: Checkpoint) -> str | None:
+    """`StatedHash.kept_weights` of the checkpoint."""
+    details = checkpoint.info.details
+    if checkpoint.info.weights_dtype is not None:
+        return TRAINED
+    return f"updated by {checkpoint.info.method}" if details.get("update_weights") else None
 
 
 def _pruned_names(checkpoint: Checkpoint) -> set[str]:

@@ -1,9 +1,10 @@
-"""Which layout stores a sparse matrix in the fewest bytes: N:M for every M, or unstructured."""
+"""Which pattern a sparse matrix has, and which layout stores it in the fewest bytes: N:M for every M, or unstructured."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -12,6 +13,56 @@ from maskllm.ops.sparse_linear import Layout
 from maskllm.patterns import MAX_M, Pattern
 
 _SAMPLED_ROWS = 64
+_BROKEN = 0.01
+"""The share of blocks that may have more than N non-zeros before a matrix counts as unstructured."""
+
+
+@dataclass(frozen=True)
+class FoundPattern:
+    """The N:M pattern of a matrix."""
+
+    pattern: Pattern
+    broken: int
+    """How many of its blocks have more than N non-zeros."""
+
+
+def broken_blocks(kept: torch.Tensor, pattern: Pattern) -> torch.Tensor:
+    """Which blocks of `kept`, bool [out, in], keep more than N weights: bool [out, in / M]. M must divide in."""
+    return _counts(kept, pattern.m) > pattern.n
+
+
+def found_pattern(kept: torch.Tensor) -> FoundPattern | None:
+    """The N:M pattern, of any M up to 64, that the zeros of a matrix follow; None if they follow none.
+
+    N is the number of non-zeros that most blocks have; blocks without any do not count. At least half of the others have exactly N, and
+    at most one in a hundred has more. Of several such patterns, the one with the smallest N / M is taken, and of those the smallest
+    blocks: 2:4 rather than 4:8, 1:4 rather than 1:2. A sample of rows tells which patterns to count in full.
+
+    Args:
+        kept: bool [out, in], the places of the non-zeros.
+    """
+    sample = kept[:: max(1, len(kept) // _SAMPLED_ROWS)]
+    likely = [pattern for m in _block_sizes(kept.shape[1], None, -1) if (pattern := _usual(sample, m)) is not None]
+    for likely_pattern in sorted(likely, key=lambda pattern: (pattern.n / pattern.m, pattern.m)):
+        pattern = _usual(kept, likely_pattern.m)
+        if pattern == likely_pattern:
+            return FoundPattern(pattern, int(broken_blocks(kept, pattern).sum()))
+    return None
+
+
+def _usual(kept: torch.Tensor, m: int) -> Pattern | None:
+    """The pattern with blocks of `m` that `found_pattern` describes, if `kept` has one."""
+    sizes = torch.bincount(_counts(kept, m).flatten().long(), minlength=m + 1)
+    sizes[0] = 0
+    blocks, n = int(sizes.sum()), int(sizes.argmax())
+    if blocks == 0 or n == m or 2 * int(sizes[n]) < blocks or int(sizes[n + 1 :].sum()) > _BROKEN * blocks:
+        return None
+    return Pattern(n, m)
+
+
+def _counts(kept: torch.Tensor, m: int) -> torch.Tensor:
+    """How many weights each block of `m` keeps: uint8 [out, in / m]."""
+    return kept.view(torch.uint8).unflatten(1, (-1, m)).sum(-1, dtype=torch.uint8)
 
 
 def smallest_layout(kept: torch.Tensor, dtype: torch.dtype, pattern: Pattern | None = None, group_size: int = -1) -> Layout | None:
@@ -65,7 +116,7 @@ def _largest_count(kept: torch.Tensor, m: int) -> int:
     """The most non-zeros that a block of `m` columns has."""
     if kept.numel() == 0:
         return 0
-    return int(kept.view(torch.uint8).unflatten(1, (-1, m)).sum(-1, dtype=torch.uint8).max())
+    return int(_counts(kept, m).max())
 
 
 def _pattern(n: int, m: int, wanted: Pattern | None) -> Pattern | None:

@@ -8,14 +8,17 @@ name, dtype, shape or any of its bits. A tied tensor that is stored twice counts
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from maskllm.dtypes import dtype_name
-from maskllm.files import write_json
+from maskllm.errors import MaskLLMError
+from maskllm.files import read_json_object, write_json
 from maskllm.huggingface.side_files import HASH_FILE
 from maskllm.huggingface.tensors import HFTensors
 
@@ -49,6 +52,33 @@ def weights_sha256(directory: Path) -> str:
     return found.hexdigest()
 
 
-def write_hash(directory: Path, weights_hash: str) -> None:
-    """Write the file HASH_FILE of an exported directory: `{"weights_sha256": ...}`. It is not passed on to other checkpoints."""
-    write_json(directory / HASH_FILE, {"weights_sha256": weights_hash})
+@dataclass(frozen=True)
+class StatedHash:
+    """What HASH_FILE says of the weights beside it."""
+
+    weights_sha256: str
+    kept_weights: str | None = None
+    """What changed the kept weights, such as TRAINED; None if they are the dense model's."""
+
+
+TRAINED = "trained"
+"""`StatedHash.kept_weights` of a training, which may have changed any tensor."""
+
+
+def write_hash(directory: Path, stated: StatedHash) -> None:
+    """Write HASH_FILE of a directory: `{"weights_sha256": ...}`, and `kept_weights` if they changed. No other checkpoint gets it."""
+    write_json(directory / HASH_FILE, {key: value for key, value in dataclasses.asdict(stated).items() if value is not None})
+
+
+def read_hash(directory: Path) -> StatedHash | None:
+    """What HASH_FILE of a directory says; None without that file. Raises MaskLLMError if it cannot be read."""
+    path = directory / HASH_FILE
+    if not path.exists():
+        return None
+    values = read_json_object(path)
+    stated, kept = values.get("weights_sha256"), values.get("kept_weights")
+    if not isinstance(stated, str) or not isinstance(kept, str | None):
+        raise MaskLLMError(
+            f"{path}: weights_sha256 is {stated!r} and kept_weights {kept!r}; wanted text; remove the file or write it again"
+        )
+    return StatedHash(stated, kept)

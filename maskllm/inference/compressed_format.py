@@ -15,7 +15,7 @@ from maskllm.files import write_json
 from maskllm.huggingface.shards import STORED_NAMES
 from maskllm.huggingface.tensors import INDEX_ENDING, NEEDS_MASKLLM, HFTensors
 from maskllm.inference import QUANT_METHOD
-from maskllm.ops.sparse_linear import Layout
+from maskllm.ops.sparse_linear import TENSORS, Layout, sparse_check, sparse_expand
 from maskllm.patterns import Pattern
 
 FORMAT_VERSION = 1
@@ -131,6 +131,17 @@ def stored_shapes(tensors: HFTensors, name: str, matrix: CompressedMatrix) -> di
         if found != wanted:
             raise MaskLLMError(f"{tensors.file(tensor)}: {tensor} is {found[0]} {found[1]}; wanted {wanted[0]} {wanted[1]}")
     return shapes
+
+
+def dense_weight(tensors: HFTensors, name: str, matrix: CompressedMatrix) -> torch.Tensor:
+    """The dense weight of the compressed matrix `name`, [out, in], or [in, out] if it is transposed.
+
+    Raises MaskLLMError if its tensors cannot be read or hold places, scales or rows that cannot be.
+    """
+    stored = {key: tensors.load(f"{name}.{key}") for key in TENSORS if f"{name}.{key}" in tensors.names}
+    sparse_check(stored, matrix.layout, matrix.out_features, matrix.in_features, f"{tensors.file(f'{name}.values')}: {name}")
+    weight = sparse_expand(stored, matrix.layout, matrix.in_features, matrix.dtype)
+    return weight.t() if matrix.transposed else weight
 
 
 def mark_needs_maskllm(directory: Path, config: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from maskllm.export.compress import CompressSettings, compress, decompress
 from maskllm.huggingface.blocks import linears_in_lists
 from maskllm.huggingface.mask_file import open_mask_file, write_mask_file
 from maskllm.huggingface.shards import TensorSpec, write_shards
-from maskllm.huggingface.weights_hash import weights_sha256, write_hash
+from maskllm.huggingface.weights_hash import StatedHash, weights_sha256, write_hash
 from maskllm.ops.sparse_linear import Layout, sparse_expand
 from maskllm.patterns import Pattern
 from tests.families.tiny import write_tiny
@@ -55,7 +55,7 @@ def files_of(path: Path) -> dict[str, bytes]:
 def test_decompress_gives_every_file_back(kind, dtype, n, m, tmp_path):
     write_sparse(tmp_path / "hf", kind, dtype, n, m)
     (tmp_path / "hf" / "LICENSE").write_text("free")
-    write_hash(tmp_path / "hf", weights_sha256(tmp_path / "hf"))
+    write_hash(tmp_path / "hf", StatedHash(weights_sha256(tmp_path / "hf")))
     (tmp_path / "hf" / "additional_chat_templates").mkdir()
     (tmp_path / "hf" / "additional_chat_templates" / "tools.jinja").write_text("{{ tools }}")
     report = compress(tmp_path / "hf", tmp_path / "small")
