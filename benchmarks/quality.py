@@ -69,6 +69,11 @@ RECIPES = {
     "weights-squarehead": Recipe(["--train", "weights", "--squarehead-loss-coeff", "1"], ("2e-4", "6e-4", "1e-3")),
     "weights-ce-kl": Recipe(["--train", "weights", *CE_KL], ("2e-4", "6e-4", "1e-3")),
     "both-ce-kl": Recipe(["--train", "both", *CE_KL, *MASKS, *LOGITS_RATE], ("2e-4", "6e-4", "1e-3")),
+    "cast": Recipe(
+        ["--train", "weights", "--weights-optimizer", "cast", "--pattern", "2:4", *CE_KL, "--lr-warmup-iters", "10"],
+        ("3e-4", "1e-3", "2e-3"),
+        start="dense",
+    ),
     "both-kl": Recipe(["--train", "both", *KL, *MASKS, *LOGITS_RATE], ("2e-4", "6e-4", "1e-3")),
 }
 
