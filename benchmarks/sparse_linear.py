@@ -1,11 +1,13 @@
 """Products with matrices stored without their zeros against torch's dense ones, on a CPU.
 
-    python benchmarks/sparse_linear.py [--rows 1 2 4 ...] [--seconds 4] [--json FILE]
+    python benchmarks/sparse_linear.py [--rows 1 2 4 ...] [--seconds 2] [--processor-time] [--json FILE]
 
-First one row times an 11008 x 4096 matrix, then a larger and larger number of rows. Each contender cycles through enough matrices that
-none of them is in the cache. The contenders take turns, and the shortest time of each counts, since other programs can only make one
-longer. Beside the times stand the bytes of weights a second as a share of what a plain loop reads, and the time with the weights in
-the cache, which is the loop's own limit. Needs g++ for the loops in dense_loops.cpp.
+First one row times an 11008 x 4096 matrix, then a larger and larger number of rows. The matrix is cut into eight parts of 1376 rows (into
+halves from 65 rows of activations on), and a call multiplies one of them: the shorter a call, the likelier is one that no other program
+interrupts. Each contender cycles through so many parts that none of them is in the cache. The contenders take turns, and the shortest
+time of each counts, times the number of parts, since other programs can only make one longer. Beside the times stand the bytes of
+weights a second as a share of what a plain loop reads, and the bytes a second with 160 rows of weights in the second-level cache, which
+is the loop's own limit. Needs g++ for dense_loops.cpp.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from maskllm.ops import Layout, sparse_linear, sparse_pack
 from maskllm.ops.extension import kernels
 from maskllm.patterns import Pattern
 
-OUT, IN = 11008, 4096
+OUT, IN, PARTS = 11008, 4096, 8
 ROWS = [1, 2, 4, 8, 16, 17, 32, 64, 128, 256, 512, 1024, 2048]
 LAYOUTS = {
     "2:4 bf16": Layout(Pattern(2, 4), 16),
@@ -72,24 +74,22 @@ class Contender:
         self.turn = itertools.cycle(self.sets)
         self.best = float("inf")
 
-    def measure(self) -> None:
+    def measure(self, clock: Callable[[], float]) -> None:
         tensors = next(self.turn)
-        start = time.perf_counter()
+        start = clock()
         self.product(*tensors)
-        self.best = min(self.best, time.perf_counter() - start)
+        self.best = min(self.best, clock() - start)
 
 
-def measure(contenders: dict[str, Contender], seconds: float) -> dict[str, float]:
+def measure(contenders: dict[str, Contender], seconds: float, clock: Callable[[], float]) -> dict[str, float]:
     """The shortest time of each contender. They take turns for `seconds` times their number."""
     for contender in contenders.values():
-        for _ in range(2):
-            contender.measure()
+        contender.measure(clock)
         contender.best = float("inf")
     end = time.perf_counter() + seconds * len(contenders)
-    while time.perf_counter() < end:
+    while time.perf_counter() < end or any(contender.best == float("inf") for contender in contenders.values()):
         for contender in contenders.values():
-            for _ in range(2):
-                contender.measure()
+            contender.measure(clock)
     return {name: contender.best for name, contender in contenders.items()}
 
 
@@ -120,43 +120,43 @@ def stored(layout: Layout, weight: torch.Tensor, data: torch.Tensor) -> tuple[li
     return list(tensors.values()), lambda *each: sparse_linear(data, dict(zip(tensors, each, strict=True)), layout)
 
 
-def one_row(library: ctypes.CDLL, out: int, copies: Callable[[int], int], seconds: float) -> dict[str, dict[str, float]]:
-    """Time and bytes of each contender for one row and an `out` x IN matrix. `copies` is how many of so many bytes."""
+def one_row(
+    library: ctypes.CDLL, out: int, cached: bool, seconds: float, clock: Callable[[], float]
+) -> dict[str, dict[str, float]]:
+    """Time and bytes of each contender for one row and an `out` x IN matrix, from memory or from the cache."""
     data = torch.randn(1, IN)
     half = data.bfloat16()
     linear = torch.nn.functional.linear
     weight = kept(Pattern(2, 4), out, IN)
+    quarter = kept(Pattern(1, 4), out, IN)
+    library.read_words.restype = ctypes.c_uint64
+    read = lambda each: library.read_words(ctypes.c_void_p(each.data_ptr()), ctypes.c_int64(each.nbytes // 8))  # noqa: E731
     parts = {
         "dense bf16 (torch)": ([weight.bfloat16()], lambda each: linear(half, each)),
         "dense fp32 (torch)": ([weight], lambda each: linear(data, each)),
         "dense int8 (VNNI loop)": dense_int8(library, weight, data),
-        **{
-            name: stored(layout, weight if layout.pattern.n == 2 else kept(layout.pattern, out, IN), half)
-            for name, layout in LAYOUTS.items()
-        },
+        **{name: stored(layout, weight if layout.pattern.n == 2 else quarter, half) for name, layout in LAYOUTS.items()},
+        "read": ([torch.ones(out * IN, dtype=torch.uint8)], read),
     }
-    words = torch.ones(256 << 20, dtype=torch.uint8) if copies(1) > 1 else torch.ones(1 << 18, dtype=torch.uint8)
-    library.read_words.restype = ctypes.c_uint64
-    read = lambda each: library.read_words(ctypes.c_void_p(each.data_ptr()), ctypes.c_int64(each.nbytes // 8))  # noqa: E731
-    contenders = {
-        name: Contender(tensors, product, copies(sum(each.nbytes for each in tensors)))
-        for name, (tensors, product) in parts.items()
-    }
-    contenders["read"] = Contender([words], read, 1)
-    times = measure(contenders, seconds)
+    contenders = {}
+    for name, (tensors, product) in parts.items():
+        size = sum(each.nbytes for each in tensors)
+        contenders[name] = Contender(tensors, product, 1 if cached else -(-4 * cache_bytes() // size))
+    times = measure(contenders, seconds, clock)
     return {name: {"seconds": times[name], "bytes": contenders[name].bytes} for name in contenders}
 
 
-def many_rows(rows: list[int], seconds: float) -> list[dict]:
+def many_rows(rows: list[int], seconds: float, clock: Callable[[], float]) -> list[dict]:
     """The time of torch's dense product over each stored layout's, by number of rows."""
     found = []
-    weight = kept(Pattern(2, 4), OUT, IN)
     for count in rows:
+        parts_of_matrix = PARTS if count <= 64 else 2
+        weight = kept(Pattern(2, 4), OUT // parts_of_matrix, IN)
         half = torch.randn(count, IN).bfloat16()
         parts = {"dense": ([weight.bfloat16()], lambda each, half=half: torch.nn.functional.linear(half, each))}
         parts |= {name: stored(layout, weight, half) for name, layout in LAYOUTS.items() if layout.pattern.n == 2}
-        contenders = {name: Contender(*part, copies=2) for name, part in parts.items()}
-        times = measure(contenders, max(seconds, 0.004 * count) if count > 16 else seconds)
+        contenders = {name: Contender(*part, copies=12 if count <= 64 else 2) for name, part in parts.items()}
+        times = {name: parts_of_matrix * each for name, each in measure(contenders, seconds, clock).items()}
         found.append({"rows": count, "seconds": times, "ratio": {name: times["dense"] / times[name] for name in times}})
         ratios = ", ".join(f"{name} {ratio:.2f}" for name, ratio in found[-1]["ratio"].items() if name != "dense")
         print(f"  {count:5} rows: dense {times['dense'] * 1e3:8.2f} ms; dense over {ratios}", flush=True)
@@ -167,13 +167,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--rows", type=int, nargs="*", default=ROWS)
     parser.add_argument("--seconds", type=float, default=2.0, help="the time for each contender")
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="count the processor seconds of all threads, which do not include other programs; for one thread (OMP_NUM_THREADS=1)",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
     args = parser.parse_args()
     torch.manual_seed(0)
     library = loops()
     print(f"{describe('cpu')} ({kernels().instruction_set()}), load {os.getloadavg()[0]:.1f}")
-    memory = one_row(library, OUT, lambda size: max(2, -(-4 * cache_bytes() // size)), args.seconds)
-    cache = one_row(library, 96, lambda size: 1, args.seconds / 4)
+    clock = time.process_time if args.processor_time else time.perf_counter
+    memory = one_row(library, OUT // PARTS, False, args.seconds, clock)
+    # A call of few rows takes as long as everything but the loop.
+    few, more = (one_row(library, count, True, args.seconds / 4, clock) for count in (4, 164))
+    cache = {name: {key: more[name][key] - few[name][key] for key in more[name]} for name in more}
+    memory = {name: {key: PARTS * value for key, value in each.items()} for name, each in memory.items()}
     bandwidth = memory["read"]["bytes"] / memory["read"]["seconds"]
     dense = memory["dense bf16 (torch)"]["seconds"]
     print(f"one row, {OUT} x {IN}; a plain loop reads {bandwidth / 1e9:.1f} GB/s")
@@ -191,7 +200,8 @@ def main() -> None:
         "instruction_set": kernels().instruction_set(),
         "one_row": memory,
         "int8_over_dense_int8": by_int8,
-        "rows": many_rows(args.rows, args.seconds),
+        "clock": clock.__name__,
+        "rows": many_rows(args.rows, args.seconds, clock),
     }
     if args.json:
         write_json(args.json, result)

@@ -74,7 +74,8 @@ void many_rows(const SparseMatrix& matrix, const at::Tensor& input, const std::o
   const bool half = instruction_set().bf16 && input.scalar_type() == at::kBFloat16;
   const at::Tensor x = (half ? input : input.to(at::kFloat)).detach();
   const at::Tensor added = bias.has_value() ? bias->to(x.scalar_type()).detach() : at::Tensor();
-  const int64_t tile_rows = x.size(0) <= 128 ? 64 : 128;
+  // Large tiles, since a product first copies all of its inputs into an order of its own; and tiles enough for 16 threads.
+  const int64_t tile_rows = std::clamp<int64_t>((matrix.out / 16 + 15) / 16 * 16, 64, x.size(0) <= 512 ? 256 : 512);
   at::parallel_for(0, (matrix.out + tile_rows - 1) / tile_rows, 1, [&](int64_t first, int64_t last) {
     const at::AutoDispatchBelowADInplaceOrView no_gradients;
     const auto scratch = scratch_for(matrix.in);
@@ -109,7 +110,7 @@ at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values, cons
   const at::Tensor flat = input.contiguous().view({rows, matrix.in});
   at::Tensor result = at::empty({rows, matrix.out}, input.options());
   if (rows > 0 && matrix.out > 0) {
-    if (rows <= kFewRows) {
+    if (rows <= (instruction_set().bf16 ? kFewRows : kFewRowsWithoutBFloat16)) {
       few_rows(matrix, flat, bias.has_value() ? bias->const_data_ptr() : nullptr, result);
     } else {
       many_rows(matrix, flat, bias, result);

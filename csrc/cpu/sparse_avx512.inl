@@ -281,10 +281,6 @@ inline float dot(const float* a, const float* b, int64_t count) {
   return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
 }
 
-inline void unpack_nibbles(const uint8_t* packed, int64_t first, int64_t count, int8_t* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<int8_t>((packed[(first + i) / 2] >> 4 * ((first + i) & 1) & 15) ^ 8) - 8;
-}
-
 template <Places F, class G>
 void bf16_product(const SparseMatrix& matrix, const G& groups, const Product& product, int64_t begin, int64_t end);
 

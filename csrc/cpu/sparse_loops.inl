@@ -118,66 +118,88 @@ void product_of(const SparseMatrix& matrix, const Groups& groups, const Product&
 }
 
 // The columns of 16 that a row keeps, from `column` on, a multiple of 16.
+template <Places F>
 inline uint32_t kept_of_16(const SparseMatrix& matrix, const uint8_t* places, int64_t column) {
   if (column + 16 <= matrix.in) {
-    if (matrix.form == Places::kBitmask) return places[column / 8] | places[column / 8 + 1] << 8;
-    if (matrix.form == Places::kTwoOfFour) {
-      return kTwoOfFourMask[places[column / 8]] | kTwoOfFourMask[places[column / 8 + 1]] << 8;
-    }
+    if (F == Places::kBitmask) return places[column / 8] | places[column / 8 + 1] << 8;
+    if (F == Places::kTwoOfFour) return kTwoOfFourMask[places[column / 8]] | kTwoOfFourMask[places[column / 8 + 1]] << 8;
     return kOneOfFourMask[places[column / 16]];
   }
   const uint32_t low = kept_byte(matrix, places, column / 8);
   return column + 8 < matrix.in ? low | kept_byte(matrix, places, column / 8 + 1) << 8 : low;
 }
 
+// Numbers of 4 bits from number `first` on. Writes one more than `count` if that ends within a byte.
+inline void unpack_nibbles(const uint8_t* __restrict packed, int64_t first, int64_t count, int8_t* __restrict to) {
+  packed += first / 2;
+  if (first % 2 != 0 && count > 0) {
+    *to++ = static_cast<int8_t>((*packed++ >> 4) ^ 8) - 8;
+    --count;
+  }
+  for (int64_t pair = 0; pair < (count + 1) / 2; ++pair) {
+    to[2 * pair] = static_cast<int8_t>(((packed[pair] & 15) ^ 8) - 8);
+    to[2 * pair + 1] = static_cast<int8_t>(((packed[pair] >> 4) ^ 8) - 8);
+  }
+}
+
 // A row as fp32 numbers with zeros to the next multiple of 16 columns. `scratch` takes in + 64 bytes.
-template <Values V>
+template <Places F, Values V>
 void expand_floats(const SparseMatrix& matrix, int64_t row, float* to, int8_t* scratch) {
+  constexpr int kBytes = V == Values::kFloat32 ? 4 : (V == Values::kBFloat16 || V == Values::kFloat16 ? 2 : 1);
   const uint8_t* const places = matrix.row_places(row);
-  int64_t index = matrix.first_value(row);
+  int64_t index = matrix.first_value(row), all = matrix.all_values;
   const uint8_t* values = matrix.values;
-  int64_t all = matrix.all_values;
   if constexpr (V == Values::kInt4) {  // its numbers are unpacked first
-    const int64_t count = matrix.row_starts != nullptr ? matrix.row_starts[row + 1] - index : matrix.kept;
-    unpack_nibbles(values, index, count, scratch);
+    unpack_nibbles(values, index, matrix.row_starts != nullptr ? matrix.row_starts[row + 1] - index : matrix.kept, scratch);
     values = reinterpret_cast<const uint8_t*>(scratch);
     index = 0;
     all = matrix.in + 64;
   }
   const float* const scales = matrix.scales + row * matrix.groups;
-  const bool whole = matrix.group_size % 16 == 0 || matrix.groups == 1;  // 16 columns have one scale
+  const bool whole = matrix.groups == 1 || matrix.group_size % 16 == 0;  // 16 columns have one scale
+  float scale = 1.0f;
+  int64_t next = matrix.scales == nullptr || !whole ? matrix.in : 0, group = 0;  // the column at which another scale begins
   for (int64_t column = 0; column < matrix.in; column += 16) {
-    const uint32_t mask = kept_of_16(matrix, places, column);
-    const float scale = matrix.scales == nullptr || !whole ? 1.0f : scales[matrix.groups == 1 ? 0 : column / matrix.group_size];
+    if (column == next) {
+      scale = scales[group++];
+      next += matrix.group_size;
+    }
+    const uint32_t mask = kept_of_16<F>(matrix, places, column);
     if (index + 16 <= all) {
       expand_16<V>(values, index, mask, scale, to + column);
     } else {
       alignas(64) uint8_t last[64] = {};
-      constexpr int kBytes = V == Values::kFloat32 ? 4 : (V == Values::kBFloat16 || V == Values::kFloat16 ? 2 : 1);
       std::memcpy(last, values + index * kBytes, (all - index) * kBytes);
       expand_16<V>(last, 0, mask, scale, to + column);
     }
     index += __builtin_popcount(mask);
   }
-  if (matrix.scales != nullptr && !whole) {
+  if (!whole) {
     for (int64_t column = 0; column < matrix.in; ++column) to[column] *= scales[column / matrix.group_size];
+  }
+}
+
+template <Places F>
+void expand_form(const SparseMatrix& matrix, int64_t row, float* to, int8_t* scratch) {
+  switch (matrix.type) {
+    case Values::kFloat32:
+      return expand_floats<F, Values::kFloat32>(matrix, row, to, scratch);
+    case Values::kBFloat16:
+      return expand_floats<F, Values::kBFloat16>(matrix, row, to, scratch);
+    case Values::kFloat16:
+      return expand_floats<F, Values::kFloat16>(matrix, row, to, scratch);
+    case Values::kInt8:
+      return expand_floats<F, Values::kInt8>(matrix, row, to, scratch);
+    case Values::kInt4:
+      return expand_floats<F, Values::kInt4>(matrix, row, to, scratch);
   }
 }
 
 void expand_to_floats(const SparseMatrix& matrix, int64_t row, float* to, float* scratch) {
   auto* const bytes = reinterpret_cast<int8_t*>(scratch);
-  switch (matrix.type) {
-    case Values::kFloat32:
-      return expand_floats<Values::kFloat32>(matrix, row, to, bytes);
-    case Values::kBFloat16:
-      return expand_floats<Values::kBFloat16>(matrix, row, to, bytes);
-    case Values::kFloat16:
-      return expand_floats<Values::kFloat16>(matrix, row, to, bytes);
-    case Values::kInt8:
-      return expand_floats<Values::kInt8>(matrix, row, to, bytes);
-    case Values::kInt4:
-      return expand_floats<Values::kInt4>(matrix, row, to, bytes);
-  }
+  if (matrix.form == Places::kTwoOfFour) return expand_form<Places::kTwoOfFour>(matrix, row, to, bytes);
+  if (matrix.form == Places::kOneOfFour) return expand_form<Places::kOneOfFour>(matrix, row, to, bytes);
+  expand_form<Places::kBitmask>(matrix, row, to, bytes);
 }
 
 void expand(const SparseMatrix& matrix, int64_t row, Type type, void* to, float* scratch) {
