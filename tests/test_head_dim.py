@@ -16,8 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from maskllm import train
 from maskllm.checkpoints.reading import resolve
 from maskllm.cli import main
-from maskllm.evaluation.huggingface import hf_window_nll
-from maskllm.evaluation.megatron import load_masked_model, megatron_window_nll
+from maskllm.evaluation.huggingface import hf_window_nlls
+from maskllm.evaluation.megatron import load_masked_model, megatron_window_nlls
 from maskllm.huggingface.config import load_config
 from maskllm.huggingface.loading import load_hf_model
 from maskllm.megatron.process_groups import parallel_processes
@@ -56,12 +56,12 @@ def folder(tmp_path_factory) -> Path:
 
 
 def nll(model: PreTrainedModel) -> float:
-    return hf_window_nll(model)(torch.arange(60))
+    return hf_window_nlls(model)(torch.arange(60)[None])[0]
 
 
 def megatron_nll(path: Path) -> float:
     with parallel_processes():
-        return megatron_window_nll(load_masked_model(resolve(path), torch.float32))(torch.arange(60))
+        return megatron_window_nlls(load_masked_model(resolve(path), torch.float32))(torch.arange(60)[None])[0]
 
 
 def test_the_config_is_transformers_own(folder, tmp_path):

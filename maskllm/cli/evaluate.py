@@ -16,6 +16,7 @@ from maskllm.environment.optional_parts import lm_eval
 from maskllm.errors import MaskLLMError, flag
 from maskllm.evaluation.candidates import Candidate, named
 from maskllm.evaluation.huggingface import Evaluation, evaluate_hf
+from maskllm.evaluation.text import FORMATS
 from maskllm.failures import is_alone, run_guarded
 from maskllm.files import write_json
 from maskllm.processes import peak_resident_bytes
@@ -37,6 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--data", metavar="FILE", help="held-out text: WikiText raw, JSON lines or plain text, each also as gzip or Zstandard"
+    )
+    parser.add_argument(
+        "--data-format",
+        choices=FORMATS,
+        help="how --data is read and cut into windows. auto: by its contents; c4: 256 windows of random documents of C4's validation set "
+        "(GPTQ); c4-new: the first 256 windows of its first 1100 documents (SparseGPT, Wanda); ptb: the rows of Penn Treebank's raw text, "
+        "joined by spaces; default: auto",
     )
     parser.add_argument(
         "--tasks",
@@ -74,7 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size",
         type=_batch_size,
         metavar="N|auto",
-        help="prompts in a batch; auto: the largest that fits into memory; default: auto on GPUs, 8 on CPUs",
+        help="prompts of --tasks, or windows of --data with --model, in a batch; auto: as many as fit into memory; default: auto on GPUs, "
+        "on CPUs 8 prompts or 1 window",
     )
     parser.add_argument(
         "--params-dtype",
@@ -127,10 +136,12 @@ def _check(args: argparse.Namespace) -> None:
     if (args.data is None) != (args.seq_length is None):
         found, missing = ("--data", "--seq-length") if args.seq_length is None else ("--seq-length", "--data")
         raise MaskLLMError(f"{found}: wanted {missing} too; the perplexity of a text is that of its windows of --seq-length tokens")
-    if args.data is None and args.max_windows is not None:
-        raise MaskLLMError("--max-windows: applies to --data only")
-    if args.tasks is None and (args.tasks_data is not None or args.limit is not None or args.batch_size is not None):
-        raise MaskLLMError("--tasks-data, --limit, --batch-size: apply to --tasks only")
+    if args.data is None and (args.max_windows is not None or args.data_format is not None):
+        raise MaskLLMError("--max-windows, --data-format: apply to --data only")
+    if args.tasks is None and (args.tasks_data is not None or args.limit is not None):
+        raise MaskLLMError("--tasks-data, --limit: apply to --tasks only")
+    if args.load is not None and args.tasks is None and args.batch_size is not None:
+        raise MaskLLMError("--batch-size: applies to --model and --tasks only; a Megatron checkpoint takes a window at a time")
     for name in ("mask", "mask_base"):
         if args.load is not None and getattr(args, name) is not None:
             raise MaskLLMError(f"{flag(name)}: applies to --model only; a Megatron checkpoint has its own masks")
@@ -171,6 +182,8 @@ def _evaluate_models(args: argparse.Namespace, models: Sequence[Candidate]) -> N
             args.data,
             seq_length=args.seq_length,
             max_windows=args.max_windows,
+            data_format=args.data_format or "auto",
+            batch_size=args.batch_size,
             mask_file=candidate.mask,
             mask_base=candidate.mask_base,
             dtype=_dtype(args),
@@ -191,7 +204,12 @@ def _evaluate_checkpoint(args: argparse.Namespace, take: Callable[[Evaluation], 
 
     def evaluate() -> None:
         result = evaluate_checkpoint(
-            args.load, args.data, seq_length=args.seq_length, max_windows=args.max_windows, params_dtype=_dtype(args)
+            args.load,
+            args.data,
+            seq_length=args.seq_length,
+            max_windows=args.max_windows,
+            data_format=args.data_format or "auto",
+            params_dtype=_dtype(args),
         )
         if torch.distributed.get_rank() == 0:
             take(result)

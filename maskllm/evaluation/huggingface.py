@@ -15,14 +15,17 @@ from transformers import PreTrainedModel
 from maskllm.data.tokenizer import load_tokenizer
 from maskllm.dtypes import dtype_name
 from maskllm.errors import MaskLLMError
-from maskllm.evaluation.perplexity import Perplexity, WindowNLL, cut_windows, next_token_nll, perplexity
-from maskllm.evaluation.text import read_evaluation_text
+from maskllm.evaluation.perplexity import Perplexity, WindowNLLs, next_token_nll, perplexity
+from maskllm.evaluation.windows import read_windows
 from maskllm.families.model_config import check_context, check_vocabulary
 from maskllm.huggingface.blocks import linears_of, transformer_blocks
 from maskllm.huggingface.hub import find_source
 from maskllm.huggingface.loading import context_of, load_hf_model, usable_device
 from maskllm.huggingface.mask_file import MaskFile, open_mask_file
 from maskllm.inference.sparse_linear import SparseLinear
+
+AUTO_TOKENS = 16384
+"""How many tokens the first batch of windows has with the batch size "auto"."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Evaluation(Perplexity):
     text_tokens: int
     """Tokens in the whole text, including those outside of the evaluated windows."""
     data_kind: str
-    """How the text was read; see `read_evaluation_text`."""
+    """How the text was read; see `TextWindows.kind`."""
     dtype: str
     """The dtype that the model computed in."""
     device: str
@@ -46,6 +49,8 @@ def evaluate_hf(
     *,
     seq_length: int,
     max_windows: int | None = None,
+    data_format: str = "auto",
+    batch_size: int | str | None = None,
     mask_file: str | os.PathLike | None = None,
     mask_base: str | os.PathLike | None = None,
     dtype: torch.dtype | None = None,
@@ -56,8 +61,8 @@ def evaluate_hf(
 
     Args:
         model: a local directory or hub id.
-        data: see `read_evaluation_text`.
-        seq_length, max_windows: see `cut_windows`.
+        data, seq_length, max_windows, data_format: see `maskllm.evaluation.windows.read_windows`.
+        batch_size: windows in a batch; "auto" begins with AUTO_TOKENS tokens. The default is "auto" on a GPU and 1 on a CPU.
         mask_file, mask_base: masks to apply to the weights first, and their base if they are a difference: files or hub ids
             (`maskllm.huggingface.mask_file.open_mask_file`).
         dtype: dtype to compute in. The default is the checkpoint's dtype, but fp32 on a CPU without instructions for it: that is
@@ -70,16 +75,17 @@ def evaluate_hf(
     """
     masks = open_masks(mask_file, mask_base)
     directory = find_source(model)
-    text = read_evaluation_text(data)
-    tokens = load_tokenizer(directory, use_gigatoken=False).encode(text.text)
-    windows = cut_windows(tokens, seq_length, max_windows)
+    tokenizer = load_tokenizer(directory, use_gigatoken=False)
+    text = read_windows(data, tokenizer, seq_length, max_windows=max_windows, data_format=data_format)
     device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     loaded, zeros = load_sparse_model(directory, masks, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    _check_fits(directory, loaded, tokens, seq_length)
-    result = perplexity(hf_window_nll(loaded), windows)
+    _check_fits(directory, loaded, text.tokens, seq_length)
+    if batch_size == "auto" or (batch_size is None and device.type != "cpu"):
+        batch_size = max(1, AUTO_TOKENS // seq_length)
+    result = perplexity(hf_window_nlls(loaded), text.windows, batch_size or 1)
     return Evaluation(
         **dataclasses.asdict(result),
-        text_tokens=len(tokens),
+        text_tokens=len(text.tokens),
         data_kind=text.kind,
         dtype=dtype_name(loaded.dtype),
         device=str(device),
@@ -116,15 +122,16 @@ def load_sparse_model(
     return loaded, zero_share(weights, compressed)
 
 
-def hf_window_nll(model: PreTrainedModel) -> WindowNLL:
+def hf_window_nlls(model: PreTrainedModel) -> WindowNLLs:
     """The model as a function for `perplexity`."""
 
     @torch.inference_mode()
-    def window_nll(tokens: torch.Tensor) -> float:
-        tokens = tokens.to(model.device)
-        return next_token_nll(model(tokens[None], use_cache=False).logits[0], tokens)
+    def window_nlls(windows: torch.Tensor) -> list[float]:
+        windows = windows.to(model.device)
+        logits = model(windows, use_cache=False).logits
+        return [next_token_nll(rows, tokens) for rows, tokens in zip(logits, windows, strict=True)]
 
-    return window_nll
+    return window_nlls
 
 
 def block_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -19,8 +19,8 @@ from maskllm.distributed import device
 from maskllm.dtypes import dtype_name
 from maskllm.evaluation.candidates import Candidate
 from maskllm.evaluation.huggingface import Evaluation
-from maskllm.evaluation.perplexity import WindowNLL, cut_windows, perplexity
-from maskllm.evaluation.text import read_evaluation_text
+from maskllm.evaluation.perplexity import WindowNLLs, perplexity
+from maskllm.evaluation.windows import read_windows
 from maskllm.export.huggingface import export
 from maskllm.export.trim import trim
 from maskllm.families.model_config import check_context, check_vocabulary
@@ -37,6 +37,7 @@ def evaluate_checkpoint(
     *,
     seq_length: int,
     max_windows: int | None = None,
+    data_format: str = "auto",
     params_dtype: torch.dtype | None = None,
 ) -> Evaluation:
     """Perplexity of a checkpoint on a text, with the checkpoint's tokenizer: dense, with its one-shot mask, or with its winners.
@@ -45,20 +46,19 @@ def evaluate_checkpoint(
     and errors are those of `evaluate_hf`. The default of `params_dtype` is fp32 on a CPU and bf16 on a GPU.
     """
     checkpoint = resolve(load)
-    text = read_evaluation_text(data)
-    tokens = load_tokenizer(checkpoint.hf_directory, use_gigatoken=False).encode(text.text)
-    windows = cut_windows(tokens, seq_length, max_windows)
+    tokenizer = load_tokenizer(checkpoint.hf_directory, use_gigatoken=False)
+    text = read_windows(data, tokenizer, seq_length, max_windows=max_windows, data_format=data_format)
     config = checkpoint.model_config
-    check_vocabulary(tokens, config.vocab_size, str(data))
+    check_vocabulary(text.tokens, config.vocab_size, str(data))
     check_context(seq_length, config.context)
     dtype = params_dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
     model = load_masked_model(checkpoint, dtype)
     with use_winners(masked_parameters(model)):
-        result = perplexity(megatron_window_nll(model), windows)
+        result = perplexity(megatron_window_nlls(model), text.windows)
         zeros = zero_share(model)
     return Evaluation(
         **dataclasses.asdict(result),
-        text_tokens=len(tokens),
+        text_tokens=len(text.tokens),
         data_kind=text.kind,
         dtype=dtype_name(dtype),
         device=device().type,
@@ -81,18 +81,18 @@ def load_masked_model(checkpoint: Checkpoint, params_dtype: torch.dtype) -> Mask
     return model
 
 
-def megatron_window_nll(model: MaskedGPTModel) -> WindowNLL:
+def megatron_window_nlls(model: MaskedGPTModel) -> WindowNLLs:
     """The model as a function for `perplexity`."""
 
     @torch.inference_mode()
-    def window_nll(tokens: torch.Tensor) -> float:
-        tokens = tokens.to(device())
-        positions = torch.arange(len(tokens), device=tokens.device)
+    def window_nlls(windows: torch.Tensor) -> list[float]:
+        windows = windows.to(device())
+        positions = torch.arange(windows.shape[1], device=windows.device).expand_as(windows)
         # The last token too, as transformers gets it: some rotary frequencies depend on the length. Its loss does not count.
-        losses = model(tokens[None], positions[None], None, labels=tokens.roll(-1)[None]).cross_entropy
-        return losses[:, :-1].double().sum().item()
+        losses = model(windows, positions, None, labels=windows.roll(-1, dims=1)).cross_entropy
+        return losses[:, :-1].double().sum(1).tolist()
 
-    return window_nll
+    return window_nlls
 
 
 @torch.inference_mode()

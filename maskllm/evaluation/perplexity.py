@@ -13,6 +13,7 @@ sliding window of overlapping contexts is another measure, and lower.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,8 +24,8 @@ from tqdm import tqdm
 
 from maskllm.errors import MaskLLMError
 
-WindowNLL = Callable[[torch.Tensor], float]
-"""A model: maps int64 tokens [S] on the CPU to the sum of the negative log-likelihoods, in nats, of its S - 1 predictions."""
+WindowNLLs = Callable[[torch.Tensor], list[float]]
+"""A model: maps windows, int64 [B, S] on the CPU, to the sum of the negative log-likelihoods, in nats, of S - 1 predictions for each."""
 
 CHUNK_PREDICTIONS = 256
 """The number of predictions for which the fp32 log-softmax over the vocabulary is in memory at a time."""
@@ -39,6 +40,8 @@ class Perplexity:
     """The mean negative log-likelihood of a prediction, in nats."""
     windows: int
     seq_length: int
+    batch_size: int
+    """Windows in a batch, after out-of-memory errors."""
     seconds: float
 
 
@@ -47,10 +50,7 @@ def cut_windows(tokens: np.ndarray | torch.Tensor, seq_length: int, max_windows:
 
     Raises MaskLLMError if there is no window, or if an argument is too small.
     """
-    if seq_length < 2:
-        raise MaskLLMError(f"--seq-length {seq_length}: a window needs at least 2 tokens")
-    if max_windows is not None and max_windows < 1:
-        raise MaskLLMError(f"--max-windows {max_windows}: wanted at least 1")
+    check_window(seq_length, max_windows)
     tokens = torch.as_tensor(tokens).long()
     windows = tokens[: len(tokens) // seq_length * seq_length].view(-1, seq_length)[:max_windows]
     if not len(windows):
@@ -58,21 +58,61 @@ def cut_windows(tokens: np.ndarray | torch.Tensor, seq_length: int, max_windows:
     return windows
 
 
-def perplexity(window_nll: WindowNLL, windows: torch.Tensor) -> Perplexity:
-    """Evaluate a model on the windows of `cut_windows`. Raises MaskLLMError if its likelihood is not a number."""
+def check_window(seq_length: int, max_windows: int | None) -> None:
+    """Raise MaskLLMError if a window has no prediction, or if there are to be no windows."""
+    if seq_length < 2:
+        raise MaskLLMError(f"--seq-length {seq_length}: a window needs at least 2 tokens")
+    if max_windows is not None and max_windows < 1:
+        raise MaskLLMError(f"--max-windows {max_windows}: wanted at least 1")
+
+
+def perplexity(window_nlls: WindowNLLs, windows: torch.Tensor, batch_size: int = 1) -> Perplexity:
+    """Evaluate a model on `windows`, int64 [windows, seq_length], `batch_size` at a time.
+
+    If a batch does not fit into memory, it is tried again with half of its windows, which a line on standard error says, and so are
+    all batches after it. Raises MaskLLMError if one window does not fit, or if the model's likelihood is not a number.
+    """
     seq_length = windows.shape[1]
     started = time.perf_counter()
-    total = 0.0
-    with tqdm(windows, desc="perplexity", unit="window", disable=None) as progress:
-        for number, window in enumerate(progress, start=1):
-            total += window_nll(window) / (seq_length - 1)
-            if math.isnan(total):
-                raise MaskLLMError(
-                    f"the model's likelihood of window {number} is not a number; its weights or activations overflow"
-                )
-            progress.set_postfix(perplexity=f"{_exp(total / number):.2f}", refresh=False)
+    total, done = 0.0, 0
+    batch_size = min(batch_size, len(windows))
+    with tqdm(total=len(windows), desc="perplexity", unit="window", disable=None) as progress:
+        while done < len(windows):
+            nlls = _unless_out_of_memory(window_nlls, windows[done : done + batch_size])
+            if nlls is None:
+                batch_size = _half(batch_size, seq_length)
+                continue
+            for nll in nlls:
+                total += nll / (seq_length - 1)
+                done += 1
+                if math.isnan(total):
+                    raise MaskLLMError(
+                        f"the model's likelihood of window {done} is not a number; its weights or activations overflow"
+                    )
+            progress.update(len(nlls))
+            progress.set_postfix(perplexity=f"{_exp(total / done):.2f}", refresh=False)
     nll = total / len(windows)
-    return Perplexity(_exp(nll), nll, len(windows), seq_length, time.perf_counter() - started)
+    return Perplexity(_exp(nll), nll, len(windows), seq_length, batch_size, time.perf_counter() - started)
+
+
+def _unless_out_of_memory(window_nlls: WindowNLLs, batch: torch.Tensor) -> list[float] | None:
+    """The batch's negative log-likelihoods; None if it does not fit into memory. The failed batch's memory is free after the return."""
+    try:
+        return window_nlls(batch)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _half(batch_size: int, seq_length: int) -> int:
+    """The batch size to go on with when `batch_size` windows do not fit; says so. Raises MaskLLMError for one window."""
+    if batch_size == 1:
+        raise MaskLLMError(
+            f"out of memory with one window of {seq_length} tokens; use a smaller --seq-length, --params-dtype bf16, or another --device"
+        )
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    tqdm.write(f"out of memory with batches of {batch_size} windows; going on with {batch_size // 2}", file=sys.stderr)
+    return batch_size // 2
 
 
 def next_token_nll(logits: torch.Tensor, tokens: torch.Tensor) -> float:

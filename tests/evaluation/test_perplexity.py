@@ -32,9 +32,13 @@ def test_next_token_nll_equals_log_softmax_in_double(dtype, length):
 
 def test_a_uniform_model_has_the_vocabularys_size_as_perplexity():
     windows = cut_windows(torch.randint(50, (103,)), 10)
-    result = perplexity(lambda window: next_token_nll(torch.zeros(len(window), 50), window), windows)
+
+    def uniform(batch):
+        return [next_token_nll(torch.zeros(len(window), 50), window) for window in batch]
+
+    result = perplexity(uniform, windows)
     assert result.perplexity == pytest.approx(50)
-    assert (result.windows, result.seq_length) == (10, 10)
+    assert (result.windows, result.seq_length, result.batch_size) == (10, 10, 1)
 
 
 def test_windows_do_not_overlap_and_an_incomplete_one_is_dropped():

@@ -464,7 +464,7 @@ def test_options_that_do_not_fit_together(refused, model_directory, tasks_data, 
     assert "found neither --data nor --tasks" in refused("--model", "m")
     assert refused("--model", "m", "--data", text_file).startswith("--data: wanted --seq-length too")
     assert refused("--model", "m", "--seq-length", 8, *tasks).startswith("--seq-length: wanted --data too")
-    assert "--limit, --batch-size: apply to --tasks only" in refused(
+    assert "--tasks-data, --limit: apply to --tasks only" in refused(
         "--model", "m", "--data", text_file, "--seq-length", 8, "--limit", 3
     )
     assert "m.npz: stands before every --model" in refused("--mask", "m.npz", "--model", "a", "--model", "b", *tasks)

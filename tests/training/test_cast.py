@@ -12,7 +12,7 @@ from maskllm import train
 from maskllm.checkpoints.finding import LATEST
 from maskllm.checkpoints.reading import resolve
 from maskllm.cli import main
-from maskllm.evaluation.megatron import load_masked_model, megatron_window_nll, zero_share
+from maskllm.evaluation.megatron import load_masked_model, megatron_window_nlls, zero_share
 from maskllm.families.registry import parameter_map
 from maskllm.masking.parameter import use_winners
 from maskllm.masking.sampler import MaskSampler
@@ -165,7 +165,7 @@ def test_the_exported_model_has_the_masters_times_the_scales_under_the_final_mas
             model = load_masked_model(resolve(tmp_path / name), torch.float32)
             with use_winners(masked_parameters(model)):
                 assert zero_share(model) == pytest.approx(0.5), name
-                found.append(megatron_window_nll(model)(tokens))
+                found.append(megatron_window_nlls(model)(tokens[None])[0])
     assert found[0] == pytest.approx(found[1], rel=1e-3), "more than the rounding to the first dtype"
 
 
