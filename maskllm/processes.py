@@ -35,7 +35,7 @@ def is_gone(pid: int | None) -> bool:
 
 
 def end_with_parent() -> None:
-    """Make the kernel kill this process, a fork, as soon as its parent ends for any reason (Linux: prctl(2))."""
+    """Make the kernel kill this process of multiprocessing's as soon as its parent ends for any reason (Linux: prctl(2))."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != multiprocessing.parent_process().pid:  # the parent ended before prctl took effect

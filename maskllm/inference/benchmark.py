@@ -19,7 +19,7 @@ from maskllm.errors import MaskLLMError
 from maskllm.huggingface.hub import find_source
 from maskllm.huggingface.loading import context_of, load_hf_model, quiet_transformers, usable_device
 from maskllm.huggingface.tensors import weight_files
-from maskllm.processes import peak_resident_bytes
+from maskllm.processes import end_with_parent, peak_resident_bytes
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ def benchmark(models: Sequence[str | Path], settings: BenchmarkSettings | None =
     directories = [find_source(model) for model in models]
     results = []
     for model, directory in zip(models, directories, strict=True):
-        with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context, initializer=end_with_parent) as pool:
             try:
                 results.append(pool.submit(measure, str(model), directory, settings).result())
             except BrokenProcessPool:
