@@ -15,9 +15,9 @@ MODEL=${MODEL:?the Hugging Face directory or hub id to sparsify}
 TRAIN=${TRAIN:?JSON lines to learn from, in the format of C4, plain or .gz}
 EVAL=${EVAL:?held-out text}
 OUT=${OUT:-outputs/by_hand}
-RANKS=${RANKS:-2}
-ITERS=${ITERS:-30}
-WEIGHTS_ITERS=${WEIGHTS_ITERS:-40}
+RANKS=${RANKS:-1}
+ITERS=${ITERS:-20}
+WEIGHTS_ITERS=${WEIGHTS_ITERS:-50}
 SEQ=${SEQ:-256}
 DTYPE=${DTYPE:-fp32}
 
@@ -32,8 +32,8 @@ is_there "$OUT/prior/latest_checkpointed_iteration.txt" ||
   run maskllm prune --load "$OUT/dense" --method sparsegpt --pattern 2:4 --output "$OUT/prior" \
     --calibration-data "$OUT/data_text_document" --calibration-samples 16 --seq-length "$SEQ" --pack --params-dtype "$DTYPE"
 run torchrun --standalone --nproc-per-node "$RANKS" -m maskllm.train \
-  --pretrained-checkpoint "$OUT/prior" --load "$OUT/learned" --save "$OUT/learned" --save-interval 15 \
-  --data-path "$OUT/data_text_document" --split 98,2,0 --seq-length "$SEQ" --global-batch-size "$RANKS" --train-iters "$ITERS" \
+  --pretrained-checkpoint "$OUT/prior" --load "$OUT/learned" --save "$OUT/learned" --save-interval 25 \
+  --data-path "$OUT/data_text_document" --split 98,2,0 --seq-length "$SEQ" --global-batch-size 2 --train-iters "$ITERS" \
   --lr 2e-3 --min-lr 2e-4 --prior-strength 5 --params-dtype "$DTYPE" --pipeline-model-parallel-size "$RANKS" \
   --log-interval 5 --eval-interval "$ITERS" --eval-iters 4
 is_there "$OUT/trimmed/latest_checkpointed_iteration.txt" ||
@@ -44,8 +44,8 @@ run maskllm evaluate --model "$OUT/hf" --data "$EVAL" --seq-length "$SEQ" --max-
 
 # Weights and masks together, from the learned masks, against the dense weights. Temperature and scale stay where the first training ended.
 run torchrun --standalone --nproc-per-node "$RANKS" -m maskllm.train --train both \
-  --pretrained-checkpoint "$OUT/learned" --load "$OUT/final" --save "$OUT/final" --save-interval 15 --keep-last 1 \
-  --data-path "$OUT/data_text_document" --split 98,2,0 --seq-length "$SEQ" --global-batch-size "$RANKS" \
+  --pretrained-checkpoint "$OUT/learned" --load "$OUT/final" --save "$OUT/final" --save-interval 25 --keep-last 1 \
+  --data-path "$OUT/data_text_document" --split 98,2,0 --seq-length "$SEQ" --global-batch-size 2 --micro-batch-size 2 \
   --train-iters "$WEIGHTS_ITERS" --weights-lr 6e-4 --weights-min-lr 6e-5 --ce-loss-coeff 0 --kl-loss-coeff 1 \
   --lr 5e-4 --min-lr 5e-5 --weight-reg 0 --gumbel-temperature-range 0.05 0.05 --gumbel-scale-range 500 500 \
   --params-dtype "$DTYPE" --pipeline-model-parallel-size "$RANKS" --log-interval 5 --eval-interval "$WEIGHTS_ITERS" --eval-iters 4

@@ -109,9 +109,10 @@ def test_a_setting_out_of_range_is_refused(change, message):
         QuickstartSettings(**change).check()
 
 
-def test_the_default_is_two_processes_or_one_if_there_is_one_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert QuickstartSettings().processes == 2
+def test_the_default_is_a_process_for_each_of_two_gpus_and_one_without_gpus(monkeypatch):
+    for gpus, processes in ((0, 1), (2, 2), (8, 2)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert QuickstartSettings().processes == processes
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     QuickstartSettings().check()
