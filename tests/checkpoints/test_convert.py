@@ -136,7 +136,7 @@ def test_all_files_but_weights_are_passed_on(hf, tmp_path):
             (hf / name).write_text(name)
     path = Path(convert(hf, tmp_path / "dense").path)
     export(tmp_path / "dense", tmp_path / "back")
-    for directory, more in ((path / "hf", set()), (tmp_path / "back", {"model.safetensors"})):
+    for directory, more in ((path / "hf", set()), (tmp_path / "back", {"model.safetensors", "weights_sha256.json"})):
         assert {str(file.relative_to(directory)) for file in directory.rglob("*") if file.is_file()} == {*PASSED_ON} | more
         assert [name for name in PASSED_ON if (directory / name).read_bytes() != (hf / name).read_bytes()] == []
     assert resolve(tmp_path / "dense").info.source == str(hf)

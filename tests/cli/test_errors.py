@@ -37,13 +37,13 @@ def test_stages_in_the_wrong_order_are_refused(refused, tmp_path, tiny_dense, ti
 
 
 @pytest.mark.parametrize("contents", ['{"a": ' + "9" * 5000 + "}", '{"a": ' + "[" * 100_000])
-def test_json_that_python_refuses_to_read_is_named(refused, tmp_path, contents):
+def test_json_that_python_refuses_to_read_is_named(refused, tmp_path, tiny_hf, contents):
     (tmp_path / "config.json").write_text(contents)
     assert "config.json: not JSON" in refused("convert", "--hf", tmp_path, "--output", tmp_path / "new")
     lines = tmp_path / "lines.jsonl"
     lines.write_text(contents)
     # The text is read before the model is loaded.
-    assert f"{lines}:1: not JSON" in refused("evaluate", "--model", tmp_path, "--data", lines, "--seq-length", 8)
+    assert f"{lines}:1: not JSON" in refused("evaluate", "--model", tiny_hf, "--data", lines, "--seq-length", 8)
 
 
 def test_an_os_error_without_a_file_is_printed_with_its_message(capsys):
