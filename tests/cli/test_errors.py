@@ -9,6 +9,8 @@ import shutil
 import sys
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from maskllm.cli import main
 from maskllm.failures import run_guarded
@@ -37,13 +39,15 @@ def test_stages_in_the_wrong_order_are_refused(refused, tmp_path, tiny_dense, ti
 
 
 @pytest.mark.parametrize("contents", ['{"a": ' + "9" * 5000 + "}", '{"a": ' + "[" * 100_000])
-def test_json_that_python_refuses_to_read_is_named(refused, tmp_path, tiny_hf, contents):
+def test_json_that_python_refuses_to_read_is_named(refused, tmp_path, contents):
     (tmp_path / "config.json").write_text(contents)
     assert "config.json: not JSON" in refused("convert", "--hf", tmp_path, "--output", tmp_path / "new")
     lines = tmp_path / "lines.jsonl"
     lines.write_text(contents)
-    # The text is read before the model is loaded.
-    assert f"{lines}:1: not JSON" in refused("evaluate", "--model", tiny_hf, "--data", lines, "--seq-length", 8)
+    # The text is read before the model is loaded, with its tokenizer.
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    Tokenizer(WordLevel({"a": 0}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    assert f"{lines}:1: not JSON" in refused("evaluate", "--model", tmp_path, "--data", lines, "--seq-length", 8)
 
 
 def test_an_os_error_without_a_file_is_printed_with_its_message(capsys):
