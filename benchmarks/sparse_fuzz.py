@@ -109,7 +109,7 @@ def damage_tensor(data: torch.Tensor, generator: random.Random) -> torch.Tensor:
         value = generator.choice(extremes)
         changed.view(-1)[generator.randrange(data.numel())] = value if info is None else max(info.min, min(info.max, value))
         return changed
-    if kind == 1:
+    if kind == 1 and data.numel():
         dim = generator.randrange(data.dim())
         size = max(0, data.shape[dim] + generator.choice((-2, -1, 1)))
         return data.narrow(dim, 0, size).clone() if size <= data.shape[dim] else torch.cat([data, data.narrow(dim, 0, 1)], dim)
@@ -212,7 +212,9 @@ def main() -> None:
         return run(args.library, args.cases, args.seed)
     with tempfile.TemporaryDirectory() as folder:
         library = build(Path(folder), not args.no_sanitizer)
-        runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True).stdout.strip()
+        # C++ exceptions need the C++ library to be loaded as early as the sanitizer.
+        ask = [["g++", f"-print-file-name={name}"] for name in ("libasan.so", "libstdc++.so")]
+        runtime = " ".join(subprocess.run(each, capture_output=True, text=True, check=True).stdout.strip() for each in ask)
         environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1"}
         if not args.no_sanitizer:
             environment["LD_PRELOAD"] = runtime
