@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +23,7 @@ megatron_patches.import_megatron()
 
 from machine import processor  # noqa: E402
 
+from maskllm.environment.revision import commit  # noqa: E402
 from maskllm.files import write_json  # noqa: E402
 from maskllm.huggingface.mask_file import MaskFile, open_mask_file  # noqa: E402
 from maskllm.quickstart.steps import Steps  # noqa: E402
@@ -169,14 +169,6 @@ def table(rows: list[dict[str, Any]]) -> str:
         size = f"{row['bytes'] / 1e6:.2f} MB" if "bytes" in row else ""
         lines.append(f"| {row['domain']} | {row['mask']} | {row['perplexity']:.1f} | {' | '.join(shares)} | {size} |")
     return "\n".join(lines)
-
-
-def commit() -> str:
-    """The checkout's commit, and whether files differ from it."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return described.stdout.strip() or "no git checkout"
 
 
 def main() -> None:

@@ -15,7 +15,6 @@ import argparse
 import datetime
 import json
 import shlex
-import subprocess
 import sys
 from dataclasses import dataclass
 from importlib import metadata
@@ -24,6 +23,7 @@ from pathlib import Path
 import torch
 from machine import describe
 
+from maskllm.environment.revision import commit
 from maskllm.errors import MaskLLMError
 from maskllm.failures import run_guarded
 from maskllm.files import read_json_object, write_json
@@ -162,9 +162,7 @@ def _run_row(arguments: argparse.Namespace, name: str, rate: str | None, seed: i
             "peak_memory_bytes": steps.records["train"]["peak_memory_bytes"] if training else None,
             "machine": describe("cuda" if torch.cuda.is_available() else "cpu"),
             "date": datetime.date.today().isoformat(),
-            "commit": subprocess.run(
-                ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-            ).stdout.strip(),
+            "commit": commit(),
             "versions": {package: metadata.version(package) for package in ("torch", "megatron-core", "transformers")},
         },
     )

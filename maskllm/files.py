@@ -64,6 +64,14 @@ def _directory(path: Path) -> Iterator[None]:
         raise
 
 
+def empty_output(output: str | os.PathLike) -> Path:
+    """The directory of --output, which a verb is going to write. Raises MaskLLMError unless it is missing or an empty directory."""
+    output = Path(output)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise MaskLLMError(f"--output {output} exists and is not an empty directory; remove it or name another")
+    return output
+
+
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
     """A block that writes the file `path`: yields a temporary path beside it, to be written and closed.

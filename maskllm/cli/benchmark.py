@@ -6,8 +6,9 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from maskllm.cli.compute_options import add_compute_options, dtype_of
 from maskllm.cli.options import positive_integer, writable_file
-from maskllm.dtypes import BY_FLAG, dtype_name
+from maskllm.dtypes import dtype_name
 from maskllm.files import write_json
 from maskllm.inference.benchmark import BenchmarkSettings, benchmark, check_figure, draw, table
 
@@ -28,12 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--new-tokens", type=_at_least_two, default=defaults.new_tokens, metavar="N", help="tokens to generate for each prompt"
     )
     parser.add_argument("--rows", type=positive_integer, default=defaults.rows, metavar="N", help="prompts at once")
-    parser.add_argument(
-        "--params-dtype",
-        choices=sorted(BY_FLAG),
-        help="dtype to compute in; default: the checkpoint's dtype, or fp32 on CPUs without instructions for it",
-    )
-    parser.add_argument("--device", metavar="D", help="device to compute on; default: cuda if there is one, else cpu")
+    add_compute_options(parser)
     parser.add_argument("--json", type=writable_file, metavar="FILE", help="write the numbers as JSON")
     parser.add_argument(
         "--figure", type=writable_file, metavar="F.svg", help="draw the numbers, in the format of the file's ending"
@@ -50,9 +46,7 @@ def _at_least_two(text: str) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Measure, and print the table."""
-    settings = BenchmarkSettings(
-        args.prompt_tokens, args.new_tokens, args.rows, BY_FLAG[args.params_dtype] if args.params_dtype else None, args.device
-    )
+    settings = BenchmarkSettings(args.prompt_tokens, args.new_tokens, args.rows, dtype_of(args), args.device)
     if args.figure:
         check_figure(Path(args.figure))
     results = benchmark([args.model, *(args.against or [])], settings)

@@ -8,10 +8,10 @@ from collections import Counter
 
 from maskllm.cli.measure import measured
 from maskllm.cli.options import writable_file
-from maskllm.errors import MaskLLMError
+from maskllm.errors import MaskLLMError, flag
 from maskllm.export.compress import BITS, CompressReport, CompressSettings, compress, decompress
 from maskllm.files import write_json
-from maskllm.huggingface.mask_file import find_mask_file, open_mask_file
+from maskllm.huggingface.mask_file import open_masks
 from maskllm.patterns import Pattern
 
 _SHOWN = 10
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     if args.decompress:
         for name in ("mask", "bits", "group_size", "pattern"):
             if getattr(args, name) is not None:
-                raise MaskLLMError(f"--{name.replace('_', '-')}: does not go with --decompress, which undoes what was done")
+                raise MaskLLMError(f"{flag(name)}: does not go with --decompress, which undoes what was done")
         with measured() as cost:
             size = decompress(args.model, args.output)
         if args.json:
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
         if args.group_size != -1 and args.group_size <= 0:
             raise MaskLLMError(f"--group-size {args.group_size}: wanted a positive number or -1")
         settings = dataclasses.replace(settings, group_size=args.group_size)
-    masks = None if args.mask is None else open_mask_file(find_mask_file(args.mask))
+    masks = open_masks(args.mask)
     with measured() as cost:
         report = compress(args.model, args.output, settings, masks=masks)
     if args.json:

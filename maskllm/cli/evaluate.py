@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from maskllm.cli.compute_options import dtype_of
 from maskllm.cli.options import positive_integer, writable_file
 from maskllm.dtypes import BY_FLAG
 from maskllm.environment.optional_parts import lm_eval
@@ -186,7 +187,7 @@ def _evaluate_models(args: argparse.Namespace, models: Sequence[Candidate]) -> N
             batch_size=args.batch_size,
             mask_file=candidate.mask,
             mask_base=candidate.mask_base,
-            dtype=_dtype(args),
+            dtype=dtype_of(args),
             device=args.device,
             trust_remote_code=args.trust_remote_code,
         )
@@ -209,17 +210,13 @@ def _evaluate_checkpoint(args: argparse.Namespace, take: Callable[[Evaluation], 
             seq_length=args.seq_length,
             max_windows=args.max_windows,
             data_format=args.data_format or "auto",
-            params_dtype=_dtype(args),
+            params_dtype=dtype_of(args),
         )
         if torch.distributed.get_rank() == 0:
             take(result)
 
     size = int(os.environ.get("WORLD_SIZE", "1"))
     return run_in_group(lambda: run_guarded("maskllm evaluate", evaluate), tensor_model_parallel_size=size)
-
-
-def _dtype(args: argparse.Namespace) -> torch.dtype | None:
-    return BY_FLAG[args.params_dtype] if args.params_dtype else None
 
 
 def _report_models(args: argparse.Namespace, models: Sequence[Candidate], perplexities: Sequence[Evaluation]) -> None:
@@ -240,7 +237,7 @@ def _report_models(args: argparse.Namespace, models: Sequence[Candidate], perple
         data=args.tasks_data,
         limit=args.limit,
         batch_size=args.batch_size,
-        dtype=_dtype(args),
+        dtype=dtype_of(args),
         device=args.device,
         trust_remote_code=args.trust_remote_code,
     ) as found:

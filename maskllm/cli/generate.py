@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
+from maskllm.cli.compute_options import add_compute_options, dtype_of
 from maskllm.cli.options import positive_integer, writable_file
-from maskllm.dtypes import BY_FLAG, dtype_name
+from maskllm.dtypes import dtype_name
 from maskllm.files import write_json
 from maskllm.inference.generation import TextGenerator
 from maskllm.processes import peak_resident_bytes
@@ -30,12 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens to add; the text ends earlier if the model ends it, or where the model's context ends",
     )
     parser.add_argument("--stream", action="store_true", help="print the text while it comes")
-    parser.add_argument(
-        "--params-dtype",
-        choices=sorted(BY_FLAG),
-        help="dtype to compute in; default: the checkpoint's dtype, or fp32 on CPUs without instructions for it",
-    )
-    parser.add_argument("--device", metavar="D", help="device to compute on; default: cuda if there is one, else cpu")
+    add_compute_options(parser)
     parser.add_argument("--trust-remote-code", action="store_true", help="allow --model to run the code in its directory")
     parser.add_argument("--json", type=writable_file, metavar="FILE", help="write prompts and texts as JSON")
 
@@ -44,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     """Print each prompt with its continuation, and an empty line between two of them."""
     generator = TextGenerator(
         args.model,
-        dtype=BY_FLAG[args.params_dtype] if args.params_dtype else None,
+        dtype=dtype_of(args),
         device=args.device,
         trust_remote_code=args.trust_remote_code,
     )

@@ -10,7 +10,7 @@ from maskllm.cli.options import writable_file
 from maskllm.errors import MaskLLMError
 from maskllm.export.verify import verify
 from maskllm.files import write_json
-from maskllm.huggingface.mask_file import open_mask_file
+from maskllm.huggingface.mask_file import open_masks
 from maskllm.patterns import Pattern
 
 UNREADABLE = 2
@@ -45,10 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Verify and print what was found; returns 1 if something is not as claimed."""
     try:
-        if args.mask is None and args.mask_base is not None:
-            raise MaskLLMError("--mask-base: belongs to a mask file that is a difference; give --mask too, or leave it out")
         pattern = None if args.pattern is None else Pattern.parse(args.pattern)
-        masks = None if args.mask is None else open_mask_file(args.mask, args.mask_base)
+        masks = open_masks(args.mask, args.mask_base)
         with measured() as cost:
             found = verify(args.model, masks=masks, dense=args.dense, pattern=pattern)
     except (MaskLLMError, OSError) as error:

@@ -21,7 +21,7 @@ from maskllm.families.model_config import check_context, check_vocabulary
 from maskllm.huggingface.blocks import linears_of, transformer_blocks
 from maskllm.huggingface.hub import find_source
 from maskllm.huggingface.loading import context_of, load_hf_model, usable_device
-from maskllm.huggingface.mask_file import MaskFile, open_mask_file
+from maskllm.huggingface.mask_file import MaskFile, open_masks
 from maskllm.inference.sparse_linear import SparseLinear
 
 AUTO_TOKENS = 16384
@@ -77,7 +77,7 @@ def evaluate_hf(
     directory = find_source(model)
     tokenizer = load_tokenizer(directory, use_gigatoken=False)
     text = read_windows(data, tokenizer, seq_length, max_windows=max_windows, data_format=data_format)
-    device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable_device(device)
     loaded, zeros = load_sparse_model(directory, masks, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     _check_fits(directory, loaded, text.tokens, seq_length)
     if batch_size == "auto" or (batch_size is None and device.type != "cpu"):
@@ -91,13 +91,6 @@ def evaluate_hf(
         device=str(device),
         zeros=zeros,
     )
-
-
-def open_masks(mask_file: str | os.PathLike | None, mask_base: str | os.PathLike | None) -> MaskFile | None:
-    """`open_mask_file`, or None without a mask file. Raises MaskLLMError if there is a base only."""
-    if mask_file is None and mask_base is not None:
-        raise MaskLLMError("--mask-base: belongs to a mask file that is a difference; give --mask too, or leave it out")
-    return None if mask_file is None else open_mask_file(mask_file, mask_base)
 
 
 def load_sparse_model(

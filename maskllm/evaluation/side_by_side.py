@@ -8,7 +8,6 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from maskllm.evaluation.lm_eval_tasks import Row, load_suite
 from maskllm.evaluation.tables import comparison_table, model_lines, score_table, truncation_lines
 from maskllm.evaluation.task_files import TaskFile
 from maskllm.evaluation.task_sets import expand
-from maskllm.evaluation.zero_shot import ModelScores, evaluate_tasks
+from maskllm.evaluation.zero_shot import ModelScores, evaluate_tasks, versions
 
 
 @dataclass(frozen=True)
@@ -114,8 +113,7 @@ def zero_shot_report(
             )
             for candidate in candidates
         )
-    versions = {"maskllm": __version__, "commit": commit()}
-    versions |= {name: metadata.version(name) for name in ("lm-eval", "torch", "transformers", "tokenizers")}
-    yield ZeroShotReport(scores, suite.rows, suite.files, limit, versions)
+    code = {"maskllm": __version__, "commit": commit(), **versions()}
+    yield ZeroShotReport(scores, suite.rows, suite.files, limit, code)
     for cache in caches:
         cache.unlink(missing_ok=True)

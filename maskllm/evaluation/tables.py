@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from maskllm.evaluation.comparison import Comparison, accuracy
 from maskllm.evaluation.lm_eval_tasks import Row
 from maskllm.evaluation.zero_shot import ModelScores, Score
+from maskllm.markdown import markdown_table
 
 _PERCENT = ("acc", "acc_norm")
 
@@ -45,7 +46,7 @@ def score_table(models: Sequence[ModelScores], rows: Sequence[Row]) -> list[str]
                     *(_shown(metric, scores.tasks[row.name].metrics[metric]) for scores in models),
                 ]
             )
-    return _table(["task", "metric", "shots", "items", *(scores.label for scores in models)], cells, left=2)
+    return markdown_table(["task", "metric", "shots", "items", *(scores.label for scores in models)], cells, left=2)
 
 
 def comparison_table(reference: ModelScores, found: Sequence[tuple[ModelScores, Sequence[Comparison]]]) -> list[str]:
@@ -62,7 +63,7 @@ def comparison_table(reference: ModelScores, found: Sequence[tuple[ModelScores, 
         for scores, comparisons in found
         for item in comparisons
     ]
-    return _table(["task", "model", f"acc minus {reference.label}", "gained / lost", "p", "recovered"], cells, left=2)
+    return markdown_table(["task", "model", f"acc minus {reference.label}", "gained / lost", "p", "recovered"], cells, left=2)
 
 
 def truncation_lines(models: Sequence[ModelScores], rows: Sequence[Row]) -> list[str]:
@@ -80,17 +81,3 @@ def _shown(metric: str, score: Score) -> str:
     scale, digits = (100, 2) if metric in _PERCENT else (1, 4)
     error = "" if score.stderr is None else f" ± {scale * score.stderr:.{digits}f}"
     return f"{scale * score.value:.{digits}f}{error}"
-
-
-def _table(header: Sequence[str], cells: Sequence[Sequence[str]], left: int) -> list[str]:
-    """A Markdown table with aligned columns; the first `left` columns are words, the others are numbers."""
-    widths = [max(3, *(len(row[column]) for row in [header, *cells])) for column in range(len(header))]
-    lines = []
-    for row in [header, *cells]:
-        padded = [
-            text.ljust(width) if index < left else text.rjust(width)
-            for index, (text, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append(f"| {' | '.join(padded)} |")
-    rule = ["-" * width if index < left else "-" * (width - 1) + ":" for index, width in enumerate(widths)]
-    return [lines[0], f"| {' | '.join(rule)} |", *lines[1:]]

@@ -22,15 +22,16 @@ from accelerate.utils.memory import should_reduce_batch_size
 from lm_eval.api.model import CachingLM
 from lm_eval.evaluator import evaluate
 from lm_eval.models.huggingface import HFLM
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from maskllm.dtypes import dtype_name
-from maskllm.errors import MaskLLMError, whole_message
+from maskllm.errors import MaskLLMError
 from maskllm.evaluation.candidates import Candidate
-from maskllm.evaluation.huggingface import load_sparse_model, open_masks
+from maskllm.evaluation.huggingface import load_sparse_model
 from maskllm.evaluation.lm_eval_tasks import Suite, quiet
 from maskllm.huggingface.hub import find_source
-from maskllm.huggingface.loading import usable_device
+from maskllm.huggingface.loading import load_hf_tokenizer, usable_device
+from maskllm.huggingface.mask_file import open_masks
 from maskllm.huggingface.side_files import read_side_files
 from maskllm.huggingface.tensors import weight_files
 from maskllm.huggingface.weights_hash import weights_sha256
@@ -118,8 +119,8 @@ def evaluate_tasks(
     label = candidate.label
     masks = open_masks(candidate.mask, candidate.mask_base)
     directory = candidate.directory or find_source(candidate.model)
-    device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    tokenizer = _tokenizer(directory, trust_remote_code)
+    device = usable_device(device)
+    tokenizer = load_hf_tokenizer(directory, trust_remote_code=trust_remote_code)
     bos = _bos(directory, tokenizer)
     weights_hash = weights_sha256(directory) if weight_files(directory)[0] else None
     mask_hash = None if masks is None else masks.digest
@@ -129,7 +130,7 @@ def evaluate_tasks(
         harness = HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=batch_size)
         cache = None
         if caches is not None and weights_hash is not None:
-            key = [weights_hash, mask_hash, dtype_name(loaded.dtype), device.type, _side_files_hash(directory), _versions()]
+            key = [weights_hash, mask_hash, dtype_name(loaded.dtype), device.type, _side_files_hash(directory), versions()]
             cache = _cache_file(key)
         caching = harness if cache is None else CachingLM(harness, str(cache))
         if cache is not None:
@@ -171,13 +172,6 @@ def evaluate_tasks(
     return result
 
 
-def _tokenizer(directory: Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
-    except Exception as error:  # missing or damaged files and unknown classes raise many types
-        raise MaskLLMError(f"{directory}: transformers cannot load its tokenizer: {whole_message(error)}") from error
-
-
 def _bos(directory: Path, tokenizer: PreTrainedTokenizerBase) -> str:
     """What stands before a prompt: "BOS", "no BOS (...)". Raises MaskLLMError if nothing can begin an empty prompt."""
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
@@ -190,7 +184,8 @@ def _bos(directory: Path, tokenizer: PreTrainedTokenizerBase) -> str:
     return "BOS" if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else "no BOS (the tokenizer adds none)"
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """The versions of what computes the scores."""
     return {name: metadata.version(name) for name in ("lm-eval", "torch", "transformers", "tokenizers")}
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from maskllm.errors import MaskLLMError, whole_message
 from maskllm.export.pattern_search import smallest_layout
-from maskllm.files import atomic_directory, read_json_object, write_json
+from maskllm.files import atomic_directory, empty_output, read_json_object, write_json
 from maskllm.huggingface.blocks import linears_in_lists
 from maskllm.huggingface.config import load_config
 from maskllm.huggingface.hub import find_source
@@ -87,7 +87,7 @@ def compress(
     that transformers does not have, if masks or settings do not fit, and if no matrix is sparse.
     """
     settings = settings or CompressSettings()
-    output = _empty_output(output)
+    output = empty_output(output)
     directory = find_source(model)
     config = read_json_object(directory / "config.json")
     if "quantization_config" in config:
@@ -136,7 +136,7 @@ def decompress(model: str | Path, output: str | Path) -> int:
 
     Raises MaskLLMError if `output` exists and is not empty, if `model` is not compressed, and if a tensor is damaged.
     """
-    output = _empty_output(output)
+    output = empty_output(output)
     directory = find_source(model)
     config = read_json_object(directory / "config.json")
     matrices = from_config(config.pop("quantization_config", None), str(directory / "config.json"))
@@ -169,13 +169,6 @@ def _write_other_files(source: Path, target: Path, writer: ShardWriter) -> None:
     write_side_files(read_side_files(source), target)
     if (stated := read_hash(source)) is not None:
         write_hash(target, dataclasses.replace(stated, weights_sha256=writer.weights_hash.hexdigest()))
-
-
-def _empty_output(output: str | Path) -> Path:
-    output = Path(output)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise MaskLLMError(f"--output {output} exists and is not an empty directory; remove it or name another")
-    return output
 
 
 def _module(tensor: str) -> str:

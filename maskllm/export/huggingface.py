@@ -18,7 +18,7 @@ from maskllm.dtypes import dtype_name
 from maskllm.errors import MaskLLMError
 from maskllm.families.mapping import Mapping
 from maskllm.families.registry import parameter_map
-from maskllm.files import atomic_directory, read_json_object, write_json
+from maskllm.files import atomic_directory, empty_output, read_json_object, write_json
 from maskllm.huggingface.mask_file import open_base, write_mask_file
 from maskllm.huggingface.shards import MAX_SHARD_SIZE, STORED_NAMES, TensorSpec, write_shards
 from maskllm.huggingface.side_files import read_side_files, write_side_files
@@ -65,9 +65,7 @@ def export(
     Raises MaskLLMError if `output` exists and is not empty, if the checkpoint is of another stage, if a tensor is missing or has a
     wrong shape, and if a matrix fails its check.
     """
-    output = Path(output)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise MaskLLMError(f"--output {output} exists and is not an empty directory; remove it or name another")
+    output = empty_output(output)
     if mask_file is not None and Path(os.path.realpath(mask_file)).is_relative_to(os.path.realpath(output)):
         raise MaskLLMError(f"--mask-file {mask_file}: lies in --output {output}; name a file outside of it")
     if not re.fullmatch(r"(?=.*[1-9])[0-9]{1,9}(\.[0-9]{1,9})?\s*[KMGT]B", max_shard_size.strip(), re.IGNORECASE):

@@ -139,12 +139,11 @@ class StoredWeights:
         return weight.t() if self._in_out and _OF_A_BLOCK.search(name) is not None else weight
 
     def load(self, name: str) -> torch.Tensor:
-        """A tensor. Raises MaskLLMError if it cannot be read, or if it is compressed and damaged."""
-        return self._load(self._stored[name])
-
-    def load_copy(self, name: str) -> torch.Tensor:
-        """A tensor of `copies`, by its name in the files. Raises as `load` does."""
-        return self._load(name)
+        """A tensor, or one of `copies`. Raises MaskLLMError if it cannot be read, or if it is compressed and damaged."""
+        stored = self._stored.get(name, name)
+        module = stored.removesuffix(".weight")
+        matrix = self._compressed.get(module)
+        return self._files.load(stored) if matrix is None else dense_weight(self._files, module, matrix)
 
     def sha256(self) -> str:
         """The hash of the files' weights (`maskllm.huggingface.weights_hash`). Reads the tensors that were not read before."""
@@ -153,11 +152,6 @@ class StoredWeights:
     def _matrix(self, name: str) -> CompressedMatrix | None:
         """How the tensor is compressed, or None."""
         return self._compressed.get(self._stored[name].removesuffix(".weight"))
-
-    def _load(self, stored: str) -> torch.Tensor:
-        module = stored.removesuffix(".weight")
-        matrix = self._compressed.get(module)
-        return self._files.load(stored) if matrix is None else dense_weight(self._files, module, matrix)
 
 
 def _model_config(values: dict, path: Path) -> ModelConfig | None:

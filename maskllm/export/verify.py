@@ -175,7 +175,7 @@ def verify(
         before = None if before is None else weights.as_matrix(name, before)
         _check_matrix(name, weights.as_matrix(name, weight), mask, before, pattern, found)
     for copy, name in weights.copies.items():
-        if name in weights.names and not _same(weights.load_copy(copy), weights.load(name)):
+        if name in weights.names and not _same(weights.load(copy), weights.load(name)):
             found.findings.append(Finding(copy, f"differs from {name}, to which config.json ties it"))
     found.weights_sha256 = weights.sha256()
     if found.stated is not None and found.stated.weights_sha256 != found.weights_sha256:

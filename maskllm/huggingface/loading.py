@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
 from maskllm.environment.cpu_speed import computes_natively
@@ -75,8 +75,22 @@ def quiet_transformers() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def usable_device(device: str | torch.device) -> torch.device:
-    """`device` as a `torch.device`. Raises MaskLLMError if this machine or this build of torch cannot use it."""
+def load_hf_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of `directory` as transformers loads it. Raises MaskLLMError if it cannot."""
+    try:
+        with quiet_transformers():
+            return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust_remote_code)
+    except Exception as error:  # transformers and tokenizers raise many types, even plain Exception
+        raise MaskLLMError(f"{directory}: transformers cannot read its tokenizer: {whole_message(error)}") from error
+
+
+def usable_device(device: str | torch.device | None = None) -> torch.device:
+    """`device` as a `torch.device`, by default the GPU if there is one, else the CPU.
+
+    Raises MaskLLMError if this machine or this build of torch cannot use it.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(device)
         torch.empty(1, device=found).item()

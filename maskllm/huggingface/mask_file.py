@@ -150,6 +150,13 @@ def open_mask_file(path_or_id: str | os.PathLike, base: str | os.PathLike | None
     return MaskFile(path, opened)
 
 
+def open_masks(mask: str | os.PathLike | None, base: str | os.PathLike | None = None) -> MaskFile | None:
+    """`open_mask_file` for the options --mask and --mask-base, or None without --mask. Raises MaskLLMError if there is a base only."""
+    if mask is None and base is not None:
+        raise MaskLLMError("--mask-base: belongs to a mask file that is a difference; give --mask too, or leave it out")
+    return None if mask is None else open_mask_file(mask, base)
+
+
 def open_base(path_or_id: str | os.PathLike) -> MaskFile:
     """Open the mask file that another one is, or will be, a difference to. Raises MaskLLMError if it is itself a difference."""
     path = find_mask_file(path_or_id)

@@ -19,6 +19,7 @@ from maskllm.errors import MaskLLMError
 from maskllm.huggingface.hub import find_source
 from maskllm.huggingface.loading import context_of, load_hf_model, quiet_transformers, usable_device
 from maskllm.huggingface.tensors import weight_files
+from maskllm.markdown import markdown_table
 from maskllm.processes import end_with_parent, peak_resident_bytes
 
 
@@ -94,7 +95,7 @@ def benchmark(models: Sequence[str | Path], settings: BenchmarkSettings | None =
 
 def measure(model: str, directory: Path, settings: BenchmarkSettings) -> BenchmarkResult:
     """Load a model and let it generate, once for a few tokens to warm up and once measured. The memory is that of this process."""
-    device = usable_device(settings.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = usable_device(settings.device)
     started = time.perf_counter()
     loaded = load_hf_model(directory, dtype=settings.dtype, device=device)
     load_seconds = time.perf_counter() - started
@@ -138,21 +139,17 @@ def _generate(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> 
 
 def table(results: Sequence[BenchmarkResult]) -> str:
     """The results as a Markdown table, and how much faster the first model is than each other one."""
-    rows = [
-        ("model", "first token, ms", "tokens/s", "weight files, MB", "weights in memory, MB", "peak memory, MB"),
-        *(
-            (
-                result.model,
-                f"{1e3 * result.first_token_seconds:.1f}",
-                f"{result.tokens_per_second:.2f}",
-                *(f"{size / 1e6:.1f}" for size in (result.file_bytes, result.weight_bytes, result.peak_memory_bytes)),
-            )
-            for result in results
-        ),
+    header = ("model", "first token, ms", "tokens/s", "weight files, MB", "weights in memory, MB", "peak memory, MB")
+    cells = [
+        (
+            result.model,
+            f"{1e3 * result.first_token_seconds:.1f}",
+            f"{result.tokens_per_second:.2f}",
+            *(f"{size / 1e6:.1f}" for size in (result.file_bytes, result.weight_bytes, result.peak_memory_bytes)),
+        )
+        for result in results
     ]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows]
-    lines.insert(1, "| " + " | ".join("-" * width for width in widths) + " |")
+    lines = markdown_table(header, cells, left=len(header))
     first, *others = results
     lines += [
         f"{first.model} generates {first.tokens_per_second / other.tokens_per_second:.2f} times as fast as {other.model}, with "

@@ -6,12 +6,12 @@ import os
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, TextStreamer
+from transformers import GenerationConfig, TextStreamer
 
-from maskllm.errors import MaskLLMError, whole_message
+from maskllm.errors import MaskLLMError
 from maskllm.families.model_config import check_vocabulary
 from maskllm.huggingface.hub import find_source
-from maskllm.huggingface.loading import context_of, load_hf_model, quiet_transformers, usable_device
+from maskllm.huggingface.loading import context_of, load_hf_model, load_hf_tokenizer, quiet_transformers, usable_device
 
 _SPELLING = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 
@@ -48,14 +48,8 @@ class TextGenerator:
         Raises MaskLLMError if model or tokenizer cannot be loaded, or the device cannot be used.
         """
         self.directory = find_source(model)
-        device = usable_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        try:
-            with quiet_transformers():
-                self.tokenizer = AutoTokenizer.from_pretrained(
-                    self.directory, local_files_only=True, trust_remote_code=trust_remote_code
-                )
-        except Exception as error:  # transformers and tokenizers raise many types, even plain Exception
-            raise MaskLLMError(f"{self.directory}: transformers cannot read its tokenizer: {whole_message(error)}") from error
+        device = usable_device(device)
+        self.tokenizer = load_hf_tokenizer(self.directory, trust_remote_code=trust_remote_code)
         self.model = load_hf_model(self.directory, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
         # Greedy, with nothing that the model's generation_config.json asks for but the tokens that end a text.
         ends = self.model.generation_config.eos_token_id

@@ -27,7 +27,7 @@ from maskllm.training.log import MetricsWriter
 from maskllm.training.metrics import TrainMetrics
 from maskllm.training.micro_batches import MicroBatches
 from maskllm.training.objective import Objective
-from maskllm.training.optimizer import build_lr_scheduler, build_optimizer, inner_optimizer
+from maskllm.training.optimizer import build_lr_scheduler, build_optimizer, unchained
 from maskllm.training.start import resolve_start
 from maskllm.training.state import TrainingState
 from maskllm.training.step import Step, StepResult
@@ -99,7 +99,7 @@ class Trainer:
 
         cast = None
         if arguments.uses_cast:
-            cast = Cast(arguments, masked, inner_optimizer(self.optimizer), has_masks=self.start.resumed)
+            cast = Cast(arguments, masked, unchained(self.optimizer).optimizer, has_masks=self.start.resumed)
         schedule = AnnealingSchedule(
             arguments.train_iters, arguments.gumbel_temperature_range, arguments.gumbel_scale_range, arguments.weight_reg
         )

@@ -70,15 +70,15 @@ def build_optimizer(
     return optimizer
 
 
-def inner_optimizer(optimizer: MegatronOptimizer) -> torch.optim.Optimizer:
-    """The optimizer of the numbers that are updated, inside of Megatron's."""
+def unchained(optimizer: MegatronOptimizer) -> MegatronOptimizer:
+    """The one optimizer in a chain of Megatron's (`ChainedOptimizer`), or `optimizer` itself."""
     (one,) = getattr(optimizer, "chained_optimizers", [optimizer])
-    return one.optimizer
+    return one
 
 
 def _use_adam_s(optimizer: MegatronOptimizer, masked: Sequence[MaskedParameter], decay: float) -> None:
     """Put `AdamS` in the place of the Adam that Megatron has chosen, over the same groups."""
-    (one,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    one = unchained(optimizer)
     if isinstance(one, DistributedOptimizer) and not isinstance(one.optimizer, torch.optim.Adam):
         # It counts the steps where the Adam that it was made for does, and a checkpoint would lose those of another.
         raise MaskLLMError(
@@ -133,7 +133,7 @@ def fit_adam_state(state: dict[str, Any], optimizer: MegatronOptimizer) -> None:
     parameter, and Megatron saves that count once, as `common_step`. The other two count the steps of each group. The options in the
     groups differ between all three.
     """
-    (one,) = getattr(optimizer, "chained_optimizers", [optimizer])
+    one = unchained(optimizer)
     if isinstance(one, LogitsOptimizer):
         return
     adam = one.optimizer

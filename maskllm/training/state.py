@@ -24,7 +24,7 @@ from maskllm.megatron.gpt import MaskedGPTModel
 from maskllm.megatron.linears import attach_bits, attach_logits, attach_scales, masked_parameters
 from maskllm.megatron.loss import LossTerms
 from maskllm.training.arguments import TrainArguments
-from maskllm.training.optimizer import fit_adam_state
+from maskllm.training.optimizer import fit_adam_state, unchained
 from maskllm.training.start import Start, settings_of
 from maskllm.training.trainables import is_trained
 
@@ -103,7 +103,7 @@ class TrainingState:
 
         Weights that a fixed mask has set to zero stay zero.
         """
-        (one,) = getattr(optimizer, "chained_optimizers", [optimizer])
+        one = unchained(optimizer)
         parameters = dict(self.model.named_parameters())
         for name, stored in self.unrounded.items():
             parameter = parameters[name]
@@ -179,14 +179,14 @@ def _make_room(optimizer: MegatronOptimizer) -> None:
 
     Megatron's distributed optimizer cannot describe what to load without them (with Transformer Engine's and Apex's Adam it can).
     """
-    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if isinstance(one, DistributedOptimizer) and isinstance(one.optimizer, torch.optim.Adam):
-            for parameter in (parameter for group in one.optimizer.param_groups for parameter in group["params"]):
-                one.optimizer.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+    one = unchained(optimizer)
+    if isinstance(one, DistributedOptimizer) and isinstance(one.optimizer, torch.optim.Adam):
+        for parameter in (parameter for group in one.optimizer.param_groups for parameter in group["params"]):
+            one.optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
 
 def _load_originals(checkpoint: Checkpoint, model: MaskedGPTModel) -> dict[str, torch.Tensor]:

@@ -131,6 +131,29 @@ def metrics(save: Path, kind: str = "train") -> list[dict[str, Any]]:
     return [line for line in lines if line["kind"] == kind]
 
 
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors in the latest checkpoint, the optimizer's too."""
+    checkpoint = resolve(path)
+    return {name: checkpoint.tensors[name].load() for name in checkpoint.tensors}
+
+
+def assert_resumes_with_the_same_bits(ranks: Pool, folder: Path, words: Sequence[str]) -> dict[str, torch.Tensor]:
+    """Run `words`, which save to folder/run, on two ranks, and again from the checkpoint of step 3; the last checkpoints are the same.
+
+    Returns the tensors of the uninterrupted run.
+    """
+    save = folder / "run"
+    ranks(2, "maskllm.train", *words)
+    whole = tensors(save)
+    resolve(save).path.rename(folder / "whole")
+    (save / LATEST).write_text("3\n")
+    ranks(2, "maskllm.train", *words)
+    again = tensors(save)
+    assert whole.keys() == again.keys()
+    assert [name for name, tensor in whole.items() if not torch.equal(tensor, again[name])] == []
+    return whole
+
+
 def logits(save: Path) -> dict[str, torch.Tensor]:
     """The logits in the latest checkpoint."""
     return {key: tensor for key, tensor in learned_tensors(save).items() if not key.startswith("optimizer")}

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import load_file
 
 from maskllm import train
-from maskllm.checkpoints.finding import LATEST
 from maskllm.checkpoints.reading import resolve
 from maskllm.cli import main
 from maskllm.evaluation.megatron import load_masked_model, megatron_window_nlls, zero_share
@@ -24,9 +23,9 @@ from maskllm.ops.winner import check_mask
 from maskllm.patterns import Pattern, unpack_mask
 from maskllm.training.arguments import TrainArguments
 from maskllm.training.data_parallel import data_parallel
-from maskllm.training.optimizer import build_optimizer, inner_optimizer
+from maskllm.training.optimizer import build_optimizer, unchained
 from maskllm.training.trainables import parameter_groups
-from tests.training.conftest import arguments, metrics
+from tests.training.conftest import arguments, assert_resumes_with_the_same_bits, metrics, tensors
 
 PATTERN = Pattern(2, 4)
 STEPS = 6
@@ -52,11 +51,6 @@ def single(tmp_path_factory, ranks, tiny_dataset, tiny_dense) -> Path:
     save = tmp_path_factory.mktemp("cast") / "single"
     ranks(1, "maskllm.train", *arguments(save, tiny_dataset, tiny_dense, **OPTIONS))
     return save
-
-
-def tensors(path: Path) -> dict[str, torch.Tensor]:
-    checkpoint = resolve(path)
-    return {name: checkpoint.tensors[name].load() for name in checkpoint.tensors}
 
 
 def largest(weight: torch.Tensor) -> torch.Tensor:
@@ -124,17 +118,9 @@ def test_all_weights_and_scales_move_and_the_masks_are_the_refreshed_ones(single
 def test_a_resumed_run_in_bf16_has_the_bits_of_an_uninterrupted_one(more, ranks, tmp_path, tiny_dataset, tiny_dense):
     """Weights, fp32 masters, moments, masks and scales. Step 4 is between two refreshes of the masks."""
     run = OPTIONS | {"params_dtype": "bf16", **more}
-    save = tmp_path / "run"
-    ranks(2, "maskllm.train", *arguments(save, tiny_dataset, tiny_dense, **run))
-    whole = tensors(save)
+    whole = assert_resumes_with_the_same_bits(ranks, tmp_path, arguments(tmp_path / "run", tiny_dataset, tiny_dense, **run))
     assert any("param.decoder" in name for name in whole), "no masters are saved"
     assert whole[f"{linears_of(whole)[0]}.weight_scales"].dtype == torch.float32
-    resolve(save).path.rename(tmp_path / "whole")
-    (save / LATEST).write_text("3\n")
-    ranks(2, "maskllm.train", *arguments(save, tiny_dataset, tiny_dense, **run))
-    again = tensors(save)
-    assert whole.keys() == again.keys()
-    assert [name for name, tensor in whole.items() if not torch.equal(tensor, again[name])] == []
 
 
 @pytest.mark.slow
@@ -193,7 +179,7 @@ def test_scales_are_a_group_of_their_own_without_weight_decay(params_dtype, deca
         masked = masked_parameters(built)
         groups = parameter_groups(given, built, masked)
         optimizer = build_optimizer(given, groups, masked, data_parallel(given, built))
-        adam = inner_optimizer(optimizer)
+        adam = unchained(optimizer).optimizer
     assert [group.name for group in groups] == ["weight_scales", *["norms_and_biases"] * bool(decay), "weights"]
     assert set(map(id, groups[0].parameters)) == {id(parameter.scales) for parameter in masked}
     assert [settings["wd_mult"] for settings in optimizer.param_groups] == [0.0] * len(groups[1:]) + [float(decay > 0)]

@@ -19,7 +19,7 @@ from maskllm.families.registry import parameter_map
 from maskllm.ops import winner_mask
 from maskllm.patterns import Pattern, unpack_mask
 from maskllm.training.loop import Trainer
-from tests.training.conftest import arguments, metrics
+from tests.training.conftest import arguments, assert_resumes_with_the_same_bits, metrics, tensors
 
 STEPS = 6
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
@@ -61,11 +61,6 @@ def single(tmp_path_factory, ranks, tiny_dataset, tiny_pruned):
         return runs[trained]
 
     return run
-
-
-def tensors(path: Path) -> dict[str, torch.Tensor]:
-    checkpoint = resolve(path)
-    return {name: checkpoint.tensors[name].load() for name in checkpoint.tensors}
 
 
 def assert_same_run(one: Path, other: Path) -> None:
@@ -126,16 +121,8 @@ def test_frozen_weights_learn_from_themselves_without_masks(single, tiny_pruned)
 def test_a_resumed_run_in_bf16_has_the_bits_of_an_uninterrupted_one(trained, more, ranks, tmp_path, tiny_dataset, tiny_pruned):
     """Weights, fp32 masters, moments and logits."""
     run = options(trained, params_dtype="bf16", **more)
-    save = tmp_path / "run"
-    ranks(2, "maskllm.train", *arguments(save, tiny_dataset, tiny_pruned, **run))
-    whole = tensors(save)
+    whole = assert_resumes_with_the_same_bits(ranks, tmp_path, arguments(tmp_path / "run", tiny_dataset, tiny_pruned, **run))
     assert any("param.decoder" in name for name in whole), "no masters are saved"
-    resolve(save).path.rename(tmp_path / "whole")
-    (save / LATEST).write_text("3\n")
-    ranks(2, "maskllm.train", *arguments(save, tiny_dataset, tiny_pruned, **run))
-    again = tensors(save)
-    assert whole.keys() == again.keys()
-    assert [name for name, tensor in whole.items() if not torch.equal(tensor, again[name])] == []
 
 
 @pytest.mark.slow
