@@ -5,7 +5,7 @@ PYTHON_VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_
 READY := $(VENV)/.ready-$(PYTHON_VERSION)
 KERNEL_SOURCES := $(shell find csrc -type f)
 
-.PHONY: setup quickstart test lint clean
+.PHONY: setup quickstart test benchmarks lint clean
 
 setup: $(READY)
 
@@ -26,6 +26,11 @@ quickstart: setup
 
 test: setup
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# The measurements of at most ten minutes. They want a machine on which nothing else runs.
+benchmarks: setup
+	$(VENV)/bin/python -m benchmarks.report run --minutes 10
+	$(VENV)/bin/python -m benchmarks.report render
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -1,6 +1,6 @@
 """Speed of 2:4 layers against dense layers on a CUDA GPU, by number of tokens; and of 2:4 compression on any device.
 
-python benchmarks/compress24.py [--device cpu|cuda] [--json FILE]
+python -m benchmarks.compress24 [--device cpu|cuda] [--json FILE]
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Kill and resume a tiny run many times at random moments: it must end with the logits of the run that nothing interrupted.
 
-usage: python benchmarks/kill_resume.py --cycles 200 --json kill_resume.json
+usage: python -m benchmarks.kill_resume --cycles 200 --json kill_resume.json
 
 Each cycle starts the run under torchrun and kills either one rank or torchrun and all ranks with SIGKILL: a sixth of them after a random
 time of up to half of the whole run's, most often before the first step, the others at a random moment after a random number of steps, up

@@ -1,19 +1,23 @@
-"""What a benchmark prints about the machine that it ran on, and a clock that waits for the GPU."""
+"""What a measurement says about its machine, a clock that waits for the GPU, and the bandwidth of memory."""
 
 from __future__ import annotations
 
+import os
 import platform
 import time
 from pathlib import Path
 
 import torch
 
+SMALLEST_CACHE = 1 << 25
+"""Bytes of the last-level cache if the system does not tell its size."""
 
-def describe(device: str) -> str:
-    """The GPU ("cuda") or the processor with its number of threads ("cpu"), and torch's version."""
-    if device == "cuda":
-        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+def describe() -> str:
+    """The processor with torch's number of threads, and the GPU if torch can use one."""
+    gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
+    threads = torch.get_num_threads()
+    return f"{gpu}{processor()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def processor() -> str:
@@ -29,3 +33,24 @@ def wall_clock(device: str) -> float:
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def cache_bytes(device: str = "cpu") -> int:
+    """The size of the last-level cache."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).L2_cache_size
+    sizes = [os.sysconf(name) for name in ("SC_LEVEL3_CACHE_SIZE", "SC_LEVEL2_CACHE_SIZE") if name in os.sysconf_names]
+    return max([*sizes, SMALLEST_CACHE])
+
+
+def copy_bandwidth(device: str, repeats: int = 5) -> float:
+    """Bytes a second that a copy reads and writes, together. Source and target are written before, and larger than the caches."""
+    source = torch.ones(4 * cache_bytes(device), dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    target.fill_(1)  # `zeros_like` may map the same page of zeros again and again
+    best = float("inf")
+    for _ in range(repeats):
+        start = wall_clock(device)
+        target.copy_(source)
+        best = min(best, wall_clock(device) - start)
+    return 2 * source.nbytes / best

@@ -1,6 +1,6 @@
 """Carry a general mask to domains: one set of weights, a mask a domain (MaskLLM, arXiv 2409.17481, section 4.3).
 
-usage: python benchmarks/mask_transfer.py --hf DIR --general FILE... --domain NAME TRAIN HELD_OUT [--domain ...] --output DIR
+usage: python -m benchmarks.mask_transfer --hf DIR --general FILE... --domain NAME TRAIN HELD_OUT [--domain ...] --output DIR
 
 A general 2:4 mask is learned on the corpus --general (JSON lines) from SparseGPT's, which is calibrated on it. Each domain's mask is
 then learned on TRAIN (JSON lines) with the same number of steps from two priors: the general mask, and SparseGPT's. All masks are
@@ -21,7 +21,7 @@ import megatron_patches
 
 megatron_patches.import_megatron()
 
-from machine import processor  # noqa: E402
+from benchmarks.machine import processor  # noqa: E402
 
 from maskllm.environment.revision import commit  # noqa: E402
 from maskllm.files import write_json  # noqa: E402

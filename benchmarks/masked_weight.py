@@ -1,6 +1,6 @@
 """The time to draw and apply every mask of a model, forward and backward: kernels against PyTorch operators, in one run.
 
-    python benchmarks/masked_weight.py [--model smollm2-135m|llama-7b] [--device cpu|cuda] [--json FILE]
+    python -m benchmarks.masked_weight [--model smollm2-135m|llama-7b] [--device cpu|cuda] [--json FILE]
 
 For comparison it also measures a copy that moves the same number of bytes.
 """
@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from machine import describe
+from benchmarks.machine import describe
 
 from maskllm.files import write_json
 from maskllm.ops import NoiseKey, ShardMap, masked_weight, philox_key, reference
@@ -114,7 +114,7 @@ def measure(model: str, device: str, repeats: int, clock: Callable[[], float]) -
             totals[name] += count * seconds(lambda half=half, target=target: target.copy_(half), device, repeats, clock)
     kernel = totals["forward"] + totals["backward"]
     return {
-        "machine": describe(device),
+        "machine": describe(),
         "instruction_set": kernels().instruction_set() if device == "cpu" and kernels() else device,
         "model": model,
         "masked_weights": weights,

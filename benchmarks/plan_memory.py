@@ -1,6 +1,6 @@
 """How good `maskllm plan --device cpu` is: the peak memory of real runs under several layouts, compared with the plan.
 
-    python benchmarks/plan_memory.py --hf DIR [--runs NAME...] [--json FILE]
+    python -m benchmarks.plan_memory --hf DIR [--runs NAME...] [--json FILE]
 
 A CPU counts as a small GPU. What a process allocates is its peak resident memory, minus that of a tiny model (55 thousand weights
 per layer) in the same processes, plus the tiny model's own plan. So the libraries that a process loads do not count. The C library

@@ -1,7 +1,7 @@
 """How low precision, and one draw per step, change what is learned: a short run with each option, and the same run with another
 seed.
 
-    python benchmarks/precision.py --hf DIR --corpus FILE... [--layers 6] [--train-iters 20] [--global-batch-size 4]
+    python -m benchmarks.precision --hf DIR --corpus FILE... [--layers 6] [--train-iters 20] [--global-batch-size 4]
         [--seq-length 256] [--rows I...] [--json FILE]
 
 The first layers of a Hugging Face model start from a magnitude prior and learn on the corpus (C4 JSON lines). Each row is one run

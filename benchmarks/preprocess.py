@@ -1,6 +1,6 @@
 """Speed of pre-tokenization: `maskllm preprocess` against one document at a time in a pool of processes, as in Megatron-LM.
 
-    python benchmarks/preprocess.py [--input FILE...] [--tokenizer DIR_OR_FILE] [--workers N] [--repeat R]
+    python -m benchmarks.preprocess [--input FILE...] [--tokenizer DIR_OR_FILE] [--workers N] [--repeat R]
 
 The default input is the documentation corpus of this installation. The default tokenizer is a byte-level BPE tokenizer with 32000
 tokens and GPT-2's split, trained on that corpus. Loading and starting processes does not count. The two programs run in turns, the
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import sentencepiece
-from machine import processor
+from benchmarks.machine import processor
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast

@@ -1,6 +1,6 @@
 """The time of pruning: SparseGPT's solve against algorithm 1 as written, and each method against the dense forward passes.
 
-    python benchmarks/prune.py --hf DIR [--samples 128] [--seq-length 512] [--layers 30] [--json FILE]
+    python -m benchmarks.prune --hf DIR [--samples 128] [--seq-length 512] [--layers 30] [--json FILE]
 
 DIR is a Hugging Face checkpoint of a LLaMA-like model. It is pruned in memory, in fp32 on a CPU and bf16 on a GPU. Tokens are
 random, since times do not depend on them.
@@ -15,7 +15,7 @@ import time
 from typing import Any
 
 import torch
-from machine import describe, wall_clock
+from benchmarks.machine import describe, wall_clock
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -89,7 +89,7 @@ def main() -> None:
         model.model.layers = model.model.layers[: args.layers]
     layers = len(model.model.layers)
     tokens = torch.randint(0, model.config.vocab_size, (args.samples, args.seq_length), generator=torch.Generator().manual_seed(0))
-    machine = describe(device.type)
+    machine = describe()
     print(f"{machine}; {layers} layers, {args.samples} x {args.seq_length} tokens")
     numbers: dict[str, Any] = {"machine": machine, "layers": layers, "samples": args.samples, "seq_length": args.seq_length}
 

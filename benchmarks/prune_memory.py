@@ -1,6 +1,6 @@
 """The peak memory of `maskllm prune` on a random LLaMA of a given shape, compared with the calculation in docs/pruning.md.
 
-    python benchmarks/prune_memory.py [--hidden 1024] [--mlp 4096] [--heads 8] [--samples 2] [--seq-length 256] [--json FILE]
+    python -m benchmarks.prune_memory [--hidden 1024] [--mlp 4096] [--heads 8] [--samples 2] [--seq-length 256] [--json FILE]
 
 It runs SparseGPT with updated weights, 2:4, in bf16. Heads are 128 wide and each has its own keys and values, as in LLaMA-2 7B
 (`--hidden 4096 --mlp 11008 --heads 32`). On a GPU, PyTorch reports its peak memory. On a CPU, every allocation of PyTorch is

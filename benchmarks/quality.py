@@ -1,42 +1,32 @@
-"""The quality of every way to train, at equal training tokens: perplexity and zero-shot accuracy of the exported models.
+"""The quality of a way to train: perplexity and zero-shot accuracy of the exported model, at equal training tokens.
 
-    python benchmarks/quality.py run --hf DIR --train-data FILE... --eval-data FILE [--tasks-data DIR] --work DIR ROW...
-    python benchmarks/quality.py table
+    python -m benchmarks.quality --hf DIR --train-data FILE... --eval-data FILE [--tasks-data DIR [--limit N]] --work DIR --row ROW
+        [--json FILE]
 
-A ROW is `RECIPE`, `RECIPE:RATE` or `RECIPE:RATE:SEED`, such as `weights-kl:6e-4:1`. `run` makes the one-shot masks, trains the row's
-recipe from them, trims, exports and evaluates, all with public commands. Steps that are done are skipped, and an interrupted training
-goes on. Each finished row is a JSON file in docs/benchmarks/quality. `table` prints all of them as a Markdown table; docs/quality.md
-holds it.
+A ROW is dense, a one-shot mask (magnitude, wanda, sparsegpt), `RECIPE:RATE` or `RECIPE:RATE:SEED`, such as `weights-kl:6e-4:1`. The
+one-shot mask is made first, and the recipe trained from it; then the model is trimmed, exported and evaluated, all by public commands.
+Rows share the folder --work: steps that are done are skipped, and an interrupted training goes on.
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import shlex
 import sys
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-import torch
-from machine import describe
-
-from maskllm.environment.revision import commit
 from maskllm.errors import MaskLLMError
 from maskllm.failures import run_guarded
 from maskllm.files import read_json_object, write_json
 from maskllm.quickstart.steps import Steps
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "docs" / "benchmarks" / "quality"
 ONE_SHOT = ("magnitude", "wanda", "sparsegpt")
 PRIOR = "sparsegpt"
 """The one-shot mask that training starts from."""
-CALIBRATION = ["--calibration-samples", "16", "--seq-length", "512", "--pack"]
-EVALUATION = ["--seq-length", "1024", "--max-windows", "20"]
-SEQ_LENGTH, BATCH = 512, 2
+BATCH = 2
+TASKS = ("piqa", "arc_easy")
 CE_KL = ["--ce-loss-coeff", "0.67", "--kl-loss-coeff", "0.33"]
 KL = ["--ce-loss-coeff", "0", "--kl-loss-coeff", "1"]
 MASKS = ["--prior-strength", "5"]
@@ -48,12 +38,10 @@ class Recipe:
 
     options: list[str]
     """Options of `maskllm.train`."""
-    rates: tuple[str, ...]
-    """Learning rates to try: of the logits with `--train masks`, else of the weights."""
     start: str = PRIOR
 
     def command(self, rate: str, seed: int, iterations: int) -> list[str]:
-        """The options with this learning rate, which decays to a tenth, this seed and this length."""
+        """The options with this learning rate (of the logits with `--train masks`, else of the weights), which decays to a tenth."""
         prefix = "--" if self.options[:2] == ["--train", "masks"] else "--weights-"
         return [
             *self.options, f"{prefix}lr", rate, f"{prefix}min-lr", f"{float(rate) / 10:g}", "--seed", str(seed),
@@ -63,44 +51,30 @@ class Recipe:
 
 LOGITS_RATE = ["--lr", "5e-4", "--min-lr", "5e-5"]
 RECIPES = {
-    "masks": Recipe(["--train", "masks", *MASKS], ("5e-4", "1e-3", "2e-3")),
-    "weights-ce": Recipe(["--train", "weights"], ("2e-4", "6e-4", "1e-3")),
-    "weights-kl": Recipe(["--train", "weights", *KL], ("2e-4", "6e-4", "1e-3")),
-    "weights-squarehead": Recipe(["--train", "weights", "--squarehead-loss-coeff", "1"], ("2e-4", "6e-4", "1e-3")),
-    "weights-ce-kl": Recipe(["--train", "weights", *CE_KL], ("2e-4", "6e-4", "1e-3")),
-    "both-ce-kl": Recipe(["--train", "both", *CE_KL, *MASKS, *LOGITS_RATE], ("2e-4", "6e-4", "1e-3")),
+    "masks": Recipe(["--train", "masks", *MASKS]),
+    "weights-ce": Recipe(["--train", "weights"]),
+    "weights-kl": Recipe(["--train", "weights", *KL]),
+    "weights-squarehead": Recipe(["--train", "weights", "--squarehead-loss-coeff", "1"]),
+    "weights-ce-kl": Recipe(["--train", "weights", *CE_KL]),
+    "both-ce-kl": Recipe(["--train", "both", *CE_KL, *MASKS, *LOGITS_RATE]),
     "cast": Recipe(
         ["--train", "weights", "--weights-optimizer", "cast", "--pattern", "2:4", *CE_KL, "--lr-warmup-iters", "10"],
-        ("3e-4", "1e-3", "2e-3"),
         start="dense",
     ),
-    "both-kl": Recipe(["--train", "both", *KL, *MASKS, *LOGITS_RATE], ("2e-4", "6e-4", "1e-3")),
+    "both-kl": Recipe(["--train", "both", *KL, *MASKS, *LOGITS_RATE]),
 }
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Make the rows and write their results."""
-    for row in arguments.rows:
-        recipe, rate, seed = _parse(row)
-        _run_row(arguments, recipe, rate, seed)
-
-
-def _parse(row: str) -> tuple[str, str | None, int]:
-    recipe, *rest = row.split(":")
-    if recipe == "dense" or recipe in ONE_SHOT:
-        return recipe, None, 0
-    if recipe not in RECIPES:
-        raise MaskLLMError(f"{row}: wanted dense, {', '.join(ONE_SHOT)}, {', '.join(RECIPES)}")
-    return recipe, rest[0] if rest else RECIPES[recipe].rates[1], int(rest[1]) if len(rest) > 1 else 1234
-
-
-def _run_row(arguments: argparse.Namespace, name: str, rate: str | None, seed: int) -> None:
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Make the row; returns its numbers."""
+    name, rate, seed = _parse(arguments.row)
     work: Path = arguments.work
     maskllm = [sys.executable, "-m", "maskllm"]
     megatron, prefix = work / "megatron", work / "data" / "train"
     dataset = f"{prefix}_text_document"
-    iterations = max(1, round(arguments.tokens / (SEQ_LENGTH * BATCH)))
-    row = name if rate is None else f"{name},lr={rate},seed={seed},tokens={iterations * SEQ_LENGTH * BATCH}"
+    seq_length = arguments.seq_length
+    iterations = max(1, round(arguments.tokens / (seq_length * BATCH)))
+    row = name if rate is None else f"{name},lr={rate},seed={seed},tokens={iterations * seq_length * BATCH}"
     start = RECIPES[name].start if name in RECIPES else name
 
     common = Steps(_made(work / "common"))
@@ -111,7 +85,10 @@ def _run_row(arguments: argparse.Namespace, name: str, rate: str | None, seed: i
     common.run("convert", megatron / "dense", [*maskllm, "convert", "--hf", arguments.hf, "--output", megatron / "dense"])
     if start in ONE_SHOT:
         one_shot = Steps(_made(work / start))
-        data = ["--calibration-data", dataset, *CALIBRATION, "--params-dtype", arguments.params_dtype]
+        data = [
+            "--calibration-data", dataset, "--calibration-samples", arguments.calibration_samples, "--seq-length", seq_length, "--pack",
+            "--params-dtype", arguments.params_dtype,
+        ]  # fmt: skip
         one_shot.run(
             "prune", megatron / start,
             [
@@ -125,12 +102,13 @@ def _run_row(arguments: argparse.Namespace, name: str, rate: str | None, seed: i
     checkpoint, training = megatron / start, []
     if name in RECIPES:
         checkpoint = folder / "trained"
+        options = RECIPES[name].command(rate, seed, iterations)
         training = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.processes}",
             "-m", "maskllm.train", "--pretrained-checkpoint", megatron / start, "--load", checkpoint, "--save", checkpoint,
-            "--save-interval", "25", "--data-path", dataset, "--split", "100,0,0", "--eval-iters", "0", "--seq-length", SEQ_LENGTH,
+            "--save-interval", "25", "--data-path", dataset, "--split", "100,0,0", "--eval-iters", "0", "--seq-length", seq_length,
             "--global-batch-size", BATCH, "--micro-batch-size", BATCH // arguments.processes, "--params-dtype", arguments.params_dtype,
-            "--log-interval", "5", *RECIPES[name].command(rate, seed, iterations),
+            "--log-interval", "5", *options,
         ]  # fmt: skip
         steps.run("train", checkpoint, training, can_resume=True)
     directory = Path(arguments.hf)
@@ -139,33 +117,43 @@ def _run_row(arguments: argparse.Namespace, name: str, rate: str | None, seed: i
         trimmed = folder / "trimmed"
         steps.run("trim", trimmed, [*maskllm, "trim", "--load", checkpoint, "--output", trimmed])
         steps.run("export", directory, [*maskllm, "export", "--load", trimmed, "--output", directory])
-    file = folder / "perplexity.json"
-    steps.run(
-        "evaluate", file,
-        [
-            *maskllm, "evaluate", "--model", directory, "--data", arguments.eval_data, *EVALUATION,
-            "--params-dtype", arguments.params_dtype, "--json", file,
-        ],
-    )  # fmt: skip
-    perplexity = read_json_object(file)
-    write_json(
-        _made(RESULTS) / f"{row}.json",
-        {
-            "recipe": name,
-            "rate": rate,
-            "seed": seed if rate else None,
-            "tokens": iterations * SEQ_LENGTH * BATCH if rate else 0,
-            "perplexity": perplexity["perplexity"],
-            "evaluation": {key: perplexity[key] for key in ("data", "windows", "seq_length", "dtype")},
-            "command": shlex.join(map(str, training[3:])),
-            "seconds": steps.records["train"]["seconds"] if training else None,
-            "peak_memory_bytes": steps.records["train"]["peak_memory_bytes"] if training else None,
-            "machine": describe("cuda" if torch.cuda.is_available() else "cpu"),
-            "date": datetime.date.today().isoformat(),
-            "commit": commit(),
-            "versions": {package: metadata.version(package) for package in ("torch", "megatron-core", "transformers")},
-        },
-    )
+    evaluate = [*maskllm, "evaluate", "--model", directory, "--params-dtype", arguments.params_dtype, "--json"]
+    file, tasks_file = folder / "perplexity.json", folder / "tasks.json"
+    windows = ["--seq-length", arguments.eval_seq_length, "--max-windows", arguments.eval_windows]
+    steps.run("evaluate", file, [*evaluate, file, "--data", arguments.eval_data, *windows])
+    perplexity, tasks = read_json_object(file), None
+    if arguments.tasks_data is not None:
+        limit = [] if arguments.limit is None else ["--limit", arguments.limit]
+        steps.run(
+            "evaluate tasks", tasks_file, [*evaluate, tasks_file, "--tasks", *TASKS, "--tasks-data", arguments.tasks_data, *limit]
+        )
+        scores = read_json_object(tasks_file)["models"][0]["tasks"]
+        tasks = {task: {"items": found["items"], **found["metrics"]["acc"]} for task, found in scores.items()}
+    record = steps.records.get("train", {})
+    return {
+        "recipe": name,
+        "rate": rate,
+        "seed": seed if rate else None,
+        "tokens": iterations * seq_length * BATCH if rate else 0,
+        "options": shlex.join(options) if training else None,
+        "perplexity": perplexity["perplexity"],
+        "evaluation": {key: perplexity[key] for key in ("windows", "seq_length", "dtype")},
+        "tasks": tasks,
+        "seconds": record.get("seconds"),
+        "peak_memory_bytes": record.get("peak_memory_bytes"),
+    }
+
+
+def _parse(row: str) -> tuple[str, str | None, int]:
+    recipe, *rest = row.split(":")
+    if not rest and (recipe == "dense" or recipe in ONE_SHOT):
+        return recipe, None, 0
+    if recipe not in RECIPES or len(rest) not in (1, 2):
+        names = ", ".join(RECIPES)
+        raise MaskLLMError(
+            f"--row {row}: wanted dense, {', '.join(ONE_SHOT)}, RECIPE:RATE or RECIPE:RATE:SEED; RECIPE is one of {names}"
+        )
+    return recipe, rest[0], int(rest[1]) if len(rest) > 1 else 1234
 
 
 def _made(folder: Path) -> Path:
@@ -173,51 +161,29 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def table() -> str:
-    """All results as a Markdown table, by tokens, then by perplexity."""
-    results = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(RESULTS.glob("*.json"))]
-    by_recipe = {result["recipe"]: result["perplexity"] for result in results if not result["rate"]}
-    dense, prior = by_recipe["dense"], by_recipe[PRIOR]
-    lines = [
-        "| recipe | learning rate | seed | training tokens | perplexity | gap closed |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for result in sorted(results, key=lambda result: (result["tokens"], -result["perplexity"])):
-        cells = [
-            result["recipe"],
-            result["rate"] or "-",
-            result["seed"] or "-",
-            f"{result['tokens']:,}",
-            f"{result['perplexity']:.1f}",
-        ]
-        lines.append("| " + " | ".join(map(str, [*cells, f"{(prior - result['perplexity']) / (prior - dense):.1%}"])) + " |")
-    return "\n".join(lines)
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+def main(argv: list[str] | None = None) -> None:
+    """Make the row and print or write its numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    verbs.add_parser("table", help="print the results as a Markdown table")
-    verb = verbs.add_parser("run", help="make rows")
-    verb.add_argument("--hf", required=True, metavar="DIR", help="dense model")
-    verb.add_argument("--train-data", required=True, nargs="+", metavar="FILE", help="JSON lines to calibrate and train on")
-    verb.add_argument("--eval-data", required=True, metavar="FILE", help="held-out text")
-    verb.add_argument("--work", required=True, type=Path, metavar="DIR", help="folder for checkpoints")
-    verb.add_argument("--tokens", type=float, default=1e5, metavar="N", help="training tokens (default: %(default)g)")
-    verb.add_argument("--processes", type=int, default=1, help="data-parallel processes (default: %(default)s)")
-    verb.add_argument("--params-dtype", default="fp32", help="dtype to compute in (default: %(default)s)")
-    verb.add_argument("rows", nargs="+", metavar="ROW", help=f"dense, {', '.join(ONE_SHOT)}, {', '.join(RECIPES)}")
-    return parser.parse_args(argv)
-
-
-def main() -> None:
-    """Run the rows, or print the table."""
-    arguments = parse_arguments()
-    if arguments.verb == "table":
-        print(table())
-    else:
-        run(arguments)
+    parser.add_argument("--hf", required=True, metavar="DIR", help="dense model")
+    parser.add_argument("--train-data", required=True, nargs="+", metavar="FILE", help="JSON lines to calibrate and train on")
+    parser.add_argument("--eval-data", required=True, metavar="FILE", help="held-out text")
+    parser.add_argument("--tasks-data", metavar="DIR", help=f"also evaluate {' and '.join(TASKS)} with the files in this folder")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N items of each task only")
+    parser.add_argument("--work", required=True, type=Path, metavar="DIR", help="folder for checkpoints")
+    parser.add_argument("--row", required=True, metavar="ROW", help="what to measure")
+    parser.add_argument("--tokens", type=float, default=1e5, metavar="N", help="training tokens (default: %(default)g)")
+    parser.add_argument("--seq-length", type=int, default=512, help="of calibration and training (default: %(default)s)")
+    parser.add_argument("--calibration-samples", type=int, default=16, help="(default: %(default)s)")
+    parser.add_argument("--eval-seq-length", type=int, default=1024, help="(default: %(default)s)")
+    parser.add_argument("--eval-windows", type=int, default=20, help="(default: %(default)s)")
+    parser.add_argument("--processes", type=int, default=1, help="data-parallel processes (default: %(default)s)")
+    parser.add_argument("--params-dtype", default="fp32", help="dtype to compute in (default: %(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write the numbers here")
+    arguments = parser.parse_args(argv)
+    row = run(arguments)
+    print(f"{arguments.row}: perplexity {row['perplexity']:.2f}", row["tasks"] or "")
+    if arguments.json:
+        write_json(arguments.json, row)
 
 
 if __name__ == "__main__":

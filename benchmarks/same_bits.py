@@ -1,6 +1,6 @@
 """Run the same pipeline with two checkouts of the project and compare everything that they write, bit for bit.
 
-usage: python benchmarks/same_bits.py --before DIR --after DIR
+usage: python -m benchmarks.same_bits --before DIR --after DIR
 
 A checkout is a copy of the repository with its kernels built. Both run the same commands on the same tiny random models and the same
 text, on the CPU: preprocess, convert, prune, ten training steps with several parallel layouts and options (`RUNS`), resumed runs, trim,
@@ -26,7 +26,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from bitwise import compare
+from benchmarks.bitwise import compare
 
 SIZES = {
     "hidden_size": 64,

@@ -1,6 +1,6 @@
 """Damaged stored matrices against `sparse_check`: each is refused by name, or multiplied and expanded without reading out of bounds.
 
-    python benchmarks/sparse_fuzz.py [--cases 100000] [--seed 0] [--no-sanitizer]
+    python -m benchmarks.sparse_fuzz [--cases 100000] [--seed 0] [--no-sanitizer]
 
 The CPU operators are compiled once with AddressSanitizer and run in a process of their own. Each case takes a valid
 matrix of a random layout and damages it: bits, scales, row starts, shapes, dtypes, numbers of the layout, or bytes of a safetensors

@@ -1,6 +1,6 @@
 """Products with matrices stored without their zeros against torch's dense ones, on a CPU.
 
-    python benchmarks/sparse_linear.py [--rows 1 2 4 ...] [--seconds 2] [--processor-time] [--json FILE]
+    python -m benchmarks.sparse_linear [--rows 1 2 4 ...] [--seconds 2] [--processor-time] [--json FILE]
 
 First one row times an 11008 x 4096 matrix, then a larger and larger number of rows. The matrix is cut into eight parts of 1376 rows (into
 halves from 65 rows of activations on), and a call multiplies one of them: the shorter a call, the likelier is one that no other program
@@ -23,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from machine import describe
+from benchmarks.machine import describe
 
 from maskllm.files import write_json
 from maskllm.ops import Layout, sparse_linear, sparse_pack
@@ -176,7 +176,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     library = loops()
-    print(f"{describe('cpu')} ({kernels().instruction_set()}), load {os.getloadavg()[0]:.1f}")
+    print(f"{describe()} ({kernels().instruction_set()}), load {os.getloadavg()[0]:.1f}")
     clock = time.process_time if args.processor_time else time.perf_counter
     memory = one_row(library, OUT // PARTS, False, args.seconds, clock)
     # A call of few rows takes as long as everything but the loop.
@@ -196,7 +196,7 @@ def main() -> None:
     print(f"  2:4 int8 over dense int8: {by_int8:.2f}")
     print(f"rows, {OUT} x {IN}, bf16 inputs, against torch's bf16")
     result = {
-        "machine": describe("cpu"),
+        "machine": describe(),
         "instruction_set": kernels().instruction_set(),
         "one_row": memory,
         "int8_over_dense_int8": by_int8,

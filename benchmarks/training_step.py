@@ -1,6 +1,6 @@
 """The time of a step of each way to train, against a step that trains the dense model's weights, in one process.
 
-    python benchmarks/training_step.py --load CKPT [--ways WAY...] [--seq-length 512] [--sequences 4] [--repeats 3] [--json FILE]
+    python -m benchmarks.training_step --load CKPT [--ways WAY...] [--seq-length 512] [--sequences 4] [--repeats 3] [--json FILE]
 
 CKPT is a dense checkpoint from `maskllm convert`. The ways:
 
@@ -20,7 +20,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from machine import describe, wall_clock
+from benchmarks.machine import describe, wall_clock
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from tqdm import tqdm
@@ -124,7 +124,7 @@ def main() -> None:
                 if repeat:  # the first round is warm-up
                     best[way] = min(best[way], taken)
         numbers = {
-            "machine": describe(device().type),
+            "machine": describe(),
             "torch": torch.__version__,
             "tokens": args.sequences * args.seq_length,
             "micro_batches": args.sequences,

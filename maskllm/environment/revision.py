@@ -5,15 +5,21 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+_DOCUMENTATION = (":(exclude)docs", ":(exclude)*.md")
+
 
 def commit() -> str | None:
-    """The commit of the checkout that the package runs from, with "-dirty" after local changes; None outside of a checkout."""
+    """The commit of the checkout that the package runs from, with "-dirty" after local changes to more than its documentation.
+
+    None outside of a checkout.
+    """
     root = Path(__file__).parents[2]
     if not (root / ".git").exists():
         return None
+    git = ["git", "-C", str(root)]
     try:
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    except (OSError, subprocess.TimeoutExpired):
+        found = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=60, check=True)
+        changes = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", ".", *_DOCUMENTATION], timeout=60, check=False).returncode
+    except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    return found.stdout.strip() + ("-dirty" if changes else "")
