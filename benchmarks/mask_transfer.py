@@ -22,7 +22,6 @@ import megatron_patches
 megatron_patches.import_megatron()
 
 from benchmarks.machine import processor  # noqa: E402
-
 from maskllm.environment.revision import commit  # noqa: E402
 from maskllm.files import write_json  # noqa: E402
 from maskllm.huggingface.mask_file import MaskFile, open_mask_file  # noqa: E402

@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 
 import torch
-from benchmarks.machine import describe
 
+from benchmarks.machine import describe
 from maskllm.files import write_json
 from maskllm.ops import NoiseKey, ShardMap, masked_weight, philox_key, reference
 from maskllm.ops.extension import kernels

@@ -19,11 +19,11 @@ import time
 from pathlib import Path
 
 import sentencepiece
-from benchmarks.machine import processor
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from benchmarks.machine import processor
 from maskllm.data.preprocess import available_cores, preprocess
 from maskllm.quickstart.corpus import write_documentation_corpus
 

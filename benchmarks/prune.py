@@ -15,10 +15,10 @@ import time
 from typing import Any
 
 import torch
-from benchmarks.machine import describe, wall_clock
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from benchmarks.machine import describe, wall_clock
 from maskllm.files import write_json
 from maskllm.patterns import Pattern
 from maskllm.pruning import METHODS, PruneSettings, factor_hessian, prune_hf, sparsegpt

@@ -23,8 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from benchmarks.machine import describe
 
+from benchmarks.machine import describe
 from maskllm.files import write_json
 from maskllm.ops import Layout, sparse_linear, sparse_pack
 from maskllm.ops.extension import kernels

@@ -20,11 +20,11 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from benchmarks.machine import describe, wall_clock
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from tqdm import tqdm
 
+from benchmarks.machine import describe, wall_clock
 from maskllm.checkpoints.reading import Checkpoint, load_model, resolve
 from maskllm.distributed import device
 from maskllm.files import write_json

@@ -54,7 +54,9 @@ def test_render_writes_the_numbers_and_check_finds_others(page):
     assert report.check() == ["README.md", "docs/results.md"]
     report.render()
     text = page.read_text()
-    assert "| 2.5 s |\n\nMeasured 2026-11-28 on a processor, 2 threads, with older code; [commit and command](docs/results.md#" in text
+    assert (
+        "| 2.5 s |\n\nMeasured 2026-11-28 on a processor, 2 threads, with older code; [commit and command](docs/results.md#" in text
+    )
     assert text.startswith("# Title\n\n<!-- benchmark:speed -->\n") and text.endswith("<!-- /benchmark:speed -->\n\nText.\n")
     assert report.check() == []
     page.write_text(text.replace("2.5 s", "2.4 s"))
