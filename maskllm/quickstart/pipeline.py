@@ -6,20 +6,18 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from maskllm.checkpoints.reading import resolve
 from maskllm.data.indexed import open_indexed
 from maskllm.data.text_files import check_inputs
+from maskllm.environment.machine import machine
 from maskllm.errors import MaskLLMError, flag
 from maskllm.families.model_config import ModelConfig, check_context
 from maskllm.pruning.solve import METHODS
@@ -318,7 +316,7 @@ def build_report(
         model=model,
         pattern="2:4",
         evaluation={"data": data} | {key: dense[key] for key in ("data_kind", "windows", "seq_length", "dtype", "device")},
-        machine=machine(),
+        machine=machine(("torch", "megatron-core", "transformers")),
         settings=asdict(settings) | {"prior": prior, "params_dtype": compute_dtype()},
         results=results,
         steps=[
@@ -331,21 +329,6 @@ def build_report(
             for entries in zip(*texts.values(), strict=True)
         ],
     )
-
-
-def machine() -> dict[str, Any]:
-    """The machine and the package versions behind the numbers."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-        cpu = names[0] if names else cpu
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "python": platform.python_version(),
-        **{package: metadata.version(package) for package in ("torch", "megatron-core", "transformers")},
-    }
 
 
 def read_json(path: Path) -> dict[str, Any]:

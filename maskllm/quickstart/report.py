@@ -6,11 +6,19 @@ import dataclasses
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from maskllm.files import write_json, write_text
-from maskllm.quickstart.formatting import RESULT_COLUMNS, result_cells
+from maskllm.reporting.files import only_finite, write_report_files
+from maskllm.reporting.formatting import (
+    format_bytes,
+    format_perplexity,
+    format_ratio,
+    format_seconds,
+    format_share,
+    text_table,
+)
+
+RESULT_COLUMNS = ("model", "perplexity", "x best one-shot", "gap closed", "zeros", "time", "peak memory")
 
 DENSE = "dense"
 """The name of the result of the dense model."""
@@ -88,12 +96,21 @@ def gap_closed(result: ModelResult, results: list[ModelResult]) -> float | None:
 
 def table(report: Report) -> str:
     """The results as aligned plain text, one line per model, without a final newline."""
-    rows = [RESULT_COLUMNS, *map(result_cells, report_dict(report)["results"])]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, tuple("-" * width for width in widths))
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
+    return text_table(RESULT_COLUMNS, [result_cells(result) for result in report_dict(report)["results"]])
+
+
+def result_cells(result: dict[str, Any]) -> tuple[str, ...]:
+    """The cells of RESULT_COLUMNS for one entry of `results` in `report_dict`."""
+    # A perplexity is always measured. None stands for an infinite one, which JSON cannot hold.
+    perplexity = math.inf if result["perplexity"] is None else result["perplexity"]
+    return (
+        result["name"],
+        format_perplexity(perplexity),
+        format_ratio(result["times_best_one_shot"]),
+        format_share(result["gap_closed"]),
+        format_share(result["zeros"]),
+        format_seconds(result["seconds"]),
+        format_bytes(result["peak_memory_bytes"]),
     )
 
 
@@ -111,7 +128,7 @@ def report_dict(report: Report) -> dict[str, Any]:
     values["best_one_shot"] = best.name if best else None
     values["seconds"] = sum(step["seconds"] for step in report.steps)
     values["peak_memory_bytes"] = max((step["peak_memory_bytes"] for step in report.steps), default=None)
-    return _only_finite(values)
+    return only_finite(values)
 
 
 def write_report(report: Report, directory: str | os.PathLike) -> None:
@@ -119,17 +136,8 @@ def write_report(report: Report, directory: str | os.PathLike) -> None:
     from maskllm.quickstart.page import html_page  # needs matplotlib, which only the extra `quickstart` installs
 
     values = report_dict(report)
-    write_json(Path(directory) / "report.json", values)
-    write_text(Path(directory) / "report.html", html_page(values))
+    write_report_files(values, html_page(values), directory)
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _only_finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _only_finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_only_finite(entry) for entry in value]
-    return _finite(value) if isinstance(value, float) else value

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from maskllm.quickstart.report import ModelResult, Report, write_report
-from tests.quickstart.html_reader import Page
+from tests.reporting.html_reader import Page
 
 HOSTILE = '<script>alert("x")</script>&amp;\''
 CHARTS = [

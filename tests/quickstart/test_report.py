@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 
-from maskllm.quickstart.formatting import format_bytes, format_perplexity, format_ratio, format_seconds, format_share
 from maskllm.quickstart.report import (
     ModelResult,
     Report,
@@ -19,6 +18,7 @@ from maskllm.quickstart.report import (
     times_best_one_shot,
     write_report,
 )
+from maskllm.reporting.formatting import format_bytes, format_perplexity, format_ratio, format_seconds, format_share
 
 GIB = 2**30
 DENSE = ModelResult("dense", 20.0, 0.0, None, None, one_shot=False)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from collections.abc import Sequence
 
 UNKNOWN = "-"
-
-RESULT_COLUMNS = ("model", "perplexity", "x best one-shot", "gap closed", "zeros", "time", "peak memory")
 
 
 def format_perplexity(value: float | None) -> str:
@@ -52,16 +49,12 @@ def format_bytes(value: int | None) -> str:
     return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
 
 
-def result_cells(result: dict[str, Any]) -> tuple[str, ...]:
-    """The cells of RESULT_COLUMNS for one entry of `results` in `maskllm.quickstart.report.report_dict`."""
-    # A perplexity is always measured. None stands for an infinite one, which JSON cannot hold.
-    perplexity = math.inf if result["perplexity"] is None else result["perplexity"]
-    return (
-        result["name"],
-        format_perplexity(perplexity),
-        format_ratio(result["times_best_one_shot"]),
-        format_share(result["gap_closed"]),
-        format_share(result["zeros"]),
-        format_seconds(result["seconds"]),
-        format_bytes(result["peak_memory_bytes"]),
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned plain text, one line for each row, without a final newline. The first column is words, the others are numbers."""
+    rows = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in widths])
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
     )

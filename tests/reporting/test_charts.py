@@ -9,8 +9,8 @@ import matplotlib
 import numpy as np
 import pytest
 
-from maskllm.quickstart.charts import Series, line_chart
-from tests.quickstart.html_reader import Page
+from maskllm.reporting.charts import Series, line_chart
+from tests.reporting.html_reader import Page
 
 
 class Drawing:

@@ -178,7 +178,7 @@ def _svg(figure: Figure) -> ElementTree.Element:
     for name in ("width", "height", "version"):
         svg.attrib.pop(name, None)
     for child in [child for child in svg if child.tag == "metadata" or child.find("style") is not None]:
-        svg.remove(child)  # the style sheet would apply to the whole page; `maskllm.quickstart.page.STYLE` has its rule instead
+        svg.remove(child)  # the style sheet would apply to the whole page; `maskllm.reporting.page.STYLE` has its rule instead
     return svg
 
 

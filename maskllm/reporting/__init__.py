@@ -1,0 +1,1 @@
+"""What the reports of the pipelines share: numbers as text, charts, the page, the files."""
