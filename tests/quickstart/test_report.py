@@ -18,7 +18,6 @@ from maskllm.quickstart.report import (
     times_best_one_shot,
     write_report,
 )
-from maskllm.reporting.formatting import format_bytes, format_perplexity, format_ratio, format_seconds, format_share
 
 GIB = 2**30
 DENSE = ModelResult("dense", 20.0, 0.0, None, None, one_shot=False)
@@ -83,25 +82,6 @@ def spans(rule: str) -> list[tuple[int, str]]:
     """Start and text of each run of dashes."""
     starts = [i for i, c in enumerate(rule) if c == "-" and (i == 0 or rule[i - 1] == " ")]
     return [(start, rule[start:].split(" ")[0]) for start in starts]
-
-
-@pytest.mark.parametrize(
-    "found, wanted",
-    [
-        (format_perplexity(99.996), "100.0"),
-        (format_perplexity(math.inf), "inf"),
-        (format_ratio(0.9999), "1.00"),
-        (format_share(0.00049), "0.0%"),
-        (format_seconds(0.4), "0.40 s"),
-        (format_seconds(59.97), "1 min 00 s"),
-        (format_seconds(3599.7), "1 h 00 min"),
-        (format_seconds(7380), "2 h 03 min"),
-        (format_bytes(231 * 2**20), "231 MiB"),
-        (format_seconds(None), "-"),
-    ],
-)
-def test_numbers_are_rounded_before_their_unit_is_chosen(found, wanted):
-    assert found == wanted
 
 
 def test_json_holds_every_field_and_the_computed_values(report, tmp_path):
