@@ -7,15 +7,8 @@ from typing import Any
 
 from benchmarks.results import Result
 from maskllm.markdown import markdown_table
-from maskllm.quickstart.formatting import (
-    RESULT_COLUMNS,
-    UNKNOWN,
-    format_bytes,
-    format_perplexity,
-    format_seconds,
-    format_share,
-    result_cells,
-)
+from maskllm.quickstart.report import RESULT_COLUMNS, result_cells
+from maskllm.reporting.formatting import UNKNOWN, format_bytes, format_perplexity, format_seconds, format_share
 
 Results = Mapping[str, Result]
 
