@@ -18,7 +18,7 @@ from maskllm.errors import MaskLLMError
 from maskllm.evaluation.perplexity import Perplexity, WindowNLLs, next_token_nll, perplexity
 from maskllm.evaluation.windows import read_windows
 from maskllm.families.model_config import check_context, check_vocabulary
-from maskllm.huggingface.blocks import linears_of, transformer_blocks
+from maskllm.huggingface.blocks import block_linears
 from maskllm.huggingface.hub import find_source
 from maskllm.huggingface.loading import context_of, load_hf_model, usable_device
 from maskllm.huggingface.mask_file import MaskFile, open_masks
@@ -132,8 +132,7 @@ def block_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
     Raises MaskLLMError if the model's blocks cannot be found.
     """
-    prefix, blocks = transformer_blocks(model)
-    return {f"{name}.weight": linear.weight.data for name, linear in linears_of(blocks, prefix).items()}
+    return {f"{name}.weight": linear.weight.data for name, linear in block_linears(model).items()}
 
 
 def zero_share(weights: dict[str, torch.Tensor], compressed: Sequence[SparseLinear] = ()) -> float:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from maskllm.errors import MaskLLMError, whole_message
 from maskllm.export.pattern_search import smallest_layout
 from maskllm.files import atomic_directory, empty_output, read_json_object, write_json
-from maskllm.huggingface.blocks import linears_in_lists
+from maskllm.huggingface.blocks import block_linears
 from maskllm.huggingface.config import load_config
 from maskllm.huggingface.hub import find_source
 from maskllm.huggingface.mask_file import MaskFile
@@ -196,7 +196,7 @@ def _block_weights(directory: Path, tensors: HFTensors) -> dict[str, tuple[str, 
         raise MaskLLMError(f"{directory}: transformers cannot make its model: {whole_message(error)}") from error
     shared = model.all_tied_weights_keys
     shared = {*shared.keys(), *shared.values()}
-    linears = {f"{name}.weight": linear for name, linear in linears_in_lists(model).items() if f"{name}.weight" not in shared}
+    linears = {f"{name}.weight": linear for name, linear in block_linears(model).items() if f"{name}.weight" not in shared}
     parameters = ParameterNames(model)
     found = {}
     for tensor in tensors.names:

@@ -1,6 +1,9 @@
-"""The transformer blocks of a transformers model, and the matrices in them that are pruned."""
+"""The stacks of blocks of a transformers model, found by structure, and the matrices in them that are pruned."""
 
 from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
 
 import torch
 from transformers import PreTrainedModel
@@ -8,21 +11,39 @@ from transformers.pytorch_utils import Conv1D
 
 from maskllm.errors import MaskLLMError
 
-_BLOCK_LISTS = ("layers", "h")
-"""Names of the list of blocks: `layers` in LLaMA and most other families, `h` in GPT-2."""
+_ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+"""What transformers calls the linears that choose between the `experts` beside them."""
 
 
-def transformer_blocks(model: PreTrainedModel) -> tuple[str, torch.nn.ModuleList]:
-    """The name of the model's list of transformer blocks, such as model.layers, and the list.
+def block_stacks(model: PreTrainedModel) -> dict[str, torch.nn.ModuleList]:
+    """The model's stacks of blocks by name, such as model.layers, or encoder.block and decoder.block.
 
-    Raises MaskLLMError if the model has no such list.
+    A stack is a list of modules that have parts of their own, with a matrix in them. A list inside of a block is part of the block.
+    Raises MaskLLMError if the model has none.
     """
-    for name in _BLOCK_LISTS:
-        blocks = getattr(model.base_model, name, None)
-        if isinstance(blocks, torch.nn.ModuleList) and len(blocks):
-            return f"{model.base_model_prefix}.{name}", blocks
-    places = " or ".join(f"{model.base_model_prefix}.{name}" for name in _BLOCK_LISTS)
-    raise MaskLLMError(f"{type(model).__name__} has no list of transformer blocks at {places}")
+    stacks: dict[str, torch.nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        outer = tuple(f"{stack}." for stack in stacks)
+        if isinstance(module, torch.nn.ModuleList) and not (outer and name.startswith(outer)) and _is_stack(module):
+            stacks[name] = module
+    if not stacks:
+        raise MaskLLMError(f"{type(model).__name__} has no stack of blocks: no list of modules with matrices in them")
+    return stacks
+
+
+def _is_stack(modules: torch.nn.ModuleList) -> bool:
+    if not all(next(module.children(), None) is not None for module in modules):
+        return False
+    return any(tensor.dim() == 2 for tensor in itertools.chain(modules.parameters(), modules.buffers()))
+
+
+def block_linears(model: PreTrainedModel) -> dict[str, torch.nn.Linear | Conv1D]:
+    """The linears in the model's stacks of blocks by name, those of encoders and decoders too, without routers of experts.
+
+    Raises MaskLLMError if the model has no stack of blocks.
+    """
+    linears = {name: linear for stack, blocks in block_stacks(model).items() for name, linear in linears_of(blocks, stack).items()}
+    return {name: linear for name, linear in linears.items() if not _is_router(model, name)}
 
 
 def linears_of(block: torch.nn.Module, prefix: str) -> dict[str, torch.nn.Module]:
@@ -30,19 +51,31 @@ def linears_of(block: torch.nn.Module, prefix: str) -> dict[str, torch.nn.Module
     return {f"{prefix}.{name}": module for name, module in block.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}
 
 
+def _is_router(model: torch.nn.Module, name: str) -> bool:
+    """Whether the linear `name`, or a module that it is in, is a router: called so, and beside `experts`."""
+    parts = name.split(".")
+    return any(
+        part in _ROUTERS and hasattr(model.get_submodule(".".join(parts[:depth])), "experts") for depth, part in enumerate(parts)
+    )
+
+
 def check_no_fused_experts(model: PreTrainedModel) -> None:
-    """Raise MaskLLMError if a transformer block has weights that are no linear's: those of several experts in one tensor.
+    """Raise MaskLLMError if a block has weights that are no linear's: those of several experts in one tensor.
 
     transformers 5 stores a mixture of experts so ("MoE": Mixtral, Qwen3-MoE). Its experts would stay dense.
     """
-    prefix, blocks = transformer_blocks(model)
-    for name, module in blocks.named_modules(prefix=prefix):
+    for name, module in _modules_of_blocks(model):
         for key, weight in module.named_parameters(recurse=False):
             if weight.dim() == 3 and 1 not in weight.shape and not isinstance(module, torch.nn.Conv1d):
                 raise MaskLLMError(
                     f"{type(model).__name__}: {name}.{key} is {list(weight.shape)}, the weights of {weight.shape[0]} experts; mixture of "
                     "experts is not supported, only linears [out, in]"
                 )
+
+
+def _modules_of_blocks(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Module]]:
+    for stack, blocks in block_stacks(model).items():
+        yield from blocks.named_modules(prefix=stack)
 
 
 def matrix(linear: torch.nn.Module) -> torch.Tensor:
@@ -53,13 +86,3 @@ def matrix(linear: torch.nn.Module) -> torch.Tensor:
 def as_matrix(linear: torch.nn.Module, weight: torch.Tensor) -> torch.Tensor:
     """`weight`, which has the layout of the linear's own weight, as a matrix [out, in]; a view."""
     return weight.t() if isinstance(linear, Conv1D) else weight
-
-
-def linears_in_lists(model: torch.nn.Module) -> dict[str, torch.nn.Linear | Conv1D]:
-    """The linears in lists of modules, by name: those of all blocks, whatever a model calls them, of encoders and decoders too."""
-    lists = [f"{name}." for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)]
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and name.startswith(tuple(lists))
-    }

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from maskllm.masking.draw import current_draw, masks_are_off
 from maskllm.masking.prior import add_prior, initial_logits
@@ -26,6 +28,11 @@ from maskllm.masking.scaling import GROUPS, group_boundary, scaled
 from maskllm.masking.selection import keep_of_each_block
 from maskllm.ops import NoiseKey, ShardMap, masked_weight, philox_key, winner_bits, winner_bits_of_all
 from maskllm.patterns import Pattern, pack_mask, unpack_mask
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or all of it if FSDP has sharded it over ranks, which all call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @dataclass(frozen=True)
@@ -172,8 +179,15 @@ class MaskedParameter:
 
     @torch.no_grad()
     def write_zeros(self) -> None:
-        """Set the weights that the fixed mask removes to zero."""
-        self._owner.weight.mul_(self.fixed_mask().t() if self._transposed else self.fixed_mask())
+        """Set the weights that the fixed mask removes to zero; of a weight that FSDP has sharded, those of this rank."""
+        weight, mask = self._owner.weight, self.fixed_mask()
+        if self._transposed:
+            mask = mask.t()
+        if isinstance(weight, DTensor):
+            shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
+            mask = mask[tuple(slice(first, first + size) for first, size in zip(offset, shape, strict=True))]
+            weight = weight.to_local()
+        weight.mul_(mask)
 
     @torch.no_grad()
     def winner_bits(self) -> torch.Tensor:
@@ -182,7 +196,7 @@ class MaskedParameter:
         The mask by magnitude keeps the N largest |weight| of each block, of equals those with the lower index (CAST, equation 6).
         """
         if self.logits is not None:
-            return winner_bits(self.logits, self.sampler.pattern)
+            return winner_bits(whole(self.logits), self.sampler.pattern)
         return pack_mask(keep_of_each_block(self.weight.abs(), self.sampler.pattern))
 
     def refresh_mask(self, bits: torch.Tensor) -> None:
@@ -268,7 +282,7 @@ def use_winners(parameters: Sequence[MaskedParameter]) -> Iterator[None]:
     """
     learned = [parameter for parameter in parameters if parameter.logits is not None]
     if learned:
-        winners = winner_bits_of_all([parameter.logits for parameter in learned], learned[0].sampler.pattern)
+        winners = winner_bits_of_all([whole(parameter.logits) for parameter in learned], learned[0].sampler.pattern)
         for parameter, bits in zip(learned, winners, strict=True):
             parameter._winner = bits
     for parameter in parameters:

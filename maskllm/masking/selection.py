@@ -20,6 +20,18 @@ def check_sparsity(sparsity: Sparsity) -> None:
         raise MaskLLMError(f"sparsity {sparsity}: wanted the share of weights to remove, between 0 and 1, for example 0.5")
 
 
+def check_keeps(mask: torch.Tensor, pattern: Pattern, where: str) -> None:
+    """Raise MaskLLMError naming the first block of `mask`, bool [out, in], that does not keep exactly N of M; `where` names the mask."""
+    pattern.check_divides(mask.shape[1], where)
+    kept = mask.unflatten(1, (-1, pattern.m)).sum(-1)
+    if (kept != pattern.n).any():
+        row, block = (kept != pattern.n).nonzero()[0].tolist()
+        raise MaskLLMError(
+            f"{where}: output {row}, block {block} (inputs {block * pattern.m} to {(block + 1) * pattern.m - 1}) keeps "
+            f"{kept[row, block].item()} weights; --pattern {pattern} wants {pattern.n}"
+        )
+
+
 def keep_of_each_block(scores: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     """The mask, bool [..., in], that keeps the N largest of every M consecutive `scores` [..., in]; `in` is a multiple of M."""
     blocks = scores.unflatten(-1, (-1, pattern.m))

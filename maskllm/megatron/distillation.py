@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
+from maskllm.masking.distillation import squared_sums
 from maskllm.masking.draw import current_draw, without_masks
 from maskllm.megatron.gpt import MaskedGPTModel
 from maskllm.megatron.loss import Losses, LossTerms
@@ -28,7 +29,7 @@ class _SquareHead(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: torch.Tensor, target: torch.Tensor, weight: float, split: dist.ProcessGroup | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        squares = torch.stack([(hidden.float() - target).square().sum(), target.float().square().sum()])
+        squares = squared_sums(hidden, target)
         if split is not None:
             dist.all_reduce(squares, group=split)
         ctx.save_for_backward(hidden, target, 2 * weight / squares[1])

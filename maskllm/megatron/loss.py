@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-MAX_CHUNK_LOGITS = 1 << 25
-"""The largest number of logits computed at once: 128 MiB in fp32. With a teacher, all of a chunk's tensors together hold twice that."""
+from maskllm.masking.distillation import MAX_CHUNK_LOGITS, shifted_divergence
 
 _PADDING = -1e30
 """The logits of the vocabulary's padding. They are finite, so that their product with a probability of 0 is 0."""
@@ -93,8 +93,12 @@ class _LinearLosses(torch.autograd.Function):
             target = logits.gather(1, local).mul_(inside)
             if teacher is not None:
                 theirs = _shift(logits_of(*teacher), vocab_size - first, tp_group)
-                kl[tokens], of_kl = _divergence(
-                    logits, theirs, terms.temperature, tp_group, needs_gradient=need_hidden or need_weight
+                kl[tokens], of_kl = shifted_divergence(
+                    logits,
+                    theirs,
+                    terms.temperature,
+                    functools.partial(_sum_over_ranks, tp_group=tp_group),
+                    needs_gradient=need_hidden or need_weight,
                 )
             probabilities = logits.exp_()
             target, total = _sum_over_ranks([target, probabilities.sum(-1, keepdim=True)], tp_group)
@@ -149,28 +153,6 @@ def _sum_over_ranks(parts: list[torch.Tensor], tp_group: dist.ProcessGroup) -> l
     joined = torch.cat(parts)
     dist.all_reduce(joined, group=tp_group)
     return list(joined.chunk(len(parts)))
-
-
-def _divergence(
-    ours: torch.Tensor, theirs: torch.Tensor, temperature: float, tp_group: dist.ProcessGroup, *, needs_gradient: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """T^2 * KL(softmax(theirs / T) || softmax(ours / T)), [tokens], and its gradient with respect to `ours`.
-
-    Both are shifted logits [tokens, columns of this rank]. `theirs` is overwritten.
-    """
-    if temperature != 1:
-        ours, theirs = ours / temperature, theirs.div_(temperature)
-    their_exp = theirs.exp()
-    # The products in `vecdot` are as large as `our_exp`, so they come before it.
-    dots = [torch.linalg.vecdot(their_exp, logits)[:, None] for logits in (theirs, ours)]
-    our_exp = ours.exp()
-    sums = [exp.sum(-1, keepdim=True) for exp in (their_exp, our_exp)]
-    their_dot, our_dot, their_sum, our_sum = _sum_over_ranks([*dots, *sums], tp_group)
-    divergence = (their_dot - our_dot) / their_sum - their_sum.log() + our_sum.log()
-    if not needs_gradient:
-        return temperature**2 * divergence.squeeze(1), None
-    gradient = our_exp.div_(our_sum).sub_(their_exp.div_(their_sum)).mul_(temperature)
-    return temperature**2 * divergence.squeeze(1), gradient
 
 
 def linear_losses(

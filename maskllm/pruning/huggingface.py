@@ -1,22 +1,26 @@
-"""One-shot pruning of a Hugging Face model in memory."""
+"""One-shot pruning of a transformers model in memory: any architecture, any inputs."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from maskllm.errors import MaskLLMError
-from maskllm.huggingface.blocks import as_matrix, check_no_fused_experts, linears_of, matrix, transformer_blocks
-from maskllm.patterns import pack_mask
+from maskllm.huggingface.blocks import as_matrix, block_linears, check_no_fused_experts, matrix
+from maskllm.masking.selection import check_keeps
+from maskllm.patterns import pack_mask, unpack_mask
+from maskllm.pruning.calls import Calls, find_chains
 from maskllm.pruning.layerwise import Layer, prune_layers
-from maskllm.pruning.solve import PrunedMatrix, PruneSettings, check_given, check_matrix
+from maskllm.pruning.solve import PrunedMatrix, PruneSettings, check_matrix
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Inputs = torch.Tensor | Iterable[Mapping[str, Any]]
+"""Calibration samples: tokens, or the model's inputs for each sample."""
 
 
 @dataclass(frozen=True)
@@ -28,51 +32,70 @@ class PruneResult:
     report: dict[str, Any]
     """JSON values: the settings, and the relative output error of each layer's matrices."""
 
+    def unpacked(self, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+        """The masks, bool by parameter name in the parameter's shape, as `maskllm.huggingface.sparsify` takes them."""
+        found = {}
+        for name, bits in self.masks.items():
+            linear = model.get_submodule(name.removesuffix(".weight"))
+            found[name] = as_matrix(linear, unpack_mask(bits, matrix(linear).shape[1]))
+        return found
+
 
 @torch.no_grad()
-def prune_hf(model: PreTrainedModel, input_ids: torch.Tensor, settings: PruneSettings | None = None) -> PruneResult:
-    """Prune every linear of the decoder layers in place. The embedding and the output layer stay dense.
+def prune_hf(model: PreTrainedModel, inputs: Inputs, settings: PruneSettings | None = None) -> PruneResult:
+    """Prune every linear of the model's stacks of blocks in place, those of encoders and decoders. All else stays dense.
 
     Args:
-        model: on any devices, but each layer on one device.
-        input_ids: int64 [samples, sequence], the calibration tokens (`calibration.sample_windows`).
+        model: on any devices, but each block on one device.
+        inputs: int64 [samples, sequence], the calibration tokens (`calibration.sample_windows`); or the samples as the model's keyword
+            arguments, such as {"input_ids": ..., "labels": ...}. A sample may be a batch, but its padding would count as tokens.
         settings: None for the defaults: 2:4, SparseGPT without weight update.
 
-    Raises MaskLLMError if the model has no decoder layers or is a mixture of experts, a weight is not finite, the pattern or the mask
-    file does not fit, or `input_ids` has another shape.
+    Raises MaskLLMError if the model has no stack of blocks or is a mixture of experts, a weight is not finite, the pattern or the mask
+    file does not fit, or there are no inputs or tokens of another shape.
     """
     settings = settings or PruneSettings()
-    _, layers = transformer_blocks(model)
     check_no_fused_experts(model)
-    if input_ids.dim() != 2 or not input_ids.numel():
-        raise MaskLLMError(f"calibration tokens have shape {list(input_ids.shape)}; wanted [samples, sequence], none of them 0")
-    names = {module: name for name, module in model.named_modules()}
-    linears = {name: linear for layer in layers for name, linear in linears_of(layer, names[layer]).items()}
+    samples, calibration = _samples(inputs)
+    linears = block_linears(model)
     for name, linear in linears.items():
         check_matrix(matrix(linear), name, settings.sparsity)
     if (file := settings.mask_file) is not None:
         file.check({f"{name}.weight": tuple(linear.weight.shape) for name, linear in linears.items()})
         for name, linear in linears.items():
             mask = as_matrix(linear, file.mask(f"{name}.weight", tuple(linear.weight.shape)))
-            check_given(mask, settings.sparsity, f"{file.path}: {name}.weight")
+            check_keeps(mask, settings.sparsity, f"{file.path}: {name}.weight")
     was_training = model.training
     model.eval()
+    store, reports = _Memory(), []
     try:
-        # One pass of the whole model: layers may get different arguments (rotary embeddings, attention masks).
-        calls = layer_calls(model, layers, input_ids[:1])
-        hidden = [layer_calls(model, layers[:1], ids)[0].hidden.cpu() for ids in input_ids.split(1)]
-        store = _Memory()
-        prepared = (_prepared(layer, call, names[layer]) for layer, call in zip(layers, calls, strict=True))
-        reports = prune_layers(prepared, len(layers), hidden, settings, store=store)
+        chains = find_chains(model, linears, samples[0])
+        # With `sequential`, the inputs of a chain are those that the pruned chains before it lead to.
+        recorded = (chain.record(model, samples) for chain in chains)
+        for chain, calls in zip(chains, recorded if settings.sequential else list(recorded), strict=True):
+            layers = (_layer(block, calls, position, linears, name) for position, (name, block) in enumerate(chain.blocks.items()))
+            found = prune_layers(layers, len(chain.blocks), calls.hidden, settings, store=store)
+            reports += [{**report, "layer": len(reports) + report["layer"]} for report in found]
     finally:
         model.train(was_training)
-    calibration = {"samples": input_ids.shape[0], "seq_length": input_ids.shape[1]}
     return PruneResult(store.masks, {**settings.as_dict(), "calibration": calibration, "layers": reports})
 
 
-def _prepared(layer: torch.nn.Module, call: LayerCall, prefix: str) -> Layer:
-    linears = linears_of(layer, prefix)
-    return Layer(layer_forward(layer, call), linears, {name: matrix(linear) for name, linear in linears.items()})
+def _samples(inputs: Inputs) -> tuple[list[Mapping[str, Any]], dict[str, int]]:
+    """The samples as keyword arguments, and what the report says of them. Raises MaskLLMError if there are none."""
+    if isinstance(inputs, torch.Tensor):
+        if inputs.dim() != 2 or not inputs.numel():
+            raise MaskLLMError(f"calibration tokens have shape {list(inputs.shape)}; wanted [samples, sequence], none of them 0")
+        return [{"input_ids": ids} for ids in inputs.split(1)], {"samples": inputs.shape[0], "seq_length": inputs.shape[1]}
+    samples = list(inputs)
+    if not samples:
+        raise MaskLLMError("calibration: no samples; wanted at least one, the model's inputs by name")
+    return samples, {"samples": len(samples)}
+
+
+def _layer(block: torch.nn.Module, calls: Calls, position: int, linears: Mapping[str, torch.nn.Module], prefix: str) -> Layer:
+    own = {name: linear for name, linear in linears.items() if name.startswith(f"{prefix}.")}
+    return Layer(calls.forward(position, block), own, {name: matrix(linear) for name, linear in own.items()})
 
 
 class _Memory:
@@ -87,53 +110,3 @@ class _Memory:
 
     def save(self, index: int, pruned: dict[str, PrunedMatrix]) -> None:
         self.masks.update({f"{name}.weight": pack_mask(solved.mask).cpu() for name, solved in pruned.items()})
-
-
-@dataclass(frozen=True)
-class LayerCall:
-    """The arguments of a decoder layer's forward pass."""
-
-    hidden: torch.Tensor
-    """[batch, sequence, hidden size]"""
-    args: tuple[Any, ...]
-    """The positional arguments after `hidden`."""
-    kwargs: dict[str, Any]
-
-
-def layer_forward(layer: torch.nn.Module, call: LayerCall) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The layer as a function of the hidden states. The other arguments are those of `call`.
-
-    The layers of some models return a tuple.
-    """
-
-    def forward(hidden: torch.Tensor) -> torch.Tensor:
-        output = layer(hidden, *call.args, **call.kwargs)
-        return output[0] if isinstance(output, tuple) else output
-
-    return forward
-
-
-class _Reached(Exception):  # noqa: N818 - not an error
-    """Stops a forward pass at the last layer of interest."""
-
-
-def layer_calls(model: PreTrainedModel, layers: Sequence[torch.nn.Module], input_ids: torch.Tensor) -> list[LayerCall]:
-    """The arguments of each of the model's first `layers` in a forward pass of `input_ids`, int64 [batch, sequence].
-
-    The pass stops before the last of `layers` runs.
-    """
-    calls: list[LayerCall] = []
-
-    def capture(_module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        calls.append(LayerCall(args[0], args[1:], kwargs))
-        if len(calls) == len(layers):
-            raise _Reached
-
-    handles = [layer.register_forward_pre_hook(capture, with_kwargs=True) for layer in layers]
-    try:
-        with contextlib.suppress(_Reached):
-            model.base_model(input_ids.to(model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls

@@ -29,13 +29,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Layer:
-    """A transformer layer: `forward` maps one sample's hidden states to the next layer's, `linears` are the modules to prune.
+    """A transformer layer: `forward` maps the number of a sample and its hidden states to the next layer's hidden states, `linears` are
+    the modules to prune.
 
     The keys of `linears` are the names in reports. The modules are of the kinds that `maskllm.huggingface.blocks.matrix` supports;
     their first positional argument is their input.
     """
 
-    forward: Callable[[torch.Tensor], torch.Tensor]
+    forward: Callable[[int, torch.Tensor], torch.Tensor]
     linears: dict[str, torch.nn.Module]
     stored: dict[str, torch.Tensor]
     """The weights [out, in] of `linears` as they are stored, each in its own dtype, on any device. They are what is pruned; the layer
@@ -154,7 +155,7 @@ def calibrate(layer: Layer, hidden: list[torch.Tensor], *, keep_outputs: bool) -
     handles = [linear.register_forward_pre_hook(capture(name)) for name, linear in layer.linears.items()]
     try:
         for index, sample in enumerate(hidden):
-            output = layer.forward(sample.to(layer.device))
+            output = layer.forward(index, sample.to(layer.device))
             if keep_outputs:
                 hidden[index] = output.cpu()
             _add_inputs(statistics, inputs)
@@ -184,7 +185,7 @@ def _add_inputs(statistics: dict[str, InputStatistics], inputs: dict[str, list[t
 def _advance(layer: Layer, hidden: list[torch.Tensor]) -> None:
     """Replace the samples in `hidden` by the layer's outputs."""
     for index, sample in enumerate(hidden):
-        hidden[index] = layer.forward(sample.to(layer.device)).cpu()
+        hidden[index] = layer.forward(index, sample.to(layer.device)).cpu()
 
 
 def _solve(

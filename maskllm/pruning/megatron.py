@@ -26,11 +26,12 @@ from maskllm.errors import MaskLLMError
 from maskllm.families.mapping import Mapping
 from maskllm.families.model_config import ModelConfig, check_context, check_vocabulary
 from maskllm.families.registry import parameter_map
+from maskllm.masking.selection import check_keeps
 from maskllm.patterns import Pattern, pack_mask
 from maskllm.pruning.calibration import open_documents, sample_windows
 from maskllm.pruning.layerwise import prune_layers
 from maskllm.pruning.magnitude import magnitude_mask
-from maskllm.pruning.solve import PruneSettings, check_given, check_matrix
+from maskllm.pruning.solve import PruneSettings, check_matrix
 from maskllm.pruning.store import DirectoryStore
 from maskllm.pruning.stream import LayerStream
 
@@ -65,7 +66,7 @@ def _check_mask_file(settings: PruneSettings, config: ModelConfig) -> None:
     )
     for mapping in masked:
         for name, mask in zip(mapping.hf, _given_masks(settings, mapping, config), strict=True):
-            check_given(mask, settings.sparsity, f"{settings.mask_file.path}: {name}")
+            check_keeps(mask, settings.sparsity, f"{settings.mask_file.path}: {name}")
 
 
 def _given_masks(settings: PruneSettings, mapping: Mapping, config: ModelConfig) -> list[torch.Tensor]:

@@ -43,6 +43,8 @@ class PruneSettings:
     """SparseGPT's damping, as a share of the Hessian's mean diagonal."""
     mask_file: MaskFile | None = None
     """The masks of the method MASK_FILE."""
+    zeros_stay: bool = False
+    """SparseGPT removes weights that are zero first, whatever it adds to them: for a model that has been pruned less before."""
 
     def __post_init__(self) -> None:
         if self.method not in (*METHODS, MASK_FILE):
@@ -64,6 +66,8 @@ class PruneSettings:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values["sparsity"] = str(self.sparsity) if isinstance(self.sparsity, Pattern) else self.sparsity
         file = values.pop("mask_file")
+        if not values["zeros_stay"]:
+            del values["zeros_stay"]
         return values if file is None else {**values, "mask_file": {"name": file.path.name, "sha256": file.digest}}
 
 
@@ -128,7 +132,8 @@ def prune_matrices(
         elif settings.method == "wanda":
             mask = wanda_mask(weight, hessian.diagonal(), settings.sparsity)
         else:
-            mask, updated = sparsegpt(weight, factor, settings.sparsity)
+            removed = weight == 0 if settings.zeros_stay else None
+            mask, updated = sparsegpt(weight, factor, settings.sparsity, removed)
             if settings.update_weights:
                 return mask, updated
         return mask, weight * mask
@@ -148,18 +153,6 @@ def prune_matrices(
         report = {"relative_error": None if error.isnan() else error.item(), "kept": mask.float().mean().item(), **note}
         pruned[name] = PrunedMatrix(mask, sparse_weight if settings.update_weights else None, report)
     return pruned
-
-
-def check_given(mask: torch.Tensor, pattern: Pattern, where: str) -> None:
-    """Raise MaskLLMError naming the first block of `mask`, bool [out, in], that does not keep exactly N of M; `where` names the mask."""
-    pattern.check_divides(mask.shape[1], where)
-    kept = mask.unflatten(1, (-1, pattern.m)).sum(-1)
-    if (kept != pattern.n).any():
-        row, block = (kept != pattern.n).nonzero()[0].tolist()
-        raise MaskLLMError(
-            f"{where}: output {row}, block {block} (inputs {block * pattern.m} to {(block + 1) * pattern.m - 1}) keeps "
-            f"{kept[row, block].item()} weights; --pattern {pattern} wants {pattern.n}"
-        )
 
 
 def output_norm(weight: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:

@@ -69,14 +69,17 @@ def factor_hessian(hessian: torch.Tensor, name: str, *, damping: float = DAMPING
         logger.warning("%s: Hessian is rank-deficient; damping raised to %g of its mean diagonal", name, damping)
 
 
-def sparsegpt(weight: torch.Tensor, factor: HessianFactor, sparsity: Sparsity) -> tuple[torch.Tensor, torch.Tensor]:
+def sparsegpt(
+    weight: torch.Tensor, factor: HessianFactor, sparsity: Sparsity, removed: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Sweep `weight` [out, in] from left to right; returns the mask, bool [out, in], and the updated weight [out, in].
 
     The sweep and the updated weight are fp32, or fp64 if `weight` is, so a weight that no update moves keeps its value.
 
     In each block of M columns, the mask keeps the N largest W^2 / diag(upper)^2 of each row. It is chosen when the sweep reaches
     the block, so W includes the updates from all columns before. With a share instead of a pattern, the mask is chosen for 128
-    columns of all rows at once. Removed weights are 0 in the updated weight. Raises MaskLLMError if the pattern does not fit.
+    columns of all rows at once. Removed weights are 0 in the updated weight. Those of `removed`, bool [out, in], go before all others.
+    Raises MaskLLMError if the pattern does not fit.
     """
     check_sparsity(sparsity)
     out_features, in_features = weight.shape
@@ -92,6 +95,7 @@ def sparsegpt(weight: torch.Tensor, factor: HessianFactor, sparsity: Sparsity) -
     columns = weight.t().to(dtype).clone(memory_format=torch.contiguous_format)
     whole = factor.upper.to(dtype)
     columns[factor.dead] = 0
+    gone = None if removed is None else removed.t()
     keep = torch.empty(in_features, out_features, dtype=torch.bool, device=weight.device)
     for start in range(0, in_features, width):
         end = min(start + width, in_features)
@@ -100,15 +104,20 @@ def sparsegpt(weight: torch.Tensor, factor: HessianFactor, sparsity: Sparsity) -
         diagonal = upper.diagonal().unsqueeze(1)
         errors = torch.empty_like(block)
         if not isinstance(sparsity, Pattern):
-            block_keep.copy_(keep_of_all((block / diagonal).square().t(), sparsity).t())
+            scores = (block / diagonal).square()
+            if gone is not None:
+                scores.masked_fill_(gone[start:end], -1)
+            block_keep.copy_(keep_of_all(scores.t(), sparsity).t())
         for low in range(0, end - start, step):
             high = min(low + step, end - start)
             if isinstance(sparsity, Pattern):
                 scores = (block[low:high] / diagonal[low:high]).square()
+                if gone is not None:
+                    scores.masked_fill_(gone[start + low : start + high], -1)
                 block_keep[low:high] = keep_of_each_block(scores.t(), sparsity).t()
-            removed = ~block_keep[low:high] / diagonal[low:high]
+            of_errors = ~block_keep[low:high] / diagonal[low:high]
             for column in range(low, high):
-                torch.mul(block[column], removed[column - low], out=errors[column])
+                torch.mul(block[column], of_errors[column - low], out=errors[column])
                 if column + 1 < high:
                     block[column + 1 : high].addr_(upper[column, column + 1 : high], errors[column], alpha=-1)
             block[high:].addmm_(upper[low:high, high:].t(), errors[low:high], alpha=-1)

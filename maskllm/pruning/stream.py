@@ -15,9 +15,9 @@ from transformers import AutoModel, PreTrainedModel
 
 from maskllm.checkpoints.reading import Checkpoint
 from maskllm.families.registry import parameter_map
-from maskllm.huggingface.blocks import as_matrix, linears_of, transformer_blocks
+from maskllm.huggingface.blocks import as_matrix, block_stacks, linears_of
 from maskllm.huggingface.config import load_config
-from maskllm.pruning.huggingface import LayerCall, layer_calls, layer_forward
+from maskllm.pruning.calls import BlockCall, block_calls
 from maskllm.pruning.layerwise import Layer
 
 
@@ -30,7 +30,7 @@ class LayerStream:
         self._dtype = dtype
         config = checkpoint.model_config
         self._windowed = config.windowed_layers or (False,) * config.num_layers
-        self._kinds: dict[bool, tuple[torch.nn.Module, LayerCall]] = {}
+        self._kinds: dict[bool, tuple[torch.nn.Module, BlockCall]] = {}
         """A layer with a window, and one without: the module, which all layers of its kind pass through, and its other arguments."""
         self._prefix = ""
 
@@ -40,13 +40,14 @@ class LayerStream:
         hidden: list[torch.Tensor] = []
         for windowed in dict.fromkeys(self._windowed):
             model = self._one_layer_model(self._windowed.index(windowed))
-            self._prefix, (layer,) = transformer_blocks(model)
+            ((stack, (layer,)),) = block_stacks(model).items()
+            self._prefix = f"{model.base_model_prefix}.{stack}"
             # Rotary embeddings and the attention mask depend only on the positions, so they are the same for all layers of a kind.
-            (call,) = layer_calls(model, [layer], input_ids[:1])
+            call = _first_call(model, layer, input_ids[:1])
             others = {"args": call.args, "kwargs": call.kwargs}
             others = _pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(self._device), others)
             self._kinds[windowed] = layer, dataclasses.replace(call, **others)
-            hidden = hidden or [layer_calls(model, [layer], ids)[0].hidden for ids in input_ids.split(1)]
+            hidden = hidden or [_first_call(model, layer, ids).hidden for ids in input_ids.split(1)]
         return hidden
 
     def __iter__(self) -> Iterator[Layer]:
@@ -65,7 +66,7 @@ class LayerStream:
                     stored[linear] = as_matrix(linears[linear], tensor)
             layer.load_state_dict(state, assign=True)
             del state, tensor
-            yield Layer(layer_forward(layer, call), linears, stored)
+            yield Layer(lambda _, hidden, layer=layer, call=call: call.output(layer, hidden), linears, stored)
 
     def _one_layer_model(self, index: int) -> PreTrainedModel:
         """The model on the host with the real embeddings and one layer of the kind of layer `index`, with random weights."""
@@ -90,3 +91,9 @@ class LayerStream:
                 parts = mapping.to_hf(self._checkpoint.tensors[mapping.megatron].load(), self._checkpoint.model_config)
                 for name, part in zip(mapping.hf, parts, strict=True):
                     yield name.removeprefix(prefix), part
+
+
+def _first_call(model: PreTrainedModel, layer: torch.nn.Module, ids: torch.Tensor) -> BlockCall:
+    """How a forward pass of `ids`, int64 [1, sequence], calls the layer."""
+    ((_, call),) = block_calls(model, {"layer": layer}, {"input_ids": ids}, most=1)
+    return call

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from maskllm.cli import main
 from maskllm.errors import MaskLLMError
 from maskllm.export.compress import CompressSettings, compress, decompress
-from maskllm.huggingface.blocks import linears_in_lists
+from maskllm.huggingface.blocks import block_linears
 from maskllm.huggingface.mask_file import open_mask_file, write_mask_file
 from maskllm.huggingface.shards import TensorSpec, write_shards
 from maskllm.huggingface.weights_hash import StatedHash, weights_sha256, write_hash
@@ -88,7 +88,7 @@ def test_shards(tmp_path, monkeypatch):
 
 def test_the_command_says_what_stays_dense(tmp_path, capsys):
     model = sparse_model("llama3", torch.bfloat16)
-    linears = linears_in_lists(model)
+    linears = block_linears(model)
     torch.nn.init.normal_(linears["model.layers.1.mlp.up_proj"].weight)
     linears["model.layers.0.mlp.up_proj"].weight.data[0, :3] = 1  # unstructured
     model.save_pretrained(tmp_path / "hf")
@@ -112,7 +112,7 @@ def test_the_command_says_what_stays_dense(tmp_path, capsys):
 
 def test_unstructured_zeros(tmp_path):
     model = sparse_model("gpt2", torch.float32)
-    for linear in linears_in_lists(model).values():
+    for linear in block_linears(model).values():
         torch.nn.init.normal_(linear.weight).data.masked_fill_(torch.rand_like(linear.weight) < 0.6, 0)
     model.save_pretrained(tmp_path / "hf")
     report = compress(tmp_path / "hf", tmp_path / "small")
@@ -154,7 +154,7 @@ def test_a_mask_file_is_applied_first(tmp_path):
     write_tiny("gpt2", dense, torch.float32)
     model = AutoModelForCausalLM.from_pretrained(dense)
     masks = {}
-    for name, linear in linears_in_lists(model).items():
+    for name, linear in block_linears(model).items():
         masks[f"{name}.weight"] = (torch.arange(linear.weight.shape[0]) % 4 < 2)[:, None].expand_as(linear.weight)
         linear.weight.data.masked_fill_(~masks[f"{name}.weight"], 0)
     model.save_pretrained(sparse)
@@ -170,7 +170,7 @@ def test_a_mask_file_is_applied_first(tmp_path):
 
 def test_negative_zeros_are_counted(tmp_path):
     model = sparse_model("llama3", torch.float32)
-    weight = linears_in_lists(model)["model.layers.0.mlp.up_proj"].weight.data
+    weight = block_linears(model)["model.layers.0.mlp.up_proj"].weight.data
     weight[weight == 0] = -0.0
     count = int((weight == 0).sum())
     weight[3, 8:12] = torch.tensor([1.0, -0.0, -0.0, -0.0])  # one of them has room
@@ -298,7 +298,7 @@ def test_mutated_files_are_refused_by_maskllm_or_read(tmp_path, monkeypatch):
     """Bits flipped, bytes removed and inserted, half of them in a header: no other error, and nothing outside of the tensors is read."""
     monkeypatch.setattr("maskllm.export.compress.tqdm", functools.partial(tqdm, disable=True))
     model = sparse_model("llama3", torch.bfloat16)
-    unstructured = linears_in_lists(model)["model.layers.0.mlp.up_proj"].weight.data
+    unstructured = block_linears(model)["model.layers.0.mlp.up_proj"].weight.data
     unstructured.normal_().masked_fill_(torch.rand(unstructured.shape) < 0.7, 0)
     model.save_pretrained(tmp_path / "hf")
     generator = random.Random(0)

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from maskllm.errors import MaskLLMError
 from maskllm.families.registry import read_model_config
-from maskllm.huggingface.blocks import linears_of, transformer_blocks
+from maskllm.huggingface.blocks import block_stacks, linears_of
 from maskllm.megatron.transformer_config import transformer_config
 from tests.families.tiny import BASE, CONFIGS, GPT2, LONGROPE, NEMOTRON, tiny_config
 
@@ -40,8 +40,8 @@ def test_a_config_that_transformers_wrote_is_read(name, tmp_path):
     assert config.head_dim == getattr(hf, "head_dim", 8)
     assert config.tie_word_embeddings == hf.tie_word_embeddings
     with torch.device("meta"):
-        block = transformer_blocks(AutoModelForCausalLM.from_config(hf))[1][0]
-    biased = {name.split(".")[-1]: linear.bias is not None for name, linear in linears_of(block, "").items()}
+        (blocks,) = block_stacks(AutoModelForCausalLM.from_config(hf)).values()
+    biased = {name.split(".")[-1]: linear.bias is not None for name, linear in linears_of(blocks[0], "").items()}
     assert config.qkv_bias == next(biased[name] for name in ("q_proj", "qkv_proj", "c_attn") if name in biased)
     assert config.proj_bias == next(biased[name] for name in ("o_proj", "c_proj") if name in biased)
     assert config.mlp_bias == next(biased[name] for name in ("up_proj", "gate_up_proj", "c_fc") if name in biased)

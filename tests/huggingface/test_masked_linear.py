@@ -13,7 +13,8 @@ from maskllm.checkpoints.convert import convert
 from maskllm.checkpoints.reading import load_model, resolve
 from maskllm.errors import MaskLLMError
 from maskllm.families.registry import parameter_map
-from maskllm.huggingface.masked_linear import MaskedLinear, mask_linears
+from maskllm.huggingface import sparsify
+from maskllm.huggingface.masked_linear import MaskedLinear
 from maskllm.masking.draw import Draw, keep_draw, open_draw
 from maskllm.masking.parameter import Location, use_winners
 from maskllm.masking.sampler import MaskSampler
@@ -33,13 +34,21 @@ def sampler() -> MaskSampler:
     return MaskSampler(Pattern(2, 4), seed=7, scale=100.0, temperature=2.0, weight_reg=1e-4)
 
 
+def sparsified(model, sampler, **options):
+    """The masked weights of `model`, which draw as `sampler` says."""
+    masked = sparsify(model, sampler.pattern, seed=sampler.seed, **options)
+    for parameter in masked.values():
+        parameter.sampler = sampler
+    return masked
+
+
 @pytest.mark.parametrize("name", ["llama3", "gpt2"])
 def test_a_pruned_model_draws_masks_and_backpropagates(name, sampler):
     """A linear multiplies by the weight that the operator gives for its name, and only the logits get gradients."""
     model = tiny_model(name)
     tokens = torch.randint(96, (2, 16), generator=torch.Generator().manual_seed(0))
     masks = prune_hf(model, tokens, PruneSettings("wanda")).masks
-    masked = mask_linears(model, sampler)
+    masked = sparsified(model, sampler)
     assert {f"{linear}.weight" for linear in masked} == set(masks)
     for linear, parameter in masked.items():
         parameter.attach_bits()
@@ -63,7 +72,7 @@ def test_a_pruned_model_draws_masks_and_backpropagates(name, sampler):
 
 def test_without_an_open_draw_a_forward_pass_says_what_is_missing(sampler):
     model = tiny_model("llama2")
-    masked = mask_linears(model, sampler)
+    masked = sparsified(model, sampler)
     with pytest.raises(RuntimeError, match="no draw of masks is open"):
         model(torch.zeros(1, 4, dtype=torch.long))
     with use_winners(list(masked.values())):
@@ -72,13 +81,13 @@ def test_without_an_open_draw_a_forward_pass_says_what_is_missing(sampler):
 
 def test_a_pattern_that_does_not_fit_names_the_linear():
     with pytest.raises(MaskLLMError, match=r"model\.layers\.0\.self_attn\.q_proj: its .* 32 is not a multiple of 5"):
-        mask_linears(tiny_model("llama2"), MaskSampler(Pattern(2, 5)))
+        sparsify(tiny_model("llama2"), Pattern(2, 5))
 
 
 @pytest.mark.parametrize(
     "frame",
     [
-        lambda model: mask_linears(model, MaskSampler(Pattern(2, 4))),
+        lambda model: sparsify(model, "2:4"),
         lambda model: prune_hf(model, torch.zeros(1, 4, dtype=torch.long)),
     ],
 )
@@ -149,9 +158,7 @@ def test_both_frames_compute_the_same_losses_and_gradients(name, sampler, tmp_pa
     tokens = torch.randint(96, (2, 33), generator=torch.Generator().manual_seed(1))
 
     sampler.stats = torch.zeros(2)
-    plain = mask_linears(model, sampler, fused_locations(model, config))
-    for parameter in plain.values():
-        parameter.reset()
+    plain = sparsified(model, sampler, locations=fused_locations(model, config))
     with open_draw(Draw(SAMPLE)):
         logits = model(tokens[:, :-1]).logits
     losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(2, -1)
@@ -188,6 +195,6 @@ def test_a_conv1d_keeps_its_parameters(sampler):
     before = {name: tensor.data_ptr() for name, tensor in model.named_parameters()}
     conv = model.transformer.h[0].mlp.c_fc
     assert isinstance(conv, Conv1D)
-    mask_linears(model, sampler)
+    sparsified(model, sampler)
     after = {name: tensor.data_ptr() for name, tensor in model.named_parameters() if not name.endswith("mask_logits")}
     assert after == before

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration, WhisperConfig, WhisperForConditionalGeneration
 
-from maskllm.huggingface.blocks import linears_in_lists, matrix
+from maskllm.huggingface.blocks import block_linears, matrix
 from tests.families.tiny import CONFIGS, tiny_model
 
 
@@ -46,7 +46,7 @@ def sparse_model(kind: str, dtype: torch.dtype = torch.float32, n: int = 2, m: i
     torch.manual_seed(0)
     model = {"t5": t5, "whisper": whisper}[kind]() if kind not in CONFIGS else tiny_model(kind)
     with torch.no_grad():
-        for linear in linears_in_lists(model).values():
+        for linear in block_linears(model).values():
             weight = matrix(linear)
             ranks = weight.abs().unflatten(1, (-1, m)).argsort(-1, descending=True).argsort(-1)
             weight.masked_fill_((ranks >= n).flatten(1), 0)

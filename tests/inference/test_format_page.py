@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from maskllm.export.compress import CompressSettings, compress, decompress
-from maskllm.huggingface.blocks import linears_in_lists
+from maskllm.huggingface.blocks import block_linears
 from tests.inference.sparse_models import sparse_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "compressed-format.md"
@@ -35,7 +35,7 @@ def test_the_reader_of_the_page(read, kind, n, m, bits, dtype, tmp_path):
     model = sparse_model(kind, dtype, n or 2, m or 4)
     if not n:
         torch.manual_seed(1)
-        for linear in linears_in_lists(model).values():
+        for linear in block_linears(model).values():
             nn.init.normal_(linear.weight).data.masked_fill_(torch.rand(linear.weight.shape) < 0.7, 0)
     model.save_pretrained(tmp_path / "hf")
     for group_size in (16,) if bits is None else (16, -1):

@@ -45,7 +45,7 @@ def experts_layer() -> Layer:
     """The layer, always with the same weights."""
     module = Experts()
     linears = dict(module.named_children())
-    return Layer(module, linears, {name: linear.weight.data for name, linear in linears.items()})
+    return Layer(lambda _, hidden: module(hidden), linears, {name: linear.weight.data for name, linear in linears.items()})
 
 
 def samples(kinds: list[int]) -> list[torch.Tensor]:

@@ -19,7 +19,7 @@ def of_each_linear(kinds):
     for name, linear in layer.linears.items():
         linear.register_forward_pre_hook(lambda _, args, name=name: alone[name].add(args[0]))
     for sample in samples(kinds):
-        layer.forward(sample)
+        layer.forward(0, sample)
     return alone
 
 
