@@ -1,6 +1,6 @@
 """Speed of 2:4 layers against dense layers on a CUDA GPU, by number of tokens; and of 2:4 compression on any device.
 
-python -m benchmarks.compress24 [--device cpu|cuda] [--json FILE]
+python -m benchmarks.compress24 [--device cpu|cuda] [--size 4096] [--json FILE]
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def layer_speedups(name: str, out: int, inputs: int) -> list[dict]:
     return rows
 
 
-def compression(device: str) -> dict:
-    """The times to compress, restore and clone a 4096 x 4096 bf16 matrix."""
-    weight = sparse_weight(4096, 4096, device, torch.bfloat16)
+def compression(device: str, size: int) -> dict:
+    """The times to compress, restore and clone a square bf16 matrix."""
+    weight = sparse_weight(size, size, device, torch.bfloat16)
     values, metadata = compress24(weight)
     assert torch.equal(decompress24(values, metadata), weight)
     return {
@@ -83,19 +83,19 @@ def compression(device: str) -> dict:
     }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--size", type=int, default=4096, help="rows and columns of the matrix to compress")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
-    args = parser.parse_args()
-    result: dict = {"torch": torch.__version__, "device": args.device, "compression": compression(args.device), "layers": []}
+    args = parser.parse_args(argv)
+    result: dict = {"size": args.size, "compression": compression(args.device, args.size), "layers": []}
     times = result["compression"]
     print(
-        f"4096 x 4096 bf16 on {args.device}: compress {times['compress'] * 1e3:.2f} ms, decompress {times['decompress'] * 1e3:.2f} ms, "
-        f"clone {times['clone'] * 1e3:.2f} ms; compressed to {times['bytes_of_dense']:.1%}"
+        f"{args.size} x {args.size} bf16 on {args.device}: compress {times['compress'] * 1e3:.2f} ms, "
+        f"decompress {times['decompress'] * 1e3:.2f} ms, clone {times['clone'] * 1e3:.2f} ms; compressed to {times['bytes_of_dense']:.1%}"
     )
     if args.device == "cuda":
-        result["gpu"] = torch.cuda.get_device_name()
         for name, (out, inputs) in LAYERS.items():
             rows = layer_speedups(name, out, inputs)
             result["layers"] += rows

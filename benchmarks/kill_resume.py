@@ -1,6 +1,6 @@
 """Kill and resume a tiny run many times at random moments: it must end with the logits of the run that nothing interrupted.
 
-usage: python -m benchmarks.kill_resume --cycles 200 --json kill_resume.json
+usage: python -m benchmarks.kill_resume [--cycles 200] [--json FILE]
 
 Each cycle starts the run under torchrun and kills either one rank or torchrun and all ranks with SIGKILL: a sixth of them after a random
 time of up to half of the whole run's, most often before the first step, the others at a random moment after a random number of steps, up
@@ -153,7 +153,7 @@ def measure(cycles: int, steps: int, ranks: int, seed: int, folder: Path) -> dic
     before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
     with tqdm(total=cycles, desc="kill and resume", unit="cycle", file=sys.stderr) as bar:
         while len(history) < cycles and not interrupted.is_set():
-            since = log.stat().st_size
+            since, saved_before = log.stat().st_size, iteration(killed)
             process = start(words, log)
             wanted = choose.randrange(2 * SAVE_INTERVAL) if choose.random() > 1 / 6 else None
             moment = choose.uniform(0, 0.2 if wanted is not None else seconds / 2)
@@ -162,7 +162,8 @@ def measure(cycles: int, steps: int, ranks: int, seed: int, folder: Path) -> dic
             if process.poll() is None:
                 kill(process, one_rank=one_rank, choose=choose)
                 done = steps_logged(log, since)
-                history.append({"steps": done, "seconds": round(moment, 3), "one_rank": one_rank, "last_saved": iteration(killed)})
+                saved = iteration(killed) > saved_before
+                history.append({"steps": done, "seconds": round(moment, 3), "one_rank": one_rank, "saved": saved})
                 bar.update()
             elif process.returncode == 0:
                 compare()
@@ -182,24 +183,26 @@ def measure(cycles: int, steps: int, ranks: int, seed: int, folder: Path) -> dic
         "runs_compared": runs,
         "killed_before_a_step": sum(not one["steps"] for one in history),
         "killed_one_rank": sum(one["one_rank"] for one in history),
+        "killed_after_a_save": sum(one["saved"] for one in history),
         "tensors_in_each": len(expected),
         "tensors_that_differ": sorted(differ),
         "history": history,
     }
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Parse, measure, report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--cycles", type=int, default=200, help="kills")
     parser.add_argument("--train-iters", type=int, default=100, help="optimizer steps of a run")
     parser.add_argument("--ranks", type=int, default=2, help="processes, data parallel")
     parser.add_argument("--seed", type=int, default=1234, help="of the moments and the kinds of kill")
-    parser.add_argument("--json", default="kill_resume.json", metavar="FILE", help="the report")
-    args = parser.parse_args()
+    parser.add_argument("--json", metavar="FILE", help="write the report here")
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
         report = measure(args.cycles, args.train_iters, args.ranks, args.seed, Path(folder))
-    write_json(args.json, report)
+    if args.json:
+        write_json(args.json, report)
     print(json.dumps({key: value for key, value in report.items() if key != "history"}, indent=2))
     return 1 if report["tensors_that_differ"] else 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,10 +15,9 @@ SMALLEST_CACHE = 1 << 25
 
 
 def describe() -> str:
-    """The processor with torch's number of threads, and the GPU if torch can use one."""
+    """The GPU if torch can use one, and the processor with its number of cores."""
     gpu = f"{torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
-    threads = torch.get_num_threads()
-    return f"{gpu}{processor()}, {threads} thread{'s' if threads > 1 else ''}"
+    return f"{gpu}{processor()}, {os.cpu_count()} cores"
 
 
 def processor() -> str:
@@ -43,14 +43,16 @@ def cache_bytes(device: str = "cpu") -> int:
     return max([*sizes, SMALLEST_CACHE])
 
 
-def copy_bandwidth(device: str, repeats: int = 5) -> float:
+def copy_bandwidth(device: str, clock: Callable[[], float], repeats: int = 5) -> float:
     """Bytes a second that a copy reads and writes, together. Source and target are written before, and larger than the caches."""
     source = torch.ones(4 * cache_bytes(device), dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     target.fill_(1)  # `zeros_like` may map the same page of zeros again and again
     best = float("inf")
     for _ in range(repeats):
-        start = wall_clock(device)
+        seconds = -clock()
         target.copy_(source)
-        best = min(best, wall_clock(device) - start)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, seconds + clock())
     return 2 * source.nbytes / best

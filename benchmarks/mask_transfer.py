@@ -3,17 +3,17 @@
 usage: python -m benchmarks.mask_transfer --hf DIR --general FILE... --domain NAME TRAIN HELD_OUT [--domain ...] --output DIR
 
 A general 2:4 mask is learned on the corpus --general (JSON lines) from SparseGPT's, which is calibrated on it. Each domain's mask is
-then learned on TRAIN (JSON lines) with the same number of steps from two priors: the general mask, and SparseGPT's. All masks are
-evaluated on HELD_OUT as mask files over the same dense weights. Every step is a command that is printed before it runs; a second call
-with the same --output skips finished steps and resumes an interrupted one.
+then learned on TRAIN (JSON lines, or a plain text with a sentence on each line) with the same number of steps from two priors: the
+general mask, and SparseGPT's. All masks are evaluated on HELD_OUT as mask files over the same dense weights. Every step is a command that
+is printed before it runs; a second call with the same --output skips finished steps and resumes an interrupted one.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,13 @@ import megatron_patches
 
 megatron_patches.import_megatron()
 
-from benchmarks.machine import processor  # noqa: E402
-from maskllm.environment.revision import commit  # noqa: E402
-from maskllm.files import write_json  # noqa: E402
+from maskllm.files import write_json, write_text  # noqa: E402
 from maskllm.huggingface.mask_file import MaskFile, open_mask_file  # noqa: E402
 from maskllm.quickstart.steps import Steps  # noqa: E402
 
 M = 4
+LINES = 20
+GENERAL = Path("masks", "general.npz")
 
 
 class Transfer:
@@ -38,7 +38,7 @@ class Transfer:
         self.output = options.output
         self.steps = Steps(self.output)
         self.dense = self.output / "dense"
-        self.general = self.output / "masks" / "general.npz"
+        self.general = self.output / GENERAL
 
     def verb(self, name: str, output: Path, *words: object) -> None:
         self.steps.run(name, output, [sys.executable, "-m", "maskllm", *words])
@@ -49,6 +49,18 @@ class Transfer:
         words = ["--input", *files, "--output-prefix", prefix, "--tokenizer", tokenizer, "--append-eod"]
         self.verb(f"preprocess {name}", document.with_suffix(".idx"), "preprocess", *words)
         return document
+
+    def documents(self, domain: str, file: str) -> str:
+        """JSON lines with the text of `file`: the file itself, or LINES lines of a plain text as one document."""
+        if file.removesuffix(".gz").endswith((".json", ".jsonl")):
+            return file
+        documents = self.output / "data" / f"{domain}.jsonl"
+        documents.parent.mkdir(parents=True, exist_ok=True)
+        with (gzip.open if file.endswith(".gz") else open)(file, "rt", encoding="utf-8") as text:
+            lines = text.read().splitlines()
+        joined = (" ".join(lines[start : start + LINES]) for start in range(0, len(lines), LINES))
+        write_text(documents, "".join(f"{json.dumps({'text': text})}\n" for text in joined))
+        return str(documents)
 
     def sparsegpt(self, data: Path) -> Path:
         pruned, options = self.output / "pruned" / "sparsegpt-general", self.options
@@ -110,7 +122,7 @@ class Transfer:
         self.verb("prune from the general mask", prior, "prune", *words)
         rows = []
         for domain, train, held_out in options.domain:
-            data = self.dataset(domain, [train])
+            data = self.dataset(domain, [self.documents(domain, train)])
             learned = {
                 start: self.masks(f"{domain}-from-{start}", self.learn(f"{domain}-from-{start}", path, data, options.domain_iters))
                 for start, path in (("sparsegpt", sparsegpt), ("general", prior))
@@ -157,26 +169,14 @@ def share_of_blocks(masks: MaskFile, others: MaskFile, dense: Path) -> float:
     return differ / blocks
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
-    lines = [
-        "| domain | mask | perplexity | blocks unlike its start | blocks unlike the general mask | mask file |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        shares = (f"{row[key]:.2%}" if key in row else "" for key in ("blocks_unlike_start", "blocks_unlike_general"))
-        size = f"{row['bytes'] / 1e6:.2f} MB" if "bytes" in row else ""
-        lines.append(f"| {row['domain']} | {row['mask']} | {row['perplexity']:.1f} | {' | '.join(shares)} | {size} |")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    """Parse, run, print the table and write the JSON."""
+def main(argv: list[str] | None = None) -> None:
+    """Parse, run, print the numbers and write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hf", required=True, metavar="DIR", help="Hugging Face directory of the dense model")
     parser.add_argument("--general", required=True, nargs="+", metavar="FILE", help="JSON lines of the general corpus")
     parser.add_argument("--domain", required=True, nargs=3, action="append", metavar=("NAME", "TRAIN", "HELD_OUT"))
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="all results, and table.json")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="everything that is made")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
     parser.add_argument("--general-iters", type=int, default=30)
     parser.add_argument("--domain-iters", type=int, default=20)
     parser.add_argument("--global-batch-size", type=int, default=2)
@@ -189,16 +189,23 @@ def main() -> None:
     parser.add_argument("--eval-windows", type=int, default=16)
     parser.add_argument("--params-dtype", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--processes", type=int, default=2, help="processes of a training, one pipeline stage each")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     options.output.mkdir(parents=True, exist_ok=True)
     rows = Transfer(options).run()
-    versions = {package: metadata.version(package) for package in ("maskllm", "torch", "megatron-core", "transformers")}
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-    write_json(
-        options.output / "table.json",
-        {"machine": processor(), "versions": versions, "commit": commit(), "settings": settings, "rows": rows},
-    )
-    print(table(rows))
+    print(json.dumps(rows, indent=2))
+    if options.json:
+        names = (
+            "general_iters",
+            "domain_iters",
+            "global_batch_size",
+            "seq_length",
+            "lr",
+            "min_lr",
+            "prior_strength",
+            "eval_windows",
+        )
+        settings = {name: getattr(options, name) for name in (*names, "calibration_samples", "eval_seq_length", "params_dtype")}
+        write_json(options.json, {"settings": settings, "general_bytes": (options.output / GENERAL).stat().st_size, "rows": rows})
 
 
 if __name__ == "__main__":

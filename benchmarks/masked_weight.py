@@ -1,8 +1,10 @@
 """The time to draw and apply every mask of a model, forward and backward: kernels against PyTorch operators, in one run.
 
-    python -m benchmarks.masked_weight [--model smollm2-135m|llama-7b] [--device cpu|cuda] [--json FILE]
+    python -m benchmarks.masked_weight [--model smollm2-135m|llama-7b|tiny] [--device cpu|cuda] [--json FILE]
 
-For comparison it also measures a copy that moves the same number of bytes.
+All layers of the model are in memory and take turns, as in a training step, so no layer finds its tensors in the cache. The share of the
+copy bandwidth is the time in which a copy would move the bytes that a pass reads and writes, over the pass's time. A pass that is limited
+by memory has a share near 1, and one that is limited by arithmetic a lower one.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.machine import describe
+from benchmarks.machine import copy_bandwidth, describe
 from maskllm.files import write_json
 from maskllm.ops import NoiseKey, ShardMap, masked_weight, philox_key, reference
 from maskllm.ops.extension import kernels
@@ -23,6 +25,7 @@ from maskllm.patterns import Pattern
 MODELS = {
     "smollm2-135m": ([(960, 576), (576, 576), (3072, 576), (576, 1536)], 30),
     "llama-7b": ([(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)], 1),
+    "tiny": ([(64, 32)], 2),
 }
 PATTERN = Pattern(2, 4)
 DRAW = {"scale": 100.0, "temperature": 4.0, "weight_reg": 1e-5}
@@ -39,6 +42,10 @@ class Layer:
         self.logits.main_grad = torch.zeros_like(self.logits, requires_grad=False)
         self.grad = (torch.randn(out, inputs, **options) * 1e-3).bfloat16()
         self.key = NoiseKey(philox_key(0, name), 0, ShardMap(inputs // 4))
+        self.forward_bytes = 2 * self.weight.nbytes + self.logits.nbytes
+        """Reads weights and logits, and writes the masked weights."""
+        self.backward_bytes = 2 * self.weight.nbytes + 3 * self.logits.nbytes
+        """Reads the gradient, weights and logits, and adds to the logits' gradient."""
 
     def forward(self) -> None:
         self.masked = masked_weight(self.weight, self.logits, pattern=PATTERN, key=self.key, **DRAW)
@@ -68,67 +75,66 @@ def operators_forward_backward(layer: Layer) -> None:
     layer.logits.main_grad += logits.grad
 
 
-def seconds(work: Callable[[], None], device: str, repeats: int, clock: Callable[[], float] = time.perf_counter) -> float:
-    """The shortest of `repeats` timings, since other programs can only make one longer."""
-    best = float("inf")
-    for _ in range(repeats):
-        if device == "cuda":
+class Timer:
+    """The shortest of several timings, since other programs can only make one longer."""
+
+    def __init__(self, device: str, repeats: int, clock: Callable[[], float]) -> None:
+        self.device, self.repeats, self.clock = device, repeats, clock
+
+    def __call__(
+        self, work: Callable[[Layer], None], layers: list[Layer], *, before: Callable[[Layer], None] | None = None
+    ) -> float:
+        """The seconds of `work` on all layers; `before` runs on each of them first, and does not count."""
+        best = float("inf")
+        for _ in range(self.repeats):
+            for layer in layers if before else ():
+                before(layer)
+            start = self._now()
+            for layer in layers:
+                work(layer)
+            best = min(best, self._now() - start)
+        return best
+
+    def _now(self) -> float:
+        if self.device == "cuda":
             torch.cuda.synchronize()
-        start = clock()
-        work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, clock() - start)
-    return best
+        return self.clock()
 
 
 def measure(model: str, device: str, repeats: int, clock: Callable[[], float]) -> dict:
-    """The times in seconds for all layers of `model`. Each shape is measured once and counted as often as it occurs."""
+    """The times in seconds for all layers of `model`."""
     shapes, count = MODELS[model]
-    totals = dict.fromkeys(("forward", "backward", "operators", "reference", "copy_forward", "copy_backward"), 0.0)
-    weights = 0
-    for index, (out, inputs) in enumerate(shapes):
-        layer = Layer(f"decoder.layers.0.{index}", out, inputs, device)
-        weights += count * out * inputs
-
-        def both(layer: Layer = layer) -> None:
-            layer.forward()
-            layer.backward()
-
-        def reference_both(layer: Layer = layer) -> None:
-            layer.reference_forward()
-            layer.reference_backward()
-
-        both()
-        layer.forward()
-        forward = seconds(layer.forward, device, repeats, clock)
-        totals["forward"] += count * forward
-        totals["backward"] += count * max(seconds(both, device, repeats, clock) - forward, 0.0)
-        totals["operators"] += count * seconds(lambda layer=layer: operators_forward_backward(layer), device, 2, clock)
-        totals["reference"] += count * seconds(reference_both, device, 1, clock)
-        # A copy reads and writes each byte. So copying half of the bytes that a pass moves takes the least time for the pass.
-        moved = layer.weight.nbytes * 2 + layer.logits.nbytes
-        for name, extra in (("copy_forward", 0), ("copy_backward", 2 * layer.logits.nbytes)):
-            half = torch.empty((moved + extra) // 2, dtype=torch.uint8, device=device)
-            target = torch.empty_like(half)
-            totals[name] += count * seconds(lambda half=half, target=target: target.copy_(half), device, repeats, clock)
-    kernel = totals["forward"] + totals["backward"]
+    layers = [
+        Layer(f"decoder.layers.{block}.{index}", out, inputs, device)
+        for block in range(count)
+        for index, (out, inputs) in enumerate(shapes)
+    ]
+    timer = Timer(device, repeats, clock)
+    timer(Layer.forward, layers)  # warm up
+    once = Timer(device, 1, clock)
+    found = {
+        "forward": timer(Layer.forward, layers),
+        "backward": timer(Layer.backward, layers, before=Layer.forward),
+        "operators": Timer(device, 2, clock)(operators_forward_backward, layers),
+        "reference": once(Layer.reference_forward, layers) + once(Layer.reference_backward, layers),
+    }
+    kernel = found["forward"] + found["backward"]
+    bandwidth = copy_bandwidth(device, clock)
+    moved = {name: sum(getattr(layer, f"{name}_bytes") for layer in layers) for name in ("forward", "backward")}
     return {
-        "machine": describe(),
         "instruction_set": kernels().instruction_set() if device == "cpu" and kernels() else device,
         "model": model,
-        "masked_weights": weights,
-        "seconds": {name: round(value, 4) for name, value in totals.items()},
-        "operators_over_kernels": round(totals["operators"] / kernel, 1),
-        "reference_over_kernels": round(totals["reference"] / kernel, 1),
-        "share_of_copy_bandwidth": {
-            "forward": round(totals["copy_forward"] / totals["forward"], 3),
-            "backward": round(totals["copy_backward"] / totals["backward"], 3),
-        },
+        "masked_weights": sum(layer.weight.numel() for layer in layers),
+        "seconds": found,
+        "operators_over_kernels": found["operators"] / kernel,
+        "reference_over_kernels": found["reference"] / kernel,
+        "copy_bytes_a_second": bandwidth,
+        "share_of_copy_bandwidth": {name: moved[name] / bandwidth / found[name] for name in moved},
+        "clock": clock.__name__,
     }
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--model", choices=sorted(MODELS), default="smollm2-135m")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -139,21 +145,22 @@ def main() -> None:
         help="count the processor seconds of all threads, which do not include other programs",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.processor_time and args.device == "cuda":
         parser.error("--processor-time measures CPUs")
     clock = time.process_time if args.processor_time else time.perf_counter
-    result = measure(args.model, args.device, args.repeats, clock) | {"clock": clock.__name__}
-    print(
-        f"{result['machine']} ({result['instruction_set']}): {result['model']}, {result['masked_weights'] / 1e6:.0f} M masked weights"
-    )
+    result = measure(args.model, args.device, args.repeats, clock)
+    print(f"{describe()} ({result['instruction_set']}): {result['model']}, {result['masked_weights'] / 1e6:.0f} M masked weights")
     for name, value in result["seconds"].items():
         print(f"  {name:14} {value:8.3f} s")
     print(
-        f"  PyTorch operators take {result['operators_over_kernels']} times as long, the reference {result['reference_over_kernels']} times"
+        f"  PyTorch operators take {result['operators_over_kernels']:.1f} times as long, the reference "
+        f"{result['reference_over_kernels']:.1f} times"
     )
     share = result["share_of_copy_bandwidth"]
-    print(f"  share of copy bandwidth: forward {share['forward']:.0%}, backward {share['backward']:.0%}")
+    print(
+        f"  a copy moves {result['copy_bytes_a_second'] / 1e9:.1f} GB/s; forward {share['forward']:.0%}, backward {share['backward']:.0%}"
+    )
     if args.json:
         write_json(args.json, result)
 

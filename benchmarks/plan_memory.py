@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ import megatron_patches
 
 megatron_patches.import_megatron()
 
+from benchmarks.machine import describe  # noqa: E402
 from maskllm.checkpoints.convert import convert  # noqa: E402
 from maskllm.cli.train_options import parse_arguments  # noqa: E402
 from maskllm.files import write_json  # noqa: E402
@@ -94,7 +95,7 @@ def start(ranks: int, module: str, *arguments: object) -> None:
 
 def measure(
     runs: list[str], checkpoints: dict[str, Path], data: Path, folder: Path, *, start: Callable[..., object] = start
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Measured and planned bytes of the largest process in each of `runs`, which have the same number of ranks.
 
     One job, which `start` starts, trains all models, so that its processes load the libraries once.
@@ -115,11 +116,16 @@ def measure(
             peaks[kind] = max(json.loads(line)["peak_memory_gib"] for line in lines) * 2**30
             arguments = parse_arguments(commands[run, kind])
             plans[kind] = largest_stage(named_model(str(path)), arguments, layout_of(run), device="cpu").total
-        rows[run] = {"measured": peaks["model"] - peaks["tiny"] + plans["tiny"], "planned": plans["model"]}
+        rows[run] = {
+            "options": RUNS[run],
+            "ranks": ranks,
+            "measured": peaks["model"] - peaks["tiny"] + plans["tiny"],
+            "planned": plans["model"],
+        }
     return rows
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Parse, measure, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hf", required=True, metavar="DIR", help="a Hugging Face model, such as SmolLM2-135M")
@@ -127,7 +133,7 @@ def main() -> None:
         "--runs", nargs="+", choices=list(RUNS), help="default: all runs whose tensor parallel size divides the model's heads"
     )
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     heads = named_model(args.hf).num_query_groups
     rows = {}
     with tempfile.TemporaryDirectory() as name:
@@ -135,12 +141,12 @@ def main() -> None:
         checkpoints, data = make_inputs(args.hf, folder)
         for run in tqdm(args.runs or [run for run in RUNS if heads % layout_of(run).tensor == 0], desc="runs"):
             rows |= measure([run], checkpoints, data, folder)
-    print(f"{platform.machine()}, torch {torch.__version__}; GB per process, measured and planned, and their ratio")
+    print(f"{describe()}, torch {torch.__version__}; GB per process, measured and planned, and their ratio")
     for run, row in rows.items():
         measured, planned = row["measured"], row["planned"]
         print(f"{run:17} {measured / 1e9:6.2f} {planned / 1e9:6.2f} {measured / planned:5.2f}   {' '.join(RUNS[run])}")
     if args.json:
-        write_json(args.json, {"torch": torch.__version__, "rows": rows})
+        write_json(args.json, {"rows": rows})
 
 
 if __name__ == "__main__":

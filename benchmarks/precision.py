@@ -86,10 +86,10 @@ def winners(save: Path) -> torch.Tensor:
     return torch.cat([winner_mask(tensors[key].load().float(), PATTERN).flatten() for key in keys])
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hf", required=True, metavar="DIR")
-    parser.add_argument("--corpus", required=True, nargs="+", action="extend", metavar="FILE")
+    parser.add_argument("--corpus", required=True, nargs="+", metavar="FILE")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--train-iters", type=int, default=20)
     parser.add_argument("--global-batch-size", type=int, default=4, help="micro-batches per step")
@@ -103,7 +103,7 @@ def main() -> None:
         help=f"indices into {ROWS}; the others are compared with the first",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -120,7 +120,8 @@ def main() -> None:
     for row in rows:
         print(f"{row['loss_winner']:.3f}  {row['masks_equal']:.1%}  {' '.join(row['options']) or '(none)'}")
     if args.json:
-        write_json(args.json, {"torch": torch.__version__, **vars(args), "rows": rows})
+        settings = {name: getattr(args, name) for name in ("layers", "train_iters", "global_batch_size", "seq_length")}
+        write_json(args.json, settings | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Speed of pre-tokenization: `maskllm preprocess` against one document at a time in a pool of processes, as in Megatron-LM.
 
     python -m benchmarks.preprocess [--input FILE...] [--tokenizer DIR_OR_FILE] [--workers N] [--repeat R]
+        [--json FILE]
 
 The default input is the documentation corpus of this installation. The default tokenizer is a byte-level BPE tokenizer with 32000
 tokens and GPT-2's split, trained on that corpus. Loading and starting processes does not count. The two programs run in turns, the
@@ -13,7 +14,6 @@ import argparse
 import filecmp
 import json
 import multiprocessing
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -23,8 +23,9 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from benchmarks.machine import processor
+from benchmarks.machine import describe
 from maskllm.data.preprocess import available_cores, preprocess
+from maskllm.files import write_json
 from maskllm.quickstart.corpus import write_documentation_corpus
 
 _tokenize = None
@@ -78,13 +79,14 @@ def train_tokenizer(corpus: Path, directory: Path) -> Path:
     return directory / "tokenizer.json"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--input", type=Path, nargs="+", action="extend", metavar="FILE", help="JSON lines, not compressed")
+    parser.add_argument("--input", type=Path, nargs="+", metavar="FILE", help="JSON lines, not compressed")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR_OR_FILE")
     parser.add_argument("--workers", type=int, default=available_cores())
     parser.add_argument("--repeat", type=int, default=3)
-    args = parser.parse_args()
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
+    args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         inputs = args.input or [write_documentation_corpus(directory / "corpus").train_file]
@@ -97,10 +99,14 @@ def main() -> None:
         for suffix in (".bin", ".idx"):
             assert filecmp.cmp(directory / f"theirs{suffix}", f"{summary.prefix}{suffix}", shallow=False), "the datasets differ"
         megabytes = summary.input_bytes / 1e6
-        print(f"{processor()}, {os.cpu_count()} cores, {args.workers} workers; {megabytes:.1f} MB, {summary.tokens} tokens")
+        print(f"{describe()}, {args.workers} workers; {megabytes:.1f} MB, {summary.tokens} tokens")
         print(f"one document at a time, {args.workers} processes: {megabytes / min(theirs):8.2f} MB/s")
         print(f"maskllm preprocess, {summary.library:>11}: {megabytes / min(ours):8.2f} MB/s")
         print(f"ratio: {min(theirs) / min(ours):.1f}")
+        if args.json:
+            numbers = {"megabytes": megabytes, "tokens": summary.tokens, "workers": args.workers, "library": summary.library}
+            speeds = {"one_document_at_a_time": megabytes / min(theirs), "maskllm": megabytes / min(ours)}
+            write_json(args.json, {**numbers, "tokenizer": tokenizer.name, "megabytes_a_second": speeds})
 
 
 if __name__ == "__main__":

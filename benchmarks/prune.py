@@ -71,7 +71,7 @@ def time_solve(model: PreTrainedModel, device: torch.device) -> dict[str, float]
     return seconds
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hf", required=True, metavar="DIR")
     parser.add_argument("--samples", type=int, default=128)
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--sequential", action="store_true", help="skip pruning that is not sequential")
     parser.add_argument("--json", metavar="FILE")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = AutoModelForCausalLM.from_pretrained(args.hf, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -91,7 +91,7 @@ def main() -> None:
     tokens = torch.randint(0, model.config.vocab_size, (args.samples, args.seq_length), generator=torch.Generator().manual_seed(0))
     machine = describe()
     print(f"{machine}; {layers} layers, {args.samples} x {args.seq_length} tokens")
-    numbers: dict[str, Any] = {"machine": machine, "layers": layers, "samples": args.samples, "seq_length": args.seq_length}
+    numbers: dict[str, Any] = {"layers": layers, "samples": args.samples, "seq_length": args.seq_length}
 
     time_solve(model, device)  # warm up
     solve = time_solve(model, device)

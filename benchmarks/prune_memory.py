@@ -105,7 +105,7 @@ def measure(shape: Shape, folder: Path) -> int:
     return max(itertools.accumulate(event.nbytes() for event in allocations))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--mlp", type=int, default=4096)
@@ -113,7 +113,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--seq-length", type=int, default=256)
     parser.add_argument("--json", metavar="FILE")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     megatron_patches.import_megatron()
     shape = Shape(args.hidden, args.mlp, args.heads, args.samples, args.seq_length)
     with tempfile.TemporaryDirectory() as folder:
@@ -123,7 +123,7 @@ def main() -> None:
     for name, value in numbers.items():
         print(f"{name:>14}: {value / 2**20:9.1f} MiB")
     if args.json:
-        write_json(args.json, numbers)
+        write_json(args.json, {"hidden": args.hidden, "mlp": args.mlp} | numbers)
 
 
 if __name__ == "__main__":

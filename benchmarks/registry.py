@@ -42,6 +42,8 @@ class Table:
     measurements: tuple[str, ...]
     render: Callable[[Mapping[str, Result]], list[str]]
     """The Markdown lines from the results that there are, by the measurements' names."""
+    made: str = "Measured"
+    """How the numbers came about."""
 
 
 TRAINING = (
@@ -73,6 +75,12 @@ QUALITY_ROWS = {
 """The learning rates that are tried for each recipe of benchmarks/quality.py."""
 
 
+TINY_QUALITY = "--tokens 64 --seq-length 32 --calibration-samples 2 --eval-seq-length 32 --eval-windows 1 --limit 2"
+
+
+TINY_TRANSFER = "--general-iters 1 --domain-iters 1 --seq-length 32 --calibration-samples 2 --eval-seq-length 32 --eval-windows 1"
+
+
 def _quality(row: str, minutes: float, tiny: str | None = None) -> Measurement:
     """A row of the comparison of ways to train: `weights-kl:6e-4` is the measurement quality/weights-kl-6e-4."""
     command = (
@@ -82,16 +90,197 @@ def _quality(row: str, minutes: float, tiny: str | None = None) -> Measurement:
     return Measurement(f"quality/{row.replace(':', '-')}", command, minutes, (*TRAINING, *PERPLEXITY, *ZERO_SHOT), tiny)
 
 
+def _quickstart(name: str, minutes: float, options: str) -> Measurement:
+    """A quickstart with other settings."""
+    return Measurement(
+        name,
+        f"python -m maskllm quickstart --output {{work}}/{name.partition('/')[2]} {options}",
+        minutes,
+        QUICKSTART,
+        output=f"{{work}}/{name.partition('/')[2]}/report.json",
+    )
+
+
+QUICKSTART = ("maskllm/quickstart", *TRAINING, *PERPLEXITY)
+ZERO_SHOT_MODELS = " ".join(f"--model {{quickstart}}/hf/{name}" for name in ("dense", "sparsegpt", "learned", "final"))
+ONE_SHOT = "python -m benchmarks.one_shot --hf {dense} --calibration " + f"{C4} --eval-data {WIKITEXT}"
+STEP = "python -m benchmarks.training_step --load {quickstart}/megatron/dense"
+SPARSE = "python -m benchmarks.sparse_linear"
+SPARSE_SOURCES = ("benchmarks/sparse_linear.py", "benchmarks/dense_loops.cpp", "csrc/cpu", "csrc/include", "maskllm/ops")
+PRECISION = "python -m benchmarks.precision --hf {dense} --corpus " + C4
+PRECISION_SOURCES = ("benchmarks/precision.py", *TRAINING)
+PLAN_SOURCES = ("benchmarks/plan_memory.py", "maskllm/planning", "maskllm/training", "maskllm/megatron")
+PRUNE_MEMORY_SOURCES = ("benchmarks/prune_memory.py", "maskllm/pruning")
+PRUNE_TIME_SOURCES = ("benchmarks/prune.py", "maskllm/pruning")
+
 _ALL = [
+    Measurement("quickstart", "make quickstart", 20, QUICKSTART, output="{quickstart}/report.json"),
+    *(
+        _quickstart(
+            f"quickstart-settings/{strength}-{rate}",
+            20,
+            f"--train-iters 30 --prior-strength {strength} --lr {rate} --min-lr {float(rate) / 10:g} --weights-train-iters 1",
+        )
+        for strength, rate in ((3, "1e-3"), (4, "2e-3"), (5, "1e-3"), (5, "2e-3"), (6, "2e-3"), (7, "1e-3"))
+    ),
+    _quickstart("quickstart-trainings/30-both-50", 25, "--train-iters 30"),
+    _quickstart("quickstart-trainings/30-weights-20", 20, "--train-iters 30 --weights-train weights --weights-train-iters 20"),
     Measurement(
-        "quickstart",
-        "make quickstart",
-        minutes=20,
-        sources=("maskllm/quickstart", *TRAINING, *PERPLEXITY),
-        output="{quickstart}/report.json",
+        "zero-shot",
+        f"python -m maskllm evaluate {ZERO_SHOT_MODELS} --tasks piqa arc_easy winogrande openbookqa --tasks-data {{data}}/zero-shot",
+        90,
+        (*TRAINING, *ZERO_SHOT),
+        tiny="--limit 2",
     ),
     *(_quality(row, 5) for row in ("dense", "magnitude", "wanda", "sparsegpt")),
-    *(_quality(f"{recipe}:{rate}", 30) for recipe, rates in QUALITY_ROWS.items() for rate in rates),
+    *(
+        _quality(f"{recipe}:{rate}", 30, TINY_QUALITY if (recipe, rate) == ("weights-kl", "6e-4") else None)
+        for recipe, rates in QUALITY_ROWS.items()
+        for rate in rates
+    ),
+    *(
+        Measurement(
+            f"mask-transfer/{domain}",
+            f"python -m benchmarks.mask_transfer --hf {{dense}} --general {C4} --general-iters 16 --domain-iters 8 --eval-windows 8 "
+            f"--processes 1 --domain {domain} {texts} --output {{work}}",
+            25,
+            ("benchmarks/mask_transfer.py", *TRAINING, *PERPLEXITY),
+            tiny,
+        )
+        for domain, texts, tiny in (
+            ("documentation", "{quickstart}/corpus/train.jsonl {quickstart}/corpus/held_out.jsonl", None),
+            ("captions", "{data}/translation/train.de.gz {data}/translation/val.de.gz", TINY_TRANSFER),
+        )
+    ),
+    *(
+        Measurement(f"one-shot/seed-{seed}", f"{ONE_SHOT} --seed {seed}", 8, ("benchmarks/one_shot.py", "maskllm/pruning"), tiny)
+        for seed, tiny in ((0, "--samples 2 --seq-length 32 --windows 2 32"), (1, None), (2, None))
+    ),
+    Measurement("one-shot/4-samples", f"{ONE_SHOT} --samples 4", 6, ("benchmarks/one_shot.py", "maskllm/pruning")),
+    Measurement(
+        "prune-memory/small", "python -m benchmarks.prune_memory", 1, PRUNE_MEMORY_SOURCES, "--hidden 256 --mlp 512 --heads 2"
+    ),
+    Measurement(
+        "prune-memory/llama-2-7b-layer",
+        "python -m benchmarks.prune_memory --hidden 4096 --mlp 11008 --heads 32",
+        15,
+        PRUNE_MEMORY_SOURCES,
+    ),
+    Measurement(
+        "prune-time/2-layers",
+        "python -m benchmarks.prune --hf {dense} --layers 2 --methods wanda sparsegpt",
+        10,
+        PRUNE_TIME_SOURCES,
+        "--layers 1 --samples 2 --seq-length 32",
+    ),
+    Measurement(
+        "prune-time/all-layers",
+        "python -m benchmarks.prune --hf {dense} --methods sparsegpt --sequential",
+        25,
+        PRUNE_TIME_SOURCES,
+    ),
+    Measurement(
+        "masked-weight/smollm2-135m",
+        "python -m benchmarks.masked_weight",
+        5,
+        ("benchmarks/masked_weight.py", "csrc/cpu", "csrc/include", "maskllm/ops"),
+        "--model tiny --repeats 1",
+    ),
+    Measurement(
+        "masked-weight/llama-7b-cuda",
+        "python -m benchmarks.masked_weight --device cuda --model llama-7b",
+        5,
+        ("benchmarks/masked_weight.py", "csrc/cuda", "csrc/include", "maskllm/ops"),
+        cuda=True,
+    ),
+    Measurement(
+        "training-step/1-micro-batch",
+        f"{STEP} --ways dense masks --sequences 1 --seq-length 2048",
+        8,
+        ("benchmarks/training_step.py", *TRAINING),
+        "--seq-length 32 --repeats 1",
+    ),
+    Measurement(
+        "training-step/4-micro-batches",
+        f"{STEP} --ways dense masks --sequences 4 --seq-length 512",
+        8,
+        ("benchmarks/training_step.py", *TRAINING),
+    ),
+    Measurement(
+        "training-step/teacher",
+        f"{STEP} --ways dense-kl weights-kl both-kl --sequences 4 --seq-length 512",
+        10,
+        ("benchmarks/training_step.py", *TRAINING),
+    ),
+    Measurement(
+        "compress24/cpu",
+        "python -m benchmarks.compress24 --device cpu",
+        1,
+        ("benchmarks/compress24.py", "csrc/cpu", "maskllm/ops"),
+        "--size 64",
+    ),
+    Measurement(
+        "compress24/cuda",
+        "python -m benchmarks.compress24 --device cuda",
+        5,
+        ("benchmarks/compress24.py", "csrc/cuda", "maskllm/ops"),
+        cuda=True,
+    ),
+    Measurement(
+        "sparse-linear/few-rows",
+        f"{SPARSE} --rows 1 2 4 8 16 17 32 64",
+        3,
+        SPARSE_SOURCES,
+        "--rows 1 3 --seconds 0.01 --shape 512 256",
+    ),
+    Measurement("sparse-linear/many-rows", f"{SPARSE} --rows 65 128 256 512 1024 2048", 10, SPARSE_SOURCES),
+    Measurement("sparse-linear/one-thread", f"env OMP_NUM_THREADS=1 {SPARSE} --rows --processor-time", 2, SPARSE_SOURCES),
+    Measurement(
+        "preprocess/tokenizer-json",
+        "python -m benchmarks.preprocess --input {quickstart}/corpus/train.jsonl --tokenizer {dense}",
+        1,
+        ("benchmarks/preprocess.py", "maskllm/data"),
+        "--repeat 1 --workers 2",
+    ),
+    Measurement(
+        "preprocess/tokenizer-model",
+        "python -m benchmarks.preprocess --input {quickstart}/corpus/train.jsonl --tokenizer {data}/llama2-tokenizer.model",
+        1,
+        ("benchmarks/preprocess.py", "maskllm/data"),
+    ),
+    Measurement("plans", "python -m benchmarks.plans", 1, ("benchmarks/plans.py", "maskllm/planning"), ""),
+    Measurement(
+        "plan-memory/masks",
+        "python -m benchmarks.plan_memory --hf {dense} --runs pipeline tensor low-precision",
+        10,
+        PLAN_SOURCES,
+    ),
+    Measurement(
+        "plan-memory/weights",
+        "python -m benchmarks.plan_memory --hf {dense} --runs weights weights-teacher both-teacher",
+        10,
+        PLAN_SOURCES,
+        "--runs weights",
+    ),
+    Measurement(
+        "precision/4-micro-batches",
+        PRECISION,
+        40,
+        PRECISION_SOURCES,
+        "--layers 1 --train-iters 2 --global-batch-size 2 --seq-length 32 --rows 0 5",
+    ),
+    Measurement(
+        "precision/256-micro-batches",
+        f"{PRECISION} --layers 2 --train-iters 6 --global-batch-size 256 --seq-length 16 --rows 0 1 5",
+        30,
+        PRECISION_SOURCES,
+    ),
+    Measurement(
+        "kill-resume",
+        "python -m benchmarks.kill_resume --cycles 200 --seed 2026 --train-iters 50",
+        30,
+        ("benchmarks/kill_resume.py", "maskllm/checkpoints", "maskllm/training", "megatron_patches"),
+    ),
 ]
 MEASUREMENTS = {one.name: one for one in _ALL}
 
@@ -105,6 +294,39 @@ TABLES = {
     table.name: table
     for table in (
         Table("quickstart", "The quickstart", ("quickstart",), tables.quickstart),
+        Table("zero-shot", "The quickstart's models on zero-shot tasks", ("zero-shot",), tables.zero_shot),
         Table("quality", "Ways to train, at equal training tokens", _group("quality"), tables.quality),
+        Table("one-shot", "One-shot masks", _group("one-shot"), tables.one_shot),
+        Table("mask-transfer", "A general mask carried to domains", _group("mask-transfer"), tables.mask_transfer),
+        Table("quickstart-settings", "Settings of a short run", _group("quickstart-settings"), tables.quickstart_settings),
+        Table(
+            "quickstart-trainings",
+            "The quickstart's two trainings",
+            ("quickstart", *_group("quickstart-trainings")),
+            tables.quickstart_trainings,
+        ),
+        Table("precision", "Low precision, and one draw a step", _group("precision"), tables.precision),
+        Table("masked-weight", "Drawing and applying every mask", _group("masked-weight"), tables.masked_weight),
+        Table("training-step", "A training step", _group("training-step"), tables.training_step),
+        Table("compress24", "2:4 compression", _group("compress24"), tables.compress24),
+        Table(
+            "sparse-linear",
+            "Products with stored matrices: one row",
+            ("sparse-linear/few-rows", "sparse-linear/one-thread"),
+            tables.sparse_linear,
+        ),
+        Table(
+            "sparse-linear-rows",
+            "Products with stored matrices: more rows",
+            ("sparse-linear/few-rows", "sparse-linear/many-rows"),
+            tables.sparse_linear_rows,
+        ),
+        Table("preprocess", "Pre-tokenization", _group("preprocess"), tables.preprocess),
+        Table("prune-time", "The time of one-shot pruning", _group("prune-time"), tables.prune_time),
+        Table("prune-memory", "The memory of one-shot pruning", _group("prune-memory"), tables.prune_memory),
+        Table("plan-memory", "Plans compared with runs", _group("plan-memory"), tables.plan_memory),
+        Table("plans", "Plans for LLaMA-2 7B", ("plans",), tables.plans, "Calculated"),
+        Table("plans-training", "Plans for LLaMA-2 7B with trained weights", ("plans",), tables.plans_training, "Calculated"),
+        Table("kill-resume", "Killed and resumed runs", ("kill-resume",), tables.kill_resume),
     )
 }

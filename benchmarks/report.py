@@ -73,7 +73,7 @@ def table_lines(table: Table, found: dict[str, Result], older: Collection[str], 
     code = f", with {OLDER} code" if aged else ""
     if len(aged) < len(mine) and aged:
         code += f" for {', '.join(f'`{name}`' for name in aged)}"
-    return [*table.render(mine), "", f"Measured{when} on {machines}{code}; [commit and command]({overview}#measurements)."]
+    return [*table.render(mine), "", f"{table.made}{when} on {machines}{code}; [commit and command]({overview}#measurements)."]
 
 
 def rendered(page: Path, text: str, found: dict[str, Result], older: Collection[str]) -> str:
@@ -114,11 +114,11 @@ def overview_text(found: dict[str, Result], older: Collection[str]) -> str:
         "",
         *measurement_rows([_row(name, result, name in older) for name, result in found.items()]),
     ]
-    if missed := Counter(name.partition("/")[0] for name in MEASUREMENTS if name not in found):
-        lines += [
-            "",
-            "Not measured yet: " + ", ".join(f"`{name}`" + (f" ({n})" if n > 1 else "") for name, n in missed.items()) + ".",
-        ]
+    missed = [name for name in MEASUREMENTS if name not in found]
+    of_group = Counter(name.partition("/")[0] for name in missed)
+    if missed:
+        shown = dict.fromkeys(f"{group}/..." if of_group[group := name.partition("/")[0]] > 3 else name for name in missed)
+        lines += ["", f"Not measured yet: {', '.join(f'`{name}`' for name in shown)}."]
     return "\n".join(lines) + "\n"
 
 
@@ -206,8 +206,7 @@ def run(one: Measurement) -> None:
         output = ROOT / one.output.format(**places)
         if output.exists():
             raise MaskLLMError(f"{output}: is there already, perhaps from other code; remove {output.parent}, and run again")
-    if words[0] == "python":
-        words[0] = sys.executable
+    words = [sys.executable if word == "python" else word for word in words]
     load = load_average()
     print(f"[{one.name}] {shlex.join(words)}", flush=True)
     if status := subprocess.run(words, cwd=ROOT, check=False).returncode:

@@ -243,7 +243,7 @@ def run_and_compare(before: Path, after: Path, work: Path) -> int:
     return differ
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Parse, run, compare."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--before", type=Path, required=True, metavar="DIR", help="a checkout of the project, its kernels built")
@@ -251,7 +251,7 @@ def main() -> int:
     parser.add_argument(
         "--work", type=Path, metavar="DIR", help="a new folder for all outputs, which stay; default: a temporary one"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.work is not None and args.work.exists():
         parser.error(f"--work {args.work}: exists already; wanted a new folder")
     started = time.monotonic()

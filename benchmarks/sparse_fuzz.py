@@ -200,13 +200,13 @@ def run(library: str, cases: int, seed: int) -> None:
     print(f"{cases} cases from seed {seed} in {time.perf_counter() - start:.0f} s, {handle.sets()} instruction sets: {dict(found)}")
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--cases", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-sanitizer", action="store_true", help="compile without AddressSanitizer")
     parser.add_argument("--library", help=argparse.SUPPRESS)  # the process under the sanitizer
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.library:
         return run(args.library, args.cases, args.seed)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
 """Products with matrices stored without their zeros against torch's dense ones, on a CPU.
 
-    python -m benchmarks.sparse_linear [--rows 1 2 4 ...] [--seconds 2] [--processor-time] [--json FILE]
+    python -m benchmarks.sparse_linear [--rows 1 2 4 ...] [--seconds 2] [--shape 11008 4096] [--processor-time] [--json FILE]
 
 First one row times an 11008 x 4096 matrix, then a larger and larger number of rows. The matrix is cut into eight parts of 1376 rows (into
 halves from 65 rows of activations on), and a call multiplies one of them: the shorter a call, the likelier is one that no other program
@@ -24,13 +24,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.machine import describe
+from benchmarks import machine
 from maskllm.files import write_json
 from maskllm.ops import Layout, sparse_linear, sparse_pack
 from maskllm.ops.extension import kernels
 from maskllm.patterns import Pattern
 
-OUT, IN, PARTS = 11008, 4096, 8
+PARTS = 8
 ROWS = [1, 2, 4, 8, 16, 17, 32, 64, 128, 256, 512, 1024, 2048]
 LAYOUTS = {
     "2:4 bf16": Layout(Pattern(2, 4), 16),
@@ -49,12 +49,6 @@ def loops() -> ctypes.CDLL:
     subprocess.run(["g++", *flags, str(source), "-o", str(path.with_suffix(".o"))], check=True)
     subprocess.run(["g++", "-shared", str(path.with_suffix(".o")), "-o", str(path)], check=True)
     return ctypes.CDLL(str(path))
-
-
-def cache_bytes() -> int:
-    """The size of the last-level cache."""
-    sizes = [os.sysconf(name) for name in ("SC_LEVEL3_CACHE_SIZE", "SC_LEVEL2_CACHE_SIZE") if name in os.sysconf_names]
-    return max([*sizes, 1 << 25])
 
 
 def kept(pattern: Pattern, out: int, inputs: int) -> torch.Tensor:
@@ -121,14 +115,14 @@ def stored(layout: Layout, weight: torch.Tensor, data: torch.Tensor) -> tuple[li
 
 
 def one_row(
-    library: ctypes.CDLL, out: int, cached: bool, seconds: float, clock: Callable[[], float]
+    library: ctypes.CDLL, out: int, columns: int, cached: bool, seconds: float, clock: Callable[[], float]
 ) -> dict[str, dict[str, float]]:
-    """Time and bytes of each contender for one row and an `out` x IN matrix, from memory or from the cache."""
-    data = torch.randn(1, IN)
+    """Time and bytes of each contender for one row and an `out` x `columns` matrix, from memory or from the cache."""
+    data = torch.randn(1, columns)
     half = data.bfloat16()
     linear = torch.nn.functional.linear
-    weight = kept(Pattern(2, 4), out, IN)
-    quarter = kept(Pattern(1, 4), out, IN)
+    weight = kept(Pattern(2, 4), out, columns)
+    quarter = kept(Pattern(1, 4), out, columns)
     library.read_words.restype = ctypes.c_uint64
     read = lambda each: library.read_words(ctypes.c_void_p(each.data_ptr()), ctypes.c_int64(each.nbytes // 8))  # noqa: E731
     parts = {
@@ -136,23 +130,23 @@ def one_row(
         "dense fp32 (torch)": ([weight], lambda each: linear(data, each)),
         "dense int8 (VNNI loop)": dense_int8(library, weight, data),
         **{name: stored(layout, weight if layout.pattern.n == 2 else quarter, half) for name, layout in LAYOUTS.items()},
-        "read": ([torch.ones(out * IN, dtype=torch.uint8)], read),
+        "read": ([torch.ones(out * columns, dtype=torch.uint8)], read),
     }
     contenders = {}
     for name, (tensors, product) in parts.items():
         size = sum(each.nbytes for each in tensors)
-        contenders[name] = Contender(tensors, product, 1 if cached else -(-4 * cache_bytes() // size))
+        contenders[name] = Contender(tensors, product, 1 if cached else -(-4 * machine.cache_bytes() // size))
     times = measure(contenders, seconds, clock)
     return {name: {"seconds": times[name], "bytes": contenders[name].bytes} for name in contenders}
 
 
-def many_rows(rows: list[int], seconds: float, clock: Callable[[], float]) -> list[dict]:
+def many_rows(rows: list[int], out: int, columns: int, seconds: float, clock: Callable[[], float]) -> list[dict]:
     """The time of torch's dense product over each stored layout's, by number of rows."""
     found = []
     for count in rows:
         parts_of_matrix = PARTS if count <= 64 else 2
-        weight = kept(Pattern(2, 4), OUT // parts_of_matrix, IN)
-        half = torch.randn(count, IN).bfloat16()
+        weight = kept(Pattern(2, 4), out // parts_of_matrix, columns)
+        half = torch.randn(count, columns).bfloat16()
         parts = {"dense": ([weight.bfloat16()], lambda each, half=half: torch.nn.functional.linear(half, each))}
         parts |= {name: stored(layout, weight, half) for name, layout in LAYOUTS.items() if layout.pattern.n == 2}
         contenders = {name: Contender(*part, copies=12 if count <= 64 else 2) for name, part in parts.items()}
@@ -163,9 +157,10 @@ def many_rows(rows: list[int], seconds: float, clock: Callable[[], float]) -> li
     return found
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--rows", type=int, nargs="*", default=ROWS)
+    parser.add_argument("--shape", type=int, nargs=2, default=(11008, 4096), metavar=("OUT", "IN"), help="of the matrix")
     parser.add_argument("--seconds", type=float, default=2.0, help="the time for each contender")
     parser.add_argument(
         "--processor-time",
@@ -173,19 +168,20 @@ def main() -> None:
         help="count the processor seconds of all threads, which do not include other programs; for one thread (OMP_NUM_THREADS=1)",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.manual_seed(0)
     library = loops()
-    print(f"{describe()} ({kernels().instruction_set()}), load {os.getloadavg()[0]:.1f}")
+    print(f"{machine.describe()} ({kernels().instruction_set()}), load {os.getloadavg()[0]:.1f}")
     clock = time.process_time if args.processor_time else time.perf_counter
-    memory = one_row(library, OUT // PARTS, False, args.seconds, clock)
+    out, columns = args.shape
+    memory = one_row(library, out // PARTS, columns, False, args.seconds, clock)
     # A call of few rows takes as long as everything but the loop.
-    few, more = (one_row(library, count, True, args.seconds / 4, clock) for count in (4, 164))
+    few, more = (one_row(library, count, columns, True, args.seconds / 4, clock) for count in (4, 164))
     cache = {name: {key: more[name][key] - few[name][key] for key in more[name]} for name in more}
     memory = {name: {key: PARTS * value for key, value in each.items()} for name, each in memory.items()}
     bandwidth = memory["read"]["bytes"] / memory["read"]["seconds"]
     dense = memory["dense bf16 (torch)"]["seconds"]
-    print(f"one row, {OUT} x {IN}; a plain loop reads {bandwidth / 1e9:.1f} GB/s")
+    print(f"one row, {out} x {columns}; a plain loop reads {bandwidth / 1e9:.1f} GB/s")
     print(f"  {'':26} {'ms':>8} {'GB/s':>6} {'of read':>8} {'in cache, GB/s':>15} {'bf16 over it':>13}")
     for name, each in memory.items():
         speed, ceiling = (found[name]["bytes"] / found[name]["seconds"] for found in (memory, cache))
@@ -194,14 +190,13 @@ def main() -> None:
         print(f"  {name:26} {each['seconds'] * 1e3:8.3f} {speed / 1e9:6.1f} {speed / bandwidth:8.0%} {ceiling / 1e9:15.1f} {ratio}")
     by_int8 = memory["dense int8 (VNNI loop)"]["seconds"] / memory["2:4 int8"]["seconds"]
     print(f"  2:4 int8 over dense int8: {by_int8:.2f}")
-    print(f"rows, {OUT} x {IN}, bf16 inputs, against torch's bf16")
+    print(f"rows, {out} x {columns}, bf16 inputs, against torch's bf16")
     result = {
-        "machine": describe(),
         "instruction_set": kernels().instruction_set(),
         "one_row": memory,
         "int8_over_dense_int8": by_int8,
         "clock": clock.__name__,
-        "rows": many_rows(args.rows, args.seconds, clock),
+        "rows": many_rows(args.rows, out, columns, args.seconds, clock),
     }
     if args.json:
         write_json(args.json, result)

@@ -132,12 +132,276 @@ def one_shot(found: Results) -> list[str]:
         "sparsegpt": "SparseGPT, mask only",
         "sparsegpt, updated": "SparseGPT, weights updated",
     }
-    rows = [found[name].result for name in found]
+    rows = [result.result for result in found.values()]
     cells = [
-        [f"{row['samples']} x {row['seq_length']}", str(row["seed"]), *(_or_empty(row["perplexity"].get(key)) for key in methods)]
+        [
+            f"{row['samples']} x {row['seq_length']}",
+            str(row["seed"]),
+            *(format_perplexity(row["perplexity"][method]) for method in methods),
+        ]
         for row in rows
     ]
     return markdown_table(["calibration tokens", "seed", *methods.values()], cells, left=1)
+
+
+def mask_transfer(found: Results) -> list[str]:
+    """Masks of domains, and how far they are from where they started."""
+    cells = [
+        [
+            row["domain"],
+            row["mask"],
+            format_perplexity(row["perplexity"]),
+            *(f"{row[key]:.2%}" if key in row else "" for key in ("blocks_unlike_start", "blocks_unlike_general")),
+            f"{row['bytes'] / 1e6:.2f} MB" if "bytes" in row else "",
+        ]
+        for result in found.values()
+        for row in result.result["rows"]
+    ]
+    header = ["domain", "mask", "perplexity", "changed from its start", "changed from the general mask", "mask file"]
+    size = next(iter(found.values())).result["general_bytes"]
+    return [*markdown_table(header, cells, left=2), "", f"The general mask's own file has {size / 1e6:.2f} MB."]
+
+
+def precision(found: Results) -> list[str]:
+    """What low precision and other draws change, beside another seed."""
+    cells = []
+    for result in found.values():
+        for row in result.result["rows"]:
+            options = row["options"]
+            seed = options[options.index("--seed") + 1] if "--seed" in options else "1"
+            words = [word for word in options if word not in ("--seed", seed)]
+            cells.append(
+                [
+                    str(result.result["global_batch_size"]),
+                    f"`{' '.join(words)}`" if words else "none",
+                    seed,
+                    f"{row['loss_winner']:.3f}",
+                    f"{row['masks_equal']:.1%}",
+                ]
+            )
+    header = ["micro-batches", "options", "seed", "validation loss with the winners", "mask entries equal to the first row's"]
+    return markdown_table(header, cells, left=2)
+
+
+def masked_weight(found: Results) -> list[str]:
+    """The kernels of the masked weight against operators, and against a copy."""
+    cells = []
+    for result in found.values():
+        row = result.result
+        seconds, shares = row["seconds"], row["share_of_copy_bandwidth"]
+        cells.append(
+            [
+                f"{row['model']}, {row['masked_weights'] / 1e6:.0f} M, {row['instruction_set']}",
+                *(f"{_three_digits(1e3 * seconds[name])} ms" for name in ("forward", "backward")),
+                *(f"{row[f'{name}_over_kernels']:.1f}" for name in ("reference", "operators")),
+                *(UNKNOWN if shares is None else f"{shares[name]:.0%}" for name in ("forward", "backward")),
+            ]
+        )
+    header = [
+        "masked weights",
+        "kernels, forward",
+        "kernels, backward",
+        "reference over kernels",
+        "operators over kernels",
+        "forward, share of copy bandwidth",
+        "backward, share",
+    ]
+    return markdown_table(header, cells, left=1)
+
+
+def training_step(found: Results) -> list[str]:
+    """Ways to train against a step that trains the dense model's weights."""
+    ways = {
+        "dense": "dense weights",
+        "masks": "masks",
+        "dense-kl": "dense weights, teacher",
+        "masks-kl": "masks, teacher",
+        "weights-kl": "weights under a fixed mask, teacher",
+        "both": "weights and masks",
+        "both-kl": "weights and masks, teacher",
+    }
+    cells = []
+    for result in found.values():
+        row = result.result
+        batches = f"{row['micro_batches']} x {row['tokens'] // row['micro_batches']} tokens"
+        for way, seconds in sorted(row["seconds"].items(), key=lambda item: item[1]):
+            dense = row["seconds"].get("dense-kl" if way.endswith("-kl") else "dense")
+            cells.append([batches, ways[way], f"{seconds:.1f} s", UNKNOWN if dense is None else f"{seconds / dense:.2f}"])
+    return markdown_table(["micro-batches", "trained", "time of a step", "of the dense step"], cells, left=2)
+
+
+def compress24(found: Results) -> list[str]:
+    """2:4 compression, and the layers that multiply with it on a GPU."""
+    cells, layers = [], []
+    for name, result in found.items():
+        row = result.result["compression"]
+        times = (f"{_three_digits(1e3 * row[key])} ms" for key in ("compress", "decompress", "clone"))
+        cells.append(
+            [name.partition("/")[2], f"{result.result['size']} x {result.result['size']}", *times, f"{row['bytes_of_dense']:.1%}"]
+        )
+        layers += result.result["layers"]
+    lines = markdown_table(["device", "bf16 matrix", "compress", "decompress", "clone", "size, of dense"], cells, left=2)
+    if layers:
+        tokens = list(dict.fromkeys(row["tokens"] for row in layers))
+        speedups = {(row["layer"], row["tokens"]): row["speedup"] for row in layers}
+        names = list(dict.fromkeys(row["layer"] for row in layers))
+        rows = [[name, *(f"{speedups[name, count]:.2f}" for count in tokens)] for name in names]
+        lines += ["", "The dense layer's time over that of `Sparse24Linear`, by tokens:", ""]
+        lines += markdown_table(["layer of LLaMA", *map(str, tokens)], rows, left=1)
+    return lines
+
+
+def sparse_linear(found: Results) -> list[str]:
+    """One row of activations: bytes a second, and torch's dense bf16 over each."""
+    cells = []
+    for name, result in found.items():
+        rows = result.result["one_row"]
+        dense = rows["dense bf16 (torch)"]["seconds"]
+        for weights, row in rows.items():
+            cells.append(
+                [
+                    name.partition("/")[2],
+                    weights,
+                    f"{1e3 * row['seconds']:.2f}",
+                    f"{row['bytes_a_second'] / 1e9:.1f}",
+                    f"{row['share_of_read']:.0%}",
+                    f"{row['in_cache_bytes_a_second'] / 1e9:.1f}",
+                    f"{dense / row['seconds']:.2f}" if weights != "read" else "",
+                ]
+            )
+    header = ["run", "weights", "ms", "GB/s", "share of the read loop", "in cache, GB/s", "torch's dense bf16 over it"]
+    return markdown_table(header, cells, left=2)
+
+
+def sparse_linear_rows(found: Results) -> list[str]:
+    """Torch's dense bf16 over stored matrices, by rows of activations."""
+    rows = [row for result in found.values() for row in result.result["rows"]]
+    layouts = list(rows[0]["ratio"])[1:]
+    cells = [
+        [str(row["rows"]), _three_digits(1e3 * row["seconds"]["dense"]), *(f"{row['ratio'][layout]:.2f}" for layout in layouts)]
+        for row in rows
+    ]
+    return markdown_table(["rows", "dense bf16, ms", *layouts], cells, left=0)
+
+
+def preprocess(found: Results) -> list[str]:
+    """Pre-tokenization against one document at a time."""
+    cells = []
+    for result in found.values():
+        row = result.result
+        speeds = row["megabytes_a_second"]
+        cells.append(
+            [
+                row["tokenizer"],
+                f"{row['tokens'] / 1e6:.2f} M",
+                f"{speeds['one_document_at_a_time']:.2f} MB/s",
+                f"{speeds['maskllm']:.2f} MB/s ({row['library']})",
+                f"{speeds['maskllm'] / speeds['one_document_at_a_time']:.1f}",
+            ]
+        )
+    return markdown_table(["tokenizer", "tokens", "one document at a time", "`maskllm preprocess`", "ratio"], cells, left=1)
+
+
+def prune_time(found: Results) -> list[str]:
+    """Pruning against the dense forward passes alone, and SparseGPT's solve against algorithm 1, if it was measured."""
+    cells = []
+    for result in found.values():
+        row = result.result
+        size = f"{row['layers']} layers, {row['samples']} x {row['seq_length']} tokens"
+        for method, times in row["prune"].items():
+            cells.append(
+                [
+                    method,
+                    size,
+                    *(format_seconds(times[key]) for key in ("seconds", "solve_seconds")),
+                    *(UNKNOWN if times[key] is None else f"{times[key]:.1f}" for key in ("ratio", "processor_ratio")),
+                ]
+            )
+    header = ["method", "size", "time", "of it solving", "over the dense forward passes", "in processor time"]
+    lines = markdown_table(header, cells, left=2)
+    for result in found.values():
+        solve = result.result["solve_seconds"]
+        if solve:
+            lines += [
+                "",
+                f"SparseGPT's solve of all matrices of {result.result['layers']} layers takes {format_seconds(solve['ours'])}; algorithm 1 "
+                f"as the paper writes it takes {solve['algorithm_1'] / solve['ours']:.1f} times as long.",
+            ]
+    return lines
+
+
+def prune_memory(found: Results) -> list[str]:
+    """The peak of pruning's memory, calculated and measured."""
+    cells = [
+        [
+            name.partition("/")[2],
+            f"h = {result.result['hidden']}, f = {result.result['mlp']}",
+            *(f"{result.result[key] / 2**20:.1f} MiB" for key in ("solving", "host", "measured")),
+        ]
+        for name, result in found.items()
+    ]
+    return markdown_table(["layer", "shape", "calculated while solving", "calculated on the host", "measured"], cells, left=2)
+
+
+def plan_memory(found: Results) -> list[str]:
+    """Peak memory of runs, and what `maskllm plan` expects."""
+    cells = [
+        [
+            str(row["ranks"]),
+            f"`{' '.join(row['options'])}`",
+            *(f"{row[key] / 1e9:.2f}" for key in ("measured", "planned")),
+            f"{row['measured'] / row['planned']:.2f}",
+        ]
+        for result in found.values()
+        for row in result.result["rows"].values()
+    ]
+    return markdown_table(["processes", "options", "measured GB a process", "planned", "measured / planned"], cells, left=2)
+
+
+def plans(found: Results) -> list[str]:
+    """Plans by options."""
+    rows = found["plans"].result["memory"]
+    cells = [[str(row["gpus"]), f"`{row['options']}`" if row["options"] else "none", f"{row['bytes'] / 1e9:.1f}"] for row in rows]
+    return markdown_table(["GPUs", "options", "GB a GPU"], cells, left=2)
+
+
+def plans_training(found: Results) -> list[str]:
+    """Plans by what is trained."""
+    result = found["plans"].result
+    cells = [
+        [
+            f"`{row['options']}`",
+            *(f"{row[key] / 1e9:.1f}" for key in ("bytes", "lean_bytes")),
+            f"{row['seconds']:.1f}",
+            f"{row['checkpoint_bytes'] / 1e9:.0f}",
+        ]
+        for row in result["training"]
+    ]
+    header = [
+        "options",
+        "GB a GPU",
+        "the same, `--sequence-parallel` and selective recomputation of `mlp masked_weight`",
+        "seconds a step",
+        "GB of a checkpoint",
+    ]
+    many = result["training_on_many"]
+    more = f"On {many['gpus']} GPUs with `{many['options']}` it is {many['bytes'] / 1e9:.1f} GB a GPU."
+    return [*markdown_table(header, cells, left=1), "", f"The seconds are those of the first column. {more}"]
+
+
+def kill_resume(found: Results) -> list[str]:
+    """What was killed, and what differed."""
+    row = found["kill-resume"].result
+    cells = [
+        ["kills", str(row["cycles"])],
+        ["before the first step", str(row["killed_before_a_step"])],
+        ["of one rank alone", str(row["killed_one_rank"])],
+        ["after which there was a newer checkpoint", str(row["killed_after_a_save"])],
+        [f"runs of {row['steps']} steps that reached their end", str(row["runs_compared"])],
+        ["tensors in each", str(row["tensors_in_each"])],
+        ["tensors that differ from the uninterrupted run", str(len(row["tensors_that_differ"]))],
+    ]
+    return markdown_table([f"{row['ranks']} ranks", "number"], cells, left=1)
 
 
 def _accuracy(score: Mapping[str, float | None] | None) -> str:
@@ -148,8 +412,9 @@ def _accuracy(score: Mapping[str, float | None] | None) -> str:
     return f"{100 * score['value']:.1f}{error}"
 
 
-def _or_empty(value: float | None) -> str:
-    return "" if value is None else format_perplexity(value)
+def _three_digits(value: float) -> str:
+    """0.123, 1.23, 12.3, 123, 1,230."""
+    return f"{float(f'{value:.3g}'):,g}"
 
 
 def measurement_rows(rows: Sequence[Sequence[Any]]) -> list[str]:

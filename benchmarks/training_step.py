@@ -101,7 +101,7 @@ def seconds(work: Callable[[], None]) -> float:
     return wall_clock(device().type) - start
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--load", required=True, metavar="CKPT")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="what to time; all models are in memory together")
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, default=4, help="micro-batches per step, of one sequence each")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     with parallel_processes():
         checkpoint = resolve(args.load)
         shape = (args.sequences, args.seq_length + 1)
@@ -124,13 +124,11 @@ def main() -> None:
                 if repeat:  # the first round is warm-up
                     best[way] = min(best[way], taken)
         numbers = {
-            "machine": describe(),
-            "torch": torch.__version__,
             "tokens": args.sequences * args.seq_length,
             "micro_batches": args.sequences,
             "seconds": best,
         }
-    print(f"{numbers['machine']}, {numbers['tokens']} tokens per step in {args.sequences} micro-batches")
+    print(f"{describe()}, {numbers['tokens']} tokens per step in {args.sequences} micro-batches")
     for way, taken in best.items():
         dense = best.get("dense-kl" if way.endswith("-kl") else "dense")
         print(f"{way}: {taken:.2f} s" + (f", {taken / dense:.3f} of the dense step" if dense else ""))

@@ -1,0 +1,91 @@
+"""Every benchmark runs, at a tiny size, by the command of its measurement, and its table can be made of what it writes."""
+
+from __future__ import annotations
+
+import gzip
+import importlib
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import machine
+from benchmarks.registry import MEASUREMENTS, TABLES, Measurement
+from benchmarks.results import Result
+from benchmarks.same_bits import make_inputs
+
+ROOT = Path(__file__).parents[2]
+NO_BENCHMARKS = {"__init__", "bitwise", "machine", "registry", "report", "results", "tables", "trainings"}
+TESTED_ELSEWHERE = {
+    "kill_resume": "tests/training/test_kill_resume.py",
+    "same_bits": "tests/test_same_bits.py",
+    "sparse_fuzz": "tests/ops/test_sparse_fuzz.py",
+}
+TINY = {one.name: one for one in MEASUREMENTS.values() if one.tiny is not None}
+TASKS = {
+    "piqa": {"query": "Question: Two and two", "choices": ["four", "five"], "gold": 0},
+    "arc_easy": {"query": "Question: Red is", "choices": ["a colour", "a number", "a word"], "gold": 0},
+    "openbook_qa": {"query": "Water is", "choices": ["wet", "dry"], "gold": 0},
+    "winogrande": {"context_options": ["The cat ate, so the cat", "The cat ate, so the dog"], "continuation": "slept", "gold": 0},
+}
+
+
+@pytest.fixture(scope="session")
+def places(tmp_path_factory) -> dict[str, str]:
+    """What stands in the braces of a command: a tiny model and tiny texts."""
+    from maskllm.checkpoints.convert import convert
+
+    root = tmp_path_factory.mktemp("benchmarks")
+    inputs, quickstart, data = root / "inputs", root / "quickstart", root / "data"
+    make_inputs(inputs)
+    config = inputs / "llama" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 512}))
+    for name in ("dense", "sparsegpt", "learned", "final"):
+        shutil.copytree(inputs / "llama", quickstart / "hf" / name)
+    convert(inputs / "llama", quickstart / "megatron" / "dense")
+    (quickstart / "corpus").mkdir()
+    lines = (inputs / "text.jsonl").read_text().splitlines(keepends=True)
+    (quickstart / "corpus" / "train.jsonl").write_text("".join(lines[:40]))
+    (quickstart / "corpus" / "held_out.jsonl").write_text("".join(lines[40:]))
+    (data / "zero-shot").mkdir(parents=True)
+    shutil.copy(inputs / "text.jsonl", data / "c4-sample.train.json")
+    shutil.copy(inputs / "held_out.txt", data / "wikitext-2-raw.test.txt")
+    for task, item in TASKS.items():
+        (data / "zero-shot" / f"{task}.jsonl").write_text(f"{json.dumps(item)}\n" * 3)
+    (data / "translation").mkdir()
+    for split in ("train", "val"):
+        with gzip.open(data / "translation" / f"{split}.de.gz", "wt") as file:
+            file.write("Zwei junge Männer stehen im Freien.\n" * 200)
+    return {"data": str(data), "quickstart": str(quickstart), "dense": str(quickstart / "hf" / "dense")}
+
+
+def test_every_benchmark_has_a_tiny_run():
+    modules = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - NO_BENCHMARKS
+    run = {word.partition(".")[2] for one in TINY.values() for word in one.command.split() if word.startswith("benchmarks.")}
+    assert run | set(TESTED_ELSEWHERE) == modules
+    for module, test in TESTED_ELSEWHERE.items():
+        assert f"benchmarks.{module}" in (ROOT / test).read_text() or f"import {module}" in (ROOT / test).read_text()
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_a_benchmark_runs_and_its_table_shows_the_result(name, places, ranks, tmp_path, monkeypatch, signal_handlers):
+    one: Measurement = TINY[name]
+    if "sparse_linear" in one.command and shutil.which("g++") is None:
+        pytest.skip("needs g++")
+    # Programs that the benchmark starts need no time for imports, and memory is read from a small cache.
+    monkeypatch.setattr(sys, "executable", str(ranks.programs(tmp_path)))
+    monkeypatch.setattr(machine, "cache_bytes", lambda device="cpu": 1 << 16)
+    monkeypatch.setenv("MASKLLM_CACHE_DIR", str(tmp_path / "cache"))
+    words = shlex.split(one.command.format(**places, work=tmp_path / "work")) + shlex.split(one.tiny)
+    assert words[:2] == ["python", "-m"]
+    file = tmp_path / "result.json"
+    arguments = [*words[3:], "--json", str(file)]
+    main = importlib.import_module("maskllm.cli" if words[2] == "maskllm" else words[2]).main
+    assert not main(arguments)
+    result = Result(json.loads(file.read_text()), None, None, None, {}, None, None, None)
+    for table in TABLES.values():
+        if name in table.measurements:
+            assert sum(line.startswith("|") for line in table.render({name: result})) > 2
