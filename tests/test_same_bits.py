@@ -13,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
+from benchmarks import same_bits
 from benchmarks.bitwise import compare, difference
 
 METRICS = [{"kind": "train", "iteration": step, "loss": 2.5 - step / 8, "tokens_per_second": 100.0 + step} for step in range(3)]
@@ -138,3 +139,14 @@ def test_not_a_number_is_the_same_as_itself_and_other_types_are_not_the_same():
     assert difference({"loss": nan, "tensor": torch.tensor(nan)}, {"loss": nan, "tensor": torch.tensor(nan)}) is None
     assert difference(1, 1.0) == ": 1 and 1.0"
     assert difference([1, 2], [1, 2, 3]) == "[2]: only in the second"
+
+
+@pytest.mark.slow
+def test_two_runs_of_a_checkout_write_the_same(tmp_path):
+    """The first commands of the benchmark, in new processes, from its own inputs."""
+    same_bits.make_inputs(tmp_path / "inputs")
+    for name in ("before", "after"):
+        same_bits.Runner(name, Path(__file__).parents[1], tmp_path / name).run(1, *same_bits.FIRST[:2])
+    counts: Counter[str] = Counter()
+    assert same_bits.show("preprocess and convert", tmp_path / "before", tmp_path / "after", counts) == 0
+    assert counts["tensors"] > 10
