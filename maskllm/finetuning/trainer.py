@@ -14,10 +14,12 @@ from maskllm.errors import MaskLLMError
 from maskllm.finetuning.arguments import SparseTrainingArguments
 from maskllm.finetuning.hidden_states import Blocks, States
 from maskllm.finetuning.labels import Labels
+from maskllm.huggingface.blocks import as_matrix
 from maskllm.huggingface.sparse_model import finish, masked_parameters
 from maskllm.masking.draw import Draw, keep_draw, open_draw, without_masks
-from maskllm.masking.parameter import use_winners
+from maskllm.masking.parameter import use_winners, whole
 from maskllm.masking.schedules import AnnealingSchedule
+from maskllm.patterns import unpack_mask
 
 
 class SparseTrainer(Trainer):
@@ -215,8 +217,24 @@ class SparseTrainer(Trainer):
         super().log(logs, start_time)
 
     def finish(self) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
-        """`maskllm.huggingface.finish` of the trained model."""
-        return finish(self.accelerator.unwrap_model(self.model))
+        """`maskllm.huggingface.finish` of the trained model; under FSDP2 of a copy, which is whole and on the CPU of every process."""
+        model = self.accelerator.unwrap_model(self.model)
+        if not self.is_fsdp_enabled:
+            return finish(model)
+        tensors = {name: whole(tensor).cpu() for name, tensor in model.state_dict().items()}
+        (kind,) = (base for base in type(model).__bases__ if issubclass(base, PreTrainedModel))
+        copy = kind(model.config)
+        copy.generation_config = model.generation_config
+        plain = {name: tensor for name, tensor in tensors.items() if not name.endswith((".mask_bits", ".mask_logits"))}
+        copy.load_state_dict(plain, assign=True)
+        copy.tie_weights()
+        masks = {}
+        for name, parameter in self._masked.items():
+            linear = copy.get_submodule(name)
+            bits = parameter.bits if parameter.logits is None else parameter.winner_bits()
+            mask = masks[f"{name}.weight"] = as_matrix(linear, unpack_mask(bits.cpu(), parameter.shape[1]))
+            linear.weight.data.mul_(mask)
+        return copy, masks
 
 
 class _Moments(TrainerCallback):

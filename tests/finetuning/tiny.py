@@ -36,6 +36,7 @@ _T5 = {
     "num_layers": 2,
     "num_heads": 2,
     "decoder_start_token_id": 0,
+    "dropout_rate": 0.0,
     "feed_forward_proj": "gated-gelu",
     **_IDS,
 }

@@ -1,0 +1,53 @@
+"""Two processes give the run of one: the same masks from the same seed, and losses equal to rounding."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from tests.finetuning.worker import results, trainer
+
+RUNS = {
+    "masks": {"train": "masks"},
+    "weights": {"model": "t5", "train": "weights"},
+    "both": {"train": "both"},
+}
+STEPS = 3
+ENGINES = {
+    "ddp": (("masks", "weights"), {}),
+    "fsdp2": (("weights", "both"), {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}),
+}
+"""By their names, what they run and their settings."""
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory, ranks):
+    """The results of the runs on two processes, by engine and name."""
+    path = tmp_path_factory.mktemp("ranks") / "settings.json"
+    settings = {
+        f"{engine}_{name}": RUNS[name] | more | {"steps": STEPS, "gradient_accumulation_steps": 1}
+        for engine, (names, more) in ENGINES.items()
+        for name in names
+    }
+    path.write_text(json.dumps(settings))
+    ranks(2, "tests.finetuning.worker", path)
+    return {name: torch.load(f"{path}.{name}.pt", weights_only=True) for name in settings}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_train_as_one(name, two_processes, tmp_path):
+    alone = trainer(tmp_path, **RUNS[name], steps=STEPS)
+    alone.train()
+    expected = results(alone)
+    assert len({json.dumps(line) for line in expected["lines"]}) == STEPS, "the steps cannot be told apart"
+    for engine in (engine for engine, (names, _) in ENGINES.items() if name in names):
+        found = two_processes[f"{engine}_{name}"]
+        for ours, theirs in zip(found["lines"], expected["lines"], strict=True):
+            assert ours == pytest.approx(theirs, rel=2e-5), engine
+        assert found["masks"].keys() == expected["masks"].keys()
+        for key, tensor in expected["tensors"].items():
+            torch.testing.assert_close(found["tensors"][key], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+        assert all(torch.equal(found["masks"][key], mask) for key, mask in expected["masks"].items()), engine

@@ -1,0 +1,66 @@
+"""Sparse trainings of tiny models, in this process or in the ranks of a job.
+
+usage: python -m tests.finetuning.worker SETTINGS.json     rank 0 writes each run's results to SETTINGS.json.NAME.pt
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maskllm.finetuning import SparseTrainer, SparseTrainingArguments
+from maskllm.huggingface import sparsify
+from maskllm.pruning import PruneSettings, prune_hf
+from tests.finetuning.tiny import batches, samples, tiny_model
+
+LOGGED = ("loss", "cross_entropy", "kl", "squarehead", "regularizer", "mean_max_probability", "grad_norm")
+
+
+def trainer(folder: Path, *, model: str = "llama", train: str = "masks", steps: int = 4, **changes: Any) -> SparseTrainer:
+    """A trainer of a tiny model, with all terms of the loss; `changes` are those of the arguments."""
+    student = tiny_model(model)
+    teacher = copy.deepcopy(student)
+    if train == "weights":
+        prune_hf(student, batches(samples(model, 2, padded=False)), PruneSettings("magnitude"))
+    sparsify(student, "2:4", train=train, seed=5)
+    settings = {
+        "max_steps": steps, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "logging_steps": 1, "save_strategy": "no",
+        "learning_rate": 1e-2, "weights_learning_rate": 1e-3, "kl_loss_coeff": 1.0, "squarehead_loss_coeff": 0.5, "weight_reg": 1e-3,
+        "gumbel_temperature_range": [2.0, 0.5],
+    }  # fmt: skip
+    arguments = SparseTrainingArguments(
+        output_dir=str(folder), report_to=[], use_cpu=True, disable_tqdm=True, **(settings | changes)
+    )
+    data = samples(model, 16)
+    return SparseTrainer(student, arguments, train_dataset=data, teacher=None if train == "masks" else teacher)
+
+
+def lines(run: SparseTrainer) -> list[dict[str, float]]:
+    """The numbers that a run has logged of each step."""
+    return [{name: line[name] for name in LOGGED if name in line} for line in run.state.log_history if "loss" in line]
+
+
+def results(run: SparseTrainer) -> dict[str, Any]:
+    """What a run has logged, and the finished model's tensors and masks."""
+    logged = lines(run)
+    plain, masks = run.finish()
+    return {"lines": logged, "tensors": dict(plain.state_dict()), "masks": masks}
+
+
+def main(path: str) -> None:
+    """Do the runs of a JSON file, which maps names to the arguments of `trainer`."""
+    for name, settings in json.loads(Path(path).read_text()).items():
+        run = trainer(Path(f"{path}.{name}"), **settings)
+        run.train()
+        found = results(run)
+        if run.is_world_process_zero():
+            torch.save(found, f"{path}.{name}.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
