@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -215,6 +216,19 @@ class SparseTrainer(Trainer):
             if self._trains_both:
                 logs["weights_learning_rate"] = self._weights_learning_rate
         super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """`Trainer`'s, and while there are masks under the model's own names.
+
+        `save_pretrained` gives some families' tensors older names, which `Trainer` does not know when it resumes: it would leave the
+        parameters as they are, with a warning.
+        """
+        if masked_parameters(self.model):
+            self.model.save_pretrained = functools.partial(self.model.save_pretrained, save_original_format=False)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            vars(self.model).pop("save_pretrained", None)
 
     def finish(self) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
         """`maskllm.huggingface.finish` of the trained model; under FSDP2 of a copy, which is whole and on the CPU of every process."""

@@ -1,0 +1,200 @@
+"""`SparseTrainer`: what it minimizes, which masks it draws, and that it continues exactly."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from maskllm.errors import MaskLLMError
+from maskllm.finetuning import SparseTrainer
+from maskllm.huggingface import sparsify
+from maskllm.huggingface.sparse_model import masked_parameters
+from tests.finetuning.tiny import TOKENS, batches, samples, tiny_model
+from tests.finetuning.worker import lines, results, trainer
+
+
+def first_line(run: SparseTrainer) -> dict[str, float]:
+    """What a run logs of its first step."""
+    run.train()
+    return lines(run)[0]
+
+
+@pytest.mark.parametrize("model", ["llama", "t5", "whisper"])
+def test_padding_counts_nowhere(model, tmp_path):
+    """The same samples with more padding have the same terms."""
+    found = []
+    for more in (0, 4):
+        run = trainer(tmp_path, model=model, train="weights", steps=1, dataloader_drop_last=True)
+        padding = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+        run.train_dataset = [
+            {
+                name: torch.nn.functional.pad(tensor, (0, more), value=padding[name]) if name in padding else tensor
+                for name, tensor in sample.items()
+            }
+            for sample in run.train_dataset
+        ]
+        found.append(first_line(run))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0]["squarehead"] > 0 and found[0]["kl"] > 0
+
+
+@pytest.mark.parametrize("model", ["llama", "t5"])
+def test_accumulated_batches_are_one_batch(model, tmp_path):
+    """Samples have different numbers of labels, so the mean of their means is another loss. T5's own loss ignores what Trainer tells it."""
+    found = []
+    for batch, accumulated in ((4, 1), (2, 2), (1, 4)):
+        run = trainer(
+            tmp_path,
+            model=model,
+            train="weights",
+            steps=1,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulated,
+            squarehead_loss_coeff=0.0,
+        )
+        found.append(first_line(run))
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    assert found[0] == pytest.approx(found[2], rel=1e-5)
+
+
+@pytest.mark.parametrize("model", ["llama", "t5"])
+def test_the_terms_are_those_of_their_formulas(model, tmp_path):
+    """Against plain torch on the hidden states and logits of the two models, for one batch without padding."""
+    run = trainer(tmp_path, model=model, train="weights", steps=1, gradient_accumulation_steps=1, kl_temperature=2.0)
+    run.train_dataset = samples(model, 1, padded=False) * 2
+    student, teacher = copy.deepcopy(run.model).eval(), run.teacher
+    found = first_line(run)
+    (batch,) = batches(run.train_dataset[:1])
+    outputs = []
+    for each in (student, teacher):
+        states = []
+        stacks = [each.encoder.block, each.decoder.block] if model == "t5" else [each.model.layers]
+        for block in (block for stack in stacks for block in stack):
+            block.register_forward_hook(lambda _b, _i, output, states=states: states.append(output[0] if model == "t5" else output))
+        with torch.no_grad():
+            outputs.append((each(**batch), states))
+    (ours, our_states), (theirs, their_states) = outputs
+    assert found["cross_entropy"] == pytest.approx(float(ours.loss), rel=1e-5)
+    terms = [(s - t).square().sum() / t.square().sum() for s, t in zip(our_states, their_states, strict=True)]
+    assert len(terms) == (4 if model == "t5" else 2)
+    assert found["squarehead"] == pytest.approx(float(sum(terms)), rel=1e-5)
+    logits = [each.logits if model == "t5" else each.logits[:, :-1] for each in (ours, theirs)]
+    p, q = (torch.log_softmax(each / 2.0, -1) for each in logits)
+    kl = 4 * (q.exp() * (q - p)).sum(-1).mean()
+    assert found["kl"] == pytest.approx(float(kl), rel=1e-4)
+    assert found["loss"] == pytest.approx(found["cross_entropy"] + found["kl"] + 0.5 * found["squarehead"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("model", "train"), [("llama", "masks"), ("t5", "both"), ("vit", "weights")])
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(model, train, tmp_path):
+    options = {"model": model, "train": train, "steps": 6, "save_strategy": "steps", "save_steps": 3}
+    whole = trainer(tmp_path / "whole", **options)
+    whole.train()
+    expected = results(whole)
+    resumed = trainer(tmp_path / "whole", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    found = results(resumed)
+    assert found["lines"][3:] == expected["lines"][3:]
+    for kind in ("tensors", "masks"):
+        assert all(torch.equal(found[kind][name], tensor) for name, tensor in expected[kind].items())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_draws_the_same_masks(reentrant, tmp_path):
+    plain = trainer(tmp_path, steps=2)
+    plain.train()
+    again = trainer(
+        tmp_path, steps=2, activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": reentrant}
+    )
+    again.train()
+    if reentrant:  # adds up the two gradients of a hidden state in the other order
+        for ours, theirs in zip(lines(again), lines(plain), strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-6)
+    else:
+        assert lines(again) == lines(plain)
+        for name, parameter in masked_parameters(plain.model).items():
+            assert torch.equal(masked_parameters(again.model)[name].logits, parameter.logits)
+
+
+class _Zeros(TrainerCallback):
+    """Counts the steps after which each weight is zero wherever its mask is."""
+
+    steps = 0
+
+    def on_step_end(self, *_, model, **__):
+        for parameter in masked_parameters(model).values():
+            assert not parameter.weight[~parameter.fixed_mask()].any()
+        self.steps += 1
+
+
+class _Mixing(torch.optim.SGD):
+    """An optimizer whose step of an entry depends on other entries."""
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad += parameter.grad.mean()
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw_torch", "adafactor", "mixing"])
+def test_zeros_stay_exact_after_every_step(optimizer, tmp_path):
+    changes = {} if optimizer == "mixing" else {"optim": optimizer}
+    run = trainer(tmp_path, train="weights", weight_decay=0.1, **changes)
+    if optimizer == "mixing":
+        run.optimizer = _Mixing(run.model.parameters(), lr=0.1)
+    before = {name: parameter.weight.clone() for name, parameter in masked_parameters(run.model).items()}
+    zeros = _Zeros()
+    run.add_callback(zeros)
+    run.train()
+    assert zeros.steps == 4
+    assert all(not torch.equal(parameter.weight, before[name]) for name, parameter in masked_parameters(run.model).items())
+
+
+def test_an_evaluation_is_that_of_the_finished_model(tmp_path):
+    run = trainer(tmp_path, steps=1)
+    run.train()
+    data = samples("llama", 4)
+    loss = run.evaluate(data)["eval_loss"]
+    plain, _ = run.finish()
+    (expected,) = {run.__class__.__mro__[1](plain, run.args, eval_dataset=data).evaluate()["eval_loss"]}
+    assert loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_masks_and_weights_have_their_own_rates(tmp_path):
+    run = trainer(tmp_path, train="both", weight_decay=0.1, weights_weight_decay=0.01)
+    optimizer = run.create_optimizer()
+    logits = {id(parameter.logits) for parameter in masked_parameters(run.model).values()}
+    found = [({id(each) in logits for each in group["params"]}, group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    assert found == [({True}, 1e-2, 0.1), ({False}, 1e-3, 0.01), ({False}, 1e-3, 0.0)]
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(run.model.parameters()))
+
+
+def test_a_batch_without_labels_adds_nothing(tmp_path):
+    run = trainer(tmp_path, train="weights", steps=1)
+    ignored = {**run.train_dataset[0], "labels": torch.full((TOKENS,), -100)}
+    run.train_dataset = [ignored, run.train_dataset[0]]
+    assert first_line(run)["cross_entropy"] > 0
+
+
+def test_what_cannot_work_is_refused(tmp_path):
+    with pytest.raises(MaskLLMError, match="has no masks"):
+        SparseTrainer(tiny_model("llama"), trainer(tmp_path).args)
+    with pytest.raises(MaskLLMError, match="teacher: none, but"):
+        model = tiny_model("llama")
+        sparsify(model, "2:4", train="both")
+        SparseTrainer(model, trainer(tmp_path).args)
+    with pytest.raises(MaskLLMError, match="teacher: no term"):
+        trainer(tmp_path, train="both", kl_loss_coeff=0.0, squarehead_loss_coeff=0.0)
+    with pytest.raises(MaskLLMError, match="nothing is minimized"):
+        trainer(tmp_path, ce_loss_coeff=0.0, kl_loss_coeff=0.0, squarehead_loss_coeff=0.0)
+    with pytest.raises(MaskLLMError, match="kl_temperature: found 0, wanted a positive number"):
+        trainer(tmp_path, kl_temperature=0)
+    run = trainer(tmp_path, train="weights", steps=1)
+    run.teacher = tiny_model("llama", hidden_size=24, num_attention_heads=3, num_key_value_heads=3)
+    with pytest.raises(MaskLLMError, match=r"teacher: after model\.layers\.0 it has \[1, 10, 24\], the student \[1, 10, 16\]"):
+        run.train()
