@@ -28,9 +28,7 @@ LINEARS = {
 
 def arguments(folder, **changes) -> SparseTrainingArguments:
     settings = {"max_steps": 3, "per_device_train_batch_size": 2, "logging_steps": 1, "learning_rate": 1e-2, "save_strategy": "no"}
-    return SparseTrainingArguments(
-        output_dir=str(folder), report_to=[], use_cpu=True, disable_tqdm=True, **(settings | changes)
-    )
+    return SparseTrainingArguments(output_dir=str(folder), report_to=[], use_cpu=True, disable_tqdm=True, **(settings | changes))
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in FUSED])

@@ -49,5 +49,7 @@ def test_two_processes_train_as_one(name, two_processes, tmp_path):
             assert ours == pytest.approx(theirs, rel=2e-5), engine
         assert found["masks"].keys() == expected["masks"].keys()
         for key, tensor in expected["tensors"].items():
-            torch.testing.assert_close(found["tensors"][key], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+            torch.testing.assert_close(
+                found["tensors"][key], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
+            )
         assert all(torch.equal(found["masks"][key], mask) for key, mask in expected["masks"].items()), engine

@@ -106,9 +106,7 @@ def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(model, train, tmp_pa
 def test_gradient_checkpointing_draws_the_same_masks(reentrant, tmp_path):
     plain = trainer(tmp_path, steps=2)
     plain.train()
-    again = trainer(
-        tmp_path, steps=2, activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": reentrant}
-    )
+    again = trainer(tmp_path, steps=2, activation_checkpointing=True, activation_checkpointing_kwargs={"use_reentrant": reentrant})
     again.train()
     if reentrant:  # adds up the two gradients of a hidden state in the other order
         for ours, theirs in zip(lines(again), lines(plain), strict=True):
@@ -169,7 +167,9 @@ def test_masks_and_weights_have_their_own_rates(tmp_path):
     run = trainer(tmp_path, train="both", weight_decay=0.1, weights_weight_decay=0.01)
     optimizer = run.create_optimizer()
     logits = {id(parameter.logits) for parameter in masked_parameters(run.model).values()}
-    found = [({id(each) in logits for each in group["params"]}, group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
+    found = [
+        ({id(each) in logits for each in group["params"]}, group["lr"], group["weight_decay"]) for group in optimizer.param_groups
+    ]
     assert found == [({True}, 1e-2, 0.1), ({False}, 1e-3, 0.01), ({False}, 1e-3, 0.0)]
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(run.model.parameters()))
 

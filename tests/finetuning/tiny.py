@@ -85,7 +85,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "bart": _BART,
     "marian": _BART,
     "whisper": _BART
-    | {"num_mel_bins": 8, "max_source_positions": FRAMES // 2, "max_target_positions": 32, "suppress_tokens": [], "begin_suppress_tokens": []},
+    | {
+        "num_mel_bins": 8,
+        "max_source_positions": FRAMES // 2,
+        "max_target_positions": 32,
+        "suppress_tokens": [],
+        "begin_suppress_tokens": [],
+    },
     "mixtral": _LLAMA | {"num_local_experts": 2},
     "vit": {
         "hidden_size": 16,
@@ -96,7 +102,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "patch_size": 4,
         "num_labels": 4,
     },
-}  # fmt: skip
+}
 
 _KINDS = {"t5": AutoModelForSeq2SeqLM, "mt5": AutoModelForSeq2SeqLM, "bart": AutoModelForSeq2SeqLM, "marian": AutoModelForSeq2SeqLM}
 _KINDS |= {"whisper": AutoModelForSpeechSeq2Seq, "vit": AutoModelForImageClassification}
