@@ -87,7 +87,8 @@ def measure(shape: Shape, folder: Path) -> int:
     """Prune the model in `folder`; returns the peak of the bytes allocated by PyTorch, without those allocated before."""
     from maskllm.distributed import device
     from maskllm.megatron.process_groups import parallel_processes
-    from maskllm.pruning.megatron import Calibration, prune_calibrated
+    from maskllm.pruning.calibration import Calibration
+    from maskllm.pruning.megatron import prune_calibrated
     from maskllm.pruning.solve import PruneSettings
 
     settings = PruneSettings("sparsegpt", update_weights=True)

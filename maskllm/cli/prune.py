@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from maskllm.cli.calibration_options import add_calibration_options, calibration_of
 from maskllm.cli.measure import measured
 from maskllm.cli.options import writable_file
 from maskllm.dtypes import BY_FLAG, COMPUTE
@@ -20,7 +21,8 @@ from maskllm.failures import run_guarded
 from maskllm.files import write_json
 from maskllm.huggingface.mask_file import MaskFile, open_mask_file
 from maskllm.patterns import Pattern
-from maskllm.pruning.megatron import Calibration, prune_calibrated, prune_without_data
+from maskllm.pruning.calibration import Calibration
+from maskllm.pruning.megatron import prune_calibrated, prune_without_data
 from maskllm.pruning.solve import MASK_FILE, METHODS, PruneSettings
 
 
@@ -49,18 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="calibrate every layer on the dense model's activations instead of the pruned layers'",
     )
-    parser.add_argument(
-        "--calibration-data",
-        metavar="PREFIX_OR_FILE",
-        help="prefix of an indexed dataset, or JSON-lines file; magnitude and mask-file do not need it, but report errors only "
-        "with it",
-    )
-    parser.add_argument(
-        "--calibration-samples", type=int, default=Calibration.samples, metavar="K", help="number of windows to draw"
-    )
-    parser.add_argument("--seq-length", type=int, default=Calibration.seq_length, metavar="S", help="tokens in a window")
-    parser.add_argument("--seed", type=int, default=Calibration.seed, metavar="X", help="seed for the choice of windows")
-    parser.add_argument("--pack", action="store_true", help="join documents into one stream before cutting windows")
+    add_calibration_options(parser, "magnitude and mask-file do not need it, but report errors only with it")
     parser.add_argument("--params-dtype", choices=COMPUTE, default="bf16", help="dtype that the layers compute in")
     parser.add_argument(
         "--json",
@@ -79,19 +70,12 @@ def run(args: argparse.Namespace) -> int:
     sparsity = Pattern.parse(args.pattern) if args.sparsity is None else args.sparsity
     masks = _mask_file(args)
     settings = PruneSettings(args.method, sparsity, args.update_weights, sequential=not args.no_sequential, mask_file=masks)
-    for name in ("calibration_samples", "seq_length"):
-        if getattr(args, name) < 1:
-            raise MaskLLMError(f"{flag(name)} {getattr(args, name)}: wanted a positive number")
-    if args.seed < 0:
-        raise MaskLLMError(f"--seed {args.seed}: wanted a number of at least 0")
-    if args.calibration_data is None:
+    calibration = calibration_of(args, BY_FLAG[args.params_dtype])
+    if calibration is None:
         if args.method not in ("magnitude", MASK_FILE):
             raise MaskLLMError(f"--method {args.method} needs --calibration-data")
         work = functools.partial(_without_data, args, settings)
     else:
-        calibration = Calibration(
-            args.calibration_data, args.calibration_samples, args.seq_length, args.seed, args.pack, BY_FLAG[args.params_dtype]
-        )
         work = functools.partial(_with_data, args, settings, calibration)
     return run_in_group(lambda: run_guarded("maskllm prune", work), timeout_minutes=60)
 

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from tqdm import tqdm
 
-from maskllm.errors import MaskLLMError, whole_message
+from maskllm.errors import MaskLLMError
+from maskllm.export.block_weights import BlockWeights
+from maskllm.export.calibrated import CalibratedBlocks
 from maskllm.export.pattern_search import smallest_layout
 from maskllm.files import atomic_directory, empty_output, read_json_object, write_json
-from maskllm.huggingface.blocks import block_linears
-from maskllm.huggingface.config import load_config
 from maskllm.huggingface.hub import find_source
+from maskllm.huggingface.loading import compute_dtype, usable_device
 from maskllm.huggingface.mask_file import MaskFile
-from maskllm.huggingface.parameter_names import ParameterNames
 from maskllm.huggingface.shards import STORED_NAMES, ShardWriter, TensorSpec, write_shards
 from maskllm.huggingface.side_files import read_side_files, write_side_files
 from maskllm.huggingface.tensors import HFTensors
@@ -35,6 +33,7 @@ from maskllm.inference.compressed_format import (
 )
 from maskllm.ops.sparse_linear import Layout, sparse_pack
 from maskllm.patterns import Pattern
+from maskllm.pruning.calibration import Calibration
 
 BITS = (32, 16, 8, 4)
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -57,7 +56,9 @@ class CompressReport:
     """What was written. Sizes are bytes of tensors."""
 
     matrices: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Each compressed matrix by name: pattern (None: unstructured), shape, share of zeros, dense bytes, bytes."""
+    """Each compressed matrix by name: pattern (None: unstructured), shape, share of zeros, dense bytes, bytes.
+
+    With calibration also what `QuantizedMatrix.report` has, if it is in a block that was calibrated."""
     dense: dict[str, float | None] = field(default_factory=dict)
     """The share of zeros of each matrix of the blocks that stays dense; None if its dtype cannot be compressed."""
     negative_zeros: int = 0
@@ -69,22 +70,32 @@ class CompressReport:
     bytes_before: int = 0
     """Of all tensors."""
     bytes: int = 0
+    calibration: dict[str, Any] | None = None
 
 
 def compress(
-    model: str | Path, output: str | Path, settings: CompressSettings | None = None, *, masks: MaskFile | None = None
+    model: str | Path,
+    output: str | Path,
+    settings: CompressSettings | None = None,
+    *,
+    masks: MaskFile | None = None,
+    calibration: Calibration | None = None,
+    device: str | torch.device | None = None,
 ) -> CompressReport:
     """Write the sparse checkpoint `model`, a directory or a hub id, in compressed form to the directory `output`.
 
     Every matrix of the blocks is looked at: stored are the non-zeros and their places if that takes fewer bytes. All other tensors
-    keep their bits. The weights are read twice, to find the layouts and to write; one matrix is in memory at a time. `output`
-    appears complete or not at all.
+    keep their bits. The weights are read twice, to find the layouts and to write; one matrix is in memory at a time, or one block of
+    the model with calibration. `output` appears complete or not at all.
 
     Args:
         masks: set the weights that these masks remove to zero first.
+        calibration: for 8 and 4 bits: round by a sweep that minimizes the error of the blocks' outputs (`maskllm.pruning.quantize`),
+            in a causal language model. Without it, and in other blocks, weights are rounded to the nearest.
+        device: to calibrate on; the default is the GPU if there is one.
 
     Raises MaskLLMError if `output` exists and is not empty, if `model` is no Hugging Face checkpoint, quantized or of an architecture
-    that transformers does not have, if masks or settings do not fit, and if no matrix is sparse.
+    that transformers does not have, if masks, settings or calibration data do not fit, and if no matrix is sparse.
     """
     settings = settings or CompressSettings()
     output = empty_output(output)
@@ -93,34 +104,38 @@ def compress(
     if "quantization_config" in config:
         raise MaskLLMError(f"{directory}: its weights are quantized or compressed already; wanted a dense checkpoint")
     tensors = HFTensors(directory)
-    weights = _block_weights(directory, tensors)
-    if masks is not None:
-        masks.check({parameter: tensors.shape(tensor) for tensor, (parameter, _) in weights.items()})
-    load = functools.partial(_matrix, tensors, weights, masks)
+    weights = BlockWeights(directory, tensors, masks)
     report = CompressReport(bytes_before=sum(_spec(tensors, name).nbytes for name in tensors.names))
-    found = {tensor: matrix for tensor, matrix in _find_layouts(tensors, weights, load, settings, report) if matrix is not None}
+    blocks = None
+    if calibration is not None:
+        device = usable_device(device)
+        stored = tensors.dtype((weights.names or tensors.names)[0])
+        calibration = dataclasses.replace(calibration, params_dtype=calibration.params_dtype or compute_dtype(stored, device))
+        report.calibration = calibration.as_dict()
+        blocks = CalibratedBlocks(directory, weights, calibration, device)
+    found = {tensor: matrix for tensor, matrix in _find_layouts(weights, settings, report) if matrix is not None}
     if not found:
         raise MaskLLMError(_why_nothing(directory, settings, report))
     plan = {}
     for name in tensors.names:
         plan |= {name: _spec(tensors, name)} if name not in found else _stored_specs(name, found[name], report)
-    with (
-        atomic_directory(output) as temporary,
-        write_shards(temporary, plan) as writer,
-        tqdm(total=report.bytes_before, unit="B", unit_scale=True, desc="compress", disable=None) as progress,
-    ):
+    with atomic_directory(output) as temporary, write_shards(temporary, plan) as writer:
         report.bytes = writer.total_bytes
-        for name in tensors.names:
-            if name not in found:
-                writer.write(name, tensors.load(name))
-            else:
-                matrix = found[name]
-                weight = load(name)
-                kept = weight != 0 if matrix.layout.pattern is None else None  # as many as announced: rounding may make zeros
-                packed = sparse_pack(weight.to(matrix.pack_dtype), matrix.layout, name, mask=kept)
-                for key, tensor in packed.items():
-                    writer.write(f"{_module(name)}.{key}", tensor)
-            progress.update(_spec(tensors, name).nbytes)
+        calibrated = set()
+        for name, quantized in blocks.quantized({name: matrix.layout for name, matrix in found.items()}) if blocks else ():
+            kept = weights.matrix(name) != 0
+            _write_matrix(writer, name, sparse_pack(quantized.weight.cpu(), found[name].layout, name, kept, quantized.scales.cpu()))
+            report.matrices[_module(name)] |= quantized.report
+            calibrated.add(name)
+        with tqdm(total=report.bytes_before, unit="B", unit_scale=True, desc="compress", disable=None) as progress:
+            for name in tensors.names:
+                if name not in found:
+                    writer.write(name, tensors.load(name))
+                elif name not in calibrated:
+                    matrix, weight = found[name], weights.matrix(name)
+                    kept = weight != 0 if matrix.layout.pattern is None else None  # as many as announced: rounding may make zeros
+                    _write_matrix(writer, name, sparse_pack(weight.to(matrix.pack_dtype), matrix.layout, name, kept))
+                progress.update(_spec(tensors, name).nbytes)
         _write_other_files(directory, temporary, writer)
         matrices = {_module(name): matrix.stored for name, matrix in found.items()}
         mark_needs_maskllm(temporary, config | {"quantization_config": to_config(matrices)})
@@ -164,6 +179,11 @@ def decompress(model: str | Path, output: str | Path) -> int:
     return writer.total_bytes
 
 
+def _write_matrix(writer: ShardWriter, name: str, stored: dict[str, torch.Tensor]) -> None:
+    for key, tensor in stored.items():
+        writer.write(f"{_module(name)}.{key}", tensor)
+
+
 def _write_other_files(source: Path, target: Path, writer: ShardWriter) -> None:
     """Everything but weights and config.json; also the hash of the new weights if the source states that of its own."""
     write_side_files(read_side_files(source), target)
@@ -177,47 +197,6 @@ def _module(tensor: str) -> str:
 
 def _spec(tensors: HFTensors, name: str) -> TensorSpec:
     return TensorSpec(tensors.stored_dtype(name), tensors.shape(name))
-
-
-def _block_weights(directory: Path, tensors: HFTensors) -> dict[str, tuple[str, bool]]:
-    """The weights of the blocks' linears by the names of their tensors: the model's name of the parameter, and whether it is [in, out].
-
-    A weight that several modules share is none of them, and neither is one that transformers makes of several tensors.
-    """
-    config = load_config(directory)
-    names = config.architectures or ["none"]
-    architecture = getattr(transformers, names[0], None)
-    if architecture is None:
-        raise MaskLLMError(f"{directory / 'config.json'}: architectures is {names[0]}; wanted one that transformers has")
-    try:
-        with torch.device("meta"):
-            model = architecture(config)
-    except Exception as error:  # transformers raises many types for values that do not fit together
-        raise MaskLLMError(f"{directory}: transformers cannot make its model: {whole_message(error)}") from error
-    shared = model.all_tied_weights_keys
-    shared = {*shared.keys(), *shared.values()}
-    linears = {f"{name}.weight": linear for name, linear in block_linears(model).items() if f"{name}.weight" not in shared}
-    parameters = ParameterNames(model)
-    found = {}
-    for tensor in tensors.names:
-        parameter = parameters.parameter(tensor)
-        if parameter in linears and tensor.endswith(".weight"):
-            linear = linears[parameter]
-            if tensors.shape(tensor) != tuple(linear.weight.shape):
-                raise MaskLLMError(
-                    f"{tensors.file(tensor)}: {tensor} is {list(tensors.shape(tensor))}; config.json has {list(linear.weight.shape)}"
-                )
-            found[tensor] = (parameter, not isinstance(linear, torch.nn.Linear))
-    return found
-
-
-def _matrix(tensors: HFTensors, weights: dict[str, tuple[str, bool]], masks: MaskFile | None, tensor: str) -> torch.Tensor:
-    """A weight as [out, in], after its mask."""
-    weight = tensors.load(tensor)
-    parameter, transposed = weights[tensor]
-    if masks is not None:
-        weight = weight.masked_fill(~masks.mask(parameter, tuple(weight.shape)), 0)
-    return weight.t().contiguous() if transposed else weight
 
 
 @dataclass(frozen=True)
@@ -238,17 +217,10 @@ class _Found:
         return self.stored.dtype if self.layout.quantized else self.stored.values_dtype
 
 
-def _find_layouts(
-    tensors: HFTensors,
-    weights: dict[str, tuple[str, bool]],
-    load: Callable[[str], torch.Tensor],
-    settings: CompressSettings,
-    report: CompressReport,
-) -> Iterator[tuple[str, _Found | None]]:
+def _find_layouts(weights: BlockWeights, settings: CompressSettings, report: CompressReport) -> Iterator[tuple[str, _Found | None]]:
     """Read each weight, and find its layout or None. Notes in the report which weights stay dense."""
-    names = tqdm(weights, desc="find zeros", unit="matrix", disable=None, leave=False)
-    for tensor in names:
-        dtype = _FLOATS.get(tensors.stored_dtype(tensor))
+    for tensor in tqdm(weights.names, desc="find zeros", unit="matrix", disable=None, leave=False):
+        dtype = _FLOATS.get(weights.tensors.stored_dtype(tensor))
         if dtype is None:
             report.dense[_module(tensor)] = None
             continue
@@ -256,7 +228,7 @@ def _find_layouts(
         if bits > 8 * dtype.itemsize:
             raise MaskLLMError(f"--bits {bits}: {tensor} has {8 * dtype.itemsize} bits a weight; leave --bits out to keep them")
         group_size = settings.group_size if bits < 16 else -1
-        matrix = load(tensor)
+        matrix = weights.matrix(tensor)
         kept = matrix != 0
         count = int(kept.sum())
         zeros = 1 - count / max(1, matrix.numel())
@@ -268,7 +240,7 @@ def _find_layouts(
         layout = dataclasses.replace(layout, bits=bits, group_size=group_size)
         if bits >= 16:
             report.negative_zeros += _lost_signs(matrix, kept, layout)
-        yield tensor, _Found(CompressedMatrix(*matrix.shape, layout, dtype, weights[tensor][1]), count, zeros)
+        yield tensor, _Found(CompressedMatrix(*matrix.shape, layout, dtype, weights.transposed(tensor)), count, zeros)
 
 
 def _lost_signs(matrix: torch.Tensor, kept: torch.Tensor, layout: Layout) -> int:

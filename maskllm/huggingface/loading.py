@@ -55,9 +55,14 @@ def load_hf_model(
     if missing := sorted(loading["missing_keys"]):  # transformers would initialize these at random
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise MaskLLMError(f"{directory}: has no tensor {missing[0]}{more}, which the model in its config.json has")
-    if dtype is None and device.type == "cpu" and not computes_natively(model.dtype):
-        model = model.to(torch.float32)  # transformers refuses `float()` for compressed weights
+    if dtype is None and (wanted := compute_dtype(model.dtype, device)) != model.dtype:
+        model = model.to(wanted)  # transformers refuses `float()` for compressed weights
     return model.to(device).eval()
+
+
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype to compute in with a checkpoint's `dtype`: fp32 on a CPU without instructions for it."""
+    return torch.float32 if device.type == "cpu" and not computes_natively(dtype) else dtype
 
 
 @contextlib.contextmanager

@@ -6,23 +6,67 @@ short documents, `pack` joins all documents into one stream and cuts that into w
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 from tqdm import tqdm
 
-from maskllm.data.dataset_files import SUFFIXES
-from maskllm.data.indexed import open_indexed
+from maskllm.data.dataset_files import SUFFIXES, dataset_files
 from maskllm.data.json_lines import document
 from maskllm.data.text_files import check_inputs, read_lines
 from maskllm.data.tokenizer import load_tokenizer
 from maskllm.data.tokens import Tokenizer
 from maskllm.distributed import is_first_rank
+from maskllm.dtypes import dtype_name
 from maskllm.errors import MaskLLMError
+from maskllm.families.model_config import check_context, check_vocabulary
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The calibration tokens, which `sample_windows` draws from `data`, and the dtype that the layers compute in."""
+
+    data: str
+    """The prefix of an indexed dataset, or a JSON-lines file."""
+    samples: int = 128
+    seq_length: int = 2048
+    seed: int = 1234
+    pack: bool = False
+    params_dtype: torch.dtype | None = torch.bfloat16
+    """None: for `maskllm compress`, the checkpoint's dtype as `maskllm.huggingface.loading.compute_dtype` has it."""
+
+    def tokens(self, tokenizer: str | Path, *, context: int | None, vocabulary: int) -> torch.Tensor:
+        """Draw the tokens, int64 [samples, seq_length].
+
+        Args:
+            tokenizer: the directory of the model's tokenizer, for JSON lines.
+            context: the positions that the model has; None for any number.
+            vocabulary: the tokens that its embedding has.
+
+        Raises MaskLLMError if the data cannot be read or do not fit the model.
+        """
+        if context is not None:
+            check_context(self.seq_length, context)
+        documents = open_documents(self.data, tokenizer, append_eod=self.pack)
+        tokens = sample_windows(documents, self.samples, self.seq_length, seed=self.seed, pack=self.pack)
+        check_vocabulary(tokens, vocabulary, self.data)
+        return tokens
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as JSON values."""
+        return {**dataclasses.asdict(self), "params_dtype": dtype_name(self.params_dtype)}
+
+
+def is_indexed(path: str | os.PathLike) -> bool:
+    """Whether `path` is the prefix of an indexed dataset, which only Megatron Core reads."""
+    return all(file.exists() for file in dataset_files(path))
 
 
 class IndexedDocuments(Sequence[np.ndarray]):
@@ -30,6 +74,8 @@ class IndexedDocuments(Sequence[np.ndarray]):
 
     def __init__(self, prefix: str | Path) -> None:
         """Open PREFIX.bin and PREFIX.idx. Raises MaskLLMError if they are damaged, truncated or empty."""
+        from maskllm.data.indexed import open_indexed  # needs Megatron Core, and JSON lines do not
+
         self._dataset = open_indexed(prefix)
         self._bounds = self._dataset.document_indices
 
@@ -67,9 +113,9 @@ def open_documents(path: str | Path, tokenizer: str | Path, *, append_eod: bool 
 
     Raises MaskLLMError if `path` is neither, or if the tokenizer cannot be read.
     """
-    if IndexedDataset.exists(str(path)):
+    if is_indexed(path):
         return IndexedDocuments(path)
-    if Path(path).suffix in SUFFIXES and IndexedDataset.exists(prefix := str(Path(path).with_suffix(""))):
+    if Path(path).suffix in SUFFIXES and is_indexed(prefix := str(Path(path).with_suffix(""))):
         raise MaskLLMError(f"{path}: is a file of an indexed dataset; wanted its prefix, {prefix}")
     if Path(path).is_file():
         # Only a few documents are tokenized, so gigatoken's start-up is not worth its speed.

@@ -114,7 +114,7 @@ def _prune_layer(
     if resumed:
         pruned = store.load(index)
         if outputs_wanted and not settings.sequential:
-            _advance(layer, hidden)
+            advance(layer, hidden)
     else:
         statistics = calibrate(layer, hidden, keep_outputs=outputs_wanted and not settings.sequential)
         solve_started = time.perf_counter()
@@ -124,7 +124,7 @@ def _prune_layer(
     for name, solved in pruned.items():
         solved.apply(layer.weight(name))
     if outputs_wanted and settings.sequential:
-        _advance(layer, hidden)
+        advance(layer, hidden)
     return {
         "layer": index,
         "seconds": time.perf_counter() - started,
@@ -182,7 +182,7 @@ def _add_inputs(statistics: dict[str, InputStatistics], inputs: dict[str, list[t
             own.add(tensor)
 
 
-def _advance(layer: Layer, hidden: list[torch.Tensor]) -> None:
+def advance(layer: Layer, hidden: list[torch.Tensor]) -> None:
     """Replace the samples in `hidden` by the layer's outputs."""
     for index, sample in enumerate(hidden):
         hidden[index] = layer.forward(index, sample.to(layer.device)).cpu()

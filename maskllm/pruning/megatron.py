@@ -8,7 +8,6 @@ import hashlib
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,13 @@ from maskllm.checkpoints.reading import Checkpoint, resolve
 from maskllm.checkpoints.torch_dist import LazyTensor
 from maskllm.checkpoints.writing import release_directory, write_checkpoint
 from maskllm.distributed import device
-from maskllm.dtypes import dtype_name
 from maskllm.errors import MaskLLMError
 from maskllm.families.mapping import Mapping
-from maskllm.families.model_config import ModelConfig, check_context, check_vocabulary
+from maskllm.families.model_config import ModelConfig
 from maskllm.families.registry import parameter_map
 from maskllm.masking.selection import check_keeps
 from maskllm.patterns import Pattern, pack_mask
-from maskllm.pruning.calibration import open_documents, sample_windows
+from maskllm.pruning.calibration import Calibration
 from maskllm.pruning.layerwise import prune_layers
 from maskllm.pruning.magnitude import magnitude_mask
 from maskllm.pruning.solve import PruneSettings, check_matrix
@@ -98,31 +96,6 @@ def prune_without_data(load: str | Path, output: str | Path, settings: PruneSett
     return write_pruned(checkpoint, output, settings, bits)
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """The calibration tokens, which `sample_windows` draws from `data`, and the dtype that the layers compute in."""
-
-    data: str
-    """The prefix of an indexed dataset, or a JSON-lines file."""
-    samples: int = 128
-    seq_length: int = 2048
-    seed: int = 1234
-    pack: bool = False
-    params_dtype: torch.dtype = torch.bfloat16
-
-    def tokens(self, checkpoint: Checkpoint) -> torch.Tensor:
-        """Draw the tokens, int64 [samples, seq_length]. Raises MaskLLMError if the data do not fit the checkpoint's model."""
-        check_context(self.seq_length, checkpoint.model_config.context)
-        documents = open_documents(self.data, checkpoint.hf_directory, append_eod=self.pack)
-        tokens = sample_windows(documents, self.samples, self.seq_length, seed=self.seed, pack=self.pack)
-        check_vocabulary(tokens, checkpoint.model_config.vocab_size, self.data)
-        return tokens
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return {**dataclasses.asdict(self), "params_dtype": dtype_name(self.params_dtype)}
-
-
 def prune_calibrated(
     load: str | Path, output: str | Path, settings: PruneSettings, calibration: Calibration
 ) -> tuple[Path, dict[str, Any]]:
@@ -137,7 +110,8 @@ def prune_calibrated(
     rank, ranks = dist.get_rank(), dist.get_world_size()
     if calibration.samples < ranks:
         raise MaskLLMError(f"--calibration-samples {calibration.samples}: wanted at least one for each of the {ranks} processes")
-    tokens = calibration.tokens(checkpoint)
+    config = checkpoint.model_config
+    tokens = calibration.tokens(checkpoint.hf_directory, context=config.context, vocabulary=config.vocab_size)
     run = {
         "load": str(checkpoint.path.resolve()),
         "manifest": checkpoint.manifest_digest(),

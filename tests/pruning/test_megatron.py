@@ -201,7 +201,7 @@ def test_a_run_that_failed_while_writing_only_writes_when_repeated(tiny_dense, t
     assert prune(tiny_dense, tmp_path / "out", *arguments) == 1
     monkeypatch.undo()
     monkeypatch.setattr("maskllm.pruning.layerwise.calibrate", None)
-    monkeypatch.setattr("maskllm.pruning.layerwise._advance", None)
+    monkeypatch.setattr("maskllm.pruning.layerwise.advance", None)
     assert prune(tiny_dense, tmp_path / "out", *arguments) == 0
     assert len(hf_masks(tmp_path / "out")) == 28
 
