@@ -90,6 +90,16 @@ def _quality(row: str, minutes: float, tiny: str | None = None) -> Measurement:
     return Measurement(f"quality/{row.replace(':', '-')}", command, minutes, (*TRAINING, *PERPLEXITY, *ZERO_SHOT), tiny)
 
 
+def _compressed(row: str, minutes: float, tiny: str | None = None) -> Measurement:
+    """A row of the quality of compressed weights."""
+    command = (
+        f"python -m benchmarks.compressed_quality --dense {{dense}} --sparse {{quickstart}}/hf/learned --calibration-data {C4} "
+        f"--eval-data {WIKITEXT} --work {{work}} --row {row}"
+    )
+    sources = ("csrc/cpu", "maskllm/export", "maskllm/inference", "maskllm/ops", "maskllm/pruning", *PERPLEXITY)
+    return Measurement(f"compressed-quality/{row}", command, minutes, sources, tiny)
+
+
 def _quickstart(name: str, minutes: float, options: str) -> Measurement:
     """A quickstart with other settings."""
     return Measurement(
@@ -281,6 +291,14 @@ _ALL = [
         30,
         ("benchmarks/kill_resume.py", "maskllm/checkpoints", "maskllm/training", "megatron_patches"),
     ),
+    *(_compressed(row, 3) for row in ("dense", "16")),
+    *(_compressed(f"{bits}-nearest", 6) for bits in (8, 4)),
+    _compressed("8-calibrated", 10),
+    _compressed(
+        "4-calibrated",
+        10,
+        "--calibration-samples 2 --calibration-length 32 --seq-length 64 --max-windows 1 --chunk 32",
+    ),
 ]
 MEASUREMENTS = {one.name: one for one in _ALL}
 
@@ -295,6 +313,7 @@ TABLES = {
     for table in (
         Table("quickstart", "The quickstart", ("quickstart",), tables.quickstart),
         Table("zero-shot", "The quickstart's models on zero-shot tasks", ("zero-shot",), tables.zero_shot),
+        Table("compressed-quality", "Compressed weights", _group("compressed-quality"), tables.compressed_quality),
         Table("quality", "Ways to train, at equal training tokens", _group("quality"), tables.quality),
         Table("one-shot", "One-shot masks", _group("one-shot"), tables.one_shot),
         Table("mask-transfer", "A general mask carried to domains", _group("mask-transfer"), tables.mask_transfer),

@@ -86,6 +86,25 @@ def quality(found: Results) -> list[str]:
     )
 
 
+def compressed_quality(found: Results) -> list[str]:
+    """A 2:4 model as `maskllm compress` stores it."""
+    cells = []
+    for result in found.values():
+        row = result.result
+        bits, _, how = row["row"].partition("-")
+        how = {"nearest": ", rounded to the nearest", "calibrated": ", calibrated"}.get(how, "")
+        cells.append(
+            [
+                "dense, 16 bits" if bits == "dense" else f"2:4, {bits} bits{how}",
+                f"{row.get('matrix_bytes', 1):.3f}",
+                format_perplexity(row["perplexity"]),
+                format_perplexity(row.get("perplexity_in_chunks")),
+            ]
+        )
+    header = ["weights", "bytes of the blocks' matrices", "perplexity", "perplexity with activations of 8 bits"]
+    return markdown_table(header, cells, left=1)
+
+
 def zero_shot(found: Results) -> list[str]:
     """Models side by side on tasks, and compared with the first one."""
     report = found["zero-shot"].result
