@@ -92,8 +92,11 @@ def test_report_has_every_mask_and_the_curves(quickstart):
     assert all(line[key] > 0 for line in validations for key in ("loss_sampled", "kl_sampled", "loss_winner", "kl_winner"))
     assert [entry["prompt"] for entry in report["continuations"]] == ["An object", "<b>&"]
     prior = report["settings"]["prior"]
-    assert all(list(entry["texts"]) == ["dense", prior, "learned", "final"] for entry in report["continuations"])
+    assert all(list(entry["texts"]) == ["dense", prior, "learned", "final", "compressed"] for entry in report["continuations"])
     assert "&lt;b&gt;&amp;" in page
+    compressed, dense = report["speed"]
+    assert (compressed["model"], dense["model"]) == ("compressed", "dense")
+    assert compressed["weight_bytes"] < dense["weight_bytes"] and compressed["tokens_per_second"] > 0
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
 """Kept weights to integers with calibration data: SparseGPT's sweep with the mask given (arXiv 2301.00774, section 3.5).
 
 The paper rounds in the sweep that prunes: a column's kept weights go to the grid, and the later columns make up for the error of
-rounding and removing alike. Here the mask is given, and every grid is chosen before the sweep.
+rounding and removing alike. Here the mask is given, and every grid is chosen before the sweep. So the columns may come in any order:
+those with the largest inputs come first, while many others can make up for them ("act order" of GPTQ's program).
 """
 
 from __future__ import annotations
@@ -51,12 +52,15 @@ def quantize_matrices(
     first, hessian = next(iter(weights)), statistics.hessian()
     if statistics.tokens == 0:
         logger.warning("%s: no calibration token reaches them; all inputs get the same weight", ", ".join(weights))
-    factor = factor_hessian(hessian.clone(), first)
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    factor = factor_hessian(hessian[order][:, order], first)
     found = {}
     for name, weight in weights.items():
         weight, layout = weight.float(), layouts[name]
         scales = group_scales(weight, hessian.diagonal(), layout.bits, layout.group_size)
-        quantized = sweep(weight, factor, scales, layout.bits, layout.group_size)
+        grid = reference.each_column(scales, weight.shape[1], layout.group_size)
+        quantized = torch.empty_like(weight)
+        quantized[:, order] = sweep(weight[:, order], factor, grid[:, order], reference.LARGEST[layout.bits])
         plain = reference.scales_of(weight, layout.bits, layout.group_size)
         nearest = dequantized(reference.quantize(weight, plain, layout.bits, layout.group_size), plain, layout.group_size)
         whole = output_norm(weight, hessian)
@@ -102,25 +106,28 @@ def _sum_of_groups(values: torch.Tensor, group_size: int) -> torch.Tensor:
     return padded.unflatten(1, (-1, group_size)).sum(-1)
 
 
-def sweep(weight: torch.Tensor, factor: HessianFactor, scales: torch.Tensor, bits: int, group_size: int) -> torch.Tensor:
-    """Round the non-zeros of `weight`, fp32 [out, in], from left to right; returns multiples of `scales`, [out, in].
+def sweep(weight: torch.Tensor, factor: HessianFactor, grid: torch.Tensor, largest: int) -> torch.Tensor:
+    """Round the non-zeros of `weight`, fp32 [out, in], from left to right; returns integers of at most `largest` times `grid`, [out, in].
 
     With the columns before j fixed, the best values of the others follow from `factor`. Column j is fixed at its rounded value, or at
     0 where the weight is removed, and the columns after it move by -(w_j - w_hat_j) / upper_jj * upper_j: algorithm 1 of the paper.
+
+    Args:
+        factor: of the Hessian in the order of the columns.
+        grid: fp32 [out, in], the scale of each weight.
     """
-    levels = reference.LARGEST[bits]
-    grid = reference.each_column(scales, weight.shape[1], group_size).t()
     # Work on the transpose, so that a column is contiguous.
     columns = weight.t().clone(memory_format=torch.contiguous_format)
+    grid = grid.t().contiguous()
     kept = columns != 0
-    result = torch.zeros_like(columns)
+    result = torch.empty_like(columns)
     for start in range(0, len(columns), BLOCK_SIZE):
         end = min(start + BLOCK_SIZE, len(columns))
         errors = torch.empty_like(columns[start:end])
         for column in range(start, end):
-            rounded = (columns[column] / grid[column]).round_().clamp_(-levels, levels).mul_(grid[column])
+            rounded = (columns[column] / grid[column]).round_().clamp_(-largest, largest).mul_(grid[column])
             torch.mul(rounded, kept[column], out=result[column])
             torch.div(columns[column] - result[column], factor.upper[column, column], out=errors[column - start])
             columns[column + 1 : end].addr_(factor.upper[column, column + 1 : end], errors[column - start], alpha=-1)
         columns[end:].addmm_(factor.upper[start:end, end:].t(), errors, alpha=-1)
-    return result.t().contiguous()
+    return result.t()

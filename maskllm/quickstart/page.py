@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from maskllm.quickstart.report import FINAL, LEARNED, RESULT_COLUMNS, result_cells
+from maskllm.quickstart.report import COMPRESSED, FINAL, LEARNED, RESULT_COLUMNS, SPEED_COLUMNS, result_cells, speed_cells
 from maskllm.reporting.charts import Series, line_chart
 from maskllm.reporting.formatting import (
     UNKNOWN,
@@ -25,6 +25,7 @@ def html_page(report: dict[str, Any]) -> str:
     trained = [result["name"] for result in report["results"] if result["name"] in (LEARNED, FINAL)]
     sections = [
         _texts(report),
+        _speed(report["speed"]),
         charts_section("Mask learning", _mask_charts(report["metrics"])),
         charts_section("Weights trained too", _weights_charts(report["weights_metrics"])),
     ]
@@ -90,6 +91,16 @@ def _texts(report: dict[str, Any]) -> str:
         "<h2>Read the difference</h2>\n"
         '<p class="muted">Each model continues the same prompt. Every token is the one that it finds most probable.</p>\n' + prompts
     )
+
+
+def _speed(speed: list[dict[str, Any]]) -> str:
+    """Sizes and speeds of the compressed and the dense model; an empty string if they were not measured."""
+    if not speed:
+        return ""
+    return f"""<h2>Smaller and faster</h2>
+<p class="muted">The compressed model is the final one without its zeros, with integers for its other weights. One prompt at a time.</p>
+{rows_table("Speed", SPEED_COLUMNS, map(speed_cells, speed), COMPRESSED)}
+"""
 
 
 def _series(metrics: list[dict[str, Any]], key: str, label: str, kind: str = "train", marker: str = "small") -> Series:

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from maskllm.checkpoints.reading import resolve
 from maskllm.data.indexed import open_indexed
 from maskllm.data.text_files import check_inputs
-from maskllm.environment.machine import machine
 from maskllm.errors import MaskLLMError, flag
 from maskllm.families.model_config import ModelConfig, check_context
 from maskllm.pruning.solve import METHODS
 from maskllm.quickstart.corpus import HELD_OUT_FILE, TRAIN_FILE, write_documentation_corpus
-from maskllm.quickstart.report import FINAL, LEARNED, ModelResult, Report, table, write_report
+from maskllm.quickstart.report import COMPRESSED, FINAL, LEARNED, Report, speed_table, table, write_report
+from maskllm.quickstart.results import build_report, read_json, speed_file, text_file
 from maskllm.quickstart.steps import Steps
 from maskllm.training.arguments import TrainArguments
 
@@ -37,6 +35,10 @@ PROMPTS = (
 """What the models continue in the report: the first is in the style of the documentation that they learn from, the others are not."""
 NEW_TOKENS = 40
 """Tokens that a model adds to a prompt."""
+BITS = 8
+"""Of a kept weight of the compressed model."""
+SPEED_TOKENS = 32
+"""Tokens of the prompt, and new tokens, by which the speed is measured."""
 WEIGHTS_VALIDATIONS = 2
 """Validations in the second training, at equal distances, the last one at its end."""
 
@@ -199,8 +201,10 @@ def quickstart(
     steps.run("train final", final, weights_command(settings, dataset, learned, final, has_validation), can_resume=True)
     export(FINAL, final)
     evaluate(FINAL, exported / FINAL)
+    small = exported / COMPRESSED
+    steps.run("compress", small, [*maskllm, "compress", "--model", exported / FINAL, "--output", small, "--bits", BITS])
 
-    readers = {"dense": source, **{name: exported / name for name in (prior, LEARNED, FINAL)}}
+    readers = {"dense": source, **{name: exported / name for name in (prior, LEARNED, FINAL, COMPRESSED)}}
     for name, directory in readers.items():
         steps.run(
             f"generate {name}",
@@ -211,9 +215,19 @@ def quickstart(
             ],
         )  # fmt: skip
 
-    report = build_report(output, steps, settings, model or SMOLLM2, held_out, prior, list(readers))
+    steps.run(
+        "benchmark",
+        speed_file(output),
+        [
+            *maskllm, "benchmark", "--model", small, "--against", source, "--prompt-tokens", SPEED_TOKENS, "--new-tokens", SPEED_TOKENS,
+            "--json", speed_file(output),
+        ],
+    )  # fmt: skip
+
+    values = asdict(settings) | {"params_dtype": compute_dtype()}
+    report = build_report(output, steps, values, model or SMOLLM2, held_out, prior, list(readers))
     write_report(report, output)
-    print(table(report))
+    print(table(report), speed_table(report), sep="\n\n")
     return report
 
 
@@ -280,62 +294,3 @@ def compute_dtype() -> str:
     from maskllm.environment.cpu_speed import slow_dtype_warning
 
     return "bf16" if slow_dtype_warning(torch.bfloat16) is None else "fp32"
-
-
-def text_file(output: Path, name: str) -> Path:
-    """The file with the texts of the model `name`."""
-    return output / "text" / f"{name}.json"
-
-
-def build_report(
-    output: Path, steps: Steps, settings: QuickstartSettings, model: str, data: str, prior: str, readers: list[str]
-) -> Report:
-    """Collect the results of the steps.
-
-    Args:
-        prior: the name of the one-shot mask that training started from.
-        readers: the names of the models that continued the prompts.
-    """
-    evaluations = {name: read_json(output / "evaluation" / f"{name}.json") for name in ("dense", *METHODS, LEARNED, FINAL)}
-    made_by = {method: [f"prune {method}"] for method in METHODS}
-    made_by |= {"dense": [], LEARNED: ["train"], FINAL: ["train", "train final"]}
-    results = [
-        ModelResult(
-            name=name,
-            perplexity=found["perplexity"],
-            zeros=found["zeros"],
-            seconds=sum(steps.records[step]["seconds"] for step in made_by[name]) if made_by[name] else None,
-            peak_memory_bytes=max((steps.records[step]["peak_memory_bytes"] for step in made_by[name]), default=None),
-            one_shot=name in METHODS,
-        )
-        for name, found in evaluations.items()
-    ]
-    dense = evaluations["dense"]
-    texts = {name: read_json(text_file(output, name))["continuations"] for name in readers}
-    return Report(
-        model=model,
-        pattern="2:4",
-        evaluation={"data": data} | {key: dense[key] for key in ("data_kind", "windows", "seq_length", "dtype", "device")},
-        machine=machine(("torch", "megatron-core", "transformers")),
-        settings=asdict(settings) | {"prior": prior, "params_dtype": compute_dtype()},
-        results=results,
-        steps=[
-            {"name": name, **{key: steps.records[name][key] for key in ("seconds", "peak_memory_bytes")}} for name in steps.names
-        ],
-        metrics=read_lines(output / "megatron" / LEARNED / "metrics.jsonl"),
-        weights_metrics=read_lines(output / "megatron" / FINAL / "metrics.jsonl"),
-        continuations=[
-            {"prompt": entries[0]["prompt"], "texts": {name: entry["text"] for name, entry in zip(texts, entries, strict=True)}}
-            for entries in zip(*texts.values(), strict=True)
-        ],
-    )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in a file of JSON lines."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -26,6 +26,10 @@ LEARNED = "learned"
 """The name of the result of the learned masks, on the original's weights."""
 FINAL = "final"
 """The name of the result of the model whose weights were trained after the masks."""
+COMPRESSED = "compressed"
+"""The name of the final model as `maskllm compress` stores it."""
+
+SPEED_COLUMNS = ("model", "weight files", "weights in memory", "first token", "tokens a second")
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class Report:
     """The lines of metrics.jsonl of the training of the weights."""
     continuations: list[dict[str, Any]]
     """prompt, and texts: by a model's name the text that it adds to the prompt, in the order in which they are shown."""
+    speed: list[dict[str, Any]]
+    """`maskllm.inference.benchmark.BenchmarkResult` of the compressed and of the dense model, by these names in `model`."""
 
 
 def best_one_shot(results: list[ModelResult]) -> ModelResult | None:
@@ -111,6 +117,22 @@ def result_cells(result: dict[str, Any]) -> tuple[str, ...]:
         format_share(result["zeros"]),
         format_seconds(result["seconds"]),
         format_bytes(result["peak_memory_bytes"]),
+    )
+
+
+def speed_table(report: Report) -> str:
+    """The sizes and speeds as aligned plain text."""
+    return text_table(SPEED_COLUMNS, list(map(speed_cells, report.speed)))
+
+
+def speed_cells(entry: dict[str, Any]) -> tuple[str, ...]:
+    """The cells of SPEED_COLUMNS for one entry of `Report.speed`."""
+    return (
+        entry["model"],
+        format_bytes(entry["file_bytes"]),
+        format_bytes(entry["weight_bytes"]),
+        format_seconds(entry["first_token_seconds"]),
+        f"{entry['tokens_per_second']:.1f}",
     )
 
 

@@ -21,13 +21,13 @@ def sparse_problem(rows, features, seed, sparsity=PATTERN):
     return weight * magnitude_mask(weight, sparsity), hessian
 
 
-def direct_sweep(weight, hessian, scales, bits, group_size):
+def direct_sweep(weight, hessian, grid, largest):
     """The sweep in fp64, one column at a time: with the columns before j fixed, the inverse of the rest of the damped Hessian."""
     kept, weight, hessian = weight != 0, weight.double().clone(), damped(hessian)
     result = torch.zeros_like(weight)
     for j in range(weight.shape[1]):
-        scale = scales[:, 0 if group_size == -1 else j // group_size].double()
-        rounded = (weight[:, j] / scale).round().clamp(-LEVELS[bits], LEVELS[bits]) * scale
+        scale = grid[:, j].double()
+        rounded = (weight[:, j] / scale).round().clamp(-largest, largest) * scale
         result[:, j] = torch.where(kept[:, j], rounded, 0)
         inverse = torch.linalg.inv(hessian[j:, j:])
         weight[:, j:] -= ((weight[:, j] - result[:, j]) / inverse[0, 0]).outer(inverse[0])
@@ -39,8 +39,9 @@ def direct_sweep(weight, hessian, scales, bits, group_size):
 def test_the_sweep_is_that_of_the_paper(bits, group_size, sparsity):
     weight, hessian = sparse_problem(6, 176, 0, sparsity)
     scales = group_scales(weight, hessian.diagonal(), bits, group_size)
-    found = sweep(weight, factor_hessian(hessian.clone(), "layer"), scales, bits, group_size)
-    expected = direct_sweep(weight, hessian, scales, bits, group_size)
+    grid = scales.repeat_interleave(176 if group_size == -1 else group_size, 1)[:, :176]
+    found = sweep(weight, factor_hessian(hessian.clone(), "layer"), grid, LEVELS[bits])
+    expected = direct_sweep(weight, hessian, grid, LEVELS[bits])
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-7)
     assert (found[weight == 0] == 0).all()
 
@@ -81,6 +82,18 @@ def test_scales_have_the_least_weighted_error_of_those_tried(group_size):
                 change = columns - (columns / scale).round().clamp(-7, 7) * scale
                 errors[scale.item()] = (change.square() * importance[start : start + len(columns)]).sum().item()
             assert errors[found[row, group].item()] == pytest.approx(min(errors.values()), rel=1e-5)
+
+
+def test_the_columns_with_the_largest_inputs_come_first():
+    weight, _ = sparse_problem(4, 48, 7)
+    statistics = InputStatistics(48)
+    statistics.add(correlated_inputs(200, 48, 7))
+    hessian = statistics.hessian()
+    order = hessian.diagonal().argsort(descending=True)
+    found = quantize_matrices({"layer": weight}, statistics, {"layer": Layout(PATTERN, 4, 16)})["layer"]
+    grid = found.scales.repeat_interleave(16, 1)
+    expected = direct_sweep(weight[:, order], hessian[order][:, order], grid[:, order], 7)
+    torch.testing.assert_close(found.weight[:, order].double(), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_matrices_with_the_same_inputs_are_rounded_as_alone():

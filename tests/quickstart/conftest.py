@@ -66,4 +66,14 @@ def report() -> Report:
             },
             {"prompt": "One", "texts": {"dense": " two", "wanda": "\n", "learned": " of", "final": " two"}},
         ],
+        speed=[
+            {
+                "model": name,
+                "file_bytes": size * GIB,
+                "weight_bytes": size * GIB // 2,
+                "first_token_seconds": 1 / size,
+                "tokens_per_second": tokens,
+            }
+            for name, size, tokens in (("compressed", 2, 30.04), ("dense", 5, 10.25))
+        ],
     )

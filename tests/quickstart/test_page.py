@@ -94,13 +94,21 @@ def test_the_texts_of_the_models_stand_side_by_side(report, tmp_path):
     text, page = written(replace(report, metrics=[], weights_metrics=[]), tmp_path)
     assert page.texts_in("h3") == ["The sky is \N{HORIZONTAL ELLIPSIS}", "One \N{HORIZONTAL ELLIPSIS}"]
     # An empty text is a dash. Line breaks inside of a text stay, and the page shows them.
-    texts = page.texts_in("p")[-8:]
+    texts = page.texts_in("p")[-9:-1]  # one paragraph follows
     assert texts == ["blue.", "a a a", "is", "blue,\n\nand high", "two", "-", "of", "two"]
     assert "white-space: pre-wrap" in text
     assert [name for name in page.texts_in("b") if name in ("dense", "wanda", "learned", "final")] == [
         "dense", "wanda", "learned", "final",
     ] * 2  # fmt: skip
     assert page.texts_in("span").count("\N{MIDDLE DOT} perplexity 30.00") == 2
+
+
+def test_the_compressed_model_stands_beside_the_dense_one(report, tmp_path):
+    _, page = written(report, tmp_path)
+    assert "Smaller and faster" in page.texts_in("h2")
+    cells = page.texts_in("td")
+    start = cells.index("1.00 GiB", cells.index("5.00 GiB", cells.index("11 min 40 s")) + 1) - 1
+    assert cells[start : start + 8] == ["2.00 GiB", "1.00 GiB", "0.50 s", "30.0", "5.00 GiB", "2.50 GiB", "0.20 s", "10.2"]
 
 
 def test_fixed_masks_are_not_called_sampled(report, tmp_path):
@@ -113,7 +121,7 @@ def test_fixed_masks_are_not_called_sampled(report, tmp_path):
 
 
 def test_a_report_without_metrics_steps_or_masks_has_a_page(report, tmp_path):
-    empty = {"metrics": [], "weights_metrics": [], "steps": [], "continuations": []}
+    empty = {"metrics": [], "weights_metrics": [], "steps": [], "continuations": [], "speed": []}
     _, page = written(replace(report, **empty, results=report.results[:1]), tmp_path)
     assert page.texts_in("h2")[:2] == ["Models", "Steps"] and not chart_titles(page)
     assert page.texts_in("th")[-4:] == ["dense", "step", "time", "peak memory"]
@@ -132,6 +140,7 @@ def test_every_text_is_escaped(report, tmp_path):
         metrics=[],
         weights_metrics=[],
         continuations=[{"prompt": HOSTILE, "texts": {HOSTILE: HOSTILE, "final": HOSTILE}}],
+        speed=[],
     )
     text, page = written(hostile, tmp_path)
     assert "<script" not in text

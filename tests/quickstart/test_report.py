@@ -14,6 +14,7 @@ from maskllm.quickstart.report import (
     best_one_shot,
     gap_closed,
     report_dict,
+    speed_table,
     table,
     times_best_one_shot,
     write_report,
@@ -41,6 +42,15 @@ def test_gap_closed_and_ratio_by_hand():
 
 def test_a_learned_mask_is_never_the_best_one_shot_mask():
     assert best_one_shot([LEARNED, MAGNITUDE]) is MAGNITUDE
+
+
+def test_the_table_of_speeds(report):
+    assert speed_table(report).splitlines() == [
+        "model       weight files  weights in memory  first token  tokens a second",
+        "----------  ------------  -----------------  -----------  ---------------",
+        "compressed      2.00 GiB           1.00 GiB       0.50 s             30.0",
+        "dense           5.00 GiB           2.50 GiB       0.20 s             10.2",
+    ]
 
 
 @pytest.mark.parametrize(
