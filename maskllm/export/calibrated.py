@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from maskllm.huggingface.blocks import linears_of
 from maskllm.huggingface.loading import context_of
 from maskllm.ops.sparse_linear import Layout
 from maskllm.pruning.calibration import Calibration
-from maskllm.pruning.huggingface import layer_calls, layer_forward
+from maskllm.pruning.calls import BlockCall, block_calls
 from maskllm.pruning.layerwise import Layer, advance, calibrate
 from maskllm.pruning.quantize import QuantizedMatrix, quantize_matrices
 
@@ -38,20 +40,27 @@ class CalibratedBlocks:
 
         As in pruning, all matrices of a block are quantized on the inputs that they have in the block before.
         """
-        stream, blocks = self._stream, self._stream.blocks
-        with stream.running() as model:  # one pass of the whole model: blocks may get different arguments
-            calls = layer_calls(model, blocks, self._tokens[:1])
-        hidden = [layer_calls(stream.model, blocks[:1], row)[0].hidden.cpu() for row in self._tokens.split(1)]
-        names = {module: name for name, module in stream.model.named_modules()}
-        for block, call in zip(tqdm(blocks, desc="quantize", unit="layer", disable=None), calls, strict=True):
+        stream, samples = self._stream, [{"input_ids": row} for row in self._tokens.split(1)]
+        with stream.running() as model:  # through all blocks: they may get different arguments
+            calls = block_calls(model, stream.blocks, samples[0], most=len(stream.blocks))
+        first = dict(itertools.islice(stream.blocks.items(), 1))
+        hidden = [block_calls(stream.model, first, sample, most=1)[0][1].hidden.cpu() for sample in samples]
+        for name, call in tqdm(calls, desc="quantize", unit="layer", disable=None):
+            block = stream.blocks[name]
             with stream.loaded(block):
-                linears = {stream.tensor(f"{name}.weight"): linear for name, linear in linears_of(block, names[block]).items()}
-                stored = {name: self._weights.matrix(name) for name in linears if name in layouts}
-                layer = Layer(layer_forward(block, call), {name: linears[name] for name in stored}, stored)
-                for name, matrix in _quantize(layer, hidden, layouts):
-                    layer.weight(name).copy_(matrix.weight)
-                    yield name, matrix
-                advance(Layer(layer.forward, linears, {}), hidden)
+                linears = {stream.tensor(f"{path}.weight"): linear for path, linear in linears_of(block, name).items()}
+                stored = {tensor: self._weights.matrix(tensor) for tensor in linears if tensor in layouts}
+                forward = functools.partial(_forward, block, call)
+                layer = Layer(forward, {tensor: linears[tensor] for tensor in stored}, stored)
+                for tensor, matrix in _quantize(layer, hidden, layouts):
+                    layer.weight(tensor).copy_(matrix.weight)
+                    yield tensor, matrix
+                advance(Layer(forward, linears, {}), hidden)
+
+
+def _forward(block: torch.nn.Module, call: BlockCall, _sample: int, hidden: torch.Tensor) -> torch.Tensor:
+    """The block's output. All samples have the same length, so the other arguments are those of the first one."""
+    return call.output(block, hidden)
 
 
 def _quantize(layer: Layer, hidden: list[torch.Tensor], layouts: Mapping[str, Layout]) -> Iterator[tuple[str, QuantizedMatrix]]:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from maskllm.errors import MaskLLMError, whole_message
-from maskllm.huggingface.blocks import transformer_blocks
+from maskllm.huggingface.blocks import block_stacks
 from maskllm.huggingface.config import load_config
 from maskllm.huggingface.loading import quiet_transformers
 from maskllm.huggingface.parameter_names import ParameterNames
@@ -28,8 +28,8 @@ class BlockStream:
         device: to compute on.
         load: reads a tensor by its name in the files, in the shape in which it is stored.
 
-    Raises MaskLLMError if transformers cannot make the model or its blocks cannot be found, or if a parameter is not one tensor of
-    the files: transformers makes some of several tensors.
+    Raises MaskLLMError if transformers cannot make the model or it has not one stack of blocks, or if a parameter is not one tensor
+    of the files: transformers makes some of several tensors.
     """
 
     def __init__(
@@ -49,14 +49,18 @@ class BlockStream:
             raise MaskLLMError(
                 f"{directory}: transformers cannot make a causal language model of it: {whole_message(error)}"
             ) from error
-        self.prefix, self.blocks = transformer_blocks(self.model)
-        """The name of the list of blocks, and the list."""
+        stacks = block_stacks(self.model)
+        if len(stacks) > 1:
+            raise MaskLLMError(f"{directory}: has the stacks of blocks {', '.join(stacks)}; wanted a model of text with one")
+        ((stack, blocks),) = stacks.items()
+        self.blocks: dict[str, nn.Module] = {f"{stack}.{index}": block for index, block in enumerate(blocks)}
+        """By name."""
         names = ParameterNames(self.model)
         self._tensors = {parameter: tensor for tensor in tensors.names if (parameter := names.parameter(tensor)) is not None}
         for module in self.model.modules():
             for key, buffer in module.named_buffers(recurse=False):
                 module._buffers[key] = buffer.to(device)
-        in_blocks = {module for block in self.blocks for module in block.modules()}
+        in_blocks = {module for block in self.blocks.values() for module in block.modules()}
         base = self.model.base_model
         self._fill([module for module in base.modules() if module not in in_blocks])
 
@@ -87,7 +91,7 @@ class BlockStream:
                 loaded.close()
                 loaded.enter_context(self.loaded(block))
 
-            handles = [block.register_forward_pre_hook(load) for block in self.blocks]
+            handles = [block.register_forward_pre_hook(load) for block in self.blocks.values()]
             try:
                 yield self.model
             finally:

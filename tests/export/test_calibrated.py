@@ -15,7 +15,7 @@ from maskllm.cli import main
 from maskllm.errors import MaskLLMError
 from maskllm.export.compress import CompressSettings, compress, decompress
 from maskllm.huggingface.block_stream import BlockStream
-from maskllm.huggingface.blocks import linears_in_lists, matrix, transformer_blocks
+from maskllm.huggingface.blocks import block_linears, block_stacks, matrix
 from maskllm.huggingface.mask_file import open_base, write_mask_file
 from maskllm.huggingface.tensors import HFTensors
 from maskllm.ops.sparse_linear import Layout
@@ -62,12 +62,12 @@ def test_each_block_is_swept_on_the_inputs_of_the_quantized_blocks_before_it(kin
     decompress(tmp_path / "small", tmp_path / "back")
     found, original = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("back", "hf"))
     tokens = calibration.tokens("", context=None, vocabulary=96)
-    prefix, blocks = transformer_blocks(original)
+    ((prefix, blocks),) = block_stacks(original).items()
     for index in range(len(blocks)):
-        names = [name for name in linears_in_lists(original) if name.startswith(f"{prefix}.{index}.")]
+        names = [name for name in block_linears(original) if name.startswith(f"{prefix}.{index}.")]
         mixed = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
         for before in range(index):
-            transformer_blocks(mixed)[1][before].load_state_dict(transformer_blocks(found)[1][before].state_dict())
+            mixed.get_submodule(prefix)[before].load_state_dict(found.get_submodule(prefix)[before].state_dict())
         for name, own in input_statistics(mixed, tokens, names).items():
             weight = matrix(original.get_submodule(name))
             wanted = quantize_matrices({name: weight}, own, {name: Layout(Pattern(n, m), 4, 16)})[name]
@@ -90,7 +90,7 @@ def test_the_weights_of_one_block_are_in_memory_at_a_time(tmp_path):
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
     tokens, seen = torch.arange(3, 20)[None], []
     assert in_memory() == set()
-    for block in stream.blocks:
+    for block in stream.blocks.values():
         block.register_forward_hook(lambda *_: seen.append(in_memory()))
     with stream.running() as model, torch.no_grad():
         torch.testing.assert_close(model.base_model(tokens)[0], whole.base_model(tokens)[0])
@@ -101,7 +101,7 @@ def test_matrices_that_stay_dense_and_a_mask_file_with_a_base(calibration, tmp_p
     """The command: masks as a difference, JSON lines instead of a dataset, and a matrix without zeros."""
     write_tiny("llama3", tmp_path / "dense", torch.float32)
     model = sparse_model("llama3")
-    masks = {f"{name}.weight": linear.weight != 0 for name, linear in linears_in_lists(model).items()}
+    masks = {f"{name}.weight": linear.weight != 0 for name, linear in block_linears(model).items()}
     write_mask_file(tmp_path / "base.npz", [(name, torch.zeros_like(mask)) for name, mask in masks.items()])
     masks["model.layers.1.mlp.up_proj.weight"][:] = True
     write_mask_file(tmp_path / "masks.npz", masks.items(), open_base(tmp_path / "base.npz"))
