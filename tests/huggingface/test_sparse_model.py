@@ -38,7 +38,9 @@ class _Odd(PreTrainedModel):
 
     def __init__(self) -> None:
         super().__init__(PreTrainedConfig())
-        self.towers = nn.ModuleDict({"left": nn.Sequential(nn.ModuleList([_Outer(), _Outer()])), "right": nn.ModuleList([_Outer()])})
+        self.towers = nn.ModuleDict(
+            {"left": nn.Sequential(nn.ModuleList([_Outer(), _Outer()])), "right": nn.ModuleList([_Outer()])}
+        )
         self.heads = nn.ModuleList([nn.Linear(8, 3), nn.Linear(8, 3)])
         self.convolutions = nn.ModuleList([nn.Sequential(nn.Conv1d(8, 8, 3), nn.LayerNorm(8))])
         self.project = nn.Linear(8, 8)
@@ -51,7 +53,13 @@ def test_stacks_are_found_by_structure():
     expected = {
         f"{block}.{linear}"
         for block in ("towers.left.0.0", "towers.left.0.1", "towers.right.0")
-        for linear in ("parts.attention", "inner.0.experts.0.0", "inner.0.experts.0.1", "inner.0.experts.1.0", "inner.0.experts.1.1")
+        for linear in (
+            "parts.attention",
+            "inner.0.experts.0.0",
+            "inner.0.experts.0.1",
+            "inner.0.experts.1.0",
+            "inner.0.experts.1.1",
+        )
     }
     assert set(block_linears(model)) == expected, "heads, routers, embeddings and convolutions are no part of it"
     assert set(sparsify(model, "2:4")) == expected
@@ -163,7 +171,9 @@ def test_masks_that_do_not_fit_are_refused():
             sparsify(model, "2:4", masks=changed)
     for name, mask in masks.items():
         model.get_parameter(name).data.mul_(mask)
-    with pytest.raises(MaskLLMError, match=r"q_proj\.weight: output 0, block 0 has 2 weights that are not zero; pattern 1:4 wants 1"):
+    with pytest.raises(
+        MaskLLMError, match=r"q_proj\.weight: output 0, block 0 has 2 weights that are not zero; pattern 1:4 wants 1"
+    ):
         sparsify(model, "1:4", train="weights")
     with pytest.raises(MaskLLMError, match=r"q_proj: its weight is torch\.bfloat16.*dtype=torch\.float32"):
         sparsify(model.bfloat16(), "2:4", train="weights")
