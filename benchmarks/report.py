@@ -107,7 +107,8 @@ def overview_text(found: dict[str, Result], older: Collection[str]) -> str:
         "## Measurements",
         "",
         "`python -m benchmarks.report run NAME` repeats one.",
-        f"Code is `{OLDER}` if what a measurement depends on differs from its commit, or if the commit is not known.",
+        f"Code is `{OLDER}` if what a measurement depends on differed from its commit when this page was rendered, or if the commit is "
+        "unknown.",
         "Load is the number of programs that were running when it began.",
         "In a command, `{data}` is the folder of real test data, `{quickstart}` what `make quickstart` has written, `{dense}` the dense "
         "model in it, and `{work}` a folder for its group.",

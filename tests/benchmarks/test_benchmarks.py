@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import importlib
+import itertools
 import json
 import shlex
 import shutil
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import machine
+from benchmarks import machine, masked_weight
 from benchmarks.registry import MEASUREMENTS, TABLES, Measurement
 from benchmarks.results import Result
 from benchmarks.same_bits import make_inputs
@@ -89,3 +90,16 @@ def test_a_benchmark_runs_and_its_table_shows_the_result(name, places, ranks, tm
     for table in TABLES.values():
         if name in table.measurements:
             assert sum(line.startswith("|") for line in table.render({name: result})) > 2
+
+
+def test_the_bandwidth_is_that_of_memory_several_times_the_cache(monkeypatch):
+    monkeypatch.setattr(machine, "cache_bytes", lambda device: 1000)
+    times = itertools.count(step=0.5)
+    assert machine.copy_bandwidth("cpu", lambda: next(times)) == 2 * 4000 / 0.5, "each byte is read and written"
+
+
+def test_the_share_of_bandwidth_counts_what_the_kernels_read_and_write():
+    """32 weights in bf16 with 48 logits in fp32: forward reads both and writes weights; backward reads them and adds to a gradient."""
+    layer = masked_weight.Layer("layer", 4, 8, "cpu")
+    assert layer.forward_bytes == 2 * 32 + 4 * 48 + 2 * 32
+    assert layer.backward_bytes == 2 * 32 + 2 * 32 + 4 * 48 + 2 * 4 * 48

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import kill_resume
+from benchmarks import kill_resume, tables
+from benchmarks.results import Result
 from tests.ranks import Job
 
 
@@ -19,6 +20,8 @@ def check(report: dict[str, Any], cycles: int) -> None:
     assert report["tensors_in_each"] > 8
     assert len(report["history"]) == cycles
     assert report["runs_compared"] >= 1
+    lines = tables.kill_resume({"kill-resume": Result(report, None, None, None, {}, None, None, None)})
+    assert sum(line.startswith("| tensors that differ") and line.endswith(" 0 |") for line in lines) == 1
 
 
 @pytest.mark.slow
