@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "kernels.h"
+#include "launch.h"
 
 namespace maskllm {
 namespace {
@@ -84,7 +85,7 @@ __device__ void write_sums(double squares, double certainty, double* sums) {
   __shared__ double shared[2][kThreads];
   shared[0][threadIdx.x] = squares;
   shared[1][threadIdx.x] = certainty;
-  for (int half = kThreads / 2; half > 0; half /= 2) {
+  for (unsigned half = kThreads / 2; half > 0; half /= 2) {
     __syncthreads();
     if (threadIdx.x < half) {
       shared[0][threadIdx.x] += shared[0][threadIdx.x + half];
@@ -248,27 +249,31 @@ void with_logits(Type type, const Work& work) {
 }
 
 template <class P>
-void forward_of(const ForwardArgs& args, int64_t blocks, int grid, double* sums, cudaStream_t stream) {
+cudaError_t forward_of(const ForwardArgs& args, int64_t blocks, int grid, double* sums, cudaStream_t stream) {
   const bool aligned = aligned16(args.weight) && aligned16(args.logits) && aligned16(args.masked);
+  cudaError_t error = cudaSuccess;
   with_type(args.weight_type, [&](auto weight) {
     with_logits(args.logits_type, [&](auto logit) {
-      forward_pairs<P, decltype(weight), decltype(logit)><<<grid, kThreads, 0, stream>>>(args, blocks, aligned, sums);
+      error = launch(forward_pairs<P, decltype(weight), decltype(logit)>, grid, kThreads, stream, args, blocks, aligned, sums);
     });
   });
+  return error;
 }
 
 template <class P>
-void backward_of(const BackwardArgs& args, int64_t blocks, int grid, cudaStream_t stream) {
+cudaError_t backward_of(const BackwardArgs& args, int64_t blocks, int grid, cudaStream_t stream) {
   const bool aligned = aligned16(args.weight) && aligned16(args.logits) && aligned16(args.grad) && aligned16(args.grad_logits) &&
                        aligned16(args.grad_weight);
+  cudaError_t error = cudaSuccess;
   with_type(args.weight_type, [&](auto weight) {
     with_logits(args.logits_type, [&](auto logit) {
       with_logits(args.grad_logits_type, [&](auto grad_logit) {
-        backward_pairs<P, decltype(weight), decltype(logit), decltype(grad_logit)>
-            <<<grid, kThreads, 0, stream>>>(args, blocks, aligned);
+        error = launch(backward_pairs<P, decltype(weight), decltype(logit), decltype(grad_logit)>, grid, kThreads, stream, args, blocks,
+                       aligned);
       });
     });
   });
+  return error;
 }
 
 bool has_pair_kernel(const MaskedWeightArgs& args) { return args.logits_type != Type::kFloat16; }
@@ -284,26 +289,17 @@ int masked_weight_grid(int64_t blocks, int processors) {
 cudaError_t launch_forward(const AnyPattern& pattern, const ForwardArgs& args, int64_t blocks, int grid, double* sums,
                            cudaStream_t stream) {
   if (blocks == 0) return cudaSuccess;
-  if (has_pair_kernel(args) && is_two_of_four(pattern)) {
-    forward_of<TwoOfFour>(args, blocks, grid, sums, stream);
-  } else if (has_pair_kernel(args) && is_one_of_four(pattern)) {
-    forward_of<OneOfFour>(args, blocks, grid, sums, stream);
-  } else {
-    forward_any<<<grid, kThreads, 0, stream>>>(pattern, args, blocks, sums);
-  }
-  return cudaGetLastError();
+  if (has_pair_kernel(args) && is_two_of_four(pattern)) return forward_of<TwoOfFour>(args, blocks, grid, sums, stream);
+  if (has_pair_kernel(args) && is_one_of_four(pattern)) return forward_of<OneOfFour>(args, blocks, grid, sums, stream);
+  return launch(forward_any, grid, kThreads, stream, pattern, args, blocks, sums);
 }
 
 cudaError_t launch_backward(const AnyPattern& pattern, const BackwardArgs& args, int64_t blocks, int grid, cudaStream_t stream) {
   if (blocks == 0) return cudaSuccess;
-  if (has_pair_kernel(args) && args.grad_logits_type != Type::kFloat16 && is_two_of_four(pattern)) {
-    backward_of<TwoOfFour>(args, blocks, grid, stream);
-  } else if (has_pair_kernel(args) && args.grad_logits_type != Type::kFloat16 && is_one_of_four(pattern)) {
-    backward_of<OneOfFour>(args, blocks, grid, stream);
-  } else {
-    backward_any<<<grid, kThreads, 0, stream>>>(pattern, args, blocks);
-  }
-  return cudaGetLastError();
+  const bool pairs = has_pair_kernel(args) && args.grad_logits_type != Type::kFloat16;
+  if (pairs && is_two_of_four(pattern)) return backward_of<TwoOfFour>(args, blocks, grid, stream);
+  if (pairs && is_one_of_four(pattern)) return backward_of<OneOfFour>(args, blocks, grid, stream);
+  return launch(backward_any, grid, kThreads, stream, pattern, args, blocks);
 }
 
 }  // namespace maskllm

@@ -1,6 +1,7 @@
 // Matrix operators on CUDA: winner bits, the N:M check, 2:4 compression and decompression. One byte or one block per thread.
 #include "../include/winner.h"
 #include "kernels.h"
+#include "launch.h"
 
 namespace maskllm {
 namespace {
@@ -56,22 +57,19 @@ __global__ void decompress_kernel(const Bits* values, const uint8_t* metadata, i
   }
 }
 
+// work(bits) with an unsigned integer as large as an element.
 template <class Work>
 cudaError_t with_bits(int element_size, const Work& work) {
   switch (element_size) {
     case 1:
-      work(uint8_t{});
-      break;
+      return work(uint8_t{});
     case 2:
-      work(uint16_t{});
-      break;
+      return work(uint16_t{});
     case 4:
-      work(uint32_t{});
-      break;
+      return work(uint32_t{});
     default:
       return cudaErrorInvalidValue;
   }
-  return cudaGetLastError();
 }
 
 }  // namespace
@@ -80,19 +78,12 @@ cudaError_t launch_winner_bits(const AnyPattern& pattern, const void* logits, Ty
                                cudaStream_t stream) {
   const int64_t bytes = rows * ((blocks * pattern.m + 7) / 8);
   if (bytes == 0) return cudaSuccess;
-  const int grid = grid_for(bytes);
-  switch (type) {
-    case Type::kFloat32:
-      winner_kernel<<<grid, kThreads, 0, stream>>>(pattern, static_cast<const float*>(logits), rows, blocks, bits);
-      break;
-    case Type::kBFloat16:
-      winner_kernel<<<grid, kThreads, 0, stream>>>(pattern, static_cast<const BFloat16*>(logits), rows, blocks, bits);
-      break;
-    case Type::kFloat16:
-      winner_kernel<<<grid, kThreads, 0, stream>>>(pattern, static_cast<const Float16*>(logits), rows, blocks, bits);
-      break;
-  }
-  return cudaGetLastError();
+  cudaError_t error = cudaSuccess;
+  with_type(type, [&](auto value) {
+    using Value = decltype(value);
+    error = launch(winner_kernel<Value>, grid_for(bytes), kThreads, stream, pattern, static_cast<const Value*>(logits), rows, blocks, bits);
+  });
+  return error;
 }
 
 cudaError_t launch_first_violation(const void* matrix, int element_size, Number number, int64_t blocks, int n, int m,
@@ -100,8 +91,8 @@ cudaError_t launch_first_violation(const void* matrix, int element_size, Number 
   if (blocks == 0) return cudaSuccess;
   return with_bits(element_size, [&](auto bits) {
     using Bits = decltype(bits);
-    violation_kernel<<<grid_for(blocks), kThreads, 0, stream>>>(static_cast<const Bits*>(matrix), magnitude_bits<Bits>(number), blocks,
-                                                                n, m, found);
+    return launch(violation_kernel<Bits>, grid_for(blocks), kThreads, stream, static_cast<const Bits*>(matrix),
+                  magnitude_bits<Bits>(number), blocks, n, m, found);
   });
 }
 
@@ -110,8 +101,8 @@ cudaError_t launch_compress24(const void* matrix, int element_size, Number numbe
   if (rows * blocks == 0) return cudaSuccess;
   return with_bits(element_size, [&](auto bits) {
     using Bits = decltype(bits);
-    compress_kernel<<<grid_for(rows * ((blocks + 1) / 2)), kThreads, 0, stream>>>(
-        static_cast<const Bits*>(matrix), magnitude_bits<Bits>(number), rows, blocks, static_cast<Bits*>(values), metadata, found);
+    return launch(compress_kernel<Bits>, grid_for(rows * ((blocks + 1) / 2)), kThreads, stream, static_cast<const Bits*>(matrix),
+                  magnitude_bits<Bits>(number), rows, blocks, static_cast<Bits*>(values), metadata, found);
   });
 }
 
@@ -120,8 +111,8 @@ cudaError_t launch_decompress24(const void* values, const uint8_t* metadata, int
   if (rows * blocks == 0) return cudaSuccess;
   return with_bits(element_size, [&](auto bits) {
     using Bits = decltype(bits);
-    decompress_kernel<<<grid_for(rows * blocks), kThreads, 0, stream>>>(static_cast<const Bits*>(values), metadata, rows, blocks,
-                                                                        static_cast<Bits*>(matrix));
+    return launch(decompress_kernel<Bits>, grid_for(rows * blocks), kThreads, stream, static_cast<const Bits*>(values), metadata, rows,
+                  blocks, static_cast<Bits*>(matrix));
   });
 }
 

@@ -1,6 +1,7 @@
 // Random numbers for stochastic rounding on CUDA, one block per thread.
 #include "../include/rounding.h"
 #include "kernels.h"
+#include "launch.h"
 
 namespace maskllm {
 namespace {
@@ -22,9 +23,7 @@ cudaError_t launch_rounding(const Key& key, const Shard& shard, int64_t first, i
                             cudaStream_t stream) {
   if (count == 0) return cudaSuccess;
   const int64_t needed = (count + kThreads - 1) / kThreads;
-  rounding_kernel<<<static_cast<int>(needed < kMaxGrid ? needed : kMaxGrid), kThreads, 0, stream>>>(key, shard, first, count, candidates,
-                                                                                                 to);
-  return cudaGetLastError();
+  return launch(rounding_kernel, needed < kMaxGrid ? needed : kMaxGrid, kThreads, stream, key, shard, first, count, candidates, to);
 }
 
 }  // namespace maskllm

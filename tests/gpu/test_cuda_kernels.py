@@ -1,50 +1,18 @@
-"""The CUDA kernels against the PyTorch reference. Needs a CUDA GPU and the kernels built for it."""
+"""The operators on a GPU: gradients, CUDA graphs, cuSPARSELt. Needs a CUDA GPU and the kernels built for it.
+
+test_kernels.py compares the kernels themselves with the CPU's.
+"""
 
 import pytest
 import torch
 
 from maskllm.errors import MaskLLMError
-from maskllm.ops import (
-    NoiseKey,
-    ShardMap,
-    Sparse24Linear,
-    compress24,
-    decompress24,
-    masked_weight,
-    philox_key,
-    reference,
-    winner_bits,
-)
+from maskllm.ops import NoiseKey, ShardMap, Sparse24Linear, masked_weight, reference
 from maskllm.ops.algorithm_cache import AlgorithmCache
 from maskllm.ops.extension import has_kernels, kernels
 from maskllm.patterns import Pattern
-from tests.gradients import TOLERANCE, logits_gradient_error
 
 pytestmark = pytest.mark.skipif(not (torch.cuda.is_available() and has_kernels("cuda")), reason="needs a CUDA GPU and its kernels")
-
-
-@pytest.mark.parametrize("hard", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("pattern", "out", "blocks"), [("2:4", 1, 1), ("2:4", 33, 129), ("1:4", 7, 35), ("4:8", 3, 9)])
-def test_masked_weight_matches_the_reference(pattern, out, blocks, dtype, hard):
-    pattern = Pattern.parse(pattern)
-    torch.manual_seed(0)
-    weight = torch.randn(out, blocks * pattern.m, device="cuda").to(dtype).requires_grad_()
-    logits = torch.randn(out, blocks, pattern.num_candidates, device="cuda", requires_grad=True)
-    grad = torch.randn_like(weight)
-    key = NoiseKey(philox_key(0, "layer"), 1 << 33, ShardMap(blocks + 5, 2, 1, 3, 40))
-    stats = torch.zeros(2, device="cuda")
-    masked = masked_weight(
-        weight, logits, pattern=pattern, key=key, scale=3.0, temperature=0.7, weight_reg=0.1, hard=hard, stats=stats
-    )
-    masked.backward(grad)
-    inputs = (weight.detach(), logits.detach().double(), pattern, key, 3.0, 0.7)
-    expected, sums = reference.forward(*inputs, hard, True)
-    _, of_weight = reference.backward(grad, *inputs, 0.1, hard)
-    rounding = max(torch.finfo(dtype).eps, 4e-6)
-    for found, wanted, tolerance in ((masked, expected, rounding), (stats, sums, 4e-6), (weight.grad, of_weight, rounding)):
-        assert (found.double() - wanted.double()).abs().max() <= tolerance * wanted.abs().max()
-    assert logits_gradient_error(logits.grad, grad, *inputs, 0.1, hard).max() <= TOLERANCE
 
 
 def test_the_gradient_is_added_to_an_unaligned_main_grad():
@@ -67,17 +35,6 @@ def test_a_cuda_graph_can_capture_the_launches():
         captured = masked_weight(weight, logits, **options)
     graph.replay()
     assert torch.equal(captured, expected)
-
-
-def test_matrix_operators_match_those_on_the_cpu():
-    logits = torch.randint(-3, 4, (9, 13, 6)).float()
-    assert torch.equal(winner_bits(logits.cuda(), Pattern(2, 4)).cpu(), winner_bits(logits, Pattern(2, 4)))
-    matrix = torch.randn(9, 13, 4) * (torch.rand(9, 13, 4).argsort(-1) < 2)
-    matrix = matrix.flatten(1)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
-        cpu, cuda = compress24(matrix.to(dtype)), compress24(matrix.to(dtype).cuda())
-        assert all(torch.equal(one.view(torch.uint8), other.cpu().view(torch.uint8)) for one, other in zip(cpu, cuda, strict=True))
-        assert torch.equal(decompress24(*cuda).cpu(), decompress24(*cpu))
 
 
 def sparse_weight(out: int, inputs: int, dtype: torch.dtype) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""csrc/cuda/cusparselt.cpp on the CPU: compiled against `cusparselt_on_cpu`, which stands in for CUDA and cuSPARSELt."""
+"""csrc/cuda/cusparselt.cpp on the CPU: compiled against stand-ins for cuSPARSELt (`cusparselt_on_cpu`) and CUDA (`cuda_on_cpu`)."""
 
 import ctypes
 import os
@@ -18,7 +18,7 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parents[2]
-FAKE = Path(__file__).parent / "cusparselt_on_cpu"
+FAKES = [Path(__file__).parent / folder for folder in ("cusparselt_on_cpu", "cuda_on_cpu")]
 EXPORTS = """
 extern "C" const char* take_calls() { static std::string taken; taken.swap(fake::calls); fake::calls.clear(); return taken.c_str(); }
 extern "C" int live() { return fake::live; }
@@ -48,7 +48,10 @@ def library(tmp_path_factory):
         source.replace("TORCH_LIBRARY_IMPL(maskllm, CUDA,", "TORCH_LIBRARY_IMPL(maskllm, CPU,") + EXPORTS
     )
     torch_folder = Path(torch.__file__).parent
-    includes = [f"-I{FAKE}", *(f"-isystem{torch_folder / path}" for path in ("include", "include/torch/csrc/api/include"))]
+    includes = [
+        *(f"-I{folder}" for folder in FAKES),
+        *(f"-isystem{torch_folder / path}" for path in ("include", "include/torch/csrc/api/include")),
+    ]
     flags = [
         "-std=c++20",
         "-O0",

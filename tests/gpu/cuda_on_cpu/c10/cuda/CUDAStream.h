@@ -1,5 +1,5 @@
 #pragma once
-using cudaStream_t = void*;
+#include <cuda_runtime_api.h>
 
 namespace c10::cuda {
 inline cudaStream_t getCurrentCUDAStream() { return nullptr; }
