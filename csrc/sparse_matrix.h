@@ -6,8 +6,10 @@
 
 #include <algorithm>
 #include <optional>
+#include <vector>
 
 #include "include/sparse_matrix.h"
+#include "tensors.h"
 
 namespace maskllm {
 
@@ -72,6 +74,22 @@ inline SparseMatrix sparse_matrix(const SparseTensors& tensors, int64_t in, int6
     matrix.scales = tensors.scales->const_data_ptr<float>();
   }
   return matrix;
+}
+
+// Activations [..., in] as rows, and the shape of the result [..., out].
+struct Activations {
+  at::Tensor rows;
+  std::vector<int64_t> shape;
+};
+
+inline Activations activations(const at::Tensor& input, const std::optional<at::Tensor>& bias, const SparseMatrix& matrix) {
+  type_of(input, "input");
+  if (bias.has_value()) check_shape(*bias, "bias", input.scalar_type(), {matrix.out});
+  std::vector<int64_t> shape(input.sizes().begin(), input.sizes().end());
+  shape.back() = matrix.out;
+  int64_t rows = 1;
+  for (size_t d = 0; d + 1 < shape.size(); ++d) rows *= shape[d];
+  return {input.contiguous().view({rows, matrix.in}), std::move(shape)};
 }
 
 }  // namespace maskllm

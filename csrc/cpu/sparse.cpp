@@ -14,7 +14,6 @@
 #include <cstring>
 #include <memory>
 
-#include "../tensors.h"
 #include "kernels.h"
 #include "sparse_kernels.h"
 
@@ -101,13 +100,8 @@ at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values, cons
                          const std::optional<at::Tensor>& bias, int64_t n, int64_t m, int64_t bits, int64_t group_size) {
   TORCH_CHECK(input.dim() >= 1, "input is a scalar; wanted [..., in]");
   const SparseMatrix matrix = sparse_matrix({values, places, scales, row_starts}, input.size(-1), n, m, bits, group_size);
-  type_of(input, "input");
-  if (bias.has_value()) check_shape(*bias, "bias", input.scalar_type(), {matrix.out});
-  std::vector<int64_t> shape(input.sizes().begin(), input.sizes().end());
-  shape.back() = matrix.out;
-  int64_t rows = 1;
-  for (size_t d = 0; d + 1 < shape.size(); ++d) rows *= shape[d];
-  const at::Tensor flat = input.contiguous().view({rows, matrix.in});
+  const auto [flat, shape] = activations(input, bias, matrix);
+  const int64_t rows = flat.size(0);
   at::Tensor result = at::empty({rows, matrix.out}, input.options());
   if (rows > 0 && matrix.out > 0) {
     if (rows <= (instruction_set().bf16 ? kFewRows : kFewRowsWithoutBFloat16)) {

@@ -6,6 +6,7 @@
 
 #include "../include/compress24.h"
 #include "../include/masked_weight_args.h"
+#include "../include/sparse_matrix.h"
 
 namespace maskllm {
 
@@ -32,5 +33,32 @@ cudaError_t launch_compress24(const void* matrix, int element_size, Number numbe
                               uint8_t* metadata, unsigned long long* first, cudaStream_t stream);
 cudaError_t launch_decompress24(const void* values, const uint8_t* metadata, int element_size, int64_t rows, int64_t blocks,
                                 void* matrix, cudaStream_t stream);
+
+// Rows of activations [rows, in] times a stored matrix. The inputs, the bias (or null) and the result have one type.
+struct SparseProduct {
+  const void* inputs;
+  Type type;
+  int64_t rows;
+  const void* bias;
+  void* result;  // [rows, out]
+};
+
+// The most rows of activations of `launch_sparse_linear`.
+constexpr int64_t kMostRows = 16;
+cudaError_t launch_sparse_linear(const SparseMatrix& matrix, const SparseProduct& product, cudaStream_t stream);
+
+// The same on tensor cores, for matrices and inputs that `takes_tiles` accepts. A weight is rounded to the inputs' type. `aligned_inputs`:
+// every row of them begins at a multiple of 16 bytes.
+bool takes_tiles(const SparseMatrix& matrix, Type inputs);
+cudaError_t launch_sparse_tiles(const SparseMatrix& matrix, const SparseProduct& product, bool aligned_inputs, cudaStream_t stream);
+
+// `to` is dense [out, in].
+cudaError_t launch_sparse_expand(const SparseMatrix& matrix, Type type, void* to, cudaStream_t stream);
+
+// The first fault in the order of `Fault`, then of rows, then of their blocks, groups or values. `found` holds UINT64_MAX twice before the
+// launch. It becomes `fault << kFaultShift`, plus the row (of a fault in the values of an unstructured matrix, the value's index);
+// and the block, group or value in the row. Nothing changes if there is no fault.
+constexpr int kFaultShift = 56;
+cudaError_t launch_sparse_check(const SparseMatrix& matrix, unsigned long long* found, cudaStream_t stream);
 
 }  // namespace maskllm

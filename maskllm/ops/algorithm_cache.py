@@ -38,15 +38,15 @@ class AlgorithmCache:
         except ValueError as error:
             raise MaskLLMError(f"{self.path}: not JSON ({error}); delete it, and new searches will write it again") from error
         for key, choice in choices.items() if isinstance(choices, dict) else [("the file", choices)]:
-            if not (isinstance(choice, list) and len(choice) == 4 and all(type(number) is int for number in choice)):
+            if not (isinstance(choice, list) and len(choice) in (0, 4) and all(type(number) is int for number in choice)):
                 raise MaskLLMError(
-                    f"{self.path}: {key}: wanted a list of four integers; delete the file, and new searches will write it again"
+                    f"{self.path}: {key}: wanted a list of four integers or none; delete the file, and new searches will write it again"
                 )
         return choices
 
-    def get(self, key: str) -> list[int]:
-        """The algorithm found for `key`, or an empty list, which means the library's default."""
-        return self._choices.get(key, [])
+    def get(self, key: str) -> list[int] | None:
+        """The algorithm found for `key`, an empty list if torch's dense product is faster, or None if nobody has looked yet."""
+        return self._choices.get(key)
 
     def put(self, key: str, choice: list[int]) -> None:
         """Store an algorithm and write the file, including what other processes have added in the meantime."""

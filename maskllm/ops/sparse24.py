@@ -36,7 +36,8 @@ def _linear_shape(input, compressed, out_features, bias, activation, algorithm):
     return input.new_empty((input.shape[0], out_features))
 
 
-def _can_multiply(device: torch.device) -> bool:
+def can_multiply(device: torch.device) -> bool:
+    """Whether the device has 2:4 products."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -76,7 +77,7 @@ class Sparse24Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.name, self.activation = name, activation
-        if not _can_multiply(weight.device):
+        if not can_multiply(weight.device):
             raise MaskLLMError(f"{name}: on {weight.device}; {_NEEDS}")
         self._check_dtype(weight.dtype)
         if activation not in ("", "relu", "gelu"):
@@ -113,7 +114,7 @@ class Sparse24Linear(nn.Module):
         self.device, self._packed = device, None
         if self.bias is not None:
             self.bias = _aligned(self.bias.to(device, self.dtype))
-        if not _can_multiply(device):
+        if not can_multiply(device):
             return
         weight = decompress24(self.values.to(device), self.metadata.to(device))
         try:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from maskllm.errors import MaskLLMError
+from maskllm.ops import sparse_many_rows  # noqa: F401  (the CUDA operator calls its operator)
 from maskllm.ops import sparse_reference as reference
 from maskllm.ops.compress24 import compress24
 from maskllm.ops.extension import kernels

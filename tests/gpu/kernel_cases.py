@@ -3,7 +3,7 @@
 `CASES` maps a name to a function of a `Backend`. tests/gpu/test_kernels.py runs them on a GPU. Without one, it builds the kernels for
 the CPU (tests/gpu/cuda_on_cpu) and runs this module in a process of its own, which AddressSanitizer watches:
 
-    python -m tests.gpu.kernel_cases LIBRARY
+    python -m tests.gpu.kernel_cases LIBRARY [CASE ...]
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from typing import Any
 
 import torch
 
-from maskllm.ops import NoiseKey, ShardMap, philox_key, reference
+from maskllm.ops import Layout, NoiseKey, ShardMap, philox_key, reference, sparse_pack
+from maskllm.ops import sparse_reference as stored_reference
 from maskllm.patterns import Pattern
 from tests.gradients import TOLERANCE, logits_gradient_error
+from tests.ops.test_sparse_linear import ALL_LAYOUTS, DTYPES, FAULTS, assert_near, columns, matrix, stored
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 OPERATORS = (
@@ -29,6 +31,9 @@ OPERATORS = (
     "first_violation",
     "compress24",
     "decompress24",
+    "sparse_linear",
+    "sparse_expand",
+    "sparse_check",
 )
 CPU: Any = torch.ops.maskllm
 """The operators on the CPU."""
@@ -209,6 +214,101 @@ def rounding(backend: Backend) -> None:
         assert same_bits(found, wanted)
 
 
+def on_device(backend: Backend, tensors: dict[str, torch.Tensor], offset: int = 0) -> list[torch.Tensor | None]:
+    """A stored matrix on the device, as the operators take it."""
+    return [None if tensor is None else backend.on(tensor, offset) for tensor in stored(tensors)]
+
+
+def products(backend: Backend, layout: Layout, out: int, least: int, rows: int, number: int) -> None:
+    """A product with a stored matrix against the dense one in fp64, and its expansion, bit for bit, against the CPU's."""
+    in_features, dtype = columns(layout.pattern, least), FLOATS[number % 3]
+    values = DTYPES[layout.bits][number % len(DTYPES[layout.bits])]
+    tensors = sparse_pack(matrix(layout.pattern, out, in_features, values), layout)
+    on, numbers = on_device(backend, tensors, number % 2), layout.numbers
+    data = torch.randn(rows, in_features).to(dtype)
+    bias = torch.randn(out).to(dtype) if number % 4 < 2 else None
+    found = backend.ops.sparse_linear(backend.on(data, number % 2), *on, None if bias is None else backend.on(bias), *numbers).cpu()
+    assert (found.dtype, found.shape) == (dtype, (rows, out))
+    on_tiles = rows > 4 and layout.quantized and layout.pattern in (Pattern(2, 4), Pattern(1, 4))
+    as_inputs = rows > 16 or on_tiles  # weights are rounded to the inputs' dtype
+    dense = stored_reference.expand(*stored(tensors), in_features, numbers, dtype if as_inputs else torch.float32)
+    assert_near(found, data, dense.double(), torch.zeros(out) if bias is None else bias, False)
+    wanted = FLOATS[number // 2 % 3]
+    expanded = backend.ops.sparse_expand(*on, in_features, *numbers, wanted)
+    assert same_bits(expanded, CPU.sparse_expand(*stored(tensors), in_features, *numbers, wanted))
+    assert backend.ops.sparse_check(*on, in_features, *numbers).tolist() == [0, 0, 0]
+
+
+@case
+def products_with_every_layout(backend: Backend) -> None:
+    sizes = ((5, 200, 3), (3, 264, 16), (1, 4, 1), (9, 1032, 1))
+    for number, layout in enumerate(ALL_LAYOUTS):
+        for turn in range(2):
+            products(backend, layout, *sizes[(number + 2 * turn) % 4], number + turn)
+
+
+@case
+def products_of_wide_matrices(backend: Backend) -> None:
+    """More columns than the threads of a block take in one turn."""
+    for number, layout in enumerate(
+        (Layout(Pattern(2, 4), 16), Layout(Pattern(1, 4), 8, 64), Layout(Pattern(2, 4), 4, 128), Layout(None, 16))
+    ):
+        for rows in (1, 7):
+            products(backend, layout, 6, 4400, rows, number)
+
+
+@case
+def products_of_many_rows(backend: Backend) -> None:
+    for number, layout in enumerate(
+        (Layout(Pattern(2, 4), 16), Layout(Pattern(1, 4), 8), Layout(Pattern(4, 8), 32), Layout(None, 4))
+    ):
+        products(backend, layout, 5, 72, 17, number)
+
+
+@case
+def products_with_inputs_of_any_shape(backend: Backend) -> None:
+    layout = Layout(Pattern(2, 4), 16)
+    on = on_device(backend, sparse_pack(matrix(layout.pattern, 10, 128, torch.bfloat16), layout))
+    data = backend.on(torch.randn(3, 2, 256).bfloat16())
+    flat = backend.ops.sparse_linear(data[..., ::2].reshape(6, 128), *on, None, *layout.numbers)
+    for part, wanted in ((data[..., ::2], flat.view(3, 2, 10)), (data[:0, :, ::2], flat[:0].view(0, 2, 10))):
+        found = backend.ops.sparse_linear(part, *on, None, *layout.numbers)
+        assert found.shape == wanted.shape and torch.equal(found, wanted)
+    none = backend.ops.sparse_linear(data[0, 0, ::2], *[each if each is None else each[:0] for each in on], None, *layout.numbers)
+    assert none.shape == (0,)
+
+
+@case
+def faults_of_stored_matrices(backend: Backend) -> None:
+    for layout, key, place, change in FAULTS.values():
+        in_features = columns(layout.pattern, 65)
+        tensors = sparse_pack(matrix(layout.pattern, 5, in_features, DTYPES[layout.bits][0]), layout)
+        tensors[key] = tensors[key].clone()
+        tensors[key][place] = change(tensors[key][place].item())
+        found = backend.ops.sparse_check(*on_device(backend, tensors), in_features, *layout.numbers)
+        assert tuple(found.tolist()) == stored_reference.first_fault(*stored(tensors), in_features, layout.numbers)
+
+
+@case
+def damaged_matrices(backend: Backend) -> None:
+    """Random bits flipped: the check finds what the CPU's finds, and what passes it is expanded inside of its tensors."""
+    for number in range(70):
+        layout = ALL_LAYOUTS[number % len(ALL_LAYOUTS)]
+        out, in_features = 1 + number % 9, columns(layout.pattern, 1 + 7 * (number % 29))
+        tensors = sparse_pack(matrix(layout.pattern, out, in_features, DTYPES[layout.bits][0], seed=number), layout)
+        for key in tensors:
+            if torch.rand(()) < 0.5 and tensors[key].numel():
+                tensors[key] = tensors[key].clone()
+                memory = tensors[key].view(-1).view(torch.uint8)
+                memory[torch.randint(len(memory), ())] ^= 1 << int(torch.randint(8, ()))
+        on = on_device(backend, tensors)
+        found = backend.ops.sparse_check(*on, in_features, *layout.numbers).tolist()
+        assert found == CPU.sparse_check(*stored(tensors), in_features, *layout.numbers).tolist()
+        if found[0] == stored_reference.FINE:
+            backend.ops.sparse_expand(*on, in_features, *layout.numbers, torch.float32)
+            backend.ops.sparse_linear(backend.on(torch.randn(2, in_features)), *on, None, *layout.numbers)
+
+
 def emulated(library: str) -> Backend:
     """The kernels that a library has for CPU tensors."""
     for name in OPERATORS:
@@ -221,11 +321,12 @@ def emulated(library: str) -> Backend:
 def main() -> None:
     backend = emulated(sys.argv[1])
     torch.set_num_threads(1)
-    for name, function in CASES.items():
+    names = sys.argv[2:] or list(CASES)
+    for name in names:
         print(name, flush=True)
         torch.manual_seed(0)
-        function(backend)
-    print(f"{len(CASES)} cases")
+        CASES[name](backend)
+    print(f"{len(names)} cases")
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ class _Library:
 def library(monkeypatch):
     """The layer takes the CPU for a GPU with cuSPARSELt."""
     fake = _Library()
-    monkeypatch.setattr(sparse24, "_can_multiply", lambda device: device.type == "cpu")
+    monkeypatch.setattr(sparse24, "can_multiply", lambda device: device.type == "cpu")
     monkeypatch.setattr(sparse24, "kernels", lambda: SimpleNamespace(has_cusparselt=True))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "GPU")
     with torch.library._scoped_library("maskllm", "IMPL") as implementations:
@@ -69,7 +69,7 @@ def library(monkeypatch):
 @pytest.fixture
 def fallback(monkeypatch):
     """The layer takes the CPU for a GPU, and there is no cuSPARSELt: torch's tensors stand in, here dense ones."""
-    monkeypatch.setattr(sparse24, "_can_multiply", lambda device: device.type == "cpu")
+    monkeypatch.setattr(sparse24, "can_multiply", lambda device: device.type == "cpu")
     monkeypatch.setattr(sparse24, "kernels", lambda: None)
     monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", lambda weight: weight.clone())
 

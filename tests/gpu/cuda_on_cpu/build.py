@@ -49,6 +49,5 @@ def sanitized_environment() -> dict[str, str]:
         "LD_PRELOAD": ":".join(libraries),
         "ASAN_OPTIONS": options,
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "PYTHONMALLOC": "malloc",
         "OMP_NUM_THREADS": "1",
     }

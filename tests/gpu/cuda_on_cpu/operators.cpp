@@ -5,3 +5,4 @@
 #define TORCH_LIBRARY_IMPL(library, device, name) _TORCH_LIBRARY_IMPL(maskllm_emulated, CPU, name, C10_UID)
 
 #include "cuda/operators.cpp"
+#include "cuda/sparse_operators.cpp"

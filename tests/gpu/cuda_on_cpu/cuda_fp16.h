@@ -1,0 +1,6 @@
+#pragma once
+#include <cstdint>
+
+struct __half {
+  uint16_t bits;
+};
