@@ -335,6 +335,12 @@ TABLES = {
             tables.sparse_linear,
         ),
         Table(
+            "sparse-linear-goals",
+            "Products with stored matrices: goals",
+            ("sparse-linear/few-rows", "sparse-linear/one-thread"),
+            tables.sparse_linear_goals,
+        ),
+        Table(
             "sparse-linear-rows",
             "Products with stored matrices: more rows",
             ("sparse-linear/few-rows", "sparse-linear/many-rows"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.results import Result
@@ -21,8 +21,8 @@ def quickstart(found: Results) -> list[str]:
     return [
         *markdown_table(RESULT_COLUMNS, list(map(result_cells, report["results"])), left=1),
         "",
-        f"The masks are learned in {settings['train_iters']} steps, {tokens:,} tokens in all; then weights and masks are trained in "
-        f"{settings['weights_train_iters']} steps of the same size.",
+        f"The masks start from {settings['prior']}'s and are learned in {settings['train_iters']} steps, {tokens:,} tokens in all.",
+        f"Then weights and masks are trained in {settings['weights_train_iters']} steps of the same size.",
         f"Perplexity is that of {evaluation['windows']} held-out windows of {evaluation['seq_length']} tokens.",
         f"All steps together took {format_seconds(report['seconds'])} and at most {format_bytes(report['peak_memory_bytes'])} in all "
         "processes.",
@@ -290,6 +290,28 @@ def sparse_linear(found: Results) -> list[str]:
             )
     header = ["run", "weights", "ms", "GB/s", "share of the read loop", "in cache, GB/s", "torch's dense bf16 over it"]
     return markdown_table(header, cells, left=2)
+
+
+def sparse_linear_goals(found: Results) -> list[str]:
+    """The goals of the products of one row, and what the runs reach."""
+
+    def times(fast: str, slow: str) -> Callable[[Mapping[str, Any]], str]:
+        return lambda rows: f"{rows[slow]['seconds'] / rows[fast]['seconds']:.2f}"
+
+    def bandwidth(rows: Mapping[str, Any]) -> str:
+        row = rows["2:4 bf16"]
+        return f"{row['share_of_read']:.0%}, {row['bytes_a_second'] / row['in_cache_bytes_a_second']:.0%}"
+
+    dense = "dense bf16 (torch)"
+    goals = {
+        "2:4 bf16 at least 1.6 times torch's bf16": times("2:4 bf16", dense),
+        "2:4 bf16 at 85 % of the read bandwidth, or of the loop's own limit in the cache if that is lower": bandwidth,
+        "2:4 int8 at least 1.4 times dense int8": times("2:4 int8", "dense int8 (VNNI loop)"),
+        "2:4 int4 at least 4 times torch's bf16": times("2:4 int4, groups of 128", dense),
+        "1:4 bf16 at least 2.8 times torch's bf16": times("1:4 bf16", dense),
+    }
+    cells = [[goal, *(reached(result.result["one_row"]) for result in found.values())] for goal, reached in goals.items()]
+    return markdown_table(["goal", *(name.partition("/")[2] for name in found)], cells, left=1)
 
 
 def sparse_linear_rows(found: Results) -> list[str]:
