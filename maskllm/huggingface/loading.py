@@ -1,4 +1,4 @@
-"""Hugging Face models for use as they are: loading a causal language model, on a device that works, without transformers' chatter."""
+"""Hugging Face models for use as they are: loading a model, on a device that works, without transformers' chatter."""
 
 from __future__ import annotations
 
@@ -20,9 +20,14 @@ from maskllm.huggingface.tensors import HFTensors, weight_files
 
 
 def load_hf_model(
-    directory: str | os.PathLike, *, dtype: torch.dtype | None = None, device: torch.device, trust_remote_code: bool = False
+    directory: str | os.PathLike,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    model_class: type = AutoModelForCausalLM,
 ) -> PreTrainedModel:
-    """A causal language model in evaluation mode on `device`.
+    """A model in evaluation mode on `device`, a causal language model unless `model_class` is another of transformers' `AutoModelFor...`.
 
     The files are those that `weight_files` names, or pickled weights without any of them.
 
@@ -44,7 +49,7 @@ def load_hf_model(
             config = load_config(directory, trust_remote_code=trust_remote_code)
             if getattr(config, "attn_logit_softcapping", None) is not None:
                 options["attn_implementation"] = "eager"  # transformers before 5.21 takes another one, which has no soft-capping
-            model, loading = AutoModelForCausalLM.from_pretrained(
+            model, loading = model_class.from_pretrained(
                 directory, config=config, local_files_only=True, trust_remote_code=trust_remote_code, **options
             )
             if stored is not None and stored.has_duplicates:  # transformers took those of the last file

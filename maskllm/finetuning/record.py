@@ -1,0 +1,85 @@
+"""What an output directory knows of its run: the settings, and what each stage took."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from maskllm.distributed import from_first_rank, is_first_rank, raised_together
+from maskllm.errors import MaskLLMError, flag
+from maskllm.files import read_json_object, write_json
+from maskllm.processes import peak_resident_bytes
+
+FILE = "run.json"
+
+
+class RunRecord:
+    """The file `run.json` of an output directory. The first process reads and writes it."""
+
+    def __init__(self, output: Path, settings: dict[str, Any]) -> None:
+        """Begin a run, or go on with it. `settings` are those that decide the results, JSON values by option.
+
+        Raises MaskLLMError if the directory holds another run, or anything else.
+        """
+        self._file = output / FILE
+        settings = json.loads(json.dumps(settings))  # as they are read back
+        with raised_together():
+            found = _read(output) if is_first_rank() else None
+        found = from_first_rank(found)
+        if found is None:
+            found = {"settings": settings, "stages": {}}
+        elif changed := [name for name in settings if found["settings"].get(name) != settings[name]]:
+            name = changed[0]
+            raise MaskLLMError(
+                f"{output}: holds a run with {flag(name)} {_text(found['settings'].get(name))}, not {_text(settings[name])}; give the same "
+                "options to go on with it, or another --output"
+            )
+        self.stages: dict[str, dict[str, Any]] = found["stages"]
+        self._settings = settings
+        self._save()
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[Callable[[], None]]:
+        """A block that is the stage `name`, or a part of it; its time is added to the stage's.
+
+        Yields a function to call at a point from which a killed run goes on: it writes down the time up to now.
+        """
+        if is_first_rank():
+            print(f"[{name}]", file=sys.stderr, flush=True)
+        stage = self.stages.setdefault(name, {"seconds": 0.0, "peak_memory_bytes": 0})
+        before, started = stage["seconds"], time.perf_counter()
+
+        def note() -> None:
+            stage["seconds"] = before + time.perf_counter() - started
+            stage["peak_memory_bytes"] = max(stage["peak_memory_bytes"], peak_resident_bytes())
+            self._save()
+
+        try:
+            yield note
+        finally:
+            note()
+
+    def _save(self) -> None:
+        if is_first_rank():
+            write_json(self._file, {"settings": self._settings, "stages": self.stages})
+
+
+def _read(output: Path) -> dict[str, Any] | None:
+    """The record of a directory; None if it is missing or empty."""
+    file = output / FILE
+    if file.exists():
+        return read_json_object(file)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise MaskLLMError(f"--output {output}: exists and holds no run of maskllm finetune; remove it or name another")
+    return None
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(map(str, value))
+    return json.dumps(value) if isinstance(value, dict) else str(value)

@@ -1,0 +1,384 @@
+"""A run of `maskllm finetune`: measure the dense model, prune, measure, train, measure, report.
+
+In the output directory each finished stage has left a file, which appears complete or not at all, so the same command goes on from the
+last one, and from the training's last checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import json
+import math
+import random
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch.utils.data import Subset
+from transformers import PreTrainedModel, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from maskllm.distributed import from_first_rank, is_first_rank
+from maskllm.errors import MaskLLMError
+from maskllm.files import atomic_directory, read_json_object, write_json, write_text
+from maskllm.finetuning.arguments import SparseTrainingArguments
+from maskllm.finetuning.record import RunRecord
+from maskllm.finetuning.report import DENSE, ONE_SHOT, TRAINED, Result, build_report, results_table, write_report
+from maskllm.finetuning.settings import RECIPES, FinetuneSettings
+from maskllm.finetuning.speech import SpeechTask
+from maskllm.finetuning.task import Example, Task
+from maskllm.finetuning.text import TextTask
+from maskllm.finetuning.trainer import SparseTrainer
+from maskllm.finetuning.translation import TranslationTask
+from maskllm.huggingface.blocks import block_linears, matrix
+from maskllm.huggingface.hub import find_source
+from maskllm.huggingface.loading import load_hf_model
+from maskllm.huggingface.mask_file import open_mask_file, write_mask_file
+from maskllm.huggingface.side_files import read_side_files, write_side_files
+from maskllm.huggingface.sparsify import sparsify
+from maskllm.masking.selection import Sparsity
+from maskllm.patterns import Pattern
+from maskllm.pruning.huggingface import prune_hf
+from maskllm.pruning.solve import PruneSettings
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (TextTask, TranslationTask, SpeechTask)}
+HELD_OUT = 0.05
+"""The share of the examples to measure on if there is no file for that."""
+NOT_COMPARED = (
+    "output", "per_device_eval_batch_size", "dataloader_num_workers", "logging_steps", "save_steps", "data", "eval_data",
+)  # fmt: skip
+"""Settings that do not decide the results. Of the files the record has the names and the sizes."""
+COMPLETE = "complete"
+"""An empty file in a checkpoint that all processes have written to its end."""
+
+
+def finetune(settings: FinetuneSettings) -> dict[str, Any]:
+    """Make a model sparse, train it and write model, mask file and report into `settings.output`; returns the report.
+
+    It runs alone, or in every process that torchrun or `accelerate launch` starts. Raises MaskLLMError before any work if a setting, a
+    file or the model cannot be used.
+    """
+    settings = settings.complete()
+    source = find_source(settings.model)
+    task = TASKS[settings.task](source, settings)
+    examples, held_out = _read_data(task, settings)
+    try:
+        return _Run(settings, source, task, examples, held_out).report()
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _read_data(task: Task, settings: FinetuneSettings) -> tuple[Sequence[Example], Sequence[Example]]:
+    """The examples to train on and to measure on."""
+    examples = task.read(settings.data, for_training=True)
+    if settings.eval_data:
+        held_out = task.read(settings.eval_data, for_training=False)
+    else:
+        kept = len(examples) - max(1, round(HELD_OUT * len(examples)))
+        if not kept:
+            raise MaskLLMError(f"{settings.data[0]}: has one example, and none is left to measure on; give --eval-data")
+        examples, held_out = Subset(examples, range(kept)), Subset(examples, range(kept, len(examples)))
+    if settings.eval_samples is not None:
+        held_out = Subset(held_out, range(min(settings.eval_samples, len(held_out))))
+    return examples, held_out
+
+
+class _Run:
+    def __init__(
+        self, settings: FinetuneSettings, source: Path, task: Task, examples: Sequence[Example], held_out: Sequence[Example]
+    ) -> None:
+        self.settings, self.source, self.task, self.examples, self.held_out = settings, source, task, examples, held_out
+        self.output = Path(settings.output)
+        arguments = self._arguments(self.output)
+        self.device = arguments.device  # joins the other processes
+        self._accumulation = arguments.gradient_accumulation_steps
+        self.record = RunRecord(self.output, _compared(settings))
+        if not _exists(self.output / "model"):
+            self._check_models()
+        torch.manual_seed(settings.seed)
+
+    def report(self) -> dict[str, Any]:
+        """Run all stages that have not finished, and write the report."""
+        settings = self.settings
+        dense = Result(DENSE, self._measured("dense", lambda: self._load(self.source)), [])
+        results = [dense]
+        steps = len(settings.targets) or 1
+        if steps > 1:
+            pruned = functools.partial(self._pruned_at_once, settings.targets[-1])
+            results.append(Result(ONE_SHOT, self._measured("one-shot", pruned), []))
+        start, made = self.source, []
+        for number, target in enumerate(settings.targets or [None], start=1):
+            last = number == steps
+            name = TRAINED if last else f"{TRAINED}, {_words(target)}"
+            folder = self.output if last else self.output / f"rung-{number}"
+            made = [*made, *self._stages_of(target)]
+            self._make(folder, target, start, is_first=number == 1)
+            if steps == 1 and target is not None:
+                results.append(Result(ONE_SHOT, self._evaluation("one-shot"), [f"prune {_words(target)}"]))
+            trained = functools.partial(self._load, folder / "model")
+            results.append(Result(name, self._measured("trained" if last else folder.name, trained), made))
+            start = folder / "model"
+        report = build_report(
+            settings,
+            self.task,
+            results,
+            self.record.stages,
+            logs=[
+                json.loads(line)
+                for folder in [*(self.output / f"rung-{number}" for number in range(1, steps)), self.output]
+                for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
+            ],
+            counts={"training_examples": len(self.examples), "examples": len(self.held_out)},
+            training={"gradient_accumulation_steps": self._accumulation, "processes": _processes(), "device": str(self.device)},
+        )
+        if is_first_rank():
+            write_report(report, self.output)
+            print(results_table(report))
+        return report
+
+    def _stages_of(self, target: Sparsity | None) -> list[str]:
+        return [f"prune {_words(target)}", f"train {_words(target)}"] if target is not None else ["train"]
+
+    def _check_models(self) -> None:
+        """Raise MaskLLMError if the model cannot be pruned so, or if the teacher has another shape."""
+        ours = self._load(self.source)
+        for name, linear in block_linears(ours).items():
+            for target in self.settings.targets:
+                if isinstance(target, Pattern):
+                    target.check_divides(matrix(linear).shape[1], name)
+        if self.settings.teacher is None:
+            return
+        theirs = {name: list(weight.shape) for name, weight in self._load(find_source(self.settings.teacher)).named_parameters()}
+        for name, weight in ours.named_parameters():
+            if theirs.get(name) != list(weight.shape):
+                found = theirs.get(name, "no such parameter")
+                raise MaskLLMError(
+                    f"--teacher {self.settings.teacher}: {name} is {found}, that of --model is {list(weight.shape)}; wanted a model of the "
+                    "same shape"
+                )
+
+    def _load(self, directory: Path) -> PreTrainedModel:
+        return load_hf_model(directory, dtype=torch.float32, device=self.device, model_class=self.task.model_class)
+
+    def _measured(self, name: str, model: Callable[[], PreTrainedModel]) -> dict[str, Any]:
+        """The contents of evaluation/NAME.json, which is written first if it is missing. `model` is called for that only."""
+        if not _exists(self._evaluation_file(name)):
+            self._measure(name, model())
+        return self._evaluation(name)
+
+    def _measure(self, name: str, model: PreTrainedModel) -> None:
+        with self.record.stage(f"measure {name}"):
+            found = self.task.measure(model.eval(), self.held_out, self._autocast)
+        weights = [matrix(linear) for linear in block_linears(model).values()]
+        zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
+        if is_first_rank():
+            finite = {key: value if math.isfinite(value) else None for key, value in found.measures.items()}
+            write_json(self._evaluation_file(name), {"measures": finite, "zeros": zeros, "outputs": found.outputs})
+        _wait()
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16)
+
+    def _evaluation_file(self, name: str) -> Path:
+        return self.output / "evaluation" / f"{name}.json"
+
+    def _evaluation(self, name: str) -> dict[str, Any]:
+        return read_json_object(self._evaluation_file(name))
+
+    def _make(self, folder: Path, target: Sparsity | None, start: Path, *, is_first: bool) -> None:
+        """Prune the model at `start` to `target`, None for not at all, train it and write it to `folder`."""
+        if _exists(folder / "model"):
+            return
+        if target is None:
+            self._train(folder, self._load(start), None, None)
+            return
+        mask, model = self._pruned(folder, target, start, zeros_stay=not is_first)
+        if len(self.settings.targets) == 1:
+            self._measured("one-shot", lambda: model)
+        if self.settings.train != "weights":
+            model = self._load(start)
+        self._train(folder, model, target, mask)
+
+    def _pruned(self, folder: Path, target: Sparsity, start: Path, *, zeros_stay: bool) -> tuple[str | Path, PreTrainedModel]:
+        """The mask file of the model at `start` pruned to `target`, and that model, with zeros."""
+        model = self._load(start)
+        mask = self.settings.mask or folder / "pruned.npz"
+        # Updated weights are in the training's checkpoints.
+        if self.settings.mask or _exists(mask) and (not self.settings.update_weights or self._checkpoint(folder)):
+            weights = {f"{name}.weight": linear.weight.data for name, linear in block_linears(model).items()}
+            open_mask_file(mask).apply(weights)
+            if self.settings.mask:
+                _check_share(mask, weights, target)
+            return mask, model
+        masks = self._prune(model, target, zeros_stay=zeros_stay)
+        if is_first_rank():
+            write_mask_file(mask, masks.items())
+        _wait()
+        return mask, model
+
+    def _pruned_at_once(self, target: Sparsity) -> PreTrainedModel:
+        model = self._load(self.source)
+        self._prune(model, target, zeros_stay=False)
+        return model
+
+    def _prune(self, model: PreTrainedModel, target: Sparsity, *, zeros_stay: bool) -> dict[str, torch.Tensor]:
+        """Prune in place; returns the masks. All processes get the first one's weights."""
+        settings = self.settings
+        order = list(range(len(self.examples)))
+        random.Random(settings.seed).shuffle(order)
+        batches = [self.task.collate([self.examples[place]]) for place in order[: settings.calibration_samples]]
+        with self.record.stage(f"prune {_words(target)}"):
+            found = prune_hf(
+                model, batches, PruneSettings(settings.method, target, settings.update_weights, zeros_stay=zeros_stay)
+            )
+            if dist.is_initialized():
+                for linear in block_linears(model).values():
+                    dist.broadcast(linear.weight.data, 0)
+        return found.unpacked(model)
+
+    def _train(self, folder: Path, model: PreTrainedModel, target: Sparsity | None, mask: str | Path | None) -> None:
+        """Train and write the model, the mask file and the log into `folder`."""
+        settings = self.settings
+        teacher = None
+        if settings.distills and (settings.train != "masks" or settings.teacher):
+            teacher = self._load(find_source(settings.teacher) if settings.teacher else self.source)
+        pattern = target if isinstance(target, Pattern) else None
+        if target is None:  # the dense model: masks that remove nothing
+            masks: Any = {
+                f"{name}.weight": torch.ones_like(linear.weight, dtype=torch.bool) for name, linear in block_linears(model).items()
+            }
+        else:
+            masks = open_mask_file(mask)
+        use_cache = getattr(model.config, "use_cache", None)
+        with self.record.stage("train" if target is None else f"train {_words(target)}") as note:
+            sparsify(
+                model, pattern, train=settings.train, masks=masks, prior_strength=settings.prior_strength, seed=settings.seed
+            )
+            trainer = SparseTrainer(
+                model,
+                self._arguments(folder),
+                train_dataset=self.examples,
+                data_collator=self.task.collate,
+                teacher=teacher,
+                callbacks=[_MarkComplete(note)],
+            )
+            trainer.train(resume_from_checkpoint=self._checkpoint(folder))
+            log = trainer.state.log_history
+            model, masks = trainer.finish()
+        if use_cache is not None:
+            model.config.use_cache = use_cache  # Trainer switches it off
+        if is_first_rank():
+            write_text(folder / "log.jsonl", "".join(f"{json.dumps(line)}\n" for line in log))
+            if target is not None:
+                write_mask_file(folder / "mask.npz", masks.items())
+            self._save(folder / "model", model)
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        _wait()
+        del trainer, teacher
+        gc.collect()
+
+    def _save(self, directory: Path, model: PreTrainedModel) -> None:
+        """Write the model in the dtype of the original, with the original's other files."""
+        dtype = getattr(self.task.config, "dtype", None)
+        if isinstance(dtype, torch.dtype):
+            model = model.to(dtype)
+        files = read_side_files(self.source)
+        with atomic_directory(directory) as temporary:
+            write_side_files(files, temporary)
+            model.save_pretrained(temporary)
+
+    def _arguments(self, folder: Path) -> SparseTrainingArguments:
+        """The arguments of a training. Making them joins the processes of the job."""
+        settings = self.settings
+        names = (
+            "ce_loss_coeff", "kl_loss_coeff", "kl_temperature", "squarehead_loss_coeff", "learning_rate", "weights_learning_rate",
+            "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "num_train_epochs", "per_device_train_batch_size", "bf16",
+            "gradient_checkpointing", "dataloader_num_workers", "weight_reg", "seed", "logging_steps", "save_steps",
+        )  # fmt: skip
+        arguments = SparseTrainingArguments(
+            output_dir=str(folder / "checkpoints"),
+            max_steps=settings.max_steps or -1,
+            gumbel_temperature_range=list(settings.gumbel_temperature_range),
+            gumbel_scale_range=list(settings.gumbel_scale_range),
+            gradient_accumulation_steps=settings.gradient_accumulation_steps or 1,
+            save_total_limit=2,  # while the newest is being written, the one before it is the complete one
+            remove_unused_columns=False,
+            report_to="none",
+            use_cpu=not torch.cuda.is_available(),
+            ddp_timeout=7200,
+            **{name: getattr(settings, name) for name in names},
+        )
+        if settings.gradient_accumulation_steps is None:
+            at_once = settings.per_device_train_batch_size * arguments.world_size
+            arguments.gradient_accumulation_steps = max(1, round(RECIPES[settings.task].batch / at_once))
+        return arguments
+
+    def _checkpoint(self, folder: Path) -> str | None:
+        """The newest complete checkpoint of the training in `folder`; those that are not complete are removed."""
+        found = None
+        if is_first_rank():
+            for path in (folder / "checkpoints").glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+                if not (path / COMPLETE).exists():
+                    shutil.rmtree(path)
+                elif found is None or _step(path) > _step(found):
+                    found = path
+        return from_first_rank(found and str(found))
+
+
+class _MarkComplete(TrainerCallback):
+    """Marks each checkpoint that all processes have written."""
+
+    def __init__(self, note: Callable[[], None]) -> None:
+        self._note = note
+
+    def on_save(self, args: SparseTrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        _wait()
+        if is_first_rank():
+            (Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / COMPLETE).touch()
+            self._note()
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _compared(settings: FinetuneSettings) -> dict[str, Any]:
+    """The settings that decide the results, and the names and sizes of the files."""
+    values = {name: value for name, value in asdict(settings).items() if name not in NOT_COMPARED}
+    for name in ("data", "eval_data"):
+        values[name] = {str(Path(file).resolve()): Path(file).stat().st_size for file in getattr(settings, name)}
+    return values
+
+
+def _words(target: Sparsity | None) -> str:
+    """2:4, or 75 %."""
+    return str(target) if isinstance(target, Pattern) else f"{100 * target:g} %"
+
+
+def _check_share(mask: str | Path, weights: dict[str, torch.Tensor], target: Sparsity) -> None:
+    """Raise MaskLLMError if a given mask file does not remove the share of the weights that is wanted."""
+    removed = sum(int((weight == 0).sum()) for weight in weights.values()) / sum(weight.numel() for weight in weights.values())
+    wanted = target.sparsity if isinstance(target, Pattern) else target
+    if abs(removed - wanted) > 0.005:
+        raise MaskLLMError(f"{mask}: removes {100 * removed:.1f} % of the weights, wanted {_words(target)}")
+
+
+def _exists(path: Path) -> bool:
+    """Whether the first process sees a path; the processes agree on that."""
+    return from_first_rank(path.exists())
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _wait() -> None:
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,145 @@
+"""Text: a causal language model, measured by perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from maskllm.data.json_lines import document, json_object
+from maskllm.data.text_files import Line, check_inputs, read_lines
+from maskllm.data.tokenizer import load_tokenizer
+from maskllm.errors import MaskLLMError
+from maskllm.evaluation.text import read_evaluation_text
+from maskllm.evaluation.windows import read_windows
+from maskllm.finetuning.settings import FinetuneSettings
+from maskllm.finetuning.task import IGNORED, Example, Measured, Task, from_all_processes, padded
+
+
+class TextTask(Task):
+    """Documents are joined, each with the token that ends it, and cut into windows of `max_length` tokens without overlap.
+
+    With `prompt` and `completion` a line is one example, of which only the tokens of the completion count. To measure on documents,
+    they are joined and cut as `maskllm evaluate` does it.
+    """
+
+    name = "text"
+    model_class = AutoModelForCausalLM
+    kind = "a decoder-only language model, such as LLaMA or MPT"
+    measure_name = "perplexity"
+    higher_is_better = False
+
+    def __init__(self, directory: Path, settings: FinetuneSettings) -> None:
+        super().__init__(directory, settings)
+        self.tokenizer = load_tokenizer(directory, use_gigatoken=False)
+        context = getattr(self.config, "max_position_embeddings", None)
+        if isinstance(context, int) and settings.max_length > context:
+            raise MaskLLMError(f"--max-length {settings.max_length}: the model's context has {context} tokens")
+
+    def read(self, files: Sequence[str], *, for_training: bool) -> Sequence[Example]:
+        """Examples with `input_ids` and `labels`, int64 arrays [tokens]."""
+        paths = check_inputs(files)
+        kinds = {path: _kind(path) for path in paths}
+        if len(set(kinds.values())) > 1:
+            found = ", ".join(f"{path} has {kind}" for path, kind in kinds.items())
+            raise MaskLLMError(f"files of different kinds: {found}; give files of one kind")
+        kind = kinds[paths[0]]
+        if kind == _PAIRS:
+            return self._completions(paths)
+        length = self.settings.max_length
+        if for_training:
+            tokens = np.concatenate([self._with_end(tokens) for tokens in self._documents(paths, kind)] or [np.empty(0, np.int64)])
+            windows = torch.from_numpy(tokens[: len(tokens) // length * length].reshape(-1, length))
+            if not len(windows):
+                raise MaskLLMError(
+                    f"{paths[0]}: the text has {len(tokens)} tokens, less than one window of {length}; use a smaller --max-length"
+                )
+        else:
+            windows = torch.cat([read_windows(path, self.tokenizer, length).windows for path in paths])
+        return [{"input_ids": window, "labels": window} for window in windows.numpy()]
+
+    def _documents(self, paths: list[Path], kind: str) -> Iterator[np.ndarray]:
+        if kind == _DOCUMENTS:
+            texts: Iterator[str] = (document(line, "text") for line in read_lines(paths))
+        else:
+            texts = (read_evaluation_text(path).text for path in paths)
+        return (self.tokenizer.encode(text) for text in texts)
+
+    def _with_end(self, tokens: np.ndarray) -> np.ndarray:
+        end = self.tokenizer.eod
+        missing = end is not None and (not len(tokens) or tokens[-1] != end)
+        return np.append(tokens, [end] if missing else []).astype(np.int64)
+
+    def _completions(self, paths: list[Path]) -> list[Example]:
+        length, cut = self.settings.max_length, 0
+        examples = []
+        for line in read_lines(paths):
+            prompt, completion = (document(line, key) for key in ("prompt", "completion"))
+            if not completion:
+                raise MaskLLMError(f"{line.path}:{line.number}: the completion is empty; wanted what the model is to write")
+            before, whole = self.tokenizer.encode(prompt), self._with_end(self.tokenizer.encode(prompt + completion))
+            # A token that has characters of both counts, and so does an end that the tokenizer puts after the prompt alone.
+            same = before[: len(whole)] == whole[: len(before)]
+            first = len(same) if same.all() else int(same.argmin())
+            labels = whole.copy()
+            labels[:first] = IGNORED
+            if first >= length:
+                cut += 1
+                continue
+            examples.append({"input_ids": whole[:length], "labels": labels[:length]})
+        if not examples:
+            found = f"all {cut} prompts are longer than --max-length {length}" if cut else "no examples"
+            raise MaskLLMError(f"{paths[0]}: {found}")
+        return examples
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """`input_ids`, `attention_mask` and `labels`, int64 [examples, tokens]."""
+        end = self.tokenizer.eod
+        return {
+            "input_ids": padded([example["input_ids"] for example in examples], end if end is not None else 0),
+            "attention_mask": padded([np.ones(len(example["input_ids"])) for example in examples], 0),
+            "labels": padded([example["labels"] for example in examples], IGNORED),
+        }
+
+    @torch.inference_mode()
+    def measure(self, model: PreTrainedModel, examples: Sequence[Example], autocast: Callable[[], Any]) -> Measured:
+        """The perplexity: exp of the mean, over all labels that count, of their negative log-likelihood."""
+        found = {}
+        for places, batch in self.batches(examples, "perplexity", model.device):
+            labels = batch.pop("labels")
+            with autocast():
+                logits = model(**batch, use_cache=False).logits
+            for place, rows, wanted in zip(places, logits[:, :-1], labels[:, 1:], strict=True):
+                counted = wanted != IGNORED
+                nll = torch.nn.functional.cross_entropy(rows[counted].float(), wanted[counted], reduction="none").double().sum()
+                found[place] = nll.item(), int(counted.sum())
+        nlls, counts = zip(*from_all_processes(found), strict=True)
+        if math.isnan(sum(nlls)):
+            raise MaskLLMError("the model's likelihood of the text is not a number; its weights or activations overflow")
+        mean = sum(nlls) / max(1, sum(counts))
+        return Measured({"perplexity": math.exp(mean) if mean < 700 else math.inf})
+
+
+_PAIRS = "prompts and completions"
+_DOCUMENTS = "documents"
+_PLAIN = "plain text"
+
+
+def _kind(path: Path) -> str:
+    """What the first line of a file tells that it has. Raises MaskLLMError if it is empty, or JSON of another kind."""
+    first = next(read_lines([path]), None)
+    if first is None:
+        raise MaskLLMError(f"{path}: has no text")
+    if not first.data.lstrip().startswith(b"{"):
+        return _PLAIN
+    return _PAIRS if _has_pairs(first) else _DOCUMENTS
+
+
+def _has_pairs(line: Line) -> bool:
+    keys = json_object(line)
+    return "text" not in keys and ("prompt" in keys or "completion" in keys)
