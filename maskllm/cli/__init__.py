@@ -23,6 +23,7 @@ VERBS = {
     "convert": "Hugging Face checkpoint to Megatron checkpoint",
     "prune": "add a one-shot mask to a Megatron checkpoint",
     "plan": "memory, time and disk that mask learning will take, and the layouts that fit",
+    "finetune": "any transformers model for a task: prune, train and measure it, with a report",
     "trim": "keep only the winning mask of a trained checkpoint",
     "export": "Megatron checkpoint to Hugging Face checkpoint and mask file",
     "verify": "whether the weights of a Hugging Face checkpoint are what is said of them",
@@ -32,7 +33,7 @@ VERBS = {
     "benchmark": "speed and memory of Hugging Face models that generate text",
 }
 
-WITHOUT_MEGATRON = ("doctor", "verify", "compress", "evaluate", "generate", "benchmark")
+WITHOUT_MEGATRON = ("doctor", "finetune", "verify", "compress", "evaluate", "generate", "benchmark")
 """Verbs that run without Megatron Core. `doctor` reports if it is missing. `evaluate` imports it for --load only."""
 
 

@@ -86,6 +86,33 @@ def _version(name: str) -> str | None:
         return None
 
 
+EXTRAS = {
+    "quickstart": ("matplotlib", "gguf"),
+    "finetune": ("accelerate", "jiwer", "matplotlib", "sacrebleu", "soundfile", "soxr"),
+}
+"""By an extra of this package what it installs. Each package has one module, of the same name."""
+
+
+def finetuning() -> OptionalPart:
+    """The packages of the extra `finetune`. This call imports none of them."""
+    brings = "`maskllm finetune` (pip install 'maskllm[finetune]')"
+    missing = missing_packages("finetune")
+    if missing:
+        return OptionalPart("finetune", brings, None, f"{', '.join(missing)} not installed")
+    return OptionalPart("finetune", brings, ", ".join(f"{name} {metadata.version(name)}" for name in EXTRAS["finetune"]), None)
+
+
+def missing_packages(extra: str) -> list[str]:
+    """The packages of EXTRAS that are not installed."""
+    return [name for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
+
+
+def require_extra(extra: str, *, without: tuple[str, ...] = ()) -> None:
+    """Raise MaskLLMError if a package of an extra is missing, other than those in `without`."""
+    if missing := [name for name in missing_packages(extra) if name not in without]:
+        raise MaskLLMError(f"the package {missing[0]} is not installed; run: pip install 'maskllm[{extra}]'")
+
+
 def _part(name: str, package: str, modules: list[str], brings: str) -> OptionalPart:
     # On a CPU, `megatron_patches.import_megatron` hides the package from Megatron: its entry in sys.modules is None.
     hidden = sys.modules.get(package, package) is None

@@ -90,10 +90,14 @@ def build_report(
         {
             "model": settings.model,
             "task": settings.task,
-            "sparsity": settings.pattern or [share for share in settings.targets] or [0],
+            "sparsity": settings.pattern or settings.targets or [0],
             "measure": main,
             "higher_is_better": task.higher_is_better,
-            **{key: by_name[name] for key, name in (("dense", DENSE), ("one_shot", ONE_SHOT), ("trained", TRAINED)) if name in by_name},
+            **{
+                key: by_name[name]
+                for key, name in (("dense", DENSE), ("one_shot", ONE_SHOT), ("trained", TRAINED))
+                if name in by_name
+            },
             "results": entries,
             "examples": [
                 {

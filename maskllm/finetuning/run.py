@@ -13,7 +13,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,10 +38,10 @@ from maskllm.finetuning.trainer import SparseTrainer
 from maskllm.finetuning.translation import TranslationTask
 from maskllm.huggingface.blocks import block_linears, matrix
 from maskllm.huggingface.hub import find_source
-from maskllm.huggingface.loading import load_hf_model
+from maskllm.huggingface.loading import load_hf_model, quiet_transformers
 from maskllm.huggingface.mask_file import open_mask_file, write_mask_file
 from maskllm.huggingface.side_files import read_side_files, write_side_files
-from maskllm.huggingface.sparsify import sparsify
+from maskllm.huggingface.sparse_model import sparsify
 from maskllm.masking.selection import Sparsity
 from maskllm.patterns import Pattern
 from maskllm.pruning.huggingface import prune_hf
@@ -69,7 +69,8 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any]:
     task = TASKS[settings.task](source, settings)
     examples, held_out = _read_data(task, settings)
     try:
-        return _Run(settings, source, task, examples, held_out).report()
+        with quiet_transformers():
+            return _Run(settings, source, task, examples, held_out).report()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -211,7 +212,7 @@ class _Run:
         model = self._load(start)
         mask = self.settings.mask or folder / "pruned.npz"
         # Updated weights are in the training's checkpoints.
-        if self.settings.mask or _exists(mask) and (not self.settings.update_weights or self._checkpoint(folder)):
+        if self.settings.mask or (_exists(mask) and (not self.settings.update_weights or self._checkpoint(folder))):
             weights = {f"{name}.weight": linear.weight.data for name, linear in block_linears(model).items()}
             open_mask_file(mask).apply(weights)
             if self.settings.mask:
@@ -235,9 +236,7 @@ class _Run:
         random.Random(settings.seed).shuffle(order)
         batches = [self.task.collate([self.examples[place]]) for place in order[: settings.calibration_samples]]
         with self.record.stage(f"prune {_words(target)}"):
-            found = prune_hf(
-                model, batches, PruneSettings(settings.method, target, settings.update_weights, zeros_stay=zeros_stay)
-            )
+            found = prune_hf(model, batches, PruneSettings(settings.method, target, settings.update_weights, zeros_stay=zeros_stay))
             if dist.is_initialized():
                 for linear in block_linears(model).values():
                     dist.broadcast(linear.weight.data, 0)
@@ -258,9 +257,7 @@ class _Run:
             masks = open_mask_file(mask)
         use_cache = getattr(model.config, "use_cache", None)
         with self.record.stage("train" if target is None else f"train {_words(target)}") as note:
-            sparsify(
-                model, pattern, train=settings.train, masks=masks, prior_strength=settings.prior_strength, seed=settings.seed
-            )
+            sparsify(model, pattern, train=settings.train, masks=masks, prior_strength=settings.prior_strength, seed=settings.seed)
             trainer = SparseTrainer(
                 model,
                 self._arguments(folder),
@@ -300,7 +297,7 @@ class _Run:
         names = (
             "ce_loss_coeff", "kl_loss_coeff", "kl_temperature", "squarehead_loss_coeff", "learning_rate", "weights_learning_rate",
             "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "num_train_epochs", "per_device_train_batch_size", "bf16",
-            "gradient_checkpointing", "dataloader_num_workers", "weight_reg", "seed", "logging_steps", "save_steps",
+            "dataloader_num_workers", "weight_reg", "seed", "logging_steps", "save_steps",
         )  # fmt: skip
         arguments = SparseTrainingArguments(
             output_dir=str(folder / "checkpoints"),
@@ -313,6 +310,9 @@ class _Run:
             report_to="none",
             use_cpu=not torch.cuda.is_available(),
             ddp_timeout=7200,
+            **(
+                {"gradient_checkpointing": True} if settings.gradient_checkpointing else {}
+            ),  # even False warns: it is to be renamed
             **{name: getattr(settings, name) for name in names},
         )
         if settings.gradient_accumulation_steps is None:

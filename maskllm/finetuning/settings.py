@@ -60,7 +60,10 @@ class FinetuneSettings:
         metavar="FILE",
     )
     eval_data: tuple[str, ...] = _option(
-        (), "what to measure on, as --data; default: the last 5 %% of --data, which is then not trained on", nargs="+", metavar="FILE"
+        (),
+        "what to measure on, as --data; default: the last 5 %% of --data, which is then not trained on",
+        nargs="+",
+        metavar="FILE",
     )
     output: str = _option("", "directory for the model, the mask file and the report", metavar="DIR")
 
@@ -147,8 +150,8 @@ class FinetuneSettings:
     language: str | None = _option(None, "speech: the language that a multilingual Whisper is to write, such as hindi")
     normalizer: str | None = _option(
         None,
-        "speech: how both texts are made alike before errors are counted. english, basic: Whisper's; digits: only the digits, as words "
-        "of one digit each; default: english, with another --language basic",
+        "speech: how both texts are made alike before errors are counted. english, basic: Whisper's; digits: only the digits and the words "
+        "zero to nine, each as a word; default: english, with another --language basic",
         choices=["english", "basic", "digits"],
     )
 

@@ -85,7 +85,9 @@ class SpeechTask(WritingTask):
         try:
             info = soundfile.info(str(path))
         except soundfile.SoundFileError as error:
-            raise MaskLLMError(f"{where}: {path}: not audio that soundfile can read: {first_line(error, with_type=False)}") from None
+            raise MaskLLMError(
+                f"{where}: {path}: not audio that soundfile can read: {first_line(error, with_type=False)}"
+            ) from None
         if not info.frames:
             raise MaskLLMError(f"{where}: {path}: has no samples")
         rate = self.features.sampling_rate
@@ -101,7 +103,9 @@ class SpeechTask(WritingTask):
             labels = labels[1:]  # the model puts it in front
         limit = min(self.settings.max_length, getattr(self.config, "max_target_positions", None) or len(labels))
         if len(labels) > limit:
-            raise MaskLLMError(f"{where}: the text has {len(labels)} tokens, more than {limit} (--max-length, or the model's limit)")
+            raise MaskLLMError(
+                f"{where}: the text has {len(labels)} tokens, more than {limit} (--max-length, or the model's limit)"
+            )
         return labels
 
     def collate(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
@@ -171,10 +175,18 @@ def read_audio(path: Path, rate: int) -> np.ndarray:
     return soxr.resample(samples.mean(axis=1), found, rate).astype(np.float32)
 
 
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
 def _normalizer(name: str, spellings: dict[str, str] | None) -> Callable[[str], str]:
-    if name == "basic":
-        return lambda text: BasicTextNormalizer()(text).strip()
-    english = EnglishTextNormalizer(spellings or {})
-    if name == "english":
-        return lambda text: english(text).strip()
-    return lambda text: " ".join(re.sub("[^0-9]", "", english(text)))
+    if name == "digits":  # Whisper's would join number words, and drop some
+        return lambda text: " ".join(re.sub("[^0-9]", "", _DIGIT_WORD.sub(_digit, text.lower())))
+    normalize = EnglishTextNormalizer(spellings or {}) if name == "english" else BasicTextNormalizer()
+    return lambda text: normalize(text).strip()
+
+
+_DIGIT_WORD = re.compile(rf"\b({'|'.join(DIGITS)})\b")
+
+
+def _digit(word: re.Match) -> str:
+    return str(DIGITS.index(word[0]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import sys
@@ -15,6 +14,7 @@ import torch
 from maskllm.checkpoints.reading import resolve
 from maskllm.data.indexed import open_indexed
 from maskllm.data.text_files import check_inputs
+from maskllm.environment.optional_parts import require_extra
 from maskllm.errors import MaskLLMError, flag
 from maskllm.families.model_config import ModelConfig, check_context
 from maskllm.pruning.solve import METHODS
@@ -122,7 +122,7 @@ def quickstart(
     steps before a failed one stay finished.
     """
     settings.check()
-    check_packages(["matplotlib", "gguf"] if model is None else ["matplotlib"])
+    require_extra("quickstart", without=() if model is None else ("gguf",))
     given = [*(corpus or []), *([eval_corpus] if eval_corpus else [])]
     if given:
         check_inputs(given)
@@ -229,13 +229,6 @@ def quickstart(
     write_report(report, output)
     print(table(report), speed_table(report), sep="\n\n")
     return report
-
-
-def check_packages(packages: list[str]) -> None:
-    """Raise MaskLLMError if one of `packages`, which the extra `quickstart` installs, is missing."""
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise MaskLLMError(f"the package {package} is not installed; run: pip install 'maskllm[quickstart]'")
 
 
 def masks_command(settings: QuickstartSettings, dataset: str, prior: Path, save: Path, has_validation: bool) -> list[object]:

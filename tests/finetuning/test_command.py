@@ -1,0 +1,308 @@
+"""`maskllm finetune` from data to report, with tiny models."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sacrebleu
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, AutoTokenizer
+
+from maskllm.cli import main
+from maskllm.evaluation.huggingface import evaluate_hf
+from maskllm.huggingface.mask_file import open_mask_file
+from tests.finetuning import command_models as tiny
+
+LENGTH = 16
+FAST = ("--max-length", LENGTH, "--gradient-accumulation-steps", 1, "--per-device-train-batch-size", 4, "--method", "magnitude")
+
+KL = ("--warmup-steps", 0, "--kl-loss-coeff", 1, "--squarehead-loss-coeff", 0)
+
+
+def command(task: str, model: Path, data: list[Path], output: Path, *options: object) -> list[str]:
+    return [
+        str(word) for word in ["finetune", "--task", task, "--model", model, "--data", *data, "--output", output, *FAST, *options]
+    ]
+
+
+def run(*arguments: object) -> dict:
+    words = command(*arguments)
+    assert main(words) == 0
+    return json.loads((Path(words[words.index("--output") + 1]) / "report.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("finetune")
+
+
+@pytest.fixture(scope="module")
+def llama(folder: Path) -> Path:
+    return tiny.llama(folder / "llama", dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def documents(folder: Path) -> Path:
+    return tiny.documents(folder / "documents.jsonl")
+
+
+@pytest.fixture(scope="module")
+def held_out(folder: Path) -> Path:
+    return tiny.documents(folder / "held-out.jsonl", 20)
+
+
+@pytest.fixture(scope="module")
+def text_run(folder: Path, llama: Path, documents: Path, held_out: Path) -> tuple[dict, Path]:
+    output = folder / "text"
+    options = ("--eval-data", held_out, "--pattern", "2:4", "--max-steps", 6, "--learning-rate", 1e-3, *KL)
+    return run("text", llama, [documents], output, *options), output
+
+
+def weights(directory: Path, model_class: type = AutoModelForCausalLM) -> dict[str, torch.Tensor]:
+    return {name: tensor.float() for name, tensor in model_class.from_pretrained(directory).state_dict().items()}
+
+
+def masked(directory: Path) -> dict[str, torch.Tensor]:
+    """The weights of the blocks' linears."""
+    return {name: tensor for name, tensor in weights(directory).items() if "layers." in name and tensor.dim() == 2}
+
+
+def test_the_measures_of_text_are_those_of_evaluate(text_run, llama, held_out):
+    report, output = text_run
+    for name, directory in (("dense", llama), ("trained", output / "model")):
+        wanted = evaluate_hf(directory, held_out, seq_length=LENGTH, dtype=torch.float32, device="cpu").perplexity
+        assert math.isclose(report[name]["perplexity"], wanted, rel_tol=1e-5)
+    assert report["trained"]["perplexity"] < report["one_shot"]["perplexity"]
+    assert [result["name"] for result in report["results"]] == ["dense", "one-shot", "trained"]
+    assert [result["zeros"] for result in report["results"]] == [0, 0.5, 0.5]
+
+
+def test_model_and_mask_file_agree(text_run, llama):
+    _, output = text_run
+    masks = open_mask_file(output / "mask.npz")
+    dense = weights(llama)
+    for name, weight in masked(output / "model").items():
+        mask = masks.mask(name, tuple(weight.shape))
+        assert torch.equal(weight != 0, mask)
+        assert (mask.view(-1, 4).sum(1) == 2).all()
+        assert not torch.equal(weight[mask], dense[name][mask])
+    assert AutoModelForCausalLM.from_pretrained(output / "model").dtype == torch.bfloat16  # as the original
+    assert (
+        AutoTokenizer.from_pretrained(output / "model")("one two").input_ids
+        == AutoTokenizer.from_pretrained(llama)("one two").input_ids
+    )
+    assert AutoModelForCausalLM.from_pretrained(output / "model").config.use_cache
+    assert not (output / "checkpoints").exists()
+
+
+def test_the_page_shows_the_report(text_run):
+    report, output = text_run
+    page = (output / "report.html").read_text()
+    assert "one-shot" in page and "Divergence from the teacher" in page and "Learning rate" in page
+    assert report["measure"] == "perplexity" and report["seconds"] > 0 and report["command"].startswith("maskllm ")
+    assert {"transformers", "torch", "accelerate"} <= report["machine"].keys()
+
+
+def test_a_finished_run_only_reports_again(text_run, llama, documents, held_out, capsys):
+    _, output = text_run
+    before = {path: path.stat().st_mtime_ns for path in [*(output / "model").iterdir(), *(output / "evaluation").iterdir()]}
+    words = ("--eval-data", held_out, "--pattern", "2:4", "--max-steps", 6, "--learning-rate", 1e-3, *KL)
+    run("text", llama, [documents], output, *words)
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    assert "one-shot" in capsys.readouterr().out
+    assert main(command("text", llama, [documents], output, *words, "--learning-rate", 2e-3)) == 1
+    assert f"{output}: holds a run with --learning-rate 0.001, not 0.002; " in capsys.readouterr().err
+
+
+def test_a_completion_counts_and_its_prompt_does_not(folder, llama):
+    lines = [{"prompt": "one two", "completion": " three four five"}, {"prompt": "six", "completion": " seven"}]
+    data = tiny.json_lines(folder / "pairs.jsonl", lines)
+    report = run("text", llama, [data], folder / "completions", "--eval-data", data, "--sparsity", 0, "--max-steps", 1)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32), AutoTokenizer.from_pretrained(llama)
+    total, count = 0.0, 0
+    for line in lines:
+        prompt = tokenizer(line["prompt"]).input_ids
+        whole = torch.tensor([[*tokenizer(line["prompt"] + line["completion"]).input_ids, tokenizer.eos_token_id]])
+        labels = whole.clone()
+        labels[:, : len(prompt)] = -100
+        counted = whole.shape[1] - len(prompt)
+        total += counted * model(whole, labels=labels).loss.item()
+        count += counted
+    assert math.isclose(report["dense"]["perplexity"], math.exp(total / count), rel_tol=1e-5)
+
+
+def test_the_dense_model_is_trained_with_sparsity_0(folder, llama, documents):
+    report = run("text", llama, [documents], folder / "dense", "--sparsity", 0, "--max-steps", 2, "--learning-rate", 1e-3)
+    assert "one_shot" not in report and report["results"][-1]["zeros"] == 0
+    assert report["trained"]["perplexity"] < report["dense"]["perplexity"]
+    assert not (folder / "dense" / "mask.npz").exists()
+
+
+def test_a_schedule_keeps_its_zeros(folder, llama, documents):
+    output = folder / "schedule"
+    options = ("--sparsity-schedule", 0.5, 0.75, "--max-steps", 2, "--squarehead-loss-coeff", 0, "--kl-loss-coeff", 1)
+    report = run("text", llama, [documents], output, *options)
+    assert [result["name"] for result in report["results"]] == ["dense", "one-shot", "trained, 50 %", "trained"]
+    assert [round(result["zeros"], 2) for result in report["results"]] == [0, 0.75, 0.5, 0.75]
+    half = masked(output / "rung-1" / "model")
+    for name, weight in masked(output / "model").items():
+        assert not ((half[name] == 0) & (weight != 0)).any()
+    assert [line["step"] for line in report["log"] if "kl" in line] == [1, 2, 1, 2]
+
+
+def test_learned_masks_leave_the_kept_weights_bit_for_bit(folder, llama, documents):
+    output = folder / "masks"
+    report = run(
+        "text", llama, [documents], output, "--pattern", "2:4", "--train", "masks", "--max-steps", 2, "--learning-rate", 0.1
+    )
+    dense, masks = weights(llama), open_mask_file(output / "mask.npz")
+    prior = open_mask_file(output / "pruned.npz")
+    assert masks.digest != prior.digest
+    for name, weight in weights(output / "model").items():
+        mask = masks.mask(name, tuple(weight.shape)) if name in masks.names else torch.ones_like(weight, dtype=torch.bool)
+        assert torch.equal(weight, dense[name] * mask)
+    assert "temperature" in report["log"][0]
+
+
+def test_a_run_starts_from_a_given_mask_file(folder, text_run, llama, documents, capsys):
+    _, before = text_run
+    output = folder / "given"
+    run("text", llama, [documents], output, "--pattern", "2:4", "--mask", before / "mask.npz", "--max-steps", 1)
+    assert open_mask_file(output / "mask.npz").digest == open_mask_file(before / "mask.npz").digest
+    words = ("--sparsity", 0.75, "--mask", before / "mask.npz", "--max-steps", 1)
+    assert main(command("text", llama, [documents], folder / "refused", *words)) == 1
+    assert "mask.npz: removes 50.0 % of the weights, wanted 75 %" in capsys.readouterr().err
+
+
+def test_translation(folder):
+    model = tiny.t5(folder / "t5")
+    source, target = tiny.pairs(folder)
+    output = folder / "translation"
+    report = run(
+        "translation", model, [source, target], output, "--eval-data", source, target, "--pattern", "16:32", "--max-steps", 2
+    )
+    for name in ("dense", "trained"):
+        found = json.loads((output / "evaluation" / f"{name}.json").read_text())["outputs"]
+        assert [text["reference"] for text in found] == target.read_text().splitlines()
+        score = sacrebleu.corpus_bleu([text["prediction"] for text in found], [[text["reference"] for text in found]]).score
+        assert report[name]["bleu"] == score
+        # Written in batches, with padding, as it is written alone.
+        loaded = AutoModelForSeq2SeqLM.from_pretrained(model if name == "dense" else output / "model")
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokens = loaded.generate(**tokenizer(found[3]["source"], return_tensors="pt"), max_new_tokens=LENGTH, do_sample=False)
+        assert tokenizer.decode(tokens[0], skip_special_tokens=True) == found[3]["prediction"]
+    assert report["evaluation"]["sacrebleu"].startswith("nrefs:1|")
+
+
+def test_speech(folder):
+    model = tiny.whisper(folder / "whisper")
+    manifest = tiny.recordings(folder)
+    output = folder / "speech"
+    options = ("--eval-data", manifest, "--sparsity", 0.6, "--max-steps", 1, "--gradient-checkpointing")
+    report = run("speech", model, [manifest], output, *options)
+    assert report["measure"] == "wer" and report["evaluation"]["normalizer"] == "english"
+    assert math.isclose(report["results"][-1]["zeros"], 0.6, abs_tol=0.01)
+    found = json.loads((output / "evaluation" / "trained.json").read_text())["outputs"]
+    assert [text["reference"] for text in found] == tiny.sentences(6)
+    assert AutoModelForSpeechSeq2Seq.from_pretrained(output / "model").config.model_type == "whisper"
+    assert (output / "model" / "preprocessor_config.json").exists()
+
+
+def test_a_killed_run_goes_on_where_it_was(ranks, folder, llama, documents, text_run):
+    """The weights are those of the run that nothing interrupted, which made its pruning, batches and steps in one process."""
+    options = ("--pattern", "2:4", "--max-steps", 4, "--learning-rate", 1e-3, "--save-steps", 1)
+    whole, killed = folder / "whole", folder / "killed"
+    run("text", llama, [documents], whole, *options)
+    words = ["-m", "maskllm", *command("text", llama, [documents], killed, *options)]
+    with (folder / "killed.log").open("w") as log:
+        job = ranks.start(None, words, [log.fileno(), log.fileno()])
+        while job.poll() is None and not any((killed / "checkpoints").glob("checkpoint-[1-3]/complete")):
+            time.sleep(0.01)
+        job.kill()
+    assert not (killed / "model").exists()
+    torn = killed / "checkpoints" / "checkpoint-99"  # as a kill in the middle of writing would leave it
+    torn.mkdir()
+    (torn / "trainer_state.json").write_text("{")
+    run("text", llama, [documents], killed, *options)
+    resumed, wanted = weights(killed / "model"), weights(whole / "model")
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in wanted.items())
+
+
+def test_two_processes_get_the_result_of_one(ranks, folder, llama, documents, held_out, text_run):
+    report, _ = text_run
+    output = folder / "two"
+    options = ("--eval-data", held_out, "--pattern", "2:4", "--max-steps", 6, "--learning-rate", 1e-3, *KL)
+    words = command("text", llama, [documents], output, *options, "--per-device-train-batch-size", 2)
+    ranks(2, "maskllm", *words)
+    found = json.loads((output / "report.json").read_text())
+    assert found["dense"] == report["dense"] and found["one_shot"] == report["one_shot"]
+    assert math.isclose(found["trained"]["perplexity"], report["trained"]["perplexity"], rel_tol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "wanted one of --pattern N:M, --sparsity SHARE and --sparsity-schedule SHARE ..., found none"),
+        (("--pattern", "2:4", "--sparsity", 0.5), "found --pattern, --sparsity"),
+        (("--sparsity", 1), "--sparsity 1.0: wanted at least 0 and less than 1"),
+        (("--sparsity-schedule", 0.5, 0.4), "--sparsity-schedule 0.5 0.4: wanted rising shares"),
+        (("--sparsity", 0.5, "--train", "masks"), "--train masks: masks are learned for a --pattern N:M only"),
+        (("--pattern", "16:32", "--train", "both"), "pattern 16:32 has 601080390 candidate masks"),
+        (("--pattern", "2:4", "--update-weights"), "--update-weights: goes with --method sparsegpt only"),
+        (("--sparsity", 0, "--teacher", "x"), "--sparsity 0: the dense model has no teacher"),
+        (("--pattern", "2:4", "--language", "hindi"), "--language: goes with --task speech only"),
+        (("--pattern", "2:4", "--max-steps", 0), "--max-steps 0: wanted a positive number"),
+        (("--pattern", "2:4", "--learning-rate", "nan"), "--learning-rate nan: wanted a positive number"),
+        (("--pattern", "2:4", "--max-length", 100), "--max-length 100: the model's context has 64 tokens"),
+        (("--pattern", "2:4", "--ce-loss-coeff", 0, "--squarehead-loss-coeff", 0), "nothing is minimized"),
+        (("--pattern", "24:48",), "input dimension 32 is not a multiple of 48"),
+    ],
+)  # fmt: skip
+def test_options_that_cannot_work_are_refused(options, message, llama, documents, tmp_path, capsys):
+    assert main(command("text", llama, [documents], tmp_path / "out", *options)) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert not (tmp_path / "out" / "evaluation").exists()
+
+
+def test_the_output_of_something_else_stays(llama, documents, tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("")
+    assert main(command("text", llama, [documents], tmp_path, "--pattern", "2:4")) == 1
+    assert f"--output {tmp_path}: exists and holds no run of maskllm finetune" in capsys.readouterr().err
+
+
+def test_a_teacher_of_another_shape_is_refused(llama, documents, tmp_path, capsys):
+    teacher = tiny.llama(tmp_path / "teacher", hidden=64)
+    assert main(command("text", llama, [documents], tmp_path / "out", "--pattern", "2:4", "--teacher", teacher)) == 1
+    assert (
+        "model.embed_tokens.weight is [24, 64], that of --model is [24, 32]; wanted a model of the same shape"
+        in capsys.readouterr().err
+    )
+
+
+def test_digits_are_scored_without_their_spaces():
+    from maskllm.finetuning.speech import _normalizer
+
+    digits = _normalizer("digits", None)
+    assert digits("92714.") == digits("9 2 7 1 4") == digits("Nine, two seven one FOUR!") == "9 2 7 1 4"
+    assert digits("oh") == ""
+    assert _normalizer("english", {"colour": "color"})("Mr. Smith's  colour!") == "mister smith is color"
+
+
+def test_sound_is_resampled_to_one_channel(tmp_path):
+    import soundfile
+
+    from maskllm.finetuning.speech import read_audio
+
+    times = np.arange(8000) / 8000
+    stereo = np.stack([np.sin(2 * np.pi * 440 * times), 0 * times], axis=1)
+    soundfile.write(tmp_path / "a.flac", stereo, 8000)
+    found = read_audio(tmp_path / "a.flac", 16000)
+    wanted = 0.5 * np.sin(2 * np.pi * 440 * np.arange(16000) / 16000)
+    assert found.dtype == np.float32 and found.shape == (16000,)
+    assert np.abs(found - wanted)[200:-200].max() < 1e-3
