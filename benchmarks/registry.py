@@ -244,6 +244,13 @@ _ALL = [
         "--rows 1 3 --seconds 0.01 --shape 512 256",
     ),
     Measurement("sparse-linear/many-rows", f"{SPARSE} --rows 65 128 256 512 1024 2048", 10, SPARSE_SOURCES),
+    Measurement(
+        "sparse-linear/cuda",
+        f"{SPARSE} --device cuda --rows 1 2 4 8 16 17 64 256 1024 2048 4096 8192",
+        3,
+        ("benchmarks/sparse_linear.py", "csrc/cuda", "csrc/include", "maskllm/ops"),
+        cuda=True,
+    ),
     Measurement("sparse-linear/one-thread", f"env OMP_NUM_THREADS=1 {SPARSE} --rows --processor-time", 2, SPARSE_SOURCES),
     Measurement(
         "preprocess/tokenizer-json",
@@ -346,6 +353,7 @@ TABLES = {
             ("sparse-linear/few-rows", "sparse-linear/many-rows"),
             tables.sparse_linear_rows,
         ),
+        Table("sparse-linear-cuda", "Products with stored matrices on a GPU", ("sparse-linear/cuda",), tables.sparse_linear_cuda),
         Table("preprocess", "Pre-tokenization", _group("preprocess"), tables.preprocess),
         Table("prune-time", "The time of one-shot pruning", _group("prune-time"), tables.prune_time),
         Table("prune-memory", "The memory of one-shot pruning", _group("prune-memory"), tables.prune_memory),

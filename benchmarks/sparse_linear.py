@@ -1,13 +1,17 @@
-"""Products with matrices stored without their zeros against torch's dense ones, on a CPU.
+"""Products with matrices stored without their zeros against torch's dense ones, on a CPU or a CUDA GPU.
 
-    python -m benchmarks.sparse_linear [--rows 1 2 4 ...] [--seconds 2] [--shape 11008 4096] [--processor-time] [--json FILE]
+    python -m benchmarks.sparse_linear [--device cpu|cuda] [--rows 1 2 4 ...] [--seconds 2] [--shape 11008 4096] [--processor-time]
+        [--json FILE]
 
-First one row times an 11008 x 4096 matrix, then a larger and larger number of rows. The matrix is cut into eight parts of 1376 rows (into
-halves from 65 rows of activations on), and a call multiplies one of them: the shorter a call, the likelier is one that no other program
-interrupts. Each contender cycles through so many parts that none of them is in the cache. The contenders take turns, and the shortest
-time of each counts, times the number of parts, since other programs can only make one longer. Beside the times stand the bytes of
-weights a second as a share of what a plain loop reads, and the bytes a second with 160 rows of weights in the second-level cache, which
-is the loop's own limit. Needs g++ for dense_loops.cpp.
+On a CPU: first one row times an 11008 x 4096 matrix, then a larger and larger number of rows. The matrix is cut into eight parts of 1376
+rows (into halves from 65 rows of activations on), and a call multiplies one of them: the shorter a call, the likelier is one that no
+other program interrupts. Each contender cycles through so many parts that none of them is in the cache. The contenders take turns, and
+the shortest time of each counts, times the number of parts, since other programs can only make one longer. Beside the times stand the
+bytes of weights a second as a share of what a plain loop reads, and the bytes a second with 160 rows of weights in the second-level
+cache, which is the loop's own limit. Needs g++ for dense_loops.cpp.
+
+On a GPU: whole matrices, each contender in so many copies that none is in the cache. A call is one of CALLS in a row, so that starting
+it takes no time of its own. The bytes of weights a second are a share of what a copy reads and writes.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ from maskllm.ops.extension import kernels
 from maskllm.patterns import Pattern
 
 PARTS = 8
+CALLS = 20
 ROWS = [1, 2, 4, 8, 16, 17, 32, 64, 128, 256, 512, 1024, 2048]
 LAYOUTS = {
     "2:4 bf16": Layout(Pattern(2, 4), 16),
@@ -157,8 +162,47 @@ def many_rows(rows: list[int], out: int, columns: int, seconds: float, clock: Ca
     return found
 
 
+def on_gpu(device: str, rows: list[int], out: int, columns: int, seconds: float) -> dict:
+    """Times of torch's dense bf16 and of each stored layout by rows of activations, and the bandwidth of a copy."""
+    bandwidth = machine.copy_bandwidth(device, time.perf_counter)
+    print(f"{out} x {columns}, bf16 inputs; a copy reads and writes {bandwidth / 1e9:.0f} GB/s")
+    weights = {n: kept(Pattern(n, 4), out, columns) for n in (2, 1)}
+    dense = weights[2].bfloat16().to(device)
+    found = []
+    for count in rows:
+        data = torch.randn(count, columns).bfloat16().to(device)
+        parts = {"dense bf16 (torch)": ([dense], lambda each, data=data: torch.nn.functional.linear(data, each))}
+        for name, layout in LAYOUTS.items():
+            tensors, product = stored(layout, weights[layout.pattern.n], data)
+            parts[name] = ([tensor.to(device) for tensor in tensors], product)
+        row: dict = {"rows": count, "seconds": {}, "share_of_copy": {}}
+        for name, (tensors, product) in parts.items():
+            size = sum(tensor.nbytes for tensor in tensors)
+            contender = Contender(tensors, product, -(-4 * machine.cache_bytes(device) // size))
+            row["seconds"][name] = several_calls(contender, device, seconds)
+            row["share_of_copy"][name] = size / row["seconds"][name] / bandwidth
+        found.append(row)
+        times = row["seconds"]
+        ratios = ", ".join(f"{name} {times['dense bf16 (torch)'] / times[name]:.2f}" for name in LAYOUTS)
+        print(f"  {count:5} rows: dense {1e6 * times['dense bf16 (torch)']:8.1f} us; dense over {ratios}", flush=True)
+    return {"copy_bytes_a_second": bandwidth, "rows": found}
+
+
+def several_calls(contender: Contender, device: str, seconds: float) -> float:
+    """The shortest time of a call, as one of CALLS."""
+    best, end = float("inf"), time.perf_counter() + seconds
+    contender.product(*contender.sets[0])  # finds the fastest product of many rows
+    while time.perf_counter() < end or best == float("inf"):
+        start = machine.wall_clock(device)
+        for _ in range(CALLS):
+            contender.product(*next(contender.turn))
+        best = min(best, (machine.wall_clock(device) - start) / CALLS)
+    return best
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--rows", type=int, nargs="*", default=ROWS)
     parser.add_argument("--shape", type=int, nargs=2, default=(11008, 4096), metavar=("OUT", "IN"), help="of the matrix")
     parser.add_argument("--seconds", type=float, default=2.0, help="the time for each contender")
@@ -170,6 +214,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
+    if args.device == "cuda":
+        print(machine.describe())
+        result = on_gpu(args.device, args.rows, *args.shape, args.seconds)
+        if args.json:
+            write_json(args.json, result)
+        return
     library = loops()
     print(f"{machine.describe()} ({kernels().instruction_set()}), load {os.getloadavg()[0]:.1f}")
     clock = time.process_time if args.processor_time else time.perf_counter

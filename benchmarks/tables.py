@@ -325,6 +325,18 @@ def sparse_linear_rows(found: Results) -> list[str]:
     return markdown_table(["rows", "dense bf16, ms", *layouts], cells, left=0)
 
 
+def sparse_linear_cuda(found: Results) -> list[str]:
+    """Torch's dense bf16 over stored matrices on a GPU, by rows of activations, with the share of a copy's bandwidth."""
+    dense, cells = "dense bf16 (torch)", []
+    for result in found.values():
+        for row in result.result["rows"]:
+            times, shares = row["seconds"], row["share_of_copy"]
+            ratios = [f"{times[dense] / times[name]:.2f} ({shares[name]:.0%})" for name in times if name != dense]
+            cells.append([str(row["rows"]), f"{_three_digits(1e6 * times[dense])} ({shares[dense]:.0%})", *ratios])
+        layouts = [name for name in result.result["rows"][0]["seconds"] if name != dense]
+    return markdown_table(["rows", "dense bf16, µs", *layouts], cells, left=0)
+
+
 def preprocess(found: Results) -> list[str]:
     """Pre-tokenization against one document at a time."""
     cells = []

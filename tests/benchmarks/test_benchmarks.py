@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import machine, masked_weight
+from benchmarks import machine, masked_weight, sparse_linear
 from benchmarks.registry import MEASUREMENTS, TABLES, Measurement
 from benchmarks.results import Result
 from benchmarks.same_bits import make_inputs
@@ -90,6 +90,14 @@ def test_a_benchmark_runs_and_its_table_shows_the_result(name, places, ranks, tm
     for table in TABLES.values():
         if name in table.measurements:
             assert sum(line.startswith("|") for line in table.render({name: result})) > 2
+
+
+def test_the_table_of_a_gpu_is_made_of_what_it_measures(monkeypatch):
+    """The CPU stands in for the GPU."""
+    monkeypatch.setattr(machine, "cache_bytes", lambda device="cpu": 1 << 16)
+    found = sparse_linear.on_gpu("cpu", [1, 17], 64, 128, 0.001)
+    lines = TABLES["sparse-linear-cuda"].render({"sparse-linear/cuda": Result(found, None, None, None, {}, None, None, None)})
+    assert len(lines) == 4 and "2:4 int4" in lines[0]
 
 
 def test_the_bandwidth_is_that_of_memory_several_times_the_cache(monkeypatch):
