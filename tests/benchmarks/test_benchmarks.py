@@ -12,11 +12,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from benchmarks import machine, masked_weight, sparse_linear
 from benchmarks.registry import MEASUREMENTS, TABLES, Measurement
 from benchmarks.results import Result
 from benchmarks.same_bits import make_inputs
+from maskllm.patterns import Pattern
+from maskllm.pruning import magnitude_mask
 
 ROOT = Path(__file__).parents[2]
 NO_BENCHMARKS = {"__init__", "bitwise", "machine", "registry", "report", "results", "tables", "trainings"}
@@ -34,6 +37,15 @@ TASKS = {
 }
 
 
+def prune(file: Path) -> None:
+    """Make the matrices of the blocks 2:4."""
+    weights = load_file(file)
+    for name, weight in weights.items():
+        if ".layers." in name and weight.dim() == 2:
+            weight *= magnitude_mask(weight, Pattern(2, 4))
+    save_file(weights, file, {"format": "pt"})
+
+
 @pytest.fixture(scope="session")
 def places(tmp_path_factory) -> dict[str, str]:
     """What stands in the braces of a command: a tiny model and tiny texts."""
@@ -46,6 +58,8 @@ def places(tmp_path_factory) -> dict[str, str]:
     config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 512}))
     for name in ("dense", "sparsegpt", "learned", "final"):
         shutil.copytree(inputs / "llama", quickstart / "hf" / name)
+        if name != "dense":
+            prune(quickstart / "hf" / name / "model.safetensors")
     convert(inputs / "llama", quickstart / "megatron" / "dense")
     (quickstart / "corpus").mkdir()
     lines = (inputs / "text.jsonl").read_text().splitlines(keepends=True)
