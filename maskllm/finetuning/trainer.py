@@ -153,18 +153,20 @@ class SparseTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, Any]:
-        """A batch's share of the step's loss; in an evaluation the model's own loss."""
-        if not torch.is_grad_enabled():
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        """A batch's share of the step's loss; in an evaluation its share of CE among the batches of all processes."""
         args = self.args
         labels = Labels(inputs, shifted=self._loss_shifts_labels)
+        if not torch.is_grad_enabled():
+            ce, outputs = super().compute_loss(model, dict(inputs), return_outputs=True)
+            loss = self._share(labels, num_items_in_batch, batches=1) * ce
+            return (loss, outputs) if return_outputs else loss
         target, theirs = self._teacher_pass(model, inputs) if args.distills else (None, {})
         with self._blocks.recorded() if args.squarehead_loss_coeff else contextlib.nullcontext({}) as ours:
             # Without num_items_in_batch every model's loss is a mean. With it some models' is, and others' a share of the step's.
             ce, outputs = super().compute_loss(model, dict(inputs), return_outputs=True)
         if labels.count == 0:
             ce = 0 * outputs["logits"].sum()  # a mean over nothing is not a number
-        share = self._share(labels, num_items_in_batch)
+        share = self._share(labels, num_items_in_batch, batches=self.current_gradient_accumulation_steps)
         loss = args.ce_loss_coeff * self._add("cross_entropy", share * ce)
         if args.kl_loss_coeff:
             kl = labels.mean_divergence(outputs["logits"], target, args.kl_temperature)
@@ -174,10 +176,13 @@ class SparseTrainer(Trainer):
             loss = loss + args.squarehead_loss_coeff * self._add("squarehead", term)
         return (loss, outputs) if return_outputs else loss
 
-    def _share(self, labels: Labels, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
-        """What a batch's mean counts in the step's: its part of the labels, times the processes whose gradients are averaged."""
+    def _share(self, labels: Labels, num_items_in_batch: torch.Tensor | int | None, *, batches: int) -> torch.Tensor | float:
+        """What a batch's mean counts in the step's: its part of the labels, times the processes that are averaged over.
+
+        Without labels it is one of `batches` on its process.
+        """
         if num_items_in_batch is None or labels.count is None:
-            return 1 / self.current_gradient_accumulation_steps
+            return 1 / batches
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return processes * labels.count / num_items_in_batch
 

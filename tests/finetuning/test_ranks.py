@@ -15,11 +15,14 @@ RUNS = {
     "both": {"train": "both"},
 }
 STEPS = 3
+FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
+CHECKPOINTING = {"fsdp_config": FSDP2["fsdp_config"] | {"activation_checkpointing": True}}
 ENGINES = {
-    "ddp": (("masks", "weights"), {}),
-    "fsdp2": (("weights", "both"), {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}),
+    "ddp": {"masks": {}, "weights": {}},
+    # The second one is also resumed in the worker.
+    "fsdp2": {"weights": FSDP2, "both": FSDP2 | CHECKPOINTING | {"save_strategy": "steps", "save_steps": 1}},
 }
-"""By their names, what they run and their settings."""
+"""Settings of an engine's runs."""
 
 
 @pytest.fixture(scope="module")
@@ -28,8 +31,8 @@ def two_processes(tmp_path_factory, ranks):
     path = tmp_path_factory.mktemp("ranks") / "settings.json"
     settings = {
         f"{engine}_{name}": RUNS[name] | more | {"steps": STEPS, "gradient_accumulation_steps": 1}
-        for engine, (names, more) in ENGINES.items()
-        for name in names
+        for engine, runs in ENGINES.items()
+        for name, more in runs.items()
     }
     path.write_text(json.dumps(settings))
     ranks(2, "tests.finetuning.worker", path)
@@ -43,10 +46,11 @@ def test_two_processes_train_as_one(name, two_processes, tmp_path):
     alone.train()
     expected = results(alone)
     assert len({json.dumps(line) for line in expected["lines"]}) == STEPS, "the steps cannot be told apart"
-    for engine in (engine for engine, (names, _) in ENGINES.items() if name in names):
+    for engine in (engine for engine, runs in ENGINES.items() if name in runs):
         found = two_processes[f"{engine}_{name}"]
         for ours, theirs in zip(found["lines"], expected["lines"], strict=True):
             assert ours == pytest.approx(theirs, rel=2e-5), engine
+        assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=2e-5)
         assert found["masks"].keys() == expected["masks"].keys()
         for key, tensor in expected["tensors"].items():
             torch.testing.assert_close(

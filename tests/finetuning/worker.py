@@ -48,8 +48,9 @@ def lines(run: SparseTrainer) -> list[dict[str, float]]:
 def results(run: SparseTrainer) -> dict[str, Any]:
     """What a run has logged, and the finished model's tensors and masks."""
     logged = lines(run)
+    loss = run.evaluate(samples(run.model.config.model_type, 4))["eval_loss"]
     plain, masks = run.finish()
-    return {"lines": logged, "tensors": dict(plain.state_dict()), "masks": masks}
+    return {"lines": logged, "eval_loss": loss, "tensors": dict(plain.state_dict()), "masks": masks}
 
 
 def main(path: str) -> None:
@@ -58,6 +59,12 @@ def main(path: str) -> None:
         run = trainer(Path(f"{path}.{name}"), **settings)
         run.train()
         found = results(run)
+        if run.args.save_strategy != "no":
+            again = trainer(Path(f"{path}.{name}"), **settings)
+            again.train(resume_from_checkpoint=f"{path}.{name}/checkpoint-{run.args.save_steps}")
+            resumed = results(again)
+            assert resumed["lines"][run.args.save_steps :] == found["lines"][run.args.save_steps :]
+            assert all(torch.equal(resumed["tensors"][key], tensor) for key, tensor in found["tensors"].items())
         if run.is_world_process_zero():
             torch.save(found, f"{path}.{name}.pt")
 
