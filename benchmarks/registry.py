@@ -72,7 +72,7 @@ QUALITY_ROWS = {
     "both-kl": ("2e-4", "6e-4", "1e-3"),
     "cast": ("3e-4", "1e-3", "2e-3"),
 }
-"""The learning rates that are tried for each recipe of benchmarks/quality.py."""
+"""The learning rates that are tried for each recipe of benchmarks/quality.py. `6e-4:1` is a rate with another seed."""
 
 
 TINY_QUALITY = "--tokens 64 --seq-length 32 --calibration-samples 2 --eval-seq-length 32 --eval-windows 1 --limit 2"
