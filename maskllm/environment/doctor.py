@@ -242,9 +242,9 @@ def serves(architectures: str, capability: str) -> bool:
 
 
 def _optional_parts(diagnosis: Diagnosis) -> None:
-    from maskllm.environment.optional_parts import apex, finetuning, lm_eval, transformer_engine
+    from maskllm.environment.optional_parts import apex, finetuning, lm_eval, transformer_engine, vllm
 
-    for part in (transformer_engine(), apex(), lm_eval(), finetuning()):
+    for part in (transformer_engine(), apex(), lm_eval(), finetuning(), vllm()):
         diagnosis.found[part.name] = part.version
         if part.problem is not None:
             diagnosis.missing.append(str(part))

