@@ -116,6 +116,8 @@ ZERO_SHOT_MODELS = " ".join(f"--model {{quickstart}}/hf/{name}" for name in ("de
 ONE_SHOT = "python -m benchmarks.one_shot --hf {dense} --calibration " + f"{C4} --eval-data {WIKITEXT}"
 STEP = "python -m benchmarks.training_step --load {quickstart}/megatron/dense"
 SPARSE = "python -m benchmarks.sparse_linear"
+SERVE = "python -m benchmarks.serve --work {work}"
+SERVE_SOURCES = ("benchmarks/serve.py", "csrc/cpu", "csrc/include", "examples/serve", "maskllm/inference", "maskllm/ops")
 SPARSE_SOURCES = ("benchmarks/sparse_linear.py", "benchmarks/dense_loops.cpp", "csrc/cpu", "csrc/include", "maskllm/ops")
 PRECISION = "python -m benchmarks.precision --hf {dense} --corpus " + C4
 PRECISION_SOURCES = ("benchmarks/precision.py", *TRAINING)
@@ -252,6 +254,8 @@ _ALL = [
         cuda=True,
     ),
     Measurement("sparse-linear/one-thread", f"env OMP_NUM_THREADS=1 {SPARSE} --rows --processor-time", 2, SPARSE_SOURCES),
+    Measurement("serve/bf16", SERVE, 15, SERVE_SOURCES),
+    Measurement("serve/int8", f"{SERVE} --bits 8", 15, SERVE_SOURCES),
     Measurement(
         "preprocess/tokenizer-json",
         "python -m benchmarks.preprocess --input {quickstart}/corpus/train.jsonl --tokenizer {dense}",
@@ -354,6 +358,7 @@ TABLES = {
             tables.sparse_linear_rows,
         ),
         Table("sparse-linear-cuda", "Products with stored matrices on a GPU", ("sparse-linear/cuda",), tables.sparse_linear_cuda),
+        Table("serve", "Served by vLLM", _group("serve"), tables.serve),
         Table("preprocess", "Pre-tokenization", _group("preprocess"), tables.preprocess),
         Table("prune-time", "The time of one-shot pruning", _group("prune-time"), tables.prune_time),
         Table("prune-memory", "The memory of one-shot pruning", _group("prune-memory"), tables.prune_memory),

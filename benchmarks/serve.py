@@ -131,7 +131,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
         max_position_embeddings=2048,
         tie_word_embeddings=False,
     )
-    dense, small = work / "dense", work / "compressed"
+    dense, small = work / "dense", work / f"compressed-{args.bits or 16}"
     if not dense.exists():
         write_random_llama(dense, config, BY_NAME[args.dtype])
     if not small.exists():

@@ -337,6 +337,47 @@ def sparse_linear_cuda(found: Results) -> list[str]:
     return markdown_table(["rows", "dense bf16, µs", *layouts], cells, left=0)
 
 
+def serve(found: Results) -> list[str]:
+    """A compressed checkpoint served by vLLM, against the dense one."""
+    cells = []
+    for result in found.values():
+        report = result.result
+        for line in report["results"]:
+            small, dense = line["servers"]
+            cells.append(
+                [
+                    f"{report['bits']} bits a kept weight",
+                    str(line["requests"]),
+                    f"{dense['tokens_per_second']:.2f}",
+                    f"{small['tokens_per_second']:.2f}",
+                    f"{small['tokens_per_second'] / dense['tokens_per_second']:.2f}",
+                    f"{dense['seconds_to_first']:.2f}",
+                    f"{small['seconds_to_first']:.2f}",
+                ]
+            )
+    first = next(iter(found.values())).result
+    compiled = "torch.compile" if first["compiled"] else "`--enforce-eager`"
+    return [
+        *markdown_table(
+            [
+                "compressed",
+                "requests at once",
+                "dense, tokens/s",
+                "compressed, tokens/s",
+                "ratio",
+                "dense, first token, s",
+                "compressed",
+            ],
+            cells,
+            left=1,
+        ),
+        "",
+        f"A LLaMA-shaped model with random 2:4 weights: {first['layers']} layers, hidden {first['hidden']}, FFN {first['ffn']}; "
+        f"{first['dtype']}, vLLM {first['vllm']}, {compiled}, {first['threads']} threads, prompts of {first['prompt_tokens']} tokens, "
+        f"{first['new_tokens']} new ones. Both servers run and take turns; the median of {first['repeats']}.",
+    ]
+
+
 def preprocess(found: Results) -> list[str]:
     """Pre-tokenization against one document at a time."""
     cells = []

@@ -26,6 +26,7 @@ NO_BENCHMARKS = {"__init__", "bitwise", "machine", "registry", "report", "result
 TESTED_ELSEWHERE = {
     "kill_resume": "tests/training/test_kill_resume.py",
     "same_bits": "tests/test_same_bits.py",
+    "serve": "tests/inference/test_vllm.py",
     "sparse_fuzz": "tests/ops/test_sparse_fuzz.py",
 }
 TINY = {one.name: one for one in MEASUREMENTS.values() if one.tiny is not None}
