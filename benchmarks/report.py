@@ -216,12 +216,16 @@ def run(one: Measurement) -> None:
     print(f"[{one.name}] wrote {result_file(one.name).relative_to(ROOT)}", flush=True)
 
 
-def run_all(chosen: list[Measurement]) -> int:
-    """Run the measurements that this machine can run. The others, and those that fail, are named; returns the exit status."""
+def run_all(chosen: list[Measurement], *, asked: bool) -> int:
+    """Run the measurements. Those that this machine cannot run, and those that fail, are named, and the others go on.
+
+    Returns the exit status: 1 if one failed, or if one that was asked for by name cannot run.
+    """
     status = 0
     for one in chosen:
         if lacks := missing(one):
             print(f"[{one.name}] left out: {lacks}", flush=True)
+            status = 1 if asked else status
             continue
         try:
             run(one)
@@ -272,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.verb == "run":
             if not arguments.names and arguments.minutes is None:
                 raise MaskLLMError("run: wanted the names of measurements, or --minutes")
-            return run_all(chosen)
+            return run_all(chosen, asked=bool(arguments.names))
         print("\n".join(list_lines(chosen)))
     return 0
 

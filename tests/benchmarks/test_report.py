@@ -165,6 +165,8 @@ def test_a_run_that_cannot_be_made_or_fails_is_named_and_the_others_go_on(page, 
     assert "[there/already] failed: " in output.err and "README.md: is there already, perhaps from other code" in output.err
     assert "there/long" not in output.out + output.err
     assert [one.name for one in report.selected(["there"])] == ["there/already", "there/long"]
+    monkeypatch.setattr(report, "MEASUREMENTS", {"lacks": measurements[0]})
+    assert (report.main(["run", "--minutes", "10"]), report.main(["run", "lacks"])) == (0, 1)
     with pytest.raises(MaskLLMError, match="gone: no such measurement"):
         report.main(["run", "gone"])
     with pytest.raises(MaskLLMError, match="wanted the names"):
