@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from maskllm.errors import MaskLLMError
 from maskllm.finetuning.arguments import SparseTrainingArguments
@@ -74,6 +75,9 @@ class SparseTrainer(Trainer):
         super().__init__(model, args, *others, **kwargs)
         _check_engine(self)
         self.loss_is_scaled_for_ga = True
+        # Trainer's own finding is wrong for models whose class is not called ...ForCausalLM, such as GPT2LMHeadModel.
+        is_causal = model.loss_function is ForCausalLMLoss and model.can_generate()
+        self._loss_shifts_labels = is_causal and not model.config.is_encoder_decoder
         self.teacher = teacher
         self._step, self._batch = -1, 0
         self._terms: dict[str, torch.Tensor] = {}
@@ -103,7 +107,7 @@ class SparseTrainer(Trainer):
     def begin(self) -> None:
         """Prepare what a training needs of the model as the engine has wrapped it."""
         args = self.args
-        self._blocks = Blocks(self.model)
+        self._blocks = Blocks(self.model) if args.squarehead_loss_coeff else None
         if self._sampler is not None:
             self._sampler.hard = args.hard
             self._schedule = AnnealingSchedule(
@@ -116,11 +120,12 @@ class SparseTrainer(Trainer):
                     setattr(module, name, _KeepsDraw(checkpoint))
         if self.teacher is not None:
             self.teacher.requires_grad_(False).eval()
+            self.teacher.config.use_cache = False
             if self.is_fsdp_enabled:
                 self.teacher = fsdp2_prepare_model(self.accelerator, self.teacher)
             else:
                 self.teacher.to(args.device)
-            self._their_blocks = Blocks(self.teacher)
+            self._their_blocks = Blocks(self.teacher) if args.squarehead_loss_coeff else None
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -161,7 +166,7 @@ class SparseTrainer(Trainer):
             loss = self._share(labels, num_items_in_batch, batches=1) * ce
             return (loss, outputs) if return_outputs else loss
         target, theirs = self._teacher_pass(model, inputs) if args.distills else (None, {})
-        with self._blocks.recorded() if args.squarehead_loss_coeff else contextlib.nullcontext({}) as ours:
+        with _recorded(self._blocks) as ours:
             # Without num_items_in_batch every model's loss is a mean. With it some models' is, and others' a share of the step's.
             ce, outputs = super().compute_loss(model, dict(inputs), return_outputs=True)
         if labels.count == 0:
@@ -192,10 +197,10 @@ class SparseTrainer(Trainer):
         if not self.model.config.is_encoder_decoder:  # whose decoder reads the labels
             inputs = {name: value for name, value in inputs.items() if name != "labels"}
         if self.teacher is not None:
-            with self._their_blocks.recorded() as states, self.accelerator.autocast():
+            with _recorded(self._their_blocks) as states, self.accelerator.autocast():
                 return self.teacher(**inputs)["logits"], states
         model.eval()
-        with self._blocks.recorded() as states, without_masks():
+        with _recorded(self._blocks) as states, without_masks():
             logits = model(**inputs)["logits"]
         model.train()
         return logits, states
@@ -256,6 +261,11 @@ class SparseTrainer(Trainer):
         return copy, masks
 
 
+def _recorded(blocks: Blocks | None) -> contextlib.AbstractContextManager[States]:
+    """The hidden states after `blocks`; none without blocks."""
+    return contextlib.nullcontext({}) if blocks is None else blocks.recorded()
+
+
 class _Moments(TrainerCallback):
     """What the trainer does between `Trainer`'s own steps."""
 
@@ -283,7 +293,12 @@ class _KeepsDraw:
 
 
 def _check_engine(trainer: SparseTrainer) -> None:
-    """Raise MaskLLMError if the engine cuts weights without regard to their rows."""
+    """Raise MaskLLMError if the engine cuts weights without regard to their rows, or copies modules for each GPU."""
+    if trainer.args.n_gpu > 1:
+        raise MaskLLMError(
+            f"one process for {trainer.args.n_gpu} GPUs: wanted one for each; start it by torchrun or accelerate launch, or set "
+            "CUDA_VISIBLE_DEVICES to one GPU"
+        )
     if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 1:
         raise MaskLLMError("fsdp_version 1 flattens weights, so masks and weights come apart; use fsdp_version 2")
     if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:

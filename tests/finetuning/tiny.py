@@ -65,7 +65,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma2": _WINDOWED,
     "gemma3_text": _WINDOWED,
     "phi3": _LLAMA,
-    "gpt2": {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, **_IDS},
+    "gpt2": {
+        "vocab_size": VOCABULARY,
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 32,
+        "initializer_range": 0.2,
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
+        **_IDS,
+    },
     "gpt_neox": _LLAMA,
     "opt": {
         "vocab_size": VOCABULARY,
