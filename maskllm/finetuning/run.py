@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from maskllm.distributed import from_first_rank, is_first_rank
-from maskllm.errors import MaskLLMError
+from maskllm.errors import MaskLLMError, whole_message
 from maskllm.files import atomic_directory, read_json_object, write_json, write_text
 from maskllm.finetuning.arguments import SparseTrainingArguments
 from maskllm.finetuning.record import RunRecord
@@ -54,6 +54,8 @@ NOT_COMPARED = (
     "output", "per_device_eval_batch_size", "dataloader_num_workers", "logging_steps", "save_steps", "data", "eval_data",
 )  # fmt: skip
 """Settings that do not decide the results. Of the files the record has the names and the sizes."""
+AT_ONCE = "prune at once"
+"""The stage that prunes to the last sparsity of a schedule, for comparison."""
 COMPLETE = "complete"
 """An empty file in a checkpoint that all processes have written to its end."""
 
@@ -113,7 +115,7 @@ class _Run:
         steps = len(settings.targets) or 1
         if steps > 1:
             pruned = functools.partial(self._pruned_at_once, settings.targets[-1])
-            results.append(Result(ONE_SHOT, self._measured("one-shot", pruned), []))
+            results.append(Result(ONE_SHOT, self._measured("one-shot", pruned), [AT_ONCE]))
         start, made = self.source, []
         for number, target in enumerate(settings.targets or [None], start=1):
             last = number == steps
@@ -218,7 +220,7 @@ class _Run:
             if self.settings.mask:
                 _check_share(mask, weights, target)
             return mask, model
-        masks = self._prune(model, target, zeros_stay=zeros_stay)
+        masks = self._prune(f"prune {_words(target)}", model, target, zeros_stay=zeros_stay)
         if is_first_rank():
             write_mask_file(mask, masks.items())
         _wait()
@@ -226,16 +228,16 @@ class _Run:
 
     def _pruned_at_once(self, target: Sparsity) -> PreTrainedModel:
         model = self._load(self.source)
-        self._prune(model, target, zeros_stay=False)
+        self._prune(AT_ONCE, model, target, zeros_stay=False)
         return model
 
-    def _prune(self, model: PreTrainedModel, target: Sparsity, *, zeros_stay: bool) -> dict[str, torch.Tensor]:
+    def _prune(self, stage: str, model: PreTrainedModel, target: Sparsity, *, zeros_stay: bool) -> dict[str, torch.Tensor]:
         """Prune in place; returns the masks. All processes get the first one's weights."""
         settings = self.settings
         order = list(range(len(self.examples)))
         random.Random(settings.seed).shuffle(order)
         batches = [self.task.collate([self.examples[place]]) for place in order[: settings.calibration_samples]]
-        with self.record.stage(f"prune {_words(target)}"):
+        with self.record.stage(stage):
             found = prune_hf(model, batches, PruneSettings(settings.method, target, settings.update_weights, zeros_stay=zeros_stay))
             if dist.is_initialized():
                 for linear in block_linears(model).values():
@@ -264,7 +266,7 @@ class _Run:
                 train_dataset=self.examples,
                 data_collator=self.task.collate,
                 teacher=teacher,
-                callbacks=[_MarkComplete(note)],
+                callbacks=[_Watch(note)],
             )
             trainer.train(resume_from_checkpoint=self._checkpoint(folder))
             log = trainer.state.log_history
@@ -299,7 +301,7 @@ class _Run:
             "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "num_train_epochs", "per_device_train_batch_size", "bf16",
             "dataloader_num_workers", "weight_reg", "seed", "logging_steps", "save_steps",
         )  # fmt: skip
-        arguments = SparseTrainingArguments(
+        options = dict(
             output_dir=str(folder / "checkpoints"),
             max_steps=settings.max_steps or -1,
             gumbel_temperature_range=list(settings.gumbel_temperature_range),
@@ -315,6 +317,10 @@ class _Run:
             ),  # even False warns: it is to be renamed
             **{name: getattr(settings, name) for name in names},
         )
+        try:
+            arguments = SparseTrainingArguments(**options)
+        except ValueError as error:  # such as bf16 on a GPU without it
+            raise MaskLLMError(f"transformers refuses the training's arguments: {whole_message(error)}") from error
         if settings.gradient_accumulation_steps is None:
             at_once = settings.per_device_train_batch_size * arguments.world_size
             arguments.gradient_accumulation_steps = max(1, round(RECIPES[settings.task].batch / at_once))
@@ -332,8 +338,8 @@ class _Run:
         return from_first_rank(found and str(found))
 
 
-class _MarkComplete(TrainerCallback):
-    """Marks each checkpoint that all processes have written."""
+class _Watch(TrainerCallback):
+    """Marks each checkpoint that all processes have written, and stops a training that diverges."""
 
     def __init__(self, note: Callable[[], None]) -> None:
         self._note = note
@@ -343,6 +349,13 @@ class _MarkComplete(TrainerCallback):
         if is_first_rank():
             (Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / COMPLETE).touch()
             self._note()
+
+    def on_log(self, args: SparseTrainingArguments, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
+        # Trainer leaves losses that are not finite out of the mean that it logs.
+        if not math.isfinite(logs.get("grad_norm", 0)):
+            raise MaskLLMError(
+                f"step {state.global_step}: the gradient is not a number; start again with a smaller --learning-rate in another --output"
+            )
 
 
 def _step(checkpoint: Path) -> int:

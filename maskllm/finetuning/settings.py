@@ -111,7 +111,9 @@ class FinetuneSettings:
     weights_learning_rate: float | None = _option(
         None, "with --train both: highest learning rate of the weights; default: text 1e-4, translation 2e-3, speech 2e-4"
     )
-    lr_scheduler_type: str = _option("linear", "how the learning rate falls: linear, cosine, constant, ..., as in transformers")
+    lr_scheduler_type: str = _option(
+        "linear", "how the learning rate falls after --warmup-steps", choices=["linear", "cosine", "constant_with_warmup"]
+    )
     warmup_steps: int | None = _option(None, "steps in which the learning rate rises; default: text 20, else 0")
     weight_decay: float = _option(0.0, "decoupled weight decay")
     max_grad_norm: float = _option(1.0, "clip the gradient to this norm")

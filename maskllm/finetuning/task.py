@@ -15,7 +15,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from maskllm.distributed import is_first_rank
-from maskllm.errors import MaskLLMError
+from maskllm.errors import MaskLLMError, whole_message
 from maskllm.finetuning.settings import FinetuneSettings
 from maskllm.huggingface.config import load_config
 
@@ -53,7 +53,12 @@ class Task(abc.ABC):
         Raises MaskLLMError if the model is of a kind that cannot do the task, or if its tokenizer cannot be read.
         """
         self.directory, self.settings = directory, settings
-        self.config = load_config(directory)
+        try:
+            self.config = load_config(directory)
+        except MaskLLMError:
+            raise
+        except Exception as error:  # transformers raises many types
+            raise MaskLLMError(f"{directory}: transformers cannot read its config.json: {whole_message(error)}") from error
         self._check_kind()
 
     def _check_kind(self) -> None:

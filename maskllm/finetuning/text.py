@@ -16,7 +16,6 @@ from maskllm.data.text_files import Line, check_inputs, read_lines
 from maskllm.data.tokenizer import load_tokenizer
 from maskllm.errors import MaskLLMError
 from maskllm.evaluation.text import read_evaluation_text
-from maskllm.evaluation.windows import read_windows
 from maskllm.finetuning.settings import FinetuneSettings
 from maskllm.finetuning.task import IGNORED, Example, Measured, Task, from_all_processes, padded
 
@@ -51,24 +50,23 @@ class TextTask(Task):
         kind = kinds[paths[0]]
         if kind == _PAIRS:
             return self._completions(paths)
-        length = self.settings.max_length
         if for_training:
-            tokens = np.concatenate([self._with_end(tokens) for tokens in self._documents(paths, kind)] or [np.empty(0, np.int64)])
-            windows = torch.from_numpy(tokens[: len(tokens) // length * length].reshape(-1, length))
-            if not len(windows):
-                raise MaskLLMError(
-                    f"{paths[0]}: the text has {len(tokens)} tokens, less than one window of {length}; use a smaller --max-length"
-                )
+            tokens = [np.concatenate([self._with_end(self.tokenizer.encode(text)) for text in self._texts(paths, kind)])]
         else:
-            windows = torch.cat([read_windows(path, self.tokenizer, length).windows for path in paths])
-        return [{"input_ids": window, "labels": window} for window in windows.numpy()]
+            tokens = [self.tokenizer.encode(read_evaluation_text(path).text) for path in paths]
+        return [window for part in tokens for window in self._windows(part, paths[0])]
 
-    def _documents(self, paths: list[Path], kind: str) -> Iterator[np.ndarray]:
+    def _texts(self, paths: list[Path], kind: str) -> Iterator[str]:
         if kind == _DOCUMENTS:
-            texts: Iterator[str] = (document(line, "text") for line in read_lines(paths))
-        else:
-            texts = (read_evaluation_text(path).text for path in paths)
-        return (self.tokenizer.encode(text) for text in texts)
+            return (document(line, "text") for line in read_lines(paths))
+        return (read_evaluation_text(path).text for path in paths)
+
+    def _windows(self, tokens: np.ndarray, path: Path) -> list[Example]:
+        length = self.settings.max_length
+        windows = tokens[: len(tokens) // length * length].astype(np.int64).reshape(-1, length)
+        if not len(windows):
+            raise MaskLLMError(f"{path}: the text has {len(tokens)} tokens, less than one window of --max-length {length}")
+        return [{"input_ids": window, "labels": window} for window in windows]
 
     def _with_end(self, tokens: np.ndarray) -> np.ndarray:
         end = self.tokenizer.eod

@@ -7,7 +7,6 @@ import math
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import sacrebleu
 import torch
@@ -283,26 +282,3 @@ def test_a_teacher_of_another_shape_is_refused(llama, documents, tmp_path, capsy
         "model.embed_tokens.weight is [24, 64], that of --model is [24, 32]; wanted a model of the same shape"
         in capsys.readouterr().err
     )
-
-
-def test_digits_are_scored_without_their_spaces():
-    from maskllm.finetuning.speech import _normalizer
-
-    digits = _normalizer("digits", None)
-    assert digits("92714.") == digits("9 2 7 1 4") == digits("Nine, two seven one FOUR!") == "9 2 7 1 4"
-    assert digits("oh") == ""
-    assert _normalizer("english", {"colour": "color"})("Mr. Smith's  colour!") == "mister smith is color"
-
-
-def test_sound_is_resampled_to_one_channel(tmp_path):
-    import soundfile
-
-    from maskllm.finetuning.speech import read_audio
-
-    times = np.arange(8000) / 8000
-    stereo = np.stack([np.sin(2 * np.pi * 440 * times), 0 * times], axis=1)
-    soundfile.write(tmp_path / "a.flac", stereo, 8000)
-    found = read_audio(tmp_path / "a.flac", 16000)
-    wanted = 0.5 * np.sin(2 * np.pi * 440 * np.arange(16000) / 16000)
-    assert found.dtype == np.float32 and found.shape == (16000,)
-    assert np.abs(found - wanted)[200:-200].max() < 1e-3
