@@ -82,13 +82,14 @@ class TrainMetrics:
         tokens = len(window) * self.arguments.global_batch_size * self.arguments.seq_length
         rates = list(window[-1].learning_rates.values())
         values |= {
-            "grad_norm": sum(step.grad_norm for step in good) / steps if steps else None,
+            "grad_norm": sum(step.grad_norms[0] for step in good) / steps if steps else None,
             "skipped_steps": len(window) - steps,
             "learning_rate": rates[0],
             "tokens_per_second": tokens / seconds,
             "peak_memory_gib": float(memory) / 2**30,
         }
         if self.arguments.train == "both":
+            values["weights_grad_norm"] = sum(step.grad_norms[-1] for step in good) / steps if steps else None
             values["weights_learning_rate"] = rates[-1]
         return values
 

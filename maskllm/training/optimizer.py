@@ -12,7 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, make_sharded_optimizer_tensor
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, clip_grads, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import FP32Optimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
@@ -33,7 +33,7 @@ def build_optimizer(
     masked: Sequence[MaskedParameter],
     model: DistributedDataParallel,
 ) -> MegatronOptimizer:
-    """Build the optimizer of `groups`, which hold all trained parameters of `model`. One norm over all of them is clipped.
+    """Build the optimizer of `groups`, which hold all trained parameters of `model`.
 
     Parameters in bf16 have fp32 masters (Megatron's mixed-precision optimizer). Returns Megatron's optimizer if logits and moments are
     all fp32, and `LogitsOptimizer` otherwise. `masked` are the masked weights that own the logits or weights among the parameters.
@@ -68,6 +68,32 @@ def build_optimizer(
     if arguments.uses_cast:
         _use_adam_s(optimizer, masked, arguments.l1_decay_coeff)
     return optimizer
+
+
+def clip_and_step(optimizer: MegatronOptimizer, groups: Sequence[ParameterGroup]) -> list[float]:
+    """Clip the gradients and update the parameters of `groups`. Returns the norms before clipping, the logits' first.
+
+    If weights are trained beside the logits, these are clipped apart from them. At low temperatures the norm of the logits' gradient is
+    10 to 30 times that of the weights', and differs as much from step to step. One norm over both would shrink the weights' gradients to
+    the size of Adam's epsilon. All groups but the logits share one norm.
+    """
+    if len(groups) == 1 or groups[0].name != MASK_LOGITS:
+        _, norm, _ = optimizer.step()
+        return [float(norm)]
+    # As `MegatronOptimizer.step`, which has one norm.
+    one = unchained(optimizer)
+    one.prepare_grads()
+    counted = {id(gradient) for gradient in one.get_main_grads_for_grad_norm()}
+    logits, *others = (group["params"] for group in one.optimizer.param_groups)
+    norms = []
+    for parameters in (logits, [parameter for group in others for parameter in group]):
+        gradients = [parameter.grad for parameter in parameters if id(parameter.grad) in counted]
+        norm = float(clip_grads.get_grad_norm_fp32(gradients, grad_stats_parallel_group=one.get_grad_stats_parallel_group()))
+        if one.config.clip_grad > 0:
+            clip_grads.clip_grad_by_total_norm_fp32(parameters, one.config.clip_grad, norm)
+        norms.append(norm)
+    one.step_with_ready_grads()
+    return norms
 
 
 def unchained(optimizer: MegatronOptimizer) -> MegatronOptimizer:

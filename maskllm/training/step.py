@@ -17,6 +17,7 @@ from maskllm.training.arguments import TrainArguments
 from maskllm.training.cast import Cast
 from maskllm.training.data import Batches
 from maskllm.training.micro_batches import MicroBatches
+from maskllm.training.optimizer import clip_and_step
 from maskllm.training.surviving.stopping import Stopping
 from maskllm.training.trainables import MASK_LOGITS, ParameterGroup
 
@@ -29,7 +30,8 @@ class StepResult:
     """Which step it was, counted from 0."""
     sums: torch.Tensor
     """This rank's fp32 result of `MicroBatches.run`, sum of squares of masked weights and sum of maximum probabilities."""
-    grad_norm: float
+    grad_norms: list[float]
+    """As `clip_and_step` returns them; empty if the step was skipped."""
     learning_rates: dict[str, float]
     """By the name of the group of parameters (`ParameterGroup.name`)."""
     skipped: bool = False
@@ -76,13 +78,10 @@ class Step:
         if problem is not None:
             print(f"iteration {iteration + 1}: {problem}", file=sys.stderr, flush=True)
         skipped = self.stopping.agree_after_step(iteration, skip=problem is not None)
-        grad_norm = 0.0
-        if not skipped:
-            # Megatron's optimizers look for gradients that are not finite only if they scale the loss, which fp16 weights need.
-            _, norm, _ = self.optimizer.step()
-            grad_norm = float(norm)
+        # Megatron's optimizers look for gradients that are not finite only if they scale the loss, which fp16 weights need.
+        grad_norms = [] if skipped else clip_and_step(self.optimizer, self.groups)
         self.lr_scheduler.step(increment=self.arguments.global_batch_size)
-        return StepResult(iteration, sums, grad_norm, learning_rates, skipped)
+        return StepResult(iteration, sums, grad_norms, learning_rates, skipped)
 
     def _set_learning_rates(self, iteration: int) -> dict[str, float]:
         """Hold the weights still before `--weights-start-iter`; returns each group's learning rate.

@@ -16,7 +16,7 @@ from maskllm.megatron.process_groups import parallel_processes
 from maskllm.patterns import Pattern
 from maskllm.training.arguments import TrainArguments
 from maskllm.training.data_parallel import data_parallel
-from maskllm.training.optimizer import LogitsOptimizer, build_lr_scheduler, build_optimizer
+from maskllm.training.optimizer import LogitsOptimizer, build_lr_scheduler, build_optimizer, clip_and_step, unchained
 from maskllm.training.trainables import ParameterGroup, parameter_groups
 
 ARGUMENTS = TrainArguments(
@@ -64,6 +64,28 @@ def test_two_groups_move_at_their_own_rates(options, model):
         for steps, rate in zip(moved(3.0), rates, strict=True):
             torch.testing.assert_close(steps, torch.full_like(steps, rate), rtol=1e-4, atol=1e-6)
         scheduler.step(5 * arguments.global_batch_size)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_distributed_optimizer": True}], ids=["plain", "distributed"])
+def test_logits_are_clipped_apart_from_weights(options, model):
+    arguments = dataclasses.replace(ARGUMENTS, train="both", clip_grad=1.0, **options)
+    masked = masked_parameters(model)
+    groups = parameter_groups(arguments, model, masked)
+    logits, weights = ([p for group in part for p in group.parameters] for part in (groups[:1], groups[1:]))
+    wrapped = data_parallel(arguments, model)
+    optimizer = build_optimizer(arguments, groups, masked, wrapped)
+    wrapped.zero_grad_buffer()
+    expected = []
+    for parameters, fill in ((logits, 100.0), (weights, 1e-4)):
+        for parameter in parameters:
+            parameter.main_grad.fill_(fill)
+        expected.append(fill * sum(parameter.numel() for parameter in parameters) ** 0.5)
+    wrapped.finish_grad_sync()
+    assert clip_and_step(optimizer, groups) == pytest.approx(expected, rel=1e-5)
+    assert expected[1] < 1 < expected[0]
+    first, *others = (group["params"] for group in unchained(optimizer).optimizer.param_groups)
+    assert torch.cat([parameter.grad.flatten() for parameter in first]).norm() == pytest.approx(1.0, rel=1e-3)
+    assert all(bool((parameter.grad == 1e-4).all()) for group in others for parameter in group)
 
 
 def test_one_group_is_what_megatron_makes_of_the_whole_model(model):

@@ -69,8 +69,9 @@ def assert_same_run(one: Path, other: Path) -> None:
         expected, found = metrics(one, kind), metrics(other, kind)
         assert len(expected) == len(found) > 0
         for first, second in zip(expected, found, strict=True):
-            for key in keys:
-                assert second[key] == pytest.approx(first[key], rel=1e-4 if key == "grad_norm" else 2e-5), (first["iteration"], key)
+            for key in [*keys, *(key for key in first if key == "weights_grad_norm")]:
+                rel = 1e-4 if key.endswith("grad_norm") else 2e-5
+                assert second[key] == pytest.approx(first[key], rel=rel), (first["iteration"], key)
     first, second = tensors(one), tensors(other)
     for name in first.keys() & second.keys():
         if not name.startswith("optimizer"):
