@@ -39,6 +39,8 @@ BITS = 8
 """Of a kept weight of the compressed model."""
 SPEED_TOKENS = 32
 """Tokens of the prompt, and new tokens, by which the speed is measured."""
+SECOND_SCALE = 5e3
+"""kappa in the second training, ten times the last of the first: noise decides only between candidates that are nearly equal."""
 WEIGHTS_VALIDATIONS = 2
 """Validations in the second training, at equal distances, the last one at its end."""
 
@@ -58,12 +60,12 @@ class QuickstartSettings:
     prior_strength: float = 5.0
     weights_train: str = "both"
     """What the second training trains: `both` or `weights`, as `--train` of `maskllm.train`."""
-    weights_train_iters: int = 50
+    weights_train_iters: int = 60
     weights_lr: float = 6e-4
     weights_min_lr: float = 6e-5
-    masks_lr: float = 5e-4
+    masks_lr: float = 2e-4
     """The learning rate of the logits in the second training, if that trains both."""
-    masks_min_lr: float = 5e-5
+    masks_min_lr: float = 2e-5
     ce_loss_coeff: float = 0.0
     kl_loss_coeff: float = 1.0
     eval_windows: int = 8
@@ -241,8 +243,8 @@ def masks_command(settings: QuickstartSettings, dataset: str, prior: Path, save:
 def weights_command(settings: QuickstartSettings, dataset: str, learned: Path, save: Path, has_validation: bool) -> list[object]:
     """The command that goes on from the learned masks and trains the weights, with the dense weights as the teacher.
 
-    The masks are learned already. So temperature and scale stay where the first training ended, and nothing but the loss makes the
-    weights grow.
+    The masks are learned already. So the temperature stays where the first training ended, the scale is higher, and nothing but the loss
+    makes the weights grow.
     """
     iterations = settings.weights_train_iters
     options = [
@@ -252,10 +254,10 @@ def weights_command(settings: QuickstartSettings, dataset: str, learned: Path, s
         "--micro-batch-size", settings.global_batch_size,
     ]  # fmt: skip
     if settings.weights_train == "both":
-        temperature, scale = TrainArguments.gumbel_temperature_range[1], TrainArguments.gumbel_scale_range[1]
+        temperature = TrainArguments.gumbel_temperature_range[1]
         options += [
             "--lr", settings.masks_lr, "--min-lr", settings.masks_min_lr, "--weight-reg", 0,
-            "--gumbel-temperature-range", temperature, temperature, "--gumbel-scale-range", scale, scale,
+            "--gumbel-temperature-range", temperature, temperature, "--gumbel-scale-range", SECOND_SCALE, SECOND_SCALE,
         ]  # fmt: skip
     interval = math.ceil(iterations / WEIGHTS_VALIDATIONS)
     return _train_command(settings, dataset, learned, save, iterations, interval, has_validation, options)
