@@ -159,7 +159,8 @@ def main() -> None:
         eval_dataset=validation,
         data_collator=DataCollatorForSeq2Seq(tokenizer, model),
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(args.output / "checkpoints")) if args.output.exists() else None)
+    checkpoints = args.output / "checkpoints"
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(checkpoints)) if checkpoints.exists() else None)
     model.save_pretrained(args.output)
     translations = translate(model, test, tokenizer)
     bleu = sacrebleu.BLEU()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import importlib.util
 import os
 import shlex
 import signal
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 RUN = EXAMPLES / "run.sh"
@@ -28,6 +30,14 @@ def environment(**settings: object) -> dict[str, str]:
     here = {name: os.environ[name] for name in ("HOME", "PYTHONPATH", "TMPDIR", "LD_LIBRARY_PATH") if name in os.environ}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return here | {"PATH": path, "PYTHON": sys.executable, **{name: str(value) for name, value in settings.items()}}
+
+
+def script(name: str) -> ModuleType:
+    """The script examples/finetune/NAME.py as a module."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / "finetune" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def stand_ins(folder: Path, **texts: str) -> str:

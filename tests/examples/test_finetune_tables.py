@@ -1,0 +1,96 @@
+"""examples/finetune/table.py: its recipes are commands that `maskllm finetune` takes, and its table shows what the reports say."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from dataclasses import fields
+
+import pytest
+
+from maskllm.cli import finetune
+from maskllm.finetuning.settings import FinetuneSettings
+from tests.examples.scripts import EXAMPLES, script
+
+RECIPES = sorted(path.stem for path in (EXAMPLES / "finetune" / "recipes").glob("*.json"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_row_is_a_valid_command(name, tmp_path):
+    recipe = script("table").Recipe(name)
+    parser = argparse.ArgumentParser()
+    finetune.add_arguments(parser)
+    assert recipe.rows[0] == "dense"
+    for row in recipe.rows:
+        verb, *arguments = recipe.arguments(row, tmp_path, "prepared")
+        assert verb == "finetune"
+        args = parser.parse_args(arguments)
+        values = {entry.name: getattr(args, entry.name) for entry in fields(FinetuneSettings)}
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if value is not None}
+        settings = FinetuneSettings(**values).complete()
+        assert settings.output == str(tmp_path / row)
+        assert settings.is_dense == (row == "dense")
+        assert (settings.squarehead_loss_coeff > 0) == ("squarehead" in row)
+        assert (settings.kl_loss_coeff > 0) == ("kl" in row)
+        assert settings.model == str(tmp_path / "dense" / "model") or not (recipe.from_dense and row != "dense")
+
+
+PROGRAM = """
+import json, sys, pathlib
+words = sys.argv[1:]
+output = pathlib.Path(words[words.index("--output") + 1])
+with open(output.parent.parent / "calls.txt", "a") as file:
+    file.write(output.name + "\\n")
+if (output.parent.parent / "fail").exists():
+    sys.exit(3)
+zeros = 0.0 if "--sparsity" in words and words[words.index("--sparsity") + 1] == "0" else 0.5
+value = 30.0 if zeros == 0 else 29.7 if "--kl-loss-coeff" in words else 28.5
+report = {"measure": "bleu", "higher_is_better": True, "dense": {"bleu": 29.0}, "trained": {"bleu": value}, "seconds": 4.0}
+if zeros:
+    report["one_shot"] = {"bleu": 11.25}
+output.mkdir(parents=True)
+(output / "report.json").write_text(json.dumps(report))
+"""
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    (tmp_path / "program.py").write_text(PROGRAM)
+
+    def run(*arguments: str) -> int:
+        launch = f"{sys.executable} {tmp_path / 'program.py'}"
+        table = ["table.py", "t5-multi30k", "--output", str(tmp_path / "out"), "--launch", launch, *arguments]
+        monkeypatch.setattr("sys.argv", table)
+        return script("table").main()
+
+    return run
+
+
+def test_a_table_of_finished_rows(run, tmp_path):
+    assert run("--row", "dense", "2-4-ce", "2-4-ce-kl", "--json", str(tmp_path / "row.json")) == 0
+    text = (tmp_path / "out" / "table.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| 2:4"))
+    assert re.findall(r"[-+\d.:]+", row) == ["2:4", "11.25", "28.50", "29.70", "-1.0"]
+    assert "Dense: 29.00 as it is, 30.00 fine-tuned." in text
+    rows = json.loads((tmp_path / "row.json").read_text())["rows"]
+    assert [(one["row"], one["trained"]["bleu"]) for one in rows] == [("dense", 30.0), ("2-4-ce", 28.5), ("2-4-ce-kl", 29.7)]
+
+
+def test_finished_rows_are_kept_and_failed_ones_are_named(run, tmp_path, capsys):
+    assert run("--row", "dense") == 0
+    (tmp_path / "fail").touch()
+    assert run("--row", "dense", "75-ce", "2-4-ce") == 1
+    assert "failed: 75-ce, 2-4-ce" in capsys.readouterr().err
+    (tmp_path / "fail").unlink()
+    assert run("--row", "75-ce") == 0
+    assert (tmp_path / "calls.txt").read_text().split() == ["dense", "75-ce", "2-4-ce", "75-ce"]
+    assert "75 %" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_unknown_names_are_told(run):
+    with pytest.raises(SystemExit, match="--row 3-4-ce: no such row; found dense, 2-4-ce"):
+        run("--row", "3-4-ce", "--dry-run")
+    with pytest.raises(SystemExit, match=r"nothing\.json: no such recipe; found .*whisper-digits"):
+        script("table").Recipe("nothing")
