@@ -1,7 +1,7 @@
 """Run a table of sparse fine-tuning: the dense model fine-tuned, and each sparsity recovered with each loss.
 
     python examples/finetune/table.py t5-multi30k --prepared outputs/finetune --output outputs/tables/t5-multi30k
-    python examples/finetune/table.py t5-small-wmt14 --prepared data --output tables/t5-small --launch "torchrun --nproc-per-node 8 -m maskllm"
+    python examples/finetune/table.py t5-small-wmt14 --prepared data --output tables/t5 --launch "torchrun --nproc-per-node 8 -m maskllm"
 
 A recipe is a JSON file in `recipes/`, or a path. Its rows run one after the other, each a `maskllm finetune` that writes OUTPUT/ROW.
 Repeat the command after an interruption: finished rows are kept, and the row that was running goes on from its last checkpoint.
@@ -11,7 +11,6 @@ OUTPUT/table.md has the table of the rows that are finished, OUTPUT/rows.json th
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import subprocess
 import sys

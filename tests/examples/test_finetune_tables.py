@@ -9,9 +9,9 @@ import sys
 from dataclasses import fields
 
 import pytest
+from maskllm.finetuning.settings import FinetuneSettings
 
 from maskllm.cli import finetune
-from maskllm.finetuning.settings import FinetuneSettings
 from tests.examples.scripts import EXAMPLES, script
 
 RECIPES = sorted(path.stem for path in (EXAMPLES / "finetune" / "recipes").glob("*.json"))

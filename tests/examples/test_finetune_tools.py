@@ -18,7 +18,6 @@ from transformers import WhisperConfig, WhisperForConditionalGeneration, Whisper
 from tests.conftest import real_data
 from tests.examples.scripts import script
 
-
 WORDS = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|startofprev|>", "<|notimestamps|>"]
 VOCABULARY = 256 + len(WORDS) + 10
 """Bytes, special tokens, and timestamps."""
