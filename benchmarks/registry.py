@@ -1,15 +1,17 @@
 """All measurements and all tables. CONTRIBUTING.md says how to add one.
 
 In a command, `{data}` stands for the folder of real test data, `{quickstart}` for what `make quickstart` has written, `{dense}` for the
-dense SmolLM2-135M in it, and `{work}` for a folder that the measurements of a group share.
+dense SmolLM2-135M in it, `{finetune}` for what examples/finetune/prepare.sh has written, and `{work}` for a folder that the measurements
+of a group share.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
-from benchmarks import tables
+from benchmarks import finetuning, tables
 from benchmarks.results import Result
 
 
@@ -58,6 +60,16 @@ TRAINING = (
     "megatron_patches",
 )
 """What decides which masks and weights a training finds."""
+FINETUNING = (
+    "csrc",
+    "examples/finetune",
+    "maskllm/finetuning",
+    "maskllm/huggingface",
+    "maskllm/masking",
+    "maskllm/ops",
+    "maskllm/pruning",
+)
+"""What decides the results of `maskllm finetune`."""
 PERPLEXITY = tuple(f"maskllm/evaluation/{name}.py" for name in ("huggingface", "perplexity", "text", "windows"))
 ZERO_SHOT = tuple(f"maskllm/evaluation/{name}.py" for name in ("lm_eval_tasks", "task_files", "task_sets", "zero_shot"))
 
@@ -310,6 +322,11 @@ _ALL = [
         10,
         "--calibration-samples 2 --calibration-length 32 --seq-length 64 --max-windows 1 --chunk 32",
     ),
+    *(
+        Measurement(f"{recipe}/{row}", finetuning.command(recipe, row), 30, FINETUNING)
+        for recipe, content in finetuning.RECIPES.items()
+        for row in content.rows
+    ),
 ]
 MEASUREMENTS = {one.name: one for one in _ALL}
 
@@ -366,5 +383,9 @@ TABLES = {
         Table("plans", "Plans for LLaMA-2 7B", ("plans",), tables.plans, "Calculated"),
         Table("plans-training", "Plans for LLaMA-2 7B with trained weights", ("plans",), tables.plans_training, "Calculated"),
         Table("kill-resume", "Killed and resumed runs", ("kill-resume",), tables.kill_resume),
+        *(
+            Table(recipe, f"Sparse fine-tuning: {content.title}", _group(recipe), partial(finetuning.render, recipe))
+            for recipe, content in finetuning.RECIPES.items()
+        ),
     )
 }

@@ -111,7 +111,7 @@ def overview_text(found: dict[str, Result], older: Collection[str]) -> str:
         "unknown.",
         "Load is the number of programs that were running when it began.",
         "In a command, `{data}` is the folder of real test data, `{quickstart}` what `make quickstart` has written, `{dense}` the dense "
-        "model in it, and `{work}` a folder for its group.",
+        "model in it, `{finetune}` what `examples/finetune/prepare.sh` has written, and `{work}` a folder for its group.",
         "",
         *measurement_rows([_row(name, result, name in older) for name, result in found.items()]),
     ]
@@ -177,6 +177,7 @@ def folders(name: str) -> dict[str, str]:
         "data": os.path.relpath(data, ROOT),
         "quickstart": "outputs/quickstart",
         "dense": "outputs/quickstart/hf/dense",
+        "finetune": "outputs/finetune",
         "work": f"outputs/benchmarks/{commit()}/{name.partition('/')[0]}",
     }
 
@@ -190,7 +191,8 @@ def missing(one: Measurement) -> str | None:
             return "needs a CUDA GPU"
     for key, path in folders(one.name).items():
         if key != "work" and f"{{{key}}}" in one.command and not (ROOT / path).exists():
-            return f"needs {path}, which {'MASKLLM_TEST_DATA names' if key == 'data' else 'make quickstart writes'}"
+            makers = {"data": "MASKLLM_TEST_DATA names", "finetune": "examples/finetune/prepare.sh writes"}
+            return f"needs {path}, which {makers.get(key, 'make quickstart writes')}"
     return None
 
 

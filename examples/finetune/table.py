@@ -139,13 +139,15 @@ def main() -> int:
     parser.add_argument("recipe", help="a file in recipes/ without .json, or a path")
     parser.add_argument("--prepared", default="outputs/finetune", help="folder that the recipe's files are in")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--row", nargs="+", help="run these rows only; default: all")
+    parser.add_argument("--row", nargs="+", help="run these rows only, and the dense one if they start from it; default: all")
     parser.add_argument("--launch", default=f"{sys.executable} -m maskllm", help="what starts maskllm, for example under torchrun")
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     parser.add_argument("--json", type=Path, help="write the numbers of the rows of --row to this file too")
     args, more = parser.parse_known_args()
     recipe = Recipe(args.recipe)
     rows, failed = args.row or recipe.rows, []
+    if recipe.from_dense and DENSE not in rows:
+        rows = [DENSE, *rows]
     for row in rows:
         command = [*shlex.split(args.launch), *recipe.arguments(row, args.output, args.prepared), *more]
         if args.dry_run:
@@ -159,13 +161,13 @@ def main() -> int:
                     break
         all_rows = {name: found for name in recipe.rows if (found := finished(args.output, name)) is not None}
         args.output.mkdir(parents=True, exist_ok=True)
-        write_json(args.output / "rows.json", {"recipe": args.recipe, "rows": list(all_rows.values())})
+        write_json(args.output / "rows.json", {"rows": list(all_rows.values())})
         write_text(args.output / "table.md", "\n".join([f"# {recipe.title}", "", *table(recipe, all_rows)]) + "\n")
     if args.dry_run:
         return 0
     print((args.output / "table.md").read_text(encoding="utf-8"))
     if args.json:
-        write_json(args.json, {"recipe": args.recipe, "rows": [found for row in rows if (found := finished(args.output, row))]})
+        write_json(args.json, {"rows": [found for row in args.row or rows if (found := finished(args.output, row))]})
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return bool(failed)

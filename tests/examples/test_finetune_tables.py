@@ -9,9 +9,11 @@ import sys
 from dataclasses import fields
 
 import pytest
-from maskllm.finetuning.settings import FinetuneSettings
 
+from benchmarks.registry import TABLES
+from benchmarks.results import Result
 from maskllm.cli import finetune
+from maskllm.finetuning.settings import FinetuneSettings
 from tests.examples.scripts import EXAMPLES, script
 
 RECIPES = sorted(path.stem for path in (EXAMPLES / "finetune" / "recipes").glob("*.json"))
@@ -59,9 +61,9 @@ output.mkdir(parents=True)
 def run(tmp_path, monkeypatch):
     (tmp_path / "program.py").write_text(PROGRAM)
 
-    def run(*arguments: str) -> int:
+    def run(*arguments: str, recipe: str = "t5-multi30k") -> int:
         launch = f"{sys.executable} {tmp_path / 'program.py'}"
-        table = ["table.py", "t5-multi30k", "--output", str(tmp_path / "out"), "--launch", launch, *arguments]
+        table = ["table.py", recipe, "--output", str(tmp_path / "out"), "--launch", launch, *arguments]
         monkeypatch.setattr("sys.argv", table)
         return script("table").main()
 
@@ -76,6 +78,24 @@ def test_a_table_of_finished_rows(run, tmp_path):
     assert "Dense: 29.00 as it is, 30.00 fine-tuned." in text
     rows = json.loads((tmp_path / "row.json").read_text())["rows"]
     assert [(one["row"], one["trained"]["bleu"]) for one in rows] == [("dense", 30.0), ("2-4-ce", 28.5), ("2-4-ce-kl", 29.7)]
+
+
+def test_the_results_page_has_the_same_table(run, tmp_path):
+    found = {}
+    for row in ("dense", "2-4-ce", "2-4-ce-kl"):
+        assert run("--row", row, "--json", str(tmp_path / "row.json")) == 0
+        content = json.loads((tmp_path / "row.json").read_text())
+        assert [one["row"] for one in content["rows"]] == [row]
+        found[f"t5-multi30k/{row}"] = Result(content, None, None, None, {}, None, None, None)
+    lines = TABLES["t5-multi30k"].render(found)
+    assert (tmp_path / "out" / "table.md").read_text().splitlines()[2:] == lines
+
+
+def test_rows_from_the_dense_model_train_it_first(run, tmp_path):
+    recipe = json.loads((EXAMPLES / "finetune" / "recipes" / "t5-multi30k.json").read_text()) | {"from_dense": True}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    assert run("--row", "2-4-ce", recipe=str(tmp_path / "recipe.json")) == 0
+    assert (tmp_path / "calls.txt").read_text().split() == ["dense", "2-4-ce"]
 
 
 def test_finished_rows_are_kept_and_failed_ones_are_named(run, tmp_path, capsys):

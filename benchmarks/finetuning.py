@@ -1,0 +1,28 @@
+"""The tables of examples/finetune as measurements: one for each row of a recipe."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+
+from benchmarks.results import ROOT, Result
+
+_SCRIPT = ROOT / "examples" / "finetune" / "table.py"
+_SPEC = importlib.util.spec_from_file_location("finetune_table", _SCRIPT)
+table = importlib.util.module_from_spec(_SPEC)
+"""The script examples/finetune/table.py."""
+_SPEC.loader.exec_module(table)
+
+RECIPES = {name: table.Recipe(name) for name in ("whisper-digits", "t5-multi30k", "mpt-documentation")}
+"""The recipes that a CPU can run, by name."""
+
+
+def command(recipe: str, row: str) -> str:
+    """What measures a row; `{finetune}` stands for the folder of prepared models."""
+    return f"python examples/finetune/table.py {recipe} --prepared {{finetune}} --output {{work}} --row {row}"
+
+
+def render(recipe: str, found: Mapping[str, Result]) -> list[str]:
+    """The Markdown table of a recipe from results by `RECIPE/ROW`."""
+    rows = {row["row"]: row for result in found.values() for row in result.result["rows"]}
+    return table.table(RECIPES[recipe], rows)
