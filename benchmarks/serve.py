@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from maskllm.dtypes import BY_NAME
 from maskllm.errors import MaskLLMError
@@ -110,7 +110,7 @@ def keep(weight: torch.Tensor, pattern: Pattern) -> None:
 def write_random_llama(directory: Path, config: LlamaConfig, dtype: torch.dtype) -> None:
     """A model with random weights; those of its blocks are 2:4."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to(dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         for weight in model.model.layers.parameters():
             if weight.dim() == 2:
