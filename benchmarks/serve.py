@@ -40,7 +40,8 @@ VLLM_PYTHON = "MASKLLM_VLLM_PYTHON"
 
 def vllm_python() -> str | None:
     """The interpreter of the environment with vLLM, or None if none is named."""
-    return os.environ.get(VLLM_PYTHON)
+    named = os.environ.get(VLLM_PYTHON)
+    return named and str(Path(named).absolute())  # not resolved: a link is what makes it the environment's
 
 
 @contextlib.contextmanager
@@ -176,7 +177,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--vllm-python", default=vllm_python(), metavar="PYTHON", help=f"vLLM's interpreter; default: {VLLM_PYTHON}"
+        "--vllm-python",
+        type=lambda text: str(Path(text).absolute()),
+        default=vllm_python(),
+        metavar="PYTHON",
+        help=f"vLLM's interpreter; default: {VLLM_PYTHON}",
     )
     parser.add_argument("--work", type=Path, metavar="DIR", help="for models and logs; models that are there are used again")
     parser.add_argument("--layers", type=int, default=22)
