@@ -1,0 +1,191 @@
+"""Text generation from a compressed model beside other programs that quantize: CTranslate2, OpenVINO and llama.cpp, on a CPU.
+
+    python -m benchmarks.rivals --work DIR [--programs NAME...] [--python PYTHON] [--llama-cpp SOURCE] [--json FILE]
+
+The model has the shape of TinyLlama 1.1B, random weights, and 2:4 zeros (the two smallest of every four weights of a block's linears). Each
+program gets the same weights and the same 128 random tokens, and generates 64 more, one text at a time: each in turn, each in a
+process of its own, several rounds. Models are kept in DIR, and are not made again.
+
+The other programs have an environment of their own:
+
+    python -m venv outputs/rivals && cd outputs/rivals
+    bin/pip install torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu
+    bin/pip install ctranslate2 openvino openvino-genai nncf "transformers<5.6" sentencepiece protobuf accelerate "requests>=2.33"
+    bin/pip install --no-deps optimum optimum-intel gguf       # with dependencies, torchvision would bring torch for CUDA
+    bin/pip download --no-deps --no-binary :all: llama-cpp-python && tar xf llama_cpp_python-*.tar.gz
+    mv llama_cpp_python-*/ llama_cpp_python && bin/pip install ./llama_cpp_python
+
+llama.cpp is compiled for the processor at hand, which takes a compiler, CMake and 20 minutes; leave it out with --programs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.results import load_average
+from maskllm.errors import MaskLLMError
+from maskllm.files import read_json_object, write_json
+
+OURS = {"dense bf16": None, "2:4 bf16": 16, "2:4 int8": 8, "2:4 int4": 4}
+"""What transformers generates from: the bits of `maskllm compress`."""
+PROGRAMS = {"ctranslate2": (8,), "openvino": (8, 4), "llama.cpp": (8, 4)}
+"""The other programs, and the bits of their weights."""
+RIVALS = Path(__file__).with_name("rival_programs.py")
+
+
+def make_model(directory: Path, sizes: dict[str, int]) -> None:
+    """Write a LLaMA of random bf16 weights with 2:4 zeros, and a tokenizer of as many words as it has tokens."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(**sizes, max_position_embeddings=2048, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(default)
+    for module in model.model.modules():
+        if isinstance(module, torch.nn.Linear):
+            blocks = module.weight.data.view(-1, 4)
+            blocks.scatter_(1, blocks.abs().topk(2, dim=1, largest=False).indices, 0)
+    model.save_pretrained(directory)
+    make_tokenizer(directory, config.vocab_size)
+
+
+def make_tokenizer(directory: Path, size: int) -> None:
+    """Write a tokenizer as Hugging Face's library and as SentencePiece have it: converters want one, and the benchmark uses none."""
+    from sentencepiece import sentencepiece_model_pb2 as sentencepiece
+    from tokenizers import Tokenizer, models
+
+    model = sentencepiece.ModelProto()
+    kinds = model.SentencePiece
+    special = [("<unk>", kinds.UNKNOWN), ("<s>", kinds.CONTROL), ("</s>", kinds.CONTROL)]
+    special += [(f"<0x{byte:02X}>", kinds.BYTE) for byte in range(256)]
+    words = special + [(f"word{number}", kinds.NORMAL) for number in range(size - len(special))]
+    for rank, (word, kind) in enumerate(words[:size]):
+        model.pieces.add(piece=word, score=-rank, type=kind)
+    model.trainer_spec.model_type = model.trainer_spec.BPE
+    model.trainer_spec.vocab_size = size
+    (directory / "tokenizer.model").write_bytes(model.SerializeToString())
+    vocabulary = {word: number for number, (word, _) in enumerate(words[:size])}
+    Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")).save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    write_json(directory / "tokenizer_config.json", settings)
+
+
+def run(words: Sequence[object], output: bool = False) -> str:
+    """Run a program and return what it prints. Raises MaskLLMError with the end of its messages if it fails."""
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise MaskLLMError(f"{' '.join(map(str, words))}: exit status {done.returncode}\n{(done.stdout + done.stderr)[-3000:]}")
+    return done.stdout
+
+
+def made(directory: Path, make: Callable[[Path], Any]) -> Path:
+    """`directory`, which `make` writes if it is not there. A directory that is there is complete."""
+    if not directory.exists():
+        unfinished = directory.with_name(f"{directory.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        print(f"making {directory}", flush=True)
+        make(unfinished)
+        unfinished.rename(directory)
+    return directory
+
+
+def prepare(args: argparse.Namespace) -> dict[str, list[object]]:
+    """Make all models. Returns the command that measures each one, by name."""
+    sizes = {
+        "hidden_size": args.hidden,
+        "intermediate_size": args.mlp,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": args.heads,
+        "num_key_value_heads": args.kv_heads,
+        "vocab_size": args.vocabulary,
+    }
+    args.work.mkdir(parents=True, exist_ok=True)
+    dense = made(args.work / "dense", lambda path: make_model(path, sizes))
+    known = read_json_object(dense / "config.json")
+    if different := {key: known[key] for key, value in sizes.items() if known[key] != value}:
+        raise MaskLLMError(f"{dense}: has other sizes: {different}; give another --work, or remove it")
+    commands: dict[str, list[object]] = {}
+    maskllm = [sys.executable, "-m", "maskllm"]
+    ends = ["--prompt-tokens", args.prompt_tokens, "--new-tokens", args.new_tokens, "--device", "cpu", "--json", args.work / "ours.json"]
+    for name, bits in OURS.items():
+        model = dense
+        if bits:
+            rounded = [] if bits == 16 else ["--bits", bits]
+            compress = [*maskllm, "compress", "--model", dense, *rounded, "--output"]
+            model = made(args.work / f"compressed-{bits}", lambda path, compress=compress: run([*compress, path]))
+        commands[name] = [*maskllm, "benchmark", "--model", model, *ends]
+    prompt = args.work / "prompt.json"
+    generator = torch.Generator().manual_seed(0)
+    write_json(prompt, torch.randint(args.vocabulary, (args.prompt_tokens,), generator=generator).tolist())
+    for program in args.programs:
+        for bits in PROGRAMS[program]:
+            source = ["--llama-cpp", args.llama_cpp] if program == "llama.cpp" else []
+            convert = [args.python, RIVALS, "convert", program, bits, dense]
+            model = made(
+                args.work / f"{program}-{bits}", lambda path, convert=convert, source=source: run([*convert, path, *source])
+            )
+            measure = [args.python, RIVALS, "measure", program, model, prompt, "--new-tokens", args.new_tokens]
+            commands[f"{program} int{bits}"] = [*measure, "--threads", torch.get_num_threads()]
+    return commands
+
+
+def measured(command: Sequence[object], work: Path) -> dict[str, Any]:
+    """The numbers of one run, with the load before it."""
+    load = round(load_average(), 1)
+    output = run(command)
+    numbers = read_json_object(work / "ours.json")["results"][0] if "maskllm" in command else json.loads(output.splitlines()[-1])
+    wanted = ("first_token_seconds", "tokens_per_second", "file_bytes", "versions")
+    return {key: numbers[key] for key in wanted if key in numbers} | {"load": load}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Make the models, measure them, and print each run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="where the models are kept")
+    parser.add_argument("--programs", nargs="*", choices=list(PROGRAMS), default=list(PROGRAMS), help="default: all")
+    parser.add_argument("--python", default="outputs/rivals/bin/python", help="the interpreter that has the other programs")
+    parser.add_argument(
+        "--llama-cpp",
+        type=Path,
+        default=Path("outputs/rivals/llama_cpp_python/vendor/llama.cpp"),
+        metavar="SOURCE",
+        help="the source of llama.cpp, which has its converter",
+    )
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="times that each model is measured; default: %(default)s")
+    parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--new-tokens", type=int, default=64, metavar="N")
+    for name, size in (("hidden", 2048), ("mlp", 5632), ("layers", 22), ("heads", 32), ("kv-heads", 4), ("vocabulary", 32000)):
+        parser.add_argument(f"--{name}", type=int, default=size, metavar="N")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
+    args = parser.parse_args(argv)
+    commands = prepare(args)
+    rows: dict[str, list[dict[str, Any]]] = {name: [] for name in commands}
+    for _ in range(args.rounds):
+        for name, command in commands.items():
+            numbers = measured(command, args.work)
+            rows[name].append(numbers)
+            print(
+                f"{name:18} first token {numbers['first_token_seconds']:7.3f} s, {numbers['tokens_per_second']:6.2f} tokens/s, "
+                f"{numbers['file_bytes'] / 1e6:7.1f} MB, load {numbers['load']}",
+                flush=True,
+            )
+    if args.json:
+        settings = {key: getattr(args, key) for key in ("prompt_tokens", "new_tokens", "hidden", "mlp", "layers", "vocabulary")}
+        write_json(args.json, {"settings": settings | {"threads": torch.get_num_threads()}, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
