@@ -129,6 +129,14 @@ ONE_SHOT = "python -m benchmarks.one_shot --hf {dense} --calibration " + f"{C4} 
 STEP = "python -m benchmarks.training_step --load {quickstart}/megatron/dense"
 SPARSE = "python -m benchmarks.sparse_linear"
 SERVE = "python -m benchmarks.serve --work {work}"
+RIVALS_SOURCES = (
+    "benchmarks/rivals.py",
+    "benchmarks/rival_programs.py",
+    "csrc/cpu",
+    "csrc/include",
+    "maskllm/inference",
+    "maskllm/ops",
+)
 SERVE_SOURCES = ("benchmarks/serve.py", "csrc/cpu", "csrc/include", "examples/serve", "maskllm/inference", "maskllm/ops")
 SPARSE_SOURCES = ("benchmarks/sparse_linear.py", "benchmarks/dense_loops.cpp", "csrc/cpu", "csrc/include", "maskllm/ops")
 PRECISION = "python -m benchmarks.precision --hf {dense} --corpus " + C4
@@ -269,6 +277,14 @@ _ALL = [
     Measurement("serve/bf16", SERVE, 15, SERVE_SOURCES),
     Measurement("serve/int8", f"{SERVE} --bits 8", 15, SERVE_SOURCES),
     Measurement(
+        "rivals",
+        "python -m benchmarks.rivals --work {work}",
+        40,
+        RIVALS_SOURCES,
+        "--programs --rounds 1 --hidden 64 --mlp 128 --layers 2 --heads 4 --kv-heads 2 --vocabulary 320 --prompt-tokens 8 "
+        "--new-tokens 4",
+    ),
+    Measurement(
         "preprocess/tokenizer-json",
         "python -m benchmarks.preprocess --input {quickstart}/corpus/train.jsonl --tokenizer {dense}",
         1,
@@ -376,6 +392,7 @@ TABLES = {
         ),
         Table("sparse-linear-cuda", "Products with stored matrices on a GPU", ("sparse-linear/cuda",), tables.sparse_linear_cuda),
         Table("serve", "Served by vLLM", _group("serve"), tables.serve),
+        Table("rivals", "Text generation beside other programs", ("rivals",), tables.rivals),
         Table("preprocess", "Pre-tokenization", _group("preprocess"), tables.preprocess),
         Table("prune-time", "The time of one-shot pruning", _group("prune-time"), tables.prune_time),
         Table("prune-memory", "The memory of one-shot pruning", _group("prune-memory"), tables.prune_memory),

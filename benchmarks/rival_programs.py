@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 WARM_UP_TOKENS = 2
+Generate = Callable[[list[int], int], list[float]]
+"""Makes so many tokens after a prompt, greedily, and returns the time of each."""
 
 
 def convert_ctranslate2(dense: Path, output: Path, bits: int, source: Path | None) -> None:
@@ -52,18 +54,17 @@ def convert_llama_cpp(dense: Path, output: Path, bits: int, source: Path | None)
     whole.unlink()
 
 
-def ctranslate2_times(model: Path, prompt: list[int], threads: int) -> tuple[Callable[[int], list[float]], Path]:
-    """A function that generates, greedily, and returns the times of the tokens; and the file of weights."""
+def ctranslate2_times(model: Path, threads: int) -> tuple[Generate, Path]:
+    """How it generates, and the file of weights."""
     import ctranslate2
 
     generator = ctranslate2.Generator(str(model), device="cpu", inter_threads=1, intra_threads=threads)
     vocabulary = json.loads((model / "vocabulary.json").read_text(encoding="utf-8"))
-    words = [vocabulary[token] for token in prompt]
 
-    def generate(tokens: int) -> list[float]:
+    def generate(prompt: list[int], tokens: int) -> list[float]:
         times = []
         generator.generate_batch(
-            [words],
+            [[vocabulary[token] for token in prompt]],
             max_length=tokens,
             min_length=tokens,
             sampling_topk=1,
@@ -75,7 +76,7 @@ def ctranslate2_times(model: Path, prompt: list[int], threads: int) -> tuple[Cal
     return generate, model / "model.bin"
 
 
-def openvino_times(model: Path, prompt: list[int], threads: int) -> tuple[Callable[[int], list[float]], Path]:
+def openvino_times(model: Path, threads: int) -> tuple[Generate, Path]:
     """As `ctranslate2_times`."""
     import numpy as np
     import openvino
@@ -95,7 +96,7 @@ def openvino_times(model: Path, prompt: list[int], threads: int) -> tuple[Callab
         def end(self) -> None:
             pass
 
-    def generate(tokens: int) -> list[float]:
+    def generate(prompt: list[int], tokens: int) -> list[float]:
         settings = openvino_genai.GenerationConfig(max_new_tokens=tokens, ignore_eos=True, do_sample=False)
         clock = Clock()
         pipeline.generate(openvino.Tensor(np.array([prompt], dtype=np.int64)), settings, clock)
@@ -104,7 +105,7 @@ def openvino_times(model: Path, prompt: list[int], threads: int) -> tuple[Callab
     return generate, model / "openvino_model.bin"
 
 
-def llama_cpp_times(model: Path, prompt: list[int], threads: int) -> tuple[Callable[[int], list[float]], Path]:
+def llama_cpp_times(model: Path, threads: int) -> tuple[Generate, Path]:
     """As `ctranslate2_times`."""
     import itertools
 
@@ -113,8 +114,7 @@ def llama_cpp_times(model: Path, prompt: list[int], threads: int) -> tuple[Calla
     file = model / "model.gguf"
     llama = llama_cpp.Llama(str(file), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False)
 
-    def generate(tokens: int) -> list[float]:
-        llama.reset()  # or it would reuse what it knows of the prompt
+    def generate(prompt: list[int], tokens: int) -> list[float]:
         stream: Iterator[int] = llama.generate(prompt, temp=0.0)
         return [time.perf_counter() for _ in itertools.islice(stream, tokens)]
 
@@ -130,12 +130,15 @@ PROGRAMS = {
 
 
 def measure(program: str, model: Path, prompt: list[int], new_tokens: int, threads: int) -> dict[str, object]:
-    """Generate a few tokens to warm up, then `new_tokens`."""
+    """Generate a few tokens to warm up, then `new_tokens`.
+
+    The warm-up has another prompt, because OpenVINO and llama.cpp reuse what they know of the last one.
+    """
     _, times_of, packages = PROGRAMS[program]
-    generate, file = times_of(model, prompt, threads)
-    generate(WARM_UP_TOKENS)
+    generate, file = times_of(model, threads)
+    generate(prompt[::-1], WARM_UP_TOKENS)
     started = time.perf_counter()
-    times = generate(new_tokens)
+    times = generate(prompt, new_tokens)
     if len(times) != new_tokens:
         raise SystemExit(f"{program}: made {len(times)} tokens; wanted {new_tokens}")
     return {

@@ -30,8 +30,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from sentencepiece import sentencepiece_model_pb2
+from transformers import LlamaConfig
 
 from benchmarks.results import load_average
+from benchmarks.serve import write_random_llama
 from maskllm.errors import MaskLLMError
 from maskllm.files import read_json_object, write_json
 
@@ -43,47 +46,28 @@ RIVALS = Path(__file__).with_name("rival_programs.py")
 
 
 def make_model(directory: Path, sizes: dict[str, int]) -> None:
-    """Write a LLaMA of random bf16 weights with 2:4 zeros, and a tokenizer of as many words as it has tokens."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(**sizes, max_position_embeddings=2048, dtype=torch.bfloat16)
-    torch.manual_seed(0)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        model = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(default)
-    for module in model.model.modules():
-        if isinstance(module, torch.nn.Linear):
-            blocks = module.weight.data.view(-1, 4)
-            blocks.scatter_(1, blocks.abs().topk(2, dim=1, largest=False).indices, 0)
-    model.save_pretrained(directory)
-    make_tokenizer(directory, config.vocab_size)
+    """Write a LLaMA of random bf16 weights with 2:4 zeros, and tokenizers of as many words as it has tokens."""
+    config = LlamaConfig(**sizes, max_position_embeddings=2048)
+    write_random_llama(directory, config, torch.bfloat16)
+    write_sentencepiece(directory / "tokenizer.model", config.vocab_size)
 
 
-def make_tokenizer(directory: Path, size: int) -> None:
-    """Write a tokenizer as Hugging Face's library and as SentencePiece have it: converters want one, and the benchmark uses none."""
-    from sentencepiece import sentencepiece_model_pb2 as sentencepiece
-    from tokenizers import Tokenizer, models
-
-    model = sentencepiece.ModelProto()
+def write_sentencepiece(file: Path, size: int) -> None:
+    """A SentencePiece tokenizer of `size` words, which the converter of llama.cpp wants."""
+    model = sentencepiece_model_pb2.ModelProto()
     kinds = model.SentencePiece
-    special = [("<unk>", kinds.UNKNOWN), ("<s>", kinds.CONTROL), ("</s>", kinds.CONTROL)]
-    special += [(f"<0x{byte:02X}>", kinds.BYTE) for byte in range(256)]
-    words = special + [(f"word{number}", kinds.NORMAL) for number in range(size - len(special))]
+    words = [("<unk>", kinds.UNKNOWN), ("<s>", kinds.CONTROL), ("</s>", kinds.CONTROL)]
+    words += [(f"<0x{byte:02X}>", kinds.BYTE) for byte in range(256)]
+    words += [(f"word{number}", kinds.NORMAL) for number in range(len(words), size)]
     for rank, (word, kind) in enumerate(words[:size]):
         model.pieces.add(piece=word, score=-rank, type=kind)
     model.trainer_spec.model_type = model.trainer_spec.BPE
+    model.trainer_spec.byte_fallback = True
     model.trainer_spec.vocab_size = size
-    (directory / "tokenizer.model").write_bytes(model.SerializeToString())
-    vocabulary = {word: number for number, (word, _) in enumerate(words[:size])}
-    Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")).save(str(directory / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    write_json(directory / "tokenizer_config.json", settings)
+    file.write_bytes(model.SerializeToString())
 
 
-def run(words: Sequence[object], output: bool = False) -> str:
+def run(words: Sequence[object]) -> str:
     """Run a program and return what it prints. Raises MaskLLMError with the end of its messages if it fails."""
     done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False)
     if done.returncode:
@@ -119,7 +103,18 @@ def prepare(args: argparse.Namespace) -> dict[str, list[object]]:
         raise MaskLLMError(f"{dense}: has other sizes: {different}; give another --work, or remove it")
     commands: dict[str, list[object]] = {}
     maskllm = [sys.executable, "-m", "maskllm"]
-    ends = ["--prompt-tokens", args.prompt_tokens, "--new-tokens", args.new_tokens, "--device", "cpu", "--json", args.work / "ours.json"]
+    ends = [
+        "--prompt-tokens",
+        args.prompt_tokens,
+        "--new-tokens",
+        args.new_tokens,
+        "--device",
+        "cpu",
+        "--params-dtype",
+        "bf16",
+        "--json",
+        args.work / "ours.json",
+    ]
     for name, bits in OURS.items():
         model = dense
         if bits:
@@ -164,7 +159,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         metavar="SOURCE",
         help="the source of llama.cpp, which has its converter",
     )
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="times that each model is measured; default: %(default)s")
+    parser.add_argument(
+        "--rounds", type=int, default=3, metavar="N", help="times that each model is measured; default: %(default)s"
+    )
     parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--new-tokens", type=int, default=64, metavar="N")
     for name, size in (("hidden", 2048), ("mlp", 5632), ("layers", 22), ("heads", 32), ("kv-heads", 4), ("vocabulary", 32000)):

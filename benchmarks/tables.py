@@ -378,6 +378,42 @@ def serve(found: Results) -> list[str]:
     ]
 
 
+def rivals(found: Results) -> list[str]:
+    """Compressed models beside other programs: the best round of each, and how much faster 2:4 is at the same bits."""
+    report = found["rivals"].result
+    best = {name: max(rounds, key=lambda one: one["tokens_per_second"]) for name, rounds in report["rows"].items()}
+    first = {name: min(one["first_token_seconds"] for one in rounds) for name, rounds in report["rows"].items()}
+    cells = []
+    for name, row in best.items():
+        ours = best.get(f"2:4 {name.split()[-1]}", row)
+        same = row is ours
+        loads = [one["load"] for one in report["rows"][name]]
+        cells.append(
+            [
+                name,
+                f"{row['file_bytes'] / 1e6:,.0f}",
+                f"{first[name]:.2f}",
+                f"{row['tokens_per_second']:.2f}",
+                UNKNOWN if same else f"{ours['tokens_per_second'] / row['tokens_per_second']:.2f}",
+                f"{min(loads):g} to {max(loads):g}",
+            ]
+        )
+    versions = {package: version for row in best.values() for package, version in row.get("versions", {}).items()}
+    settings = report["settings"]
+    return [
+        *markdown_table(
+            ["program and weights", "weights, MB", "first token, s", "tokens/s", "2:4 of the same bits over it", "load"],
+            cells,
+            left=1,
+        ),
+        "",
+        f"A LLaMA-shaped model with random weights: {settings['layers']} layers, hidden {settings['hidden']}, FFN {settings['mlp']}; one "
+        f"prompt of {settings['prompt_tokens']} tokens, {settings['new_tokens']} new ones, {settings['threads']} threads; the best of "
+        f"{len(next(iter(report['rows'].values())))} rounds.",
+        *([f"{', '.join(f'{package} {version}' for package, version in versions.items())}."] if versions else []),
+    ]
+
+
 def preprocess(found: Results) -> list[str]:
     """Pre-tokenization against one document at a time."""
     cells = []

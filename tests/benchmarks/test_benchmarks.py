@@ -22,7 +22,18 @@ from maskllm.patterns import Pattern
 from maskllm.pruning import magnitude_mask
 
 ROOT = Path(__file__).parents[2]
-NO_BENCHMARKS = {"__init__", "bitwise", "finetuning", "machine", "registry", "report", "results", "tables", "trainings"}
+NO_BENCHMARKS = {
+    "__init__",
+    "bitwise",
+    "finetuning",
+    "machine",
+    "registry",
+    "report",
+    "results",
+    "rival_programs",
+    "tables",
+    "trainings",
+}
 TESTED_ELSEWHERE = {
     "kill_resume": "tests/training/test_kill_resume.py",
     "same_bits": "tests/test_same_bits.py",
