@@ -115,8 +115,8 @@ def prepare(args: argparse.Namespace) -> dict[str, list[object]]:
         "--json",
         args.work / "ours.json",
     ]
-    for name, bits in OURS.items():
-        model = dense
+    for name in args.ours:
+        model, bits = dense, OURS[name]
         if bits:
             rounded = [] if bits == 16 else ["--bits", bits]
             compress = [*maskllm, "compress", "--model", dense, *rounded, "--output"]
@@ -150,6 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Make the models, measure them, and print each run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, metavar="DIR", help="where the models are kept")
+    parser.add_argument("--ours", nargs="*", choices=list(OURS), default=list(OURS), help="what transformers runs; default: all")
     parser.add_argument("--programs", nargs="*", choices=list(PROGRAMS), default=list(PROGRAMS), help="default: all")
     parser.add_argument("--python", default="outputs/rivals/bin/python", help="the interpreter that has the other programs")
     parser.add_argument(
