@@ -281,8 +281,8 @@ _ALL = [
         "python -m benchmarks.rivals --work {work}",
         40,
         RIVALS_SOURCES,
-        "--ours '2:4 int8' --programs --rounds 1 --hidden 64 --mlp 128 --layers 2 --heads 4 --kv-heads 2 --vocabulary 320 --prompt-tokens 8 "
-        "--new-tokens 4",
+        "--ours '2:4 int8' --programs --rounds 1 --hidden 64 --mlp 128 --layers 2 --heads 4 --kv-heads 2 --vocabulary 320 "
+        "--prompt-tokens 8 --new-tokens 4",
     ),
     Measurement(
         "preprocess/tokenizer-json",
