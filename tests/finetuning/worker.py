@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import Shard
 
 from maskllm.finetuning import SparseTrainer, SparseTrainingArguments
 from maskllm.huggingface import sparsify
+from maskllm.huggingface.sparse_model import masked_parameters
 from maskllm.pruning import PruneSettings, prune_hf
 from tests.finetuning.tiny import batches, samples, tiny_model
 
@@ -58,6 +60,8 @@ def main(path: str) -> None:
     for name, settings in json.loads(Path(path).read_text()).items():
         run = trainer(Path(f"{path}.{name}"), **settings)
         run.train()
+        for parameter in masked_parameters(run.model).values() if run.is_fsdp_enabled else ():
+            assert parameter.logits is None or parameter.logits.placements == parameter.weight.placements == (Shard(0),)
         found = results(run)
         if run.args.save_strategy != "no":
             again = trainer(Path(f"{path}.{name}"), **settings)
