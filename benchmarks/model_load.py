@@ -96,12 +96,12 @@ def main(argv: list[str] | None = None) -> None:
     for name, directory in models.items():
         with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
             rows[name] = row = pool.submit(measure, directory).result()
-        shares = {key: row[key] / rows["dense"][key] for key in ("file_bytes", "block_bytes")}
         print(
-            f"{name}: file {shares['file_bytes']:.3f} and blocks {shares['block_bytes']:.3f} of dense; loaded in {row['load_seconds']:.2f} s,"
-        )
-        print(
-            f"    {row['load_seconds'] / row['read_seconds']:.2f} times reading; peak {row['peak_bytes'] / row['weight_bytes']:.2f} of the weights"
+            f"{name}: file {row['file_bytes'] / rows['dense']['file_bytes']:.3f} and blocks "
+            f"{row['block_bytes'] / rows['dense']['block_bytes']:.3f} of dense; loaded in {row['load_seconds']:.2f} s, "
+            f"{row['load_seconds'] / row['read_seconds']:.2f} times reading; "
+            f"peak {row['peak_bytes'] / row['weight_bytes']:.2f} of the weights",
+            flush=True,
         )
     if arguments.json:
         write_json(arguments.json, rows)

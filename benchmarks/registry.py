@@ -330,6 +330,13 @@ _ALL = [
         30,
         ("benchmarks/kill_resume.py", "maskllm/checkpoints", "maskllm/training", "megatron_patches"),
     ),
+    Measurement(
+        "model-load",
+        "python -m benchmarks.model_load --sparse {quickstart}/hf/learned --work {work}",
+        2,
+        ("benchmarks/model_load.py", "csrc/cpu", "maskllm/export", "maskllm/huggingface", "maskllm/inference", "maskllm/ops"),
+        tiny="--bits 16",
+    ),
     *(_compressed(row, 3) for row in ("dense", "16")),
     *(_compressed(f"{bits}-nearest", 6) for bits in (8, 4)),
     _compressed("8-calibrated", 10),
@@ -357,6 +364,7 @@ TABLES = {
     for table in (
         Table("quickstart", "The quickstart", ("quickstart",), tables.quickstart),
         Table("zero-shot", "The quickstart's models on zero-shot tasks", ("zero-shot",), tables.zero_shot),
+        Table("model-load", "Loading compressed models", ("model-load",), tables.model_load),
         Table("compressed-quality", "Compressed weights", _group("compressed-quality"), tables.compressed_quality),
         Table("quality", "Ways to train, at equal training tokens", _group("quality"), tables.quality),
         Table("one-shot", "One-shot masks", _group("one-shot"), tables.one_shot),

@@ -105,6 +105,24 @@ def compressed_quality(found: Results) -> list[str]:
     return markdown_table(header, cells, left=1)
 
 
+def model_load(found: Results) -> list[str]:
+    """Size, time to load and peak memory of compressed models."""
+    rows = found["model-load"].result
+    cells = [
+        [
+            "dense bf16" if name == "dense" else f"2:4, {name} bits",
+            f"{row['file_bytes'] / rows['dense']['file_bytes']:.3f}",
+            f"{row['block_bytes'] / rows['dense']['block_bytes']:.3f}",
+            format_seconds(row["load_seconds"]),
+            f"{row['load_seconds'] / row['read_seconds']:.2f}",
+            f"{row['peak_bytes'] / row['weight_bytes']:.2f}",
+        ]
+        for name, row in rows.items()
+    ]
+    header = ["weights", "file", "blocks in memory", "load", "load / reading the file", "peak memory / weights"]
+    return markdown_table(header, cells, left=1)
+
+
 def zero_shot(found: Results) -> list[str]:
     """Models side by side on tasks, and compared with the first one."""
     report = found["zero-shot"].result
