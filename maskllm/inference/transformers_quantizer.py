@@ -92,6 +92,9 @@ class MaskLLMQuantizer(HfQuantizer):
             self._names[path] = name
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_kwargs: Any) -> nn.Module:
+        from maskllm.environment.cpu_speed import computes_natively
+        from maskllm.inference.dense_linear import DenseLinear
+
         for path, module in _sparse_linears(model):
             module.requires_grad_(False)
             if module.values.is_floating_point() and module.values.element_size() > module.dtype.itemsize:
@@ -101,6 +104,10 @@ class MaskLLMQuantizer(HfQuantizer):
                 stored = {key: self._tensors.load(f"{name}.{key}") for key in stored}
             module.check(f"{self._tensors.file(f'{name}.values')}: {name}", stored)
         del self._tensors
+        if not computes_natively(torch.bfloat16):
+            for module in model.modules():
+                if type(module) is nn.Linear and module.bias is None:
+                    module.__class__ = DenseLinear  # the same parameters, with their ties and hooks
         model.save_pretrained = types.MethodType(save_pretrained, model)
         return model
 
@@ -118,6 +125,11 @@ class MaskLLMQuantizer(HfQuantizer):
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         from transformers.pytorch_utils import Conv1D
 
+        from maskllm.inference.dense_linear import DenseLinear
+
+        for module in model.modules():
+            if isinstance(module, DenseLinear):
+                module.__class__ = nn.Linear
         for path, module in list(_sparse_linears(model)):
             sizes = (module.in_features, module.out_features)
             with torch.device("meta"):

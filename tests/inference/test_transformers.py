@@ -27,8 +27,10 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import maskllm
+from maskllm.environment import cpu_speed
 from maskllm.errors import MaskLLMError
 from maskllm.export.compress import CompressSettings, compress, decompress
+from maskllm.inference.dense_linear import DenseLinear
 from maskllm.inference.sparse_linear import SparseLinear
 from maskllm.registration import register
 from tests.inference.sparse_models import inputs_of, logits_of, sparse_model, write_sparse
@@ -196,6 +198,20 @@ def test_dequantize(kind, tmp_path):
     assert "quantization_config" not in json.loads((tmp_path / "again" / "config.json").read_text())
     loss = model(**inputs_of(model)).logits.sum()
     loss.backward()  # as any dense model
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_the_output_layer_of_one_row_in_bf16(native, tmp_path, monkeypatch):
+    monkeypatch.setattr(cpu_speed, "computes_natively", lambda dtype: native)
+    model = load(compressed(tmp_path, "llama3", torch.bfloat16))
+    assert type(model.lm_head) is (nn.Linear if native else DenseLinear)
+    data = torch.randn(1, 1, model.lm_head.in_features, dtype=torch.bfloat16)
+    for rows in (data, torch.randn(2, 3, model.lm_head.in_features, dtype=torch.bfloat16)):
+        wanted = rows.double() @ model.lm_head.weight.double().T
+        torch.testing.assert_close(model.lm_head(rows).double(), wanted, rtol=2**-8, atol=1e-6)
+    model.lm_head(data).sum().backward()
+    assert model.lm_head.weight.grad is not None
+    assert type(model.dequantize().lm_head) is nn.Linear
 
 
 @pytest.mark.parametrize("kind", ["llama3", "t5", "whisper"])
