@@ -224,10 +224,11 @@ def products(backend: Backend, layout: Layout, out: int, least: int, rows: int, 
     in_features, dtype = columns(layout.pattern, least), FLOATS[number % 3]
     values = DTYPES[layout.bits][number % len(DTYPES[layout.bits])]
     tensors = sparse_pack(matrix(layout.pattern, out, in_features, values), layout)
-    on, numbers = on_device(backend, tensors, number % 2), layout.numbers
+    offset = 0 if number % 3 else 1  # vectors cannot be read from an odd address
+    on, numbers = on_device(backend, tensors, offset), layout.numbers
     data = torch.randn(rows, in_features).to(dtype)
     bias = torch.randn(out).to(dtype) if number % 4 < 2 else None
-    found = backend.ops.sparse_linear(backend.on(data, number % 2), *on, None if bias is None else backend.on(bias), *numbers).cpu()
+    found = backend.ops.sparse_linear(backend.on(data, offset), *on, None if bias is None else backend.on(bias), *numbers).cpu()
     assert (found.dtype, found.shape) == (dtype, (rows, out))
     on_tiles = rows > 4 and layout.quantized and layout.pattern in (Pattern(2, 4), Pattern(1, 4))
     as_inputs = rows > 16 or on_tiles  # weights are rounded to the inputs' dtype
@@ -241,10 +242,12 @@ def products(backend: Backend, layout: Layout, out: int, least: int, rows: int, 
 
 @case
 def products_with_every_layout(backend: Backend) -> None:
-    sizes = ((5, 200, 3), (3, 264, 16), (1, 4, 1), (9, 1032, 1))
+    sizes = ((5, 208, 3), (3, 272, 16), (9, 1040, 1), (2, 264, 7))
     for number, layout in enumerate(ALL_LAYOUTS):
         for turn in range(2):
             products(backend, layout, *sizes[(number + 2 * turn) % 4], number + turn)
+        if number % 7 < 2:
+            products(backend, layout, 1, 4, 1, number)
 
 
 @case

@@ -25,6 +25,7 @@ FAULTS = {
         "const int64_t bytes = (blocks * p.m + 7) / 8;",
         "const int64_t bytes = blocks * p.m / 8 + 1;",
     ),
+    "another order of faults": ("sparse_check.cu", "fault) << kFaultShift", "fault) << 3"),
 }
 """Faults of kernels that the cases must notice: source, text, and what replaces it."""
 
