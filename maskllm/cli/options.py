@@ -65,7 +65,9 @@ def refuse_collisions(options: Mapping[str, Any]) -> None:
     Outputs collide if they are the same file, or if one lies in the directory that another one replaces.
     """
     places = {
-        name: Path(os.path.realpath(options[name])) for name in ("output", "mask_file", "json") if options.get(name) is not None
+        name: Path(os.path.realpath(options[name]))
+        for name in ("output", "mask_file", "json", "figure")
+        if options.get(name) is not None
     }
     taken: dict[Path, str] = {}
     for name in ("input", "data", "mask", "mask_base", "corpus", "eval_corpus", "calibration_data", "tokenizer"):
@@ -75,7 +77,7 @@ def refuse_collisions(options: Mapping[str, Any]) -> None:
     if options.get("output_prefix"):
         files = dataset_files(document_prefix(options["output_prefix"], options["json_key"]))
         taken |= {Path(os.path.realpath(file)): f"--output-prefix {options['output_prefix']}" for file in files}
-    for name in ("mask_file", "json"):
+    for name in ("mask_file", "json", "figure"):
         if (other := taken.get(places.get(name))) is not None:
             raise MaskLLMError(f"{flag(name)} {options[name]}: is a file of {other}; name another")
     if options["verb"] in ("convert", "prune", "trim"):

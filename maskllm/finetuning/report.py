@@ -57,6 +57,7 @@ def build_report(
     logs: list[dict[str, Any]],
     counts: dict[str, int],
     training: dict[str, Any],
+    weights_sha256: str | None,
 ) -> dict[str, Any]:
     """The contents of `report.json`, JSON values.
 
@@ -68,6 +69,7 @@ def build_report(
         logs: the lines of the trainings' logs.
         counts: how many examples there are to train on, and to measure on.
         training: what the settings leave to the machine.
+        weights_sha256: the hash of the trained model's weights (`maskllm.huggingface.weights_hash`), if its directory states it.
     """
     main = task.measure_name
     dense = results[0].evaluation["measures"][main]
@@ -111,6 +113,7 @@ def build_report(
             "seconds": sum(stage["seconds"] for stage in stages.values()),
             "stages": [{"name": name, **stage} for name, stage in stages.items()],
             "log": logs,
+            "weights_sha256": weights_sha256,
             "command": shlex.join(["maskllm", *sys.argv[1:]]),
             "commit": commit(),
             "machine": machine(PACKAGES),

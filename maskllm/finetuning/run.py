@@ -42,6 +42,8 @@ from maskllm.huggingface.loading import load_hf_model, quiet_transformers
 from maskllm.huggingface.mask_file import open_mask_file, write_mask_file
 from maskllm.huggingface.side_files import read_side_files, write_side_files
 from maskllm.huggingface.sparse_model import sparsify
+from maskllm.huggingface.weights_hash import TRAINED as TRAINED_WEIGHTS
+from maskllm.huggingface.weights_hash import StatedHash, read_hash, weights_sha256, write_hash
 from maskllm.masking.selection import Sparsity
 from maskllm.patterns import Pattern
 from maskllm.pruning.huggingface import prune_hf
@@ -140,6 +142,7 @@ class _Run:
             ],
             counts={"training_examples": len(self.examples), "examples": len(self.held_out)},
             training={"gradient_accumulation_steps": self._accumulation, "processes": _processes(), "device": str(self.device)},
+            weights_sha256=None if (stated := read_hash(start)) is None else stated.weights_sha256,
         )
         if is_first_rank():
             write_report(report, self.output)
@@ -284,7 +287,7 @@ class _Run:
         gc.collect()
 
     def _save(self, directory: Path, model: PreTrainedModel) -> None:
-        """Write the model in the dtype of the original, with the original's other files."""
+        """Write the model in the dtype of the original, with the original's other files and the hash of its weights."""
         dtype = getattr(self.task.config, "dtype", None)
         if isinstance(dtype, torch.dtype):
             model = model.to(dtype)
@@ -292,6 +295,8 @@ class _Run:
         with atomic_directory(directory) as temporary:
             write_side_files(files, temporary)
             model.save_pretrained(temporary)
+            kept = None if self.settings.train == "masks" else TRAINED_WEIGHTS
+            write_hash(temporary, StatedHash(weights_sha256(temporary), kept))
 
     def _arguments(self, folder: Path) -> SparseTrainingArguments:
         """The arguments of a training. Making them joins the processes of the job."""

@@ -10,7 +10,7 @@ from maskllm.errors import MaskLLMError
 from maskllm.files import check_not_lfs_pointer
 
 HASH_FILE = "weights_sha256.json"
-"""What `maskllm export` writes beside the weights: their hash (`maskllm.huggingface.weights_hash`)."""
+"""What `maskllm export` and `maskllm finetune` write beside the weights: their hash (`maskllm.huggingface.weights_hash`)."""
 
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json", HASH_FILE)
 

@@ -109,9 +109,10 @@ def test_outputs_that_overlap_are_refused_before_the_work(refused, tmp_path):
         ("export", "--output", "out/hf", "--mask-file", "out"),
         ("export", "--output", "out", "--mask-file", "file", "--json", "file"),
         ("convert", "--output", "out", "--json", "out/release/maskllm.json"),
+        ("benchmark", "--json", "out.svg", "--figure", "out.svg"),
     ):
         words = [word if word.startswith("--") else tmp_path / word for word in places]
-        line = refused(verb, "--hf" if verb == "convert" else "--load", "no", *words)
+        line = refused(verb, {"convert": "--hf", "benchmark": "--model"}.get(verb, "--load"), "no", *words)
         assert line.endswith(f"{words[-2]} {words[-1]}: one is, or lies in, the other; name places apart from each other")
     apart = ["--output", tmp_path / "out", "--mask-file", tmp_path / "out.npz", "--json", tmp_path / "out.json"]
     assert "no: no such directory" in refused("export", "--load", "no", *apart)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelF
 from maskllm.cli import main
 from maskllm.evaluation.huggingface import evaluate_hf
 from maskllm.huggingface.mask_file import open_mask_file
+from maskllm.huggingface.weights_hash import weights_sha256
 from tests.finetuning import command_models as tiny
 
 LENGTH = 16
@@ -97,6 +98,19 @@ def test_model_and_mask_file_agree(text_run, llama):
     )
     assert AutoModelForCausalLM.from_pretrained(output / "model").config.use_cache
     assert not (output / "checkpoints").exists()
+
+
+def test_verify_finds_the_trained_model_as_it_is_said_to_be(text_run, llama, tmp_path, capsys):
+    report, output = text_run
+    assert report["weights_sha256"] == weights_sha256(output / "model")
+    options = ["--mask", output / "mask.npz", "--dense", llama, "--pattern", "2:4"]
+    assert main(["verify", *map(str, ["--model", output / "model", *options])]) == 0
+    out = capsys.readouterr().out
+    assert f"sha256 {report['weights_sha256']}, as weights_sha256.json states" in out
+    assert "weights_sha256.json says that they were trained" in out
+    assert main(["compress", "--model", str(output / "model"), "--output", str(tmp_path / "compressed")]) == 0
+    assert main(["verify", *map(str, ["--model", tmp_path / "compressed", *options])]) == 0
+    assert f"sha256 {weights_sha256(tmp_path / 'compressed')}, as weights_sha256.json states" in capsys.readouterr().out
 
 
 def test_the_page_shows_the_report(text_run):
