@@ -159,8 +159,9 @@ _ALL = [
     _quickstart("quickstart-trainings/30-weights-20", 20, "--train-iters 30 --weights-train weights --weights-train-iters 20"),
     Measurement(
         "zero-shot",
-        f"python -m maskllm evaluate {ZERO_SHOT_MODELS} --tasks piqa arc_easy winogrande openbookqa --tasks-data {{data}}/zero-shot",
-        90,
+        f"python -m maskllm evaluate {ZERO_SHOT_MODELS} --tasks piqa arc_easy winogrande openbookqa "
+        "--tasks-data {data}/zero-shot --limit 200",
+        15,
         (*TRAINING, *ZERO_SHOT),
         tiny="--limit 2",
     ),
