@@ -210,11 +210,11 @@ def run(one: Measurement) -> None:
         if output.exists():
             raise MaskLLMError(f"{output}: is there already, perhaps from other code; remove {output.parent}, and run again")
     words = [sys.executable if word == "python" else word for word in words]
-    load = load_average()
+    load, revision = load_average(), commit()
     print(f"[{one.name}] {shlex.join(words)}", flush=True)
     if status := subprocess.run(words, cwd=ROOT, check=False).returncode:
         raise MaskLLMError(f"{one.name}: exit status {status}")
-    write_result(one.name, new_result(read_json_object(output), one.command, load))
+    write_result(one.name, new_result(read_json_object(output), one.command, load, revision))
     print(f"[{one.name}] wrote {result_file(one.name).relative_to(ROOT)}", flush=True)
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskllm.environment.revision import commit
 from maskllm.errors import MaskLLMError
 from maskllm.files import read_json_object, write_json
 
@@ -39,12 +38,12 @@ class Result:
     """What else to know about this result."""
 
 
-def new_result(result: Any, command: str, load: float) -> Result:
-    """The result of a command that has just ended on this machine."""
+def new_result(result: Any, command: str, load: float, revision: str | None) -> Result:
+    """The result of a command that has just ended on this machine; load and commit are those of its start."""
     from benchmarks.machine import describe  # imports torch, which takes seconds
 
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-    return Result(result, datetime.date.today().isoformat(), describe(), round(load, 1), versions, commit(), command, None)
+    return Result(result, datetime.date.today().isoformat(), describe(), round(load, 1), versions, revision, command, None)
 
 
 def result_file(name: str) -> Path:

@@ -98,6 +98,7 @@ def zero_shot_report(
     Raises MaskLLMError as `load_suite` and `evaluate_tasks` do.
     """
     caches: list[Path] = []
+    code = {"maskllm": __version__, "commit": commit(), **versions()}  # before the hours in which the checkout may change
     with tempfile.TemporaryDirectory(prefix="maskllm-tasks-") as scratch:
         suite = load_suite(expand(tasks), None if data is None else Path(data), limit, Path(scratch))
         scores = tuple(
@@ -113,7 +114,6 @@ def zero_shot_report(
             )
             for candidate in candidates
         )
-    code = {"maskllm": __version__, "commit": commit(), **versions()}
     yield ZeroShotReport(scores, suite.rows, suite.files, limit, code)
     for cache in caches:
         cache.unlink(missing_ok=True)

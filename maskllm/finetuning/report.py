@@ -11,7 +11,6 @@ from html import escape
 from typing import Any
 
 from maskllm.environment.machine import machine
-from maskllm.environment.revision import commit
 from maskllm.finetuning.settings import FinetuneSettings
 from maskllm.finetuning.task import Task
 from maskllm.reporting.files import only_finite, write_report_files
@@ -58,6 +57,7 @@ def build_report(
     counts: dict[str, int],
     training: dict[str, Any],
     weights_sha256: str | None,
+    revision: str | None,
 ) -> dict[str, Any]:
     """The contents of `report.json`, JSON values.
 
@@ -70,6 +70,7 @@ def build_report(
         counts: how many examples there are to train on, and to measure on.
         training: what the settings leave to the machine.
         weights_sha256: the hash of the trained model's weights (`maskllm.huggingface.weights_hash`), if its directory states it.
+        revision: the commit of the code when the run began, if known.
     """
     main = task.measure_name
     dense = results[0].evaluation["measures"][main]
@@ -115,7 +116,7 @@ def build_report(
             "log": logs,
             "weights_sha256": weights_sha256,
             "command": shlex.join(["maskllm", *sys.argv[1:]]),
-            "commit": commit(),
+            "commit": revision,
             "machine": machine(PACKAGES),
         }
     )

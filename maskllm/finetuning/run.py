@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from maskllm.distributed import from_first_rank, is_first_rank
+from maskllm.environment.revision import commit
 from maskllm.errors import MaskLLMError, whole_message
 from maskllm.files import atomic_directory, read_json_object, write_json, write_text
 from maskllm.finetuning.arguments import SparseTrainingArguments
@@ -104,6 +105,7 @@ class _Run:
         arguments = self._arguments(self.output)
         self.device = arguments.device  # joins the other processes
         self._accumulation = arguments.gradient_accumulation_steps
+        self.revision = commit()  # before the hours in which the checkout may change
         self.record = RunRecord(self.output, _compared(settings))
         if not _exists(self.output / "model"):
             self._check_models()
@@ -143,6 +145,7 @@ class _Run:
             counts={"training_examples": len(self.examples), "examples": len(self.held_out)},
             training={"gradient_accumulation_steps": self._accumulation, "processes": _processes(), "device": str(self.device)},
             weights_sha256=None if (stated := read_hash(start)) is None else stated.weights_sha256,
+            revision=self.revision,
         )
         if is_first_rank():
             write_report(report, self.output)
