@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = ("benchmarks", "csrc", "docs", "examples", "maskllm", "megatron_patches", "tests", "tools")
 FILES = [*ROOT.glob("*.*"), ROOT / "Makefile", ROOT / "Dockerfile"]
 FILES += [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.is_file()]
-NAMES = {path.name for path in FILES}
+NAMES = {"llama.cpp"} | {path.name for path in FILES}  # llama.cpp is a program
 PAGES = sorted(str(path.relative_to(ROOT)) for path in FILES if path.suffix == ".md")
 SOURCES = sorted(path for path in FILES if path.suffix in (".py", ".sh", ".sbatch", ".h", ".cpp", ".cu", ".inl", ".toml", ".yaml"))
 
