@@ -117,7 +117,7 @@ def test_the_page_shows_the_report(text_run):
     report, output = text_run
     page = (output / "report.html").read_text()
     assert "one-shot" in page and "Divergence from the teacher" in page and "Learning rate" in page
-    assert report["measure"] == "perplexity" and report["seconds"] > 0 and report["command"].startswith("maskllm ")
+    assert report["measure"] == "perplexity" and report["seconds"] > 0 and report["command"].startswith("maskllm")
     assert {"transformers", "torch", "accelerate"} <= report["machine"].keys()
 
 
