@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from maskllm.evaluation.huggingface import hf_window_nlls
+from maskllm.evaluation.perplexity import cut_windows, perplexity
 from maskllm.files import write_json
 from maskllm.patterns import Pattern
 from maskllm.pruning import PruneSettings, magnitude_mask, prune_hf
@@ -31,12 +32,6 @@ CALIBRATED = {
 }
 
 
-def perplexity(model: PreTrainedModel, windows: torch.Tensor) -> float:
-    """Of int64 [windows, length]."""
-    with torch.no_grad():
-        return math.exp(sum(model(window, labels=window).loss.item() for window in windows.split(1)) / len(windows))
-
-
 def measure(
     hf: str | Path, calibration: str | Path, text: str, *, samples: int, seq_length: int, seed: int, windows: tuple[int, int]
 ) -> dict[str, float]:
@@ -44,16 +39,16 @@ def measure(
     model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
     documents = open_documents(calibration, hf, append_eod=True)
     tokens = sample_windows(documents, samples, seq_length, seed=seed, pack=True)
-    count = windows[0] * windows[1]
-    held_out = torch.tensor(AutoTokenizer.from_pretrained(hf)(text[: CHARACTERS_PER_TOKEN * count]).input_ids)[:count].view(windows)
-    found = {"dense": perplexity(model, held_out)}
+    start = text[: CHARACTERS_PER_TOKEN * windows[0] * windows[1]]
+    held_out = cut_windows(torch.tensor(AutoTokenizer.from_pretrained(hf)(start).input_ids), windows[1], windows[0])
+    found = {"dense": perplexity(hf_window_nlls(model), held_out).perplexity}
     for name, settings in CALIBRATED.items():
         pruned = copy.deepcopy(model)
         prune_hf(pruned, tokens, settings)
-        found[name] = perplexity(pruned, held_out)
+        found[name] = perplexity(hf_window_nlls(pruned), held_out).perplexity
     for linear in [module for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear)]:
         linear.weight.data *= magnitude_mask(linear.weight.data, PATTERN)
-    return found | {"magnitude": perplexity(model, held_out)}
+    return found | {"magnitude": perplexity(hf_window_nlls(model), held_out).perplexity}
 
 
 def main(argv: list[str] | None = None) -> None:

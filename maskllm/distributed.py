@@ -106,9 +106,14 @@ def any_rank(*flags: bool) -> list[bool]:
     return [bool(flag) for flag in tensor.tolist()]
 
 
+def rank_and_size() -> tuple[int, int]:
+    """This process's rank and the number of processes in the job; (0, 1) without a job."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def is_first_rank() -> bool:
     """Whether this is rank 0 of the job, or the only process."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return rank_and_size()[0] == 0
 
 
 @contextlib.contextmanager

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from torch.distributed.checkpoint.api import CheckpointException
@@ -22,7 +21,7 @@ from maskllm.checkpoints.checksums import MANIFEST, Manifest
 from maskllm.checkpoints.finding import LATEST, Iteration, is_complete, iteration_number, iterations, what_is_missing
 from maskllm.checkpoints.info import INFO, CheckpointInfo, read_info
 from maskllm.checkpoints.torch_dist import TensorReader, is_short_write
-from maskllm.distributed import lost_connection, raised_together
+from maskllm.distributed import lost_connection, raised_together, rank_and_size
 from maskllm.errors import MaskLLMError, first_line
 from maskllm.families.mapping import Vocabulary
 from maskllm.families.model_config import ModelConfig
@@ -93,7 +92,7 @@ class Checkpoint:
         All ranks of the job must call this. Raises MaskLLMError, on all of them, naming a damaged file.
         """
         names = sorted(self.manifest.files, key=lambda name: (-self.manifest.files[name].bytes, name))
-        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, ranks = rank_and_size()
         neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         with raised_together():
             self.manifest.verify(names[rank::ranks], threads=max(1, min(8, (os.cpu_count() or 1) // neighbours)))

@@ -90,9 +90,9 @@ def perplexity(window_nlls: WindowNLLs, windows: torch.Tensor, batch_size: int =
                         f"the model's likelihood of window {done} is not a number; its weights or activations overflow"
                     )
             progress.update(len(nlls))
-            progress.set_postfix(perplexity=f"{_exp(total / done):.2f}", refresh=False)
+            progress.set_postfix(perplexity=f"{perplexity_of(total / done):.2f}", refresh=False)
     nll = total / len(windows)
-    return Perplexity(_exp(nll), nll, len(windows), seq_length, batch_size, time.perf_counter() - started)
+    return Perplexity(perplexity_of(nll), nll, len(windows), seq_length, batch_size, time.perf_counter() - started)
 
 
 def _unless_out_of_memory(window_nlls: WindowNLLs, batch: torch.Tensor) -> list[float] | None:
@@ -116,19 +116,26 @@ def _half(batch_size: int, seq_length: int) -> int:
 
 
 def next_token_nll(logits: torch.Tensor, tokens: torch.Tensor) -> float:
-    """The sum over positions t < S of -log softmax(logits[t])[tokens[t + 1]].
-
-    The log-softmax is computed in fp32, a chunk of positions at a time, and summed in fp64.
+    """The sum over positions t < S of -log softmax(logits[t])[tokens[t + 1]], as `token_nll` computes it.
 
     Args:
         logits: [S, vocabulary] of any floating-point dtype.
         tokens: int64 [S], on the same device.
     """
+    return token_nll(logits[:-1], tokens[1:])
+
+
+def token_nll(logits: torch.Tensor, tokens: torch.Tensor) -> float:
+    """The sum over positions t of -log softmax(logits[t])[tokens[t]].
+
+    The log-softmax is computed in fp32, a chunk of positions at a time, and summed in fp64. The arguments are those of `next_token_nll`.
+    """
     total = torch.zeros((), dtype=torch.float64, device=logits.device)
-    for rows, targets in zip(logits[:-1].split(CHUNK_PREDICTIONS), tokens[1:].split(CHUNK_PREDICTIONS), strict=True):
+    for rows, targets in zip(logits.split(CHUNK_PREDICTIONS), tokens.split(CHUNK_PREDICTIONS), strict=True):
         total += torch.nn.functional.cross_entropy(rows.float(), targets, reduction="none").double().sum()
     return total.item()
 
 
-def _exp(value: float) -> float:
-    return math.exp(value) if value < 700 else math.inf
+def perplexity_of(nll: float) -> float:
+    """exp of a mean negative log-likelihood, in nats; infinity beyond fp64."""
+    return math.exp(nll) if nll < 700 else math.inf

@@ -24,9 +24,10 @@ from torch.utils.data import Subset
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from maskllm.distributed import from_first_rank, is_first_rank
+from maskllm.distributed import from_first_rank, is_first_rank, rank_and_size
 from maskllm.environment.revision import commit
 from maskllm.errors import MaskLLMError, whole_message
+from maskllm.evaluation.huggingface import block_weights, zero_share
 from maskllm.files import atomic_directory, read_json_object, write_json, write_text
 from maskllm.finetuning.arguments import SparseTrainingArguments
 from maskllm.finetuning.record import RunRecord
@@ -49,6 +50,7 @@ from maskllm.masking.selection import Sparsity
 from maskllm.patterns import Pattern
 from maskllm.pruning.huggingface import prune_hf
 from maskllm.pruning.solve import PruneSettings
+from maskllm.reporting.files import only_finite
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (TextTask, TranslationTask, SpeechTask)}
 HELD_OUT = 0.05
@@ -143,7 +145,11 @@ class _Run:
                 for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
             ],
             counts={"training_examples": len(self.examples), "examples": len(self.held_out)},
-            training={"gradient_accumulation_steps": self._accumulation, "processes": _processes(), "device": str(self.device)},
+            training={
+                "gradient_accumulation_steps": self._accumulation,
+                "processes": rank_and_size()[1],
+                "device": str(self.device),
+            },
             weights_sha256=None if (stated := read_hash(start)) is None else stated.weights_sha256,
             revision=self.revision,
         )
@@ -185,11 +191,9 @@ class _Run:
     def _measure(self, name: str, model: PreTrainedModel) -> None:
         with self.record.stage(f"measure {name}"):
             found = self.task.measure(model.eval(), self.held_out, self._autocast)
-        weights = [matrix(linear) for linear in block_linears(model).values()]
-        zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
         if is_first_rank():
-            finite = {key: value if math.isfinite(value) else None for key, value in found.measures.items()}
-            write_json(self._evaluation_file(name), {"measures": finite, "zeros": zeros, "outputs": found.outputs})
+            values = {"measures": found.measures, "zeros": zero_share(block_weights(model)), "outputs": found.outputs}
+            write_json(self._evaluation_file(name), only_finite(values))
         _wait()
 
     def _autocast(self) -> contextlib.AbstractContextManager:
@@ -221,7 +225,7 @@ class _Run:
         mask = self.settings.mask or folder / "pruned.npz"
         # Updated weights are in the training's checkpoints.
         if self.settings.mask or (_exists(mask) and (not self.settings.update_weights or self._checkpoint(folder))):
-            weights = {f"{name}.weight": linear.weight.data for name, linear in block_linears(model).items()}
+            weights = block_weights(model)
             open_mask_file(mask).apply(weights)
             if self.settings.mask:
                 _check_share(mask, weights, target)
@@ -246,8 +250,8 @@ class _Run:
         with self.record.stage(stage):
             found = prune_hf(model, batches, PruneSettings(settings.method, target, settings.update_weights, zeros_stay=zeros_stay))
             if dist.is_initialized():
-                for linear in block_linears(model).values():
-                    dist.broadcast(linear.weight.data, 0)
+                for weight in block_weights(model).values():
+                    dist.broadcast(weight, 0)
         return found.unpacked(model)
 
     def _train(self, folder: Path, model: PreTrainedModel, target: Sparsity | None, mask: str | Path | None) -> None:
@@ -258,9 +262,7 @@ class _Run:
             teacher = self._load(find_source(settings.teacher) if settings.teacher else self.source)
         pattern = target if isinstance(target, Pattern) else None
         if target is None:  # the dense model: masks that remove nothing
-            masks: Any = {
-                f"{name}.weight": torch.ones_like(linear.weight, dtype=torch.bool) for name, linear in block_linears(model).items()
-            }
+            masks: Any = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in block_weights(model).items()}
         else:
             masks = open_mask_file(mask)
         use_cache = getattr(model.config, "use_cache", None)
@@ -385,7 +387,7 @@ def _words(target: Sparsity | None) -> str:
 
 def _check_share(mask: str | Path, weights: dict[str, torch.Tensor], target: Sparsity) -> None:
     """Raise MaskLLMError if a given mask file does not remove the share of the weights that is wanted."""
-    removed = sum(int((weight == 0).sum()) for weight in weights.values()) / sum(weight.numel() for weight in weights.values())
+    removed = zero_share(weights)
     wanted = target.sparsity if isinstance(target, Pattern) else target
     if abs(removed - wanted) > 0.005:
         raise MaskLLMError(f"{mask}: removes {100 * removed:.1f} % of the weights, wanted {_words(target)}")
@@ -394,10 +396,6 @@ def _check_share(mask: str | Path, weights: dict[str, torch.Tensor], target: Spa
 def _exists(path: Path) -> bool:
     """Whether the first process sees a path; the processes agree on that."""
     return from_first_rank(path.exists())
-
-
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _wait() -> None:

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from maskllm.distributed import is_first_rank
+from maskllm.distributed import is_first_rank, rank_and_size
 from maskllm.errors import MaskLLMError, whole_message
 from maskllm.finetuning.settings import FinetuneSettings
 from maskllm.huggingface.config import load_config
@@ -90,7 +90,7 @@ class Task(abc.ABC):
         self, examples: Sequence[Example], what: str, device: torch.device
     ) -> Iterator[tuple[dict[int, Example], dict[str, torch.Tensor]]]:
         """This process's part of the examples, by their places, with the batch that they make; and progress on the terminal."""
-        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, ranks = rank_and_size()
         mine, size = range(rank, len(examples), ranks), self.settings.per_device_eval_batch_size
         silent = None if is_first_rank() else True
         for start in tqdm(range(0, len(mine), size), desc=what, unit="batch", disable=silent, leave=False):

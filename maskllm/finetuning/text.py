@@ -15,6 +15,7 @@ from maskllm.data.json_lines import document, json_object
 from maskllm.data.text_files import Line, check_inputs, read_lines
 from maskllm.data.tokenizer import load_tokenizer
 from maskllm.errors import MaskLLMError
+from maskllm.evaluation.perplexity import perplexity_of, token_nll
 from maskllm.evaluation.text import read_evaluation_text
 from maskllm.finetuning.settings import FinetuneSettings
 from maskllm.finetuning.task import IGNORED, Example, Measured, Task, from_all_processes, padded
@@ -114,13 +115,11 @@ class TextTask(Task):
                 logits = model(**batch, use_cache=False).logits
             for place, rows, wanted in zip(places, logits[:, :-1], labels[:, 1:], strict=True):
                 counted = wanted != IGNORED
-                nll = torch.nn.functional.cross_entropy(rows[counted].float(), wanted[counted], reduction="none").double().sum()
-                found[place] = nll.item(), int(counted.sum())
+                found[place] = token_nll(rows[counted], wanted[counted]), int(counted.sum())
         nlls, counts = zip(*from_all_processes(found), strict=True)
         if math.isnan(sum(nlls)):
             raise MaskLLMError("the model's likelihood of the text is not a number; its weights or activations overflow")
-        mean = sum(nlls) / max(1, sum(counts))
-        return Measured({"perplexity": math.exp(mean) if mean < 700 else math.inf})
+        return Measured({"perplexity": perplexity_of(sum(nlls) / max(1, sum(counts)))})
 
 
 _PAIRS = "prompts and completions"

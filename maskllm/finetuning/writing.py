@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,9 @@ class WritingTask(Task):
         """What `generate` gets beside the batch."""
         return {"max_new_tokens": self.settings.max_length, "num_beams": self.settings.num_beams, "do_sample": False}
 
+    @abc.abstractmethod
     def score(self, predictions: list[str], references: list[str]) -> dict[str, float]:
         """The measures by name."""
-        raise NotImplementedError
 
     @torch.inference_mode()
     def measure(self, model: PreTrainedModel, examples: Sequence[Example], autocast: Callable[[], Any]) -> Measured:

@@ -46,6 +46,13 @@ def block_linears(model: PreTrainedModel) -> dict[str, torch.nn.Linear | Conv1D]
     return {name: linear for name, linear in linears.items() if not _is_router(model, name)}
 
 
+def untied_block_linears(model: PreTrainedModel) -> dict[str, torch.nn.Linear | Conv1D]:
+    """`block_linears` without those that share their weight with another module."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    shared = {*tied.keys(), *tied.values()}
+    return {name: linear for name, linear in block_linears(model).items() if f"{name}.weight" not in shared}
+
+
 def linears_of(block: torch.nn.Module, prefix: str) -> dict[str, torch.nn.Module]:
     """The linears in `block`, by their names in it with `prefix` in front."""
     return {f"{prefix}.{name}": module for name, module in block.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)}

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from maskllm.errors import MaskLLMError
-from maskllm.huggingface.blocks import as_matrix, block_linears, check_no_fused_experts, matrix
+from maskllm.huggingface.blocks import as_matrix, check_no_fused_experts, matrix, untied_block_linears
 from maskllm.huggingface.mask_file import MaskFile, open_mask_file
 from maskllm.huggingface.masked_linear import MaskedLinear
 from maskllm.masking.parameter import Location, MaskedParameter
@@ -128,9 +128,7 @@ def _check_learnable(pattern: Pattern | None, train: str) -> None:
 def _all_linears(model: PreTrainedModel) -> Linears:
     """Every linear of the stacks of blocks but those that share their weight with another module."""
     check_no_fused_experts(model)
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    shared = {*tied.keys(), *tied.values()}
-    linears = {name: linear for name, linear in block_linears(model).items() if f"{name}.weight" not in shared}
+    linears = untied_block_linears(model)
     if not linears:
         raise MaskLLMError(f"{type(model).__name__}: its blocks have no linears; name the ones to sparsify as `modules`")
     return linears
