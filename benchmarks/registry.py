@@ -130,6 +130,7 @@ STEP = "python -m benchmarks.training_step --load {quickstart}/megatron/dense"
 SPARSE = "python -m benchmarks.sparse_linear"
 SERVE = "python -m benchmarks.serve --work {work}"
 RIVALS_SOURCES = (
+    "benchmarks/models.py",
     "benchmarks/rivals.py",
     "benchmarks/rival_programs.py",
     "csrc/cpu",
@@ -137,7 +138,15 @@ RIVALS_SOURCES = (
     "maskllm/inference",
     "maskllm/ops",
 )
-SERVE_SOURCES = ("benchmarks/serve.py", "csrc/cpu", "csrc/include", "examples/serve", "maskllm/inference", "maskllm/ops")
+SERVE_SOURCES = (
+    "benchmarks/models.py",
+    "benchmarks/serve.py",
+    "csrc/cpu",
+    "csrc/include",
+    "examples/serve",
+    "maskllm/inference",
+    "maskllm/ops",
+)
 SPARSE_SOURCES = ("benchmarks/sparse_linear.py", "benchmarks/dense_loops.cpp", "csrc/cpu", "csrc/include", "maskllm/ops")
 PRECISION = "python -m benchmarks.precision --hf {dense} --corpus " + C4
 PRECISION_SOURCES = ("benchmarks/precision.py", *TRAINING)
@@ -402,6 +411,7 @@ TABLES = {
         Table("sparse-linear-cuda", "Products with stored matrices on a GPU", ("sparse-linear/cuda",), tables.sparse_linear_cuda),
         Table("serve", "Served by vLLM", _group("serve"), tables.serve),
         Table("rivals", "Text generation beside other programs", ("rivals",), tables.rivals),
+        Table("rivals-goals", "Text generation: goals", ("rivals",), tables.rivals_goals),
         Table("preprocess", "Pre-tokenization", _group("preprocess"), tables.preprocess),
         Table("prune-time", "The time of one-shot pruning", _group("prune-time"), tables.prune_time),
         Table("prune-memory", "The memory of one-shot pruning", _group("prune-memory"), tables.prune_memory),

@@ -12,9 +12,11 @@ NAME is a measurement, or what stands before the slash in the names of several. 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -28,6 +30,7 @@ from maskllm.environment.revision import commit
 from maskllm.errors import MaskLLMError
 from maskllm.failures import run_guarded
 from maskllm.files import read_json_object, write_text
+from maskllm.processes import end_with_parent
 
 OVERVIEW = ROOT / "docs" / "results.md"
 MARKERS = re.compile(r"<!-- benchmark:(?P<name>[\w/-]+) -->\n(?P<lines>.*?)<!-- /benchmark:(?P=name) -->", re.DOTALL)
@@ -212,7 +215,8 @@ def run(one: Measurement) -> None:
     words = [sys.executable if word == "python" else word for word in words]
     load, revision = load_average(), commit()
     print(f"[{one.name}] {shlex.join(words)}", flush=True)
-    if status := subprocess.run(words, cwd=ROOT, check=False).returncode:
+    ends = functools.partial(end_with_parent, os.getpid(), signal.SIGTERM)
+    if status := subprocess.run(words, cwd=ROOT, check=False, preexec_fn=ends).returncode:
         raise MaskLLMError(f"{one.name}: exit status {status}")
     write_result(one.name, new_result(read_json_object(output), one.command, load, revision))
     print(f"[{one.name}] wrote {result_file(one.name).relative_to(ROOT)}", flush=True)

@@ -21,22 +21,24 @@ llama.cpp is compiled for the processor at hand, which takes a compiler, CMake a
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import shutil
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from sentencepiece import sentencepiece_model_pb2
-from transformers import LlamaConfig
 
+from benchmarks.models import check_llama, made, write_random_llama
 from benchmarks.results import load_average
-from benchmarks.serve import write_random_llama
 from maskllm.errors import MaskLLMError
 from maskllm.files import read_json_object, write_json
+from maskllm.processes import end_with_parent
 
 OURS = {"dense bf16": None, "2:4 bf16": 16, "2:4 int8": 8, "2:4 int4": 4}
 """What transformers generates from: the bits of `maskllm compress`."""
@@ -47,9 +49,8 @@ RIVALS = Path(__file__).with_name("rival_programs.py")
 
 def make_model(directory: Path, sizes: dict[str, int]) -> None:
     """Write a LLaMA of random bf16 weights with 2:4 zeros, and tokenizers of as many words as it has tokens."""
-    config = LlamaConfig(**sizes, max_position_embeddings=2048)
-    write_random_llama(directory, config, torch.bfloat16)
-    write_sentencepiece(directory / "tokenizer.model", config.vocab_size)
+    write_random_llama(directory, sizes, torch.bfloat16)
+    write_sentencepiece(directory / "tokenizer.model", sizes["vocab_size"])
 
 
 def write_sentencepiece(file: Path, size: int) -> None:
@@ -69,21 +70,11 @@ def write_sentencepiece(file: Path, size: int) -> None:
 
 def run(words: Sequence[object]) -> str:
     """Run a program and return what it prints. Raises MaskLLMError with the end of its messages if it fails."""
-    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False)
+    ends = functools.partial(end_with_parent, os.getpid(), signal.SIGTERM)
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False, preexec_fn=ends)
     if done.returncode:
         raise MaskLLMError(f"{' '.join(map(str, words))}: exit status {done.returncode}\n{(done.stdout + done.stderr)[-3000:]}")
     return done.stdout
-
-
-def made(directory: Path, make: Callable[[Path], Any]) -> Path:
-    """`directory`, which `make` writes if it is not there. A directory that is there is complete."""
-    if not directory.exists():
-        unfinished = directory.with_name(f"{directory.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        print(f"making {directory}", flush=True)
-        make(unfinished)
-        unfinished.rename(directory)
-    return directory
 
 
 def prepare(args: argparse.Namespace) -> dict[str, list[object]]:
@@ -98,9 +89,7 @@ def prepare(args: argparse.Namespace) -> dict[str, list[object]]:
     }
     args.work.mkdir(parents=True, exist_ok=True)
     dense = made(args.work / "dense", lambda path: make_model(path, sizes))
-    known = read_json_object(dense / "config.json")
-    if different := {key: known[key] for key, value in sizes.items() if known[key] != value}:
-        raise MaskLLMError(f"{dense}: has other sizes: {different}; give another --work, or remove it")
+    check_llama(dense, sizes, torch.bfloat16)
     commands: dict[str, list[object]] = {}
     maskllm = [sys.executable, "-m", "maskllm"]
     ends = [

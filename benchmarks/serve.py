@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -22,16 +23,13 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
-
+from benchmarks.models import check_llama, made, write_random_llama
 from maskllm.dtypes import BY_NAME
 from maskllm.errors import MaskLLMError
 from maskllm.export.compress import CompressSettings, compress
 from maskllm.failures import run_guarded
 from maskllm.files import read_json_object, write_json
-from maskllm.patterns import Pattern
+from maskllm.processes import end_with_parent
 
 ROOT = Path(__file__).parents[1]
 VLLM_PYTHON = "MASKLLM_VLLM_PYTHON"
@@ -69,7 +67,15 @@ def serving(
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(directory)]
     command += ["--host", "127.0.0.1", "--port", str(port), *options]
     with log.open("w", encoding="utf-8") as file:
-        server = subprocess.Popen(command, env=environment, stdout=file, stderr=file, cwd=log.parent, start_new_session=True)
+        server = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=file,
+            stderr=file,
+            cwd=log.parent,
+            start_new_session=True,
+            preexec_fn=functools.partial(end_with_parent, os.getpid(), signal.SIGTERM),  # vLLM then ends its own processes
+        )
     try:
         end = time.monotonic() + seconds
         while not _answers(port):
@@ -95,48 +101,20 @@ def _answers(port: int) -> bool:
         return False
 
 
-def write_word_tokenizer(directory: Path, vocabulary: int) -> None:
-    """A tokenizer with the words t0, t1 and so on."""
-    tokenizer = Tokenizer(models.WordLevel({f"t{number}": number for number in range(vocabulary)}, unk_token="t0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="t0", eos_token="t1").save_pretrained(directory)
-
-
-def keep(weight: torch.Tensor, pattern: Pattern) -> None:
-    """Set all but the N largest of every M weights in a row to zero."""
-    blocks = weight.view(-1, pattern.m)
-    blocks.scatter_(1, blocks.abs().argsort(1)[:, : pattern.m - pattern.n], 0)
-
-
-def write_random_llama(directory: Path, config: LlamaConfig, dtype: torch.dtype) -> None:
-    """A model with random weights; those of its blocks are 2:4."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    with torch.no_grad():
-        for weight in model.model.layers.parameters():
-            if weight.dim() == 2:
-                keep(weight, Pattern(2, 4))
-    model.save_pretrained(directory)
-    write_word_tokenizer(directory, config.vocab_size)
-
-
 def measure(args: argparse.Namespace, work: Path) -> dict:
     """Make the model, serve it twice, and measure."""
-    config = LlamaConfig(
-        vocab_size=args.vocabulary,
-        hidden_size=args.hidden,
-        intermediate_size=args.ffn,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.heads,
-        num_key_value_heads=args.kv_heads,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-    )
-    dense, small = work / "dense", work / f"compressed-{args.bits or 16}"
-    if not dense.exists():
-        write_random_llama(dense, config, BY_NAME[args.dtype])
-    if not small.exists():
-        compress(dense, small, CompressSettings(bits=args.bits))
+    sizes = {
+        "vocab_size": args.vocabulary,
+        "hidden_size": args.hidden,
+        "intermediate_size": args.ffn,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": args.heads,
+        "num_key_value_heads": args.kv_heads,
+    }
+    dtype = BY_NAME[args.dtype]
+    dense = made(work / "dense", lambda path: write_random_llama(path, sizes, dtype))
+    check_llama(dense, sizes, dtype)
+    small = made(work / f"compressed-{args.bits or 16}", lambda path: compress(dense, path, CompressSettings(bits=args.bits)))
     processors = sorted(os.sched_getaffinity(0))[: args.threads]
     options = [
         "--dtype",
@@ -210,6 +188,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, and write the numbers."""
     args = parse_arguments(argv)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the blocks below end the servers
     with contextlib.ExitStack() as stack:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         work.mkdir(parents=True, exist_ok=True)

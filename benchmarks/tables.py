@@ -399,8 +399,7 @@ def serve(found: Results) -> list[str]:
 def rivals(found: Results) -> list[str]:
     """Compressed models beside other programs: the best round of each, and how much faster 2:4 is at the same bits."""
     report = found["rivals"].result
-    best = {name: max(rounds, key=lambda one: one["tokens_per_second"]) for name, rounds in report["rows"].items()}
-    first = {name: min(one["first_token_seconds"] for one in rounds) for name, rounds in report["rows"].items()}
+    best, first = _best_rounds(report["rows"])
     cells = []
     for name, row in best.items():
         ours = best.get(f"2:4 {name.split()[-1]}", row)
@@ -430,6 +429,40 @@ def rivals(found: Results) -> list[str]:
         f"{len(next(iter(report['rows'].values())))} rounds.",
         *([f"{', '.join(f'{package} {version}' for package, version in versions.items())}."] if versions else []),
     ]
+
+
+def rivals_goals(found: Results) -> list[str]:
+    """The goals of text generation, and what the best rounds reach."""
+    best, first = _best_rounds(found["rivals"].result["rows"])
+
+    def rate(ours: str, other: str = "dense bf16") -> str:
+        if not {ours, other} <= best.keys():
+            return UNKNOWN
+        return f"{best[ours]['tokens_per_second'] / best[other]['tokens_per_second']:.2f}"
+
+    def wait(ours: str) -> str:
+        return f"{first[ours] / first['dense bf16']:.2f}" if {ours, "dense bf16"} <= first.keys() else UNKNOWN
+
+    def rest(kind: str) -> str:
+        others = [name for name in best if name.endswith(f" {kind}") and not name.startswith("2:4 ")]
+        return ", ".join(f"{rate(f'2:4 {kind}', name)} ({name.removesuffix(f' {kind}')})" for name in others) or UNKNOWN
+
+    cells = [
+        ["2:4 bf16: tokens a second at least 1.5 times dense bf16's", rate("2:4 bf16")],
+        ["2:4 int8: tokens a second at least 2.4 times dense bf16's", rate("2:4 int8")],
+        *(
+            [f"2:4 {kind}: time to the first token at most 1.1 times dense bf16's", wait(f"2:4 {kind}")]
+            for kind in ("bf16", "int8", "int4")
+        ),
+        *([f"2:4 {kind}: tokens a second more than every {kind} program's", rest(kind)] for kind in ("int8", "int4")),
+    ]
+    return markdown_table(["goal", "ratio"], cells, left=1)
+
+
+def _best_rounds(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> tuple[dict[str, Mapping[str, Any]], dict[str, float]]:
+    """The round with the most tokens a second and the shortest time to the first token (seconds), by program and weights."""
+    best = {name: max(rounds, key=lambda one: one["tokens_per_second"]) for name, rounds in rows.items()}
+    return best, {name: min(one["first_token_seconds"] for one in rounds) for name, rounds in rows.items()}
 
 
 def preprocess(found: Results) -> list[str]:

@@ -34,9 +34,14 @@ def is_gone(pid: int | None) -> bool:
     return state in "ZX"
 
 
-def end_with_parent() -> None:
-    """Make the kernel kill this process of multiprocessing's as soon as its parent ends for any reason (Linux: prctl(2))."""
+def end_with_parent(parent: int | None = None, number: int = signal.SIGKILL) -> None:
+    """Make the kernel send this process a signal as soon as its parent ends for any reason (Linux: prctl(2)).
+
+    Args:
+        parent: the parent's process id; by default, the parent of a process of multiprocessing's.
+        number: the signal.
+    """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != multiprocessing.parent_process().pid:  # the parent ended before prctl took effect
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+    if os.getppid() != (parent or multiprocessing.parent_process().pid):  # the parent ended before prctl took effect
         os._exit(1)

@@ -27,6 +27,7 @@ NO_BENCHMARKS = {
     "bitwise",
     "finetuning",
     "machine",
+    "models",
     "registry",
     "report",
     "results",

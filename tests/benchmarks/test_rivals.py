@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import rivals, tables
+from benchmarks.models import made
 from benchmarks.results import Result
 from maskllm.errors import MaskLLMError
 
@@ -65,11 +66,21 @@ def test_programs_get_the_model_and_the_table_compares_equal_bits(tmp_path, pyth
     assert cells["openvino int4"][3] == "2.00"
     assert cells["dense bf16"] == ["0", "0.25", "5.00", "2.00"] and cells["2:4 int8"][3] == "-"
     assert lines[-1] == "other 1.2."
-    made = capsys.readouterr().out.count("making")
-    assert made == 7
+    lines = tables.rivals_goals({"rivals": Result(result, None, None, None, {}, None, None, None)})
+    reached = dict([cell.strip() for cell in line.split("|")[1:3]] for line in lines[2:])
+    assert list(reached.values()) == [
+        "2.00",
+        "6.00",
+        "1.00",
+        "1.00",
+        "1.00",
+        "1.50 (ctranslate2), 1.50 (openvino)",
+        "2.00 (openvino)",
+    ]
+    assert capsys.readouterr().out.count("making") == 7
     rivals.main([*arguments, "--programs", "openvino"])
     assert "making" not in capsys.readouterr().out
-    with pytest.raises(MaskLLMError, match=r"has other sizes: \{'num_hidden_layers': 1\}"):
+    with pytest.raises(MaskLLMError, match=r"holds another model: num_hidden_layers 1 \(wanted 2\)"):
         rivals.main([*arguments, "--layers", "2"])
 
 
@@ -77,7 +88,7 @@ def test_a_program_that_fails_is_told_with_its_message(tmp_path, python):
     with pytest.raises(MaskLLMError, match="exit status 1\nno such model"):
         rivals.run([python, rivals.RIVALS, "measure", "broken"])
     with pytest.raises(MaskLLMError, match="exit status 1"):
-        rivals.made(tmp_path / "model", lambda path: path.mkdir() or rivals.run([python, "", "measure", "broken"]))
+        made(tmp_path / "model", lambda path: path.mkdir() or rivals.run([python, "", "measure", "broken"]))
     assert not (tmp_path / "model").exists()
 
 

@@ -18,7 +18,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import maskllm  # noqa: F401 (transformers loads compressed checkpoints)
-from benchmarks.serve import ROOT, VLLM_PYTHON, keep, serving, vllm_python, write_word_tokenizer
+from benchmarks.models import keep, write_word_tokenizer
+from benchmarks.serve import ROOT, VLLM_PYTHON, serving, vllm_python
 from maskllm.export.compress import CompressSettings, compress
 from maskllm.patterns import Pattern
 

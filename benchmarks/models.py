@@ -1,0 +1,63 @@
+"""Models with random weights, which a benchmark makes once and keeps."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+from maskllm.errors import MaskLLMError
+from maskllm.patterns import Pattern
+
+
+def made(directory: Path, make: Callable[[Path], Any]) -> Path:
+    """`directory`, which `make` writes if it is not there. A directory that is there is complete."""
+    if not directory.exists():
+        unfinished = directory.with_name(f"{directory.name}.unfinished")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        print(f"making {directory}", flush=True)
+        make(unfinished)
+        unfinished.rename(directory)
+    return directory
+
+
+def write_word_tokenizer(directory: Path, vocabulary: int) -> None:
+    """A tokenizer with the words t0, t1 and so on."""
+    tokenizer = Tokenizer(models.WordLevel({f"t{number}": number for number in range(vocabulary)}, unk_token="t0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="t0", eos_token="t1").save_pretrained(directory)
+
+
+def keep(weight: torch.Tensor, pattern: Pattern) -> None:
+    """Set all but the N largest of every M weights in a row to zero."""
+    blocks = weight.view(-1, pattern.m)
+    blocks.scatter_(1, blocks.abs().argsort(1)[:, : pattern.m - pattern.n], 0)
+
+
+def write_random_llama(directory: Path, sizes: Mapping[str, int], dtype: torch.dtype) -> None:
+    """A LLaMA of these sizes (the names are those of its configuration) with random weights; those of its blocks are 2:4."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**sizes, max_position_embeddings=2048)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.no_grad():
+        for weight in model.model.layers.parameters():
+            if weight.dim() == 2:
+                keep(weight, Pattern(2, 4))
+    model.save_pretrained(directory)
+    write_word_tokenizer(directory, config.vocab_size)
+
+
+def check_llama(directory: Path, sizes: Mapping[str, int], dtype: torch.dtype) -> None:
+    """Raise MaskLLMError if a directory holds another model than `write_random_llama` writes for these sizes and this dtype."""
+    config = LlamaConfig.from_pretrained(directory)
+    found = {key: getattr(config, key) for key in [*sizes, "dtype"]}
+    different = [f"{key} {found[key]} (wanted {value})" for key, value in (sizes | {"dtype": dtype}).items() if found[key] != value]
+    if different:
+        raise MaskLLMError(
+            f"{directory}: holds another model: {', '.join(different)}; give another --work, or remove all of {directory.parent}"
+        )
