@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from maskllm import train
 from maskllm.checkpoints.convert import convert
 from maskllm.checkpoints.reading import load_model, resolve
 from maskllm.cli import main
@@ -130,6 +131,19 @@ def test_training_and_resuming_under_any_layout(converted, ranks, tmp_path, tiny
             kept = after[key] != 0
             assert torch.equal(after[key][kept], weight[kept]), key
             assert weight.shape[0] != VOCABULARY or torch.equal(after[key], weight), key
+
+
+@pytest.mark.usefixtures("signal_handlers")
+def test_a_teacher_may_have_other_padding(converted, tmp_path, tiny_dataset):
+    """Less than the student or more: a model under its own masks diverges as much from either form of the dense one."""
+    prune_without_data(converted / "dense128", tmp_path / "pruned128", PruneSettings("magnitude", Pattern(2, 4)))
+    found = []
+    for student, teacher in ((converted / "pruned", 1), (converted / "pruned", 128), (tmp_path / "pruned128", 1)):
+        save = tmp_path / f"{student.name}_{teacher}"
+        options = {"kl_loss_coeff": 0.5, "teacher": converted / f"dense{teacher}", "steps": 1, "train": "both"}
+        assert train.main(arguments(save, tiny_dataset, student, **options)) == 0
+        found.append([step["kl"] for step in metrics(save)])
+    assert found[1] == pytest.approx(found[0], rel=1e-5) and found[2] == pytest.approx(found[0], rel=1e-5)
 
 
 def compute(tp: str, *checkpoints: str) -> None:

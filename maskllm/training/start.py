@@ -159,10 +159,10 @@ def _open_intact(path: str, *, fall_back: bool, say: Callable[[str], None]) -> C
 
 def _check_can_start(checkpoint: Checkpoint, arguments: TrainArguments, pattern: Pattern) -> None:
     """Raise MaskLLMError if what `--train` names cannot be trained from this checkpoint."""
-    info = checkpoint.info
+    info, before = checkpoint.info, _trained_by(checkpoint)
     check_context(arguments.seq_length, checkpoint.model_config.context)
     if arguments.uses_cast:
-        if info.stage != "dense" and _trained_by(checkpoint) != "weights":
+        if info.stage != "dense" and before != "weights":
             raise MaskLLMError(
                 f"{checkpoint.path}: is a {info.stage} checkpoint; --weights-optimizer cast starts from a dense one, because it takes its "
                 "masks from the magnitudes of the weights; name what `maskllm convert` wrote"
@@ -173,10 +173,14 @@ def _check_can_start(checkpoint: Checkpoint, arguments: TrainArguments, pattern:
                 f"{checkpoint.path}: is a dense checkpoint, which has no masks to train the weights under; give it masks first, with "
                 "`maskllm prune` or --train masks"
             )
+        if before == "both":
+            raise MaskLLMError(
+                f"{checkpoint.path}: its run had --train both, and its optimizer holds the weights in all their bits; start --train weights "
+                "from what `maskllm trim` makes of it, or resume it with --train both"
+            )
         return  # under masks of any pattern
     if info.pattern is not None and info.pattern != str(pattern):
         raise MaskLLMError(f"{checkpoint.path}: its masks have pattern {info.pattern}; --pattern is {pattern}")
-    before = _trained_by(checkpoint)
     if before not in (None, "masks", arguments.train):
         raise MaskLLMError(
             f"{checkpoint.path}: its run had --train {before}, whose weights are no longer the original's; --train {arguments.train} "

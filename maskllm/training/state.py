@@ -26,7 +26,7 @@ from maskllm.megatron.loss import LossTerms
 from maskllm.training.arguments import TrainArguments
 from maskllm.training.optimizer import fit_adam_state, unchained
 from maskllm.training.start import Start, settings_of
-from maskllm.training.trainables import is_trained
+from maskllm.training.trainables import MASK_LOGITS, is_trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,9 @@ class TrainingState:
             return None
         teacher = None
         if checkpoint is not None:
-            teacher = _build(checkpoint.model_config, arguments).eval()
+            # The vocabulary's padding may differ in the files, but the logits of both models are compared column by column.
+            config = dataclasses.replace(checkpoint.model_config, vocab_padding=self.start.model_config.vocab_padding)
+            teacher = _build(config, arguments).eval()
             load_model(checkpoint, teacher)
             with raised_together():
                 for name, parameter in teacher.named_parameters():
@@ -190,10 +192,13 @@ def _make_room(optimizer: MegatronOptimizer) -> None:
 
 
 def _load_originals(checkpoint: Checkpoint, model: MaskedGPTModel) -> dict[str, torch.Tensor]:
-    """The model's tensors that the checkpoint stores in another type than the model's, in that type."""
+    """The model's tensors but logits that the checkpoint stores in another type than the model's, in that type.
+
+    Logits are the run's own, in `--mask-logits-dtype`, also if those that it starts from have another.
+    """
     wanted = {}
     for name, sharded in model.sharded_state_dict().items():
-        if isinstance(sharded, ShardedTensor | ShardedTensorFactory):
+        if isinstance(sharded, ShardedTensor | ShardedTensorFactory) and not name.endswith(f".{MASK_LOGITS}"):
             stored = checkpoint.tensors[sharded.key].dtype
             if sharded.data.dtype != stored:
                 wanted[name] = _with_data(sharded, torch.empty_like(sharded.data, dtype=stored, device="cpu"))

@@ -12,9 +12,9 @@ from maskllm.megatron.gpt import MaskedGPTModel
 from maskllm.training.arguments import TrainArguments
 
 MASK_LOGITS = "mask_logits"
-"""The name of the group of logits."""
+"""The name of the group of logits, and the last part of each one's name."""
 WEIGHT_SCALES = "weight_scales"
-"""The name of the group of the scales of CAST."""
+"""The name of the group of the scales of CAST, and the last part of each one's name."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,6 @@ def is_trained(name: str, arguments: TrainArguments) -> bool:
     """Whether the parameter `name` is a weight, a scale, a norm or a bias that this run trains."""
     return (
         arguments.trains_weights
-        and not name.endswith(".mask_logits")
+        and not name.endswith(f".{MASK_LOGITS}")
         and (name.startswith("decoder.layers.") or arguments.train_embeddings)
     )

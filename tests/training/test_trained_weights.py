@@ -177,6 +177,7 @@ def test_what_cannot_be_trained_is_refused_in_one_line(capfd, tmp_path, tiny_dat
         (tiny_pruned, {"train": "both", "mask_logits_dtype": "bf16"}, "--mask-logits-dtype bf16: only --train masks"),
         (tiny_pruned, {"ce_loss_coeff": 0.0}, "--ce-loss-coeff 0: nothing is minimized"),
         (tiny_pruned, {"teacher": tiny_dense}, "--teacher: wanted only with --kl-loss-coeff"),
+        (single("both"), {"train": "weights"}, "start --train weights from what `maskllm trim` makes of it"),
         (single("weights"), {"train": "weights"}, "start a new run from what `maskllm trim` makes of it"),
         (tiny_pruned, {"train": "weights", "adam_eps": 0.0}, "--adam-eps 0: with --train weights wanted a positive number"),
         (tiny_pruned, {"kl_loss_coeff": 1.0, "teacher": tmp_path / "no"}, "--teacher: "),
@@ -232,6 +233,26 @@ def test_weights_and_masks_go_on_from_masks_that_were_learned(tmp_path, tiny_dat
     assert logits
     for name in logits:
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("trained", ["weights", "both"])
+@pytest.mark.usefixtures("signal_handlers")
+def test_a_run_from_bf16_logits_saves_its_own_logits(trained, tmp_path, tiny_dataset, tiny_pruned):
+    """Its logits are fp32, or gone if their winners are fixed: never those of the run before."""
+    masks = tmp_path / "masks"
+    assert train.main(arguments(masks, tiny_dataset, tiny_pruned, steps=2, mask_logits_dtype="bf16")) == 0
+    assert train.main(arguments(tmp_path / "run", tiny_dataset, masks, steps=2, **{"train": trained})) == 0
+    before, after = tensors(masks), tensors(tmp_path / "run")
+    names = [name for name in before if name.endswith("mask_logits") and not name.startswith("optimizer")]
+    assert names and all(before[name].dtype == torch.bfloat16 for name in names)
+    for name in names:
+        if trained == "both":
+            assert after[name].dtype == torch.float32
+            assert (after[name] != before[name].float()).float().mean() > 0.99, name
+        else:
+            bits = after[f"{name.removesuffix('.mask_logits')}.mask_bits"]
+            winners = winner_mask(before[name].float(), Pattern(2, 4))
+            assert name not in after and torch.equal(unpack_mask(bits, winners.shape[1]), winners)
 
 
 @pytest.mark.usefixtures("signal_handlers")
