@@ -19,7 +19,8 @@
 #   GPUS                  processes on each node, one for each GPU                               8
 #   TP, PP                tensor- and pipeline-parallel sizes; the rest is data parallelism      8, 1
 #   DISTRIBUTED_OPTIMIZER 1: split the optimizer state over data-parallel ranks. Default: a resumed run keeps what it has. A new run uses 1
-#                         if there are several data-parallel ranks, but 0 if TRAIN_ARGS asks for bf16 or 8-bit logits or optimizer state.
+#                         if there are several data-parallel ranks, but 0 if TRAIN_ARGS asks for bf16 or 8-bit logits or optimizer state,
+#                         and for TRAIN_WEIGHTS=cast.
 #   NNODES                number of nodes                                                        1 (5_train_multinode: 2)
 #   RDZV_ENDPOINT         with several nodes: HOST:PORT of one of them, the same on all nodes
 #   RDZV_ID               with several nodes: a name of the job, the same on all nodes           RECIPE
@@ -110,6 +111,8 @@ if [[ -n $checkpoint ]]; then
   : "${DISTRIBUTED_OPTIMIZER:=$(grep -c '"use_distributed_optimizer": true' "$checkpoint" || true)}"
 elif [[ $TRAINING == learned && $TRAIN_ARGS =~ --(mask-logits|optimizer-state)-dtype[=\ ]+(bf16|8bit) ]]; then
   : "${DISTRIBUTED_OPTIMIZER:=0}" # Megatron's distributed optimizer keeps fp32
+elif [[ $TRAINING == weights && $TRAIN_WEIGHTS == cast ]]; then
+  : "${DISTRIBUTED_OPTIMIZER:=0}" # with Transformer Engine's or Apex's Adam it cannot take CAST's optimizer
 fi
 : "${DISTRIBUTED_OPTIMIZER:=$((GPUS * NNODES > TP * PP))}"
 

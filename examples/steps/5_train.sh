@@ -29,7 +29,10 @@ if [[ $TRAINING == weights ]]; then
       ;;
   esac
   trained+=(--weights-lr "$WEIGHTS_LR" --weights-min-lr "$WEIGHTS_MIN_LR"
-    --ce-loss-coeff "$CE_LOSS_COEFF" --kl-loss-coeff "$KL_LOSS_COEFF" --teacher "$OUTPUT/dense")
+    --ce-loss-coeff "$CE_LOSS_COEFF" --kl-loss-coeff "$KL_LOSS_COEFF")
+  if [[ $KL_LOSS_COEFF == *[1-9]* ]]; then
+    trained+=(--teacher "$OUTPUT/dense")
+  fi
 fi
 read -r -d '' -a more <<<"$arguments" || true # read all lines; it fails at the end of the text
 

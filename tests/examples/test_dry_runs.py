@@ -167,6 +167,26 @@ def test_cast_starts_from_the_dense_model(tmp_path):
     assert (train.weights_lr, train.l1_decay_coeff, train.train_iters, train.global_batch_size) == (2e-5, 4e-7, 7500, 256)
 
 
+@pytest.mark.parametrize("trained", ["weights", "both", "cast"])
+def test_the_weights_are_trained_without_a_teacher_if_nothing_needs_one(trained, tmp_path):
+    for coefficient, teacher in ((0, None), ("0.0", None), ("1e-2", "outputs/llama2-7b/dense")):
+        (words,) = dry_run("llama2-7b", "5_train_weights", tmp_path, SHARDS=0, TRAIN_WEIGHTS=trained, KL_LOSS_COEFF=coefficient)
+        train = parse_arguments(split_torchrun(words)[1][1:])
+        train.check()
+        assert train.teacher == teacher
+
+
+@pytest.mark.parametrize(("trained", "is_split"), [("weights", True), ("both", True), ("cast", False)])
+def test_cast_keeps_the_whole_optimizer_state_on_each_rank(trained, is_split, tmp_path):
+    """Megatron's distributed optimizer has no place for CAST's if Transformer Engine is installed, as in the container."""
+    settings = {"SHARDS": 0, "TRAIN_WEIGHTS": trained}
+    for layout in ({"TP": 4}, {"NNODES": 2}):
+        (words,) = dry_run("llama2-7b", "5_train_weights", tmp_path, **settings, **layout)
+        assert parse_arguments(split_torchrun(words)[1][1:]).use_distributed_optimizer is is_split
+    (words,) = dry_run("llama2-7b", "5_train_weights", tmp_path, **settings, DISTRIBUTED_OPTIMIZER=1)
+    assert parse_arguments(split_torchrun(words)[1][1:]).use_distributed_optimizer
+
+
 def test_a_domain_starts_from_the_general_mask(tmp_path):
     general = dry_run("llama2-7b", "8_export", tmp_path)[0]
     files = {"TRAIN_FILES": "a.jsonl b.jsonl", "EVAL_DATA": "held out.txt", "OUTPUT": "out"}
