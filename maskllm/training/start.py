@@ -175,8 +175,8 @@ def _check_can_start(checkpoint: Checkpoint, arguments: TrainArguments, pattern:
             )
         if before == "both":
             raise MaskLLMError(
-                f"{checkpoint.path}: its run had --train both, and its optimizer holds the weights in all their bits; start --train weights "
-                "from what `maskllm trim` makes of it, or resume it with --train both"
+                f"{checkpoint.path}: its run had --train both, and its optimizer holds the weights in all their bits; start "
+                "--train weights from what `maskllm trim` makes of it, or resume it with --train both"
             )
         return  # under masks of any pattern
     if info.pattern is not None and info.pattern != str(pattern):
