@@ -47,13 +47,14 @@ class Recipe:
     teacher too. `targets` and `losses`: as TARGETS and LOSSES.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, model: str | None = None) -> None:
+        """`model`: another one than the recipe's, a directory or a hub id."""
         path = Path(name) if name.endswith(".json") else RECIPES / f"{name}.json"
         if not path.exists():
             raise SystemExit(f"{path}: no such recipe; found {', '.join(sorted(file.stem for file in RECIPES.glob('*.json')))}")
         content = read_json_object(path)
         self.title: str = content["title"]
-        self.options: dict[str, Any] = content["options"]
+        self.options: dict[str, Any] = content["options"] | ({"model": model} if model else {})
         self.dense: dict[str, Any] = content.get("dense", {})
         self.from_dense: bool = content.get("from_dense", False)
         self.targets: dict[str, dict[str, Any]] = content.get("targets", TARGETS)
@@ -85,6 +86,15 @@ class Recipe:
                 values = value if isinstance(value, list) else [value]
                 words += [f"--{name}", *(str(one).replace("{prepared}", prepared) for one in values)]
         return [*words, "--output", str(output / row)]
+
+
+def check_same_model(recipe: Recipe, output: Path, prepared: str) -> None:
+    """Raise SystemExit if a finished row in `output` has not started from the model that it would start from now."""
+    for row in recipe.rows:
+        arguments = recipe.arguments(row, output, prepared)
+        wanted = arguments[arguments.index("--model") + 1]
+        if (found := finished(output, row)) and (model := found["settings"]["model"]) != wanted:
+            raise SystemExit(f"{output / row}: is of --model {model}, not {wanted}; take another --output")
 
 
 def finished(output: Path, row: str) -> dict[str, Any] | None:
@@ -139,15 +149,17 @@ def main() -> int:
     parser.add_argument("recipe", help="a file in recipes/ without .json, or a path")
     parser.add_argument("--prepared", default="outputs/finetune", help="folder that the recipe's files are in")
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--model", help="another model than the recipe's, directory or hub id")
     parser.add_argument("--row", nargs="+", help="run these rows only, and the dense one if they start from it; default: all")
     parser.add_argument("--launch", default=f"{sys.executable} -m maskllm", help="what starts maskllm, for example under torchrun")
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     parser.add_argument("--json", type=Path, help="write the numbers of the rows of --row to this file too")
     args, more = parser.parse_known_args()
-    recipe = Recipe(args.recipe)
+    recipe = Recipe(args.recipe, args.model)
     rows, failed = args.row or recipe.rows, []
     if recipe.from_dense and DENSE not in rows:
         rows = [DENSE, *rows]
+    check_same_model(recipe, args.output, args.prepared)
     for row in rows:
         command = [*shlex.split(args.launch), *recipe.arguments(row, args.output, args.prepared), *more]
         if args.dry_run:

@@ -50,6 +50,7 @@ if (output.parent.parent / "fail").exists():
 zeros = 0.0 if "--sparsity" in words and words[words.index("--sparsity") + 1] == "0" else 0.5
 value = 30.0 if zeros == 0 else 29.7 if "--kl-loss-coeff" in words else 28.5
 report = {"measure": "bleu", "higher_is_better": True, "dense": {"bleu": 29.0}, "trained": {"bleu": value}, "seconds": 4.0}
+report["settings"] = {"model": words[words.index("--model") + 1]}
 if zeros:
     report["one_shot"] = {"bleu": 11.25}
 output.mkdir(parents=True)
@@ -96,6 +97,15 @@ def test_rows_from_the_dense_model_train_it_first(run, tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     assert run("--row", "2-4-ce", recipe=str(tmp_path / "recipe.json")) == 0
     assert (tmp_path / "calls.txt").read_text().split() == ["dense", "2-4-ce"]
+
+
+def test_another_model_is_that_of_the_dense_row_and_the_sparse_rows_start_from_it(run, tmp_path):
+    """The sparse rows of this recipe start from the fine-tuned dense model, which is their teacher too."""
+    assert run("--model", "other/whisper", "--row", "2-4-ce", recipe="whisper-digits") == 0
+    models = {row: json.loads((tmp_path / "out" / row / "report.json").read_text())["settings"]["model"] for row in ("dense", "2-4-ce")}
+    assert models == {"dense": "other/whisper", "2-4-ce": str(tmp_path / "out" / "dense" / "model")}
+    with pytest.raises(SystemExit, match=r"out/dense: is of --model other/whisper, not outputs/finetune/whisper; take another --output"):
+        run("--row", "2-4-ce", recipe="whisper-digits")
 
 
 def test_finished_rows_are_kept_and_failed_ones_are_named(run, tmp_path, capsys):
