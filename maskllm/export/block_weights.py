@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from maskllm.errors import MaskLLMError, whole_message
-from maskllm.huggingface.blocks import untied_block_linears
+from maskllm.huggingface.blocks import block_linears
 from maskllm.huggingface.config import load_config
 from maskllm.huggingface.mask_file import MaskFile
 from maskllm.huggingface.parameter_names import ParameterNames
@@ -64,7 +64,7 @@ def _find(directory: Path, tensors: HFTensors) -> dict[str, tuple[str, bool]]:
             model = architecture(config)
     except Exception as error:  # transformers raises many types for values that do not fit together
         raise MaskLLMError(f"{directory}: transformers cannot make its model: {whole_message(error)}") from error
-    linears = {f"{name}.weight": linear for name, linear in untied_block_linears(model).items()}
+    linears = {f"{name}.weight": linear for name, linear in block_linears(model).items()}
     parameters = ParameterNames(model)
     found = {}
     for tensor in tensors.names:

@@ -38,19 +38,22 @@ def _is_stack(modules: torch.nn.ModuleList) -> bool:
 
 
 def block_linears(model: PreTrainedModel) -> dict[str, torch.nn.Linear | Conv1D]:
-    """The linears in the model's stacks of blocks by name, those of encoders and decoders too, without routers of experts.
+    """The linears in the model's stacks of blocks by name, those of encoders and decoders too.
 
-    Raises MaskLLMError if the model has no stack of blocks.
+    Routers of experts are none of them, and neither are linears that share their weight with another module (Zamba's shared blocks): a
+    mask would hold in one of them only. Raises MaskLLMError if the model has no stack of blocks.
     """
     linears = {name: linear for stack, blocks in block_stacks(model).items() for name, linear in linears_of(blocks, stack).items()}
-    return {name: linear for name, linear in linears.items() if not _is_router(model, name)}
+    shared = shared_weights(model)
+    return {name: linear for name, linear in linears.items() if not _is_router(model, name) and f"{name}.weight" not in shared}
 
 
-def untied_block_linears(model: PreTrainedModel) -> dict[str, torch.nn.Linear | Conv1D]:
-    """`block_linears` without those that share their weight with another module."""
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    shared = {*tied.keys(), *tied.values()}
-    return {name: linear for name, linear in block_linears(model).items() if f"{name}.weight" not in shared}
+def shared_weights(model: torch.nn.Module) -> dict[str, str]:
+    """The parameters that are one and the same, by name: another name for each."""
+    names: dict[torch.nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return {name: next(other for other in same if other != name) for same in names.values() if len(same) > 1 for name in same}
 
 
 def linears_of(block: torch.nn.Module, prefix: str) -> dict[str, torch.nn.Module]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from maskllm.errors import MaskLLMError
-from maskllm.huggingface.blocks import as_matrix, check_no_fused_experts, matrix, untied_block_linears
+from maskllm.huggingface.blocks import as_matrix, block_linears, check_no_fused_experts, matrix, shared_weights
 from maskllm.huggingface.mask_file import MaskFile, open_mask_file
 from maskllm.huggingface.masked_linear import MaskedLinear
 from maskllm.masking.parameter import Location, MaskedParameter
@@ -62,14 +62,11 @@ def sparsify(
         raise MaskLLMError(f"train {train!r}: wanted one of {', '.join(TRAINED)}")
     if isinstance(pattern, str):
         pattern = Pattern.parse(pattern)
-    if train != "weights":
-        _check_learnable(pattern, train)
-    if any(isinstance(module, MaskedLinear) for module in model.modules()):
-        raise MaskLLMError(f"{type(model).__name__}: has masks already; call finish first")
-    linears = _all_linears(model) if modules is None else _named_linears(model, modules)
-    for name, linear in linears.items():
-        _check_linear(name, linear, pattern, train)
-    chosen = _own_zeros(linears, pattern) if masks is None and train == "weights" else _given(masks, linears, pattern)
+    linears = linears_to_mask(model, pattern, train=train, modules=modules)
+    if masks is not None:
+        chosen = given_masks(masks, linears, pattern)
+    else:
+        chosen = _own_zeros(linears, pattern) if train == "weights" else None
 
     if train == "masks":
         model.requires_grad_(False)
@@ -89,6 +86,18 @@ def sparsify(
             parameter.reset(prior_strength=None if parameter.bits is None else prior_strength)
         model.set_submodule(name, module)
     return found
+
+
+def linears_to_mask(model: PreTrainedModel, pattern: Pattern | None, *, train: str, modules: Iterable[str] | None = None) -> Linears:
+    """The linears that `sparsify` puts masks into, by name. Raises MaskLLMError as it does for all but the masks."""
+    if train != "weights":
+        _check_learnable(pattern, train)
+    if any(isinstance(module, MaskedLinear) for module in model.modules()):
+        raise MaskLLMError(f"{type(model).__name__}: has masks already; call finish first")
+    linears = _all_linears(model) if modules is None else _named_linears(model, modules)
+    for name, linear in linears.items():
+        _check_linear(name, linear, pattern, train)
+    return linears
 
 
 def masked_parameters(model: torch.nn.Module) -> dict[str, MaskedParameter]:
@@ -126,16 +135,18 @@ def _check_learnable(pattern: Pattern | None, train: str) -> None:
 
 
 def _all_linears(model: PreTrainedModel) -> Linears:
-    """Every linear of the stacks of blocks but those that share their weight with another module."""
     check_no_fused_experts(model)
-    linears = untied_block_linears(model)
+    linears = block_linears(model)
     if not linears:
-        raise MaskLLMError(f"{type(model).__name__}: its blocks have no linears; name the ones to sparsify as `modules`")
+        raise MaskLLMError(
+            f"{type(model).__name__}: its blocks have no linears with weights of their own; name the ones to sparsify as `modules`"
+        )
     return linears
 
 
 def _named_linears(model: PreTrainedModel, modules: Iterable[str]) -> Linears:
     found: Linears = {}
+    shared = shared_weights(model)
     for wanted in modules:
         named = [(name, module) for name, module in model.named_modules() if name == wanted or name.endswith(f".{wanted}")]
         if not named:
@@ -143,6 +154,11 @@ def _named_linears(model: PreTrainedModel, modules: Iterable[str]) -> Linears:
         for name, module in named:
             if not isinstance(module, torch.nn.Linear | Conv1D):
                 raise MaskLLMError(f"modules: {name} is a {type(module).__name__}; wanted a linear")
+            if (other := shared.get(f"{name}.weight")) is not None:
+                raise MaskLLMError(
+                    f"modules: {name} shares its weight with {other.rpartition('.')[0]}, in which a mask would not hold; leave it out, or "
+                    "untie the two first"
+                )
             found[name] = module
     return found
 
@@ -188,12 +204,13 @@ def _own_zeros(linears: Linears, pattern: Pattern | None) -> dict[str, torch.Ten
     return masks
 
 
-def _given(
-    masks: Mapping[str, torch.Tensor] | MaskFile | str | os.PathLike | None, linears: Linears, pattern: Pattern | None
-) -> dict[str, torch.Tensor] | None:
-    """The masks that the caller gives, by the linears' names, on the weights' devices; None without any."""
-    if masks is None:
-        return None
+def given_masks(
+    masks: Mapping[str, torch.Tensor] | MaskFile | str | os.PathLike, linears: Linears, pattern: Pattern | None
+) -> dict[str, torch.Tensor]:
+    """`masks`, as `sparsify` takes them, by the linears' names, bool in the weights' shapes and on their devices.
+
+    Raises MaskLLMError if one is missing, unknown, of another shape, or does not keep N of M.
+    """
     shapes = {f"{name}.weight": tuple(linear.weight.shape) for name, linear in linears.items()}
     if isinstance(masks, str | os.PathLike):
         masks = open_mask_file(masks)

@@ -43,7 +43,8 @@ class PruneResult:
 
 @torch.no_grad()
 def prune_hf(model: PreTrainedModel, inputs: Inputs, settings: PruneSettings | None = None) -> PruneResult:
-    """Prune every linear of the model's stacks of blocks in place, those of encoders and decoders. All else stays dense.
+    """Prune every linear of the model's stacks of blocks in place, those of encoders and decoders. All else stays dense, and so do
+    linears that share their weight with another module.
 
     Args:
         model: on any devices, but each block on one device.

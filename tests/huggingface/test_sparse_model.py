@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, Zamba2Config, Zamba2ForCausalLM
 
 from maskllm.errors import MaskLLMError
 from maskllm.huggingface import finish, sparsify
@@ -14,6 +14,7 @@ from maskllm.huggingface.mask_file import write_mask_file
 from maskllm.huggingface.masked_linear import MaskedLinear
 from maskllm.masking.selection import keep_of_all, keep_of_each_block
 from maskllm.patterns import Pattern
+from maskllm.pruning import PruneSettings, prune_hf
 from tests.finetuning.tiny import samples, tiny_model
 
 
@@ -133,6 +134,32 @@ def test_named_modules_are_taken_instead():
     model = tiny_model("llama")
     found = sparsify(model, "2:4", modules=["lm_head", "mlp.up_proj"])
     assert list(found) == ["lm_head", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
+
+
+def test_a_head_that_is_the_embedding_is_refused():
+    """A mask would hold in the head's product only, and `finish` would write its zeros into the embedding."""
+    model = tiny_model("llama", tie_word_embeddings=True)
+    with pytest.raises(MaskLLMError, match=r"modules: lm_head shares its weight with model\.embed_tokens, in which a mask would not hold"):
+        sparsify(model, "2:4", modules=["q_proj", "lm_head"])
+    assert len(sparsify(model, "2:4")) == 14
+
+
+def test_blocks_that_share_their_weights_stay_dense():
+    """Zamba calls one block's weights at several depths."""
+    torch.manual_seed(0)
+    config = Zamba2Config(
+        vocab_size=64, hidden_size=16, intermediate_size=24, layers_block_type=["mamba", "hybrid", "mamba", "hybrid"], num_hidden_layers=4,
+        num_attention_heads=2, num_key_value_heads=2, num_mem_blocks=1, mamba_d_state=8, mamba_ngroups=1, n_mamba_heads=2, mamba_headdim=16,
+        adapter_rank=4, attention_head_dim=16,
+    )  # fmt: skip
+    model = Zamba2ForCausalLM(config)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    masks = prune_hf(model, samples("llama", 1)[0]["input_ids"][None], PruneSettings("wanda")).unpacked(model)
+    assert set(sparsify(model, "2:4", train="weights")) == {name.removesuffix(".weight") for name in masks}
+    plain, _ = finish(model)
+    moved = {name for name, tensor in plain.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == set(masks) and not any("shared_transformer" in name for name in moved)
+    assert sum("mamba.in_proj" in name for name in moved) == 4
 
 
 @pytest.mark.parametrize(
