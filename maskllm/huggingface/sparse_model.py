@@ -88,7 +88,9 @@ def sparsify(
     return found
 
 
-def linears_to_mask(model: PreTrainedModel, pattern: Pattern | None, *, train: str, modules: Iterable[str] | None = None) -> Linears:
+def linears_to_mask(
+    model: PreTrainedModel, pattern: Pattern | None, *, train: str, modules: Iterable[str] | None = None
+) -> Linears:
     """The linears that `sparsify` puts masks into, by name. Raises MaskLLMError as it does for all but the masks."""
     if train != "weights":
         _check_learnable(pattern, train)

@@ -102,9 +102,13 @@ def test_rows_from_the_dense_model_train_it_first(run, tmp_path):
 def test_another_model_is_that_of_the_dense_row_and_the_sparse_rows_start_from_it(run, tmp_path):
     """The sparse rows of this recipe start from the fine-tuned dense model, which is their teacher too."""
     assert run("--model", "other/whisper", "--row", "2-4-ce", recipe="whisper-digits") == 0
-    models = {row: json.loads((tmp_path / "out" / row / "report.json").read_text())["settings"]["model"] for row in ("dense", "2-4-ce")}
+    models = {
+        row: json.loads((tmp_path / "out" / row / "report.json").read_text())["settings"]["model"] for row in ("dense", "2-4-ce")
+    }
     assert models == {"dense": "other/whisper", "2-4-ce": str(tmp_path / "out" / "dense" / "model")}
-    with pytest.raises(SystemExit, match=r"out/dense: is of --model other/whisper, not outputs/finetune/whisper; take another --output"):
+    with pytest.raises(
+        SystemExit, match=r"out/dense: is of --model other/whisper, not outputs/finetune/whisper; take another --output"
+    ):
         run("--row", "2-4-ce", recipe="whisper-digits")
 
 

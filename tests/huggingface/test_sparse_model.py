@@ -139,7 +139,9 @@ def test_named_modules_are_taken_instead():
 def test_a_head_that_is_the_embedding_is_refused():
     """A mask would hold in the head's product only, and `finish` would write its zeros into the embedding."""
     model = tiny_model("llama", tie_word_embeddings=True)
-    with pytest.raises(MaskLLMError, match=r"modules: lm_head shares its weight with model\.embed_tokens, in which a mask would not hold"):
+    with pytest.raises(
+        MaskLLMError, match=r"modules: lm_head shares its weight with model\.embed_tokens, in which a mask would not hold"
+    ):
         sparsify(model, "2:4", modules=["q_proj", "lm_head"])
     assert len(sparsify(model, "2:4")) == 14
 
