@@ -29,8 +29,8 @@ test: setup
 
 # The measurements of at most ten minutes. They want a machine on which nothing else runs.
 benchmarks: setup
-	$(VENV)/bin/python -m benchmarks.report run --minutes 10
-	$(VENV)/bin/python -m benchmarks.report render
+	status=0; $(VENV)/bin/python -m benchmarks.report run --minutes 10 || status=$$?; \
+	$(VENV)/bin/python -m benchmarks.report render && exit $$status
 
 lint: setup
 	$(VENV)/bin/ruff check .

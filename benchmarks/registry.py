@@ -7,8 +7,9 @@ of a group share.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from benchmarks import finetuning, tables
@@ -25,7 +26,7 @@ class Measurement:
     minutes: float
     """Expected on two cores."""
     sources: tuple[str, ...]
-    """Paths whose change makes a result older."""
+    """Paths whose change makes a result older, besides the benchmark itself."""
     tiny: str | None = None
     """Options of the run in the tests, which come after those of the command. None: another measurement tests the same program."""
     output: str | None = None
@@ -131,28 +132,19 @@ SPARSE = "python -m benchmarks.sparse_linear"
 SERVE = "python -m benchmarks.serve --work {work}"
 RIVALS_SOURCES = (
     "benchmarks/models.py",
-    "benchmarks/rivals.py",
     "benchmarks/rival_programs.py",
     "csrc/cpu",
     "csrc/include",
     "maskllm/inference",
     "maskllm/ops",
 )
-SERVE_SOURCES = (
-    "benchmarks/models.py",
-    "benchmarks/serve.py",
-    "csrc/cpu",
-    "csrc/include",
-    "examples/serve",
-    "maskllm/inference",
-    "maskllm/ops",
-)
-SPARSE_SOURCES = ("benchmarks/sparse_linear.py", "benchmarks/dense_loops.cpp", "csrc/cpu", "csrc/include", "maskllm/ops")
+SERVE_SOURCES = ("benchmarks/models.py", "csrc/cpu", "csrc/include", "examples/serve", "maskllm/inference", "maskllm/ops")
+SPARSE_SOURCES = ("benchmarks/dense_loops.cpp", "csrc/cpu", "csrc/include", "maskllm/ops")
 PRECISION = "python -m benchmarks.precision --hf {dense} --corpus " + C4
-PRECISION_SOURCES = ("benchmarks/precision.py", *TRAINING)
-PLAN_SOURCES = ("benchmarks/plan_memory.py", "maskllm/planning", "maskllm/training", "maskllm/megatron")
-PRUNE_MEMORY_SOURCES = ("benchmarks/prune_memory.py", "maskllm/pruning")
-PRUNE_TIME_SOURCES = ("benchmarks/prune.py", "maskllm/pruning")
+PRECISION_SOURCES = TRAINING
+PLAN_SOURCES = ("benchmarks/trainings.py", "maskllm/planning", "maskllm/training", "maskllm/megatron")
+PRUNE_MEMORY_SOURCES = ("maskllm/pruning",)
+PRUNE_TIME_SOURCES = ("maskllm/pruning",)
 
 _ALL = [
     Measurement("quickstart", "make quickstart", 20, QUICKSTART, output="{quickstart}/report.json"),
@@ -186,7 +178,7 @@ _ALL = [
             f"python -m benchmarks.mask_transfer --hf {{dense}} --general {C4} --general-iters 16 --domain-iters 8 --eval-windows 8 "
             f"--processes 1 --domain {domain} {texts} --output {{work}}",
             25,
-            ("benchmarks/mask_transfer.py", *TRAINING, *PERPLEXITY),
+            (*TRAINING, *PERPLEXITY),
             tiny,
         )
         for domain, texts, tiny in (
@@ -195,10 +187,10 @@ _ALL = [
         )
     ),
     *(
-        Measurement(f"one-shot/seed-{seed}", f"{ONE_SHOT} --seed {seed}", 8, ("benchmarks/one_shot.py", "maskllm/pruning"), tiny)
+        Measurement(f"one-shot/seed-{seed}", f"{ONE_SHOT} --seed {seed}", 8, ("maskllm/pruning", *PERPLEXITY), tiny)
         for seed, tiny in ((0, "--samples 2 --seq-length 32 --windows 2 32"), (1, None), (2, None))
     ),
-    Measurement("one-shot/4-samples", f"{ONE_SHOT} --samples 4", 6, ("benchmarks/one_shot.py", "maskllm/pruning")),
+    Measurement("one-shot/4-samples", f"{ONE_SHOT} --samples 4", 6, ("maskllm/pruning", *PERPLEXITY)),
     Measurement(
         "prune-memory/small", "python -m benchmarks.prune_memory", 1, PRUNE_MEMORY_SOURCES, "--hidden 256 --mlp 512 --heads 2"
     ),
@@ -225,47 +217,47 @@ _ALL = [
         "masked-weight/smollm2-135m",
         "python -m benchmarks.masked_weight",
         5,
-        ("benchmarks/masked_weight.py", "csrc/cpu", "csrc/include", "maskllm/ops"),
+        ("csrc/cpu", "csrc/include", "maskllm/ops"),
         "--model tiny --repeats 1",
     ),
     Measurement(
         "masked-weight/llama-7b-cuda",
         "python -m benchmarks.masked_weight --device cuda --model llama-7b",
         5,
-        ("benchmarks/masked_weight.py", "csrc/cuda", "csrc/include", "maskllm/ops"),
+        ("csrc/cuda", "csrc/include", "maskllm/ops"),
         cuda=True,
     ),
     Measurement(
         "training-step/1-micro-batch",
         f"{STEP} --ways dense masks --sequences 1 --seq-length 2048",
         8,
-        ("benchmarks/training_step.py", *TRAINING),
+        TRAINING,
         "--seq-length 32 --repeats 1",
     ),
     Measurement(
         "training-step/4-micro-batches",
         f"{STEP} --ways dense masks --sequences 4 --seq-length 512",
         8,
-        ("benchmarks/training_step.py", *TRAINING),
+        TRAINING,
     ),
     Measurement(
         "training-step/teacher",
         f"{STEP} --ways dense-kl weights-kl both-kl --sequences 4 --seq-length 512",
         10,
-        ("benchmarks/training_step.py", *TRAINING),
+        TRAINING,
     ),
     Measurement(
         "compress24/cpu",
         "python -m benchmarks.compress24 --device cpu",
         1,
-        ("benchmarks/compress24.py", "csrc/cpu", "maskllm/ops"),
+        ("csrc/cpu", "maskllm/ops"),
         "--size 64",
     ),
     Measurement(
         "compress24/cuda",
         "python -m benchmarks.compress24 --device cuda",
         5,
-        ("benchmarks/compress24.py", "csrc/cuda", "maskllm/ops"),
+        ("csrc/cuda", "maskllm/ops"),
         cuda=True,
     ),
     Measurement(
@@ -280,7 +272,7 @@ _ALL = [
         "sparse-linear/cuda",
         f"{SPARSE} --device cuda --rows 1 2 4 8 16 17 64 256 1024 2048 4096 8192",
         3,
-        ("benchmarks/sparse_linear.py", "csrc/cuda", "csrc/include", "maskllm/ops"),
+        ("csrc/cuda", "csrc/include", "maskllm/ops"),
         cuda=True,
     ),
     Measurement("sparse-linear/one-thread", f"env OMP_NUM_THREADS=1 {SPARSE} --rows --processor-time", 2, SPARSE_SOURCES),
@@ -298,16 +290,16 @@ _ALL = [
         "preprocess/tokenizer-json",
         "python -m benchmarks.preprocess --input {quickstart}/corpus/train.jsonl --tokenizer {dense}",
         1,
-        ("benchmarks/preprocess.py", "maskllm/data"),
+        ("maskllm/data",),
         "--repeat 1 --workers 2",
     ),
     Measurement(
         "preprocess/tokenizer-model",
         "python -m benchmarks.preprocess --input {quickstart}/corpus/train.jsonl --tokenizer {data}/llama2-tokenizer.model",
         1,
-        ("benchmarks/preprocess.py", "maskllm/data"),
+        ("maskllm/data",),
     ),
-    Measurement("plans", "python -m benchmarks.plans", 1, ("benchmarks/plans.py", "maskllm/planning"), ""),
+    Measurement("plans", "python -m benchmarks.plans", 1, ("maskllm/planning",), ""),
     Measurement(
         "plan-memory/masks",
         "python -m benchmarks.plan_memory --hf {dense} --runs pipeline tensor low-precision",
@@ -338,13 +330,13 @@ _ALL = [
         "kill-resume",
         "python -m benchmarks.kill_resume --cycles 200 --seed 2026 --train-iters 50",
         30,
-        ("benchmarks/kill_resume.py", "maskllm/checkpoints", "maskllm/training", "megatron_patches"),
+        ("maskllm/checkpoints", "maskllm/training", "megatron_patches"),
     ),
     Measurement(
         "model-load",
         "python -m benchmarks.model_load --sparse {quickstart}/hf/learned --work {work}",
         2,
-        ("benchmarks/model_load.py", "csrc/cpu", "maskllm/export", "maskllm/huggingface", "maskllm/inference", "maskllm/ops"),
+        ("csrc/cpu", "maskllm/export", "maskllm/huggingface", "maskllm/inference", "maskllm/ops"),
         tiny="--bits 16",
     ),
     *(_compressed(row, 3) for row in ("dense", "16")),
@@ -361,7 +353,16 @@ _ALL = [
         for row in content.rows
     ),
 ]
-MEASUREMENTS = {one.name: one for one in _ALL}
+
+
+def _complete(one: Measurement) -> Measurement:
+    """The measurement with the benchmark of its command among its sources, and with what makes the models that it measures."""
+    sources = [f"benchmarks/{name}.py" for name in re.findall(r"-m benchmarks\.(\w+)", one.command)]
+    sources += ["maskllm/quickstart"] if "{quickstart}/hf/" in one.command else []
+    return replace(one, sources=(*sources, *one.sources))
+
+
+MEASUREMENTS = {one.name: _complete(one) for one in _ALL}
 
 
 def _group(name: str) -> tuple[str, ...]:

@@ -54,8 +54,9 @@ def results() -> dict[str, Result]:
 
 
 def older_results(found: dict[str, Result]) -> set[str]:
-    """The measurements whose code has changed since."""
-    return {name for name, result in found.items() if is_older(result, MEASUREMENTS[name].sources)}
+    """The measurements whose code or command has changed since."""
+    known = {name: MEASUREMENTS[name] for name in found}
+    return {name for name, one in known.items() if is_older(found[name], one.command, one.sources)}
 
 
 def older_in_overview() -> set[str]:
@@ -110,8 +111,8 @@ def overview_text(found: dict[str, Result], older: Collection[str]) -> str:
         "## Measurements",
         "",
         "`python -m benchmarks.report run NAME` repeats one.",
-        f"Code is `{OLDER}` if what a measurement depends on differed from its commit when this page was rendered, or if the commit is "
-        "unknown.",
+        f"Code is `{OLDER}` if what a measurement depends on, or its command, differed from that of its commit when this page was "
+        "rendered, or if the commit is unknown.",
         "Load is the number of programs that were running when it began.",
         "In a command, `{data}` is the folder of real test data, `{quickstart}` what `make quickstart` has written, `{dense}` the dense "
         "model in it, `{finetune}` what `examples/finetune/prepare.sh` has written, and `{work}` a folder for its group.",
@@ -204,7 +205,7 @@ def run(one: Measurement) -> None:
     places = folders(one.name)
     work = ROOT / places["work"]
     work.mkdir(parents=True, exist_ok=True)
-    words = shlex.split(one.command.format(**places))
+    words = [word.format(**places) for word in shlex.split(one.command)]
     if one.output is None:
         output = work / "result.json"
         words += ["--json", str(output)]

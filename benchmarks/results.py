@@ -69,12 +69,12 @@ def read_result(name: str) -> Result | None:
     return Result(**values)
 
 
-def is_older(result: Result, sources: Sequence[str]) -> bool:
-    """Whether the code in `sources` (paths from the repository's root) may be another than the one that made the result."""
-    if result.commit is None or result.commit.endswith("-dirty"):
+def is_older(result: Result, command: str, sources: Sequence[str]) -> bool:
+    """Whether another command, or other code in `sources` (paths from the repository's root), may have made the result."""
+    if result.command != command or result.commit is None or result.commit.endswith("-dirty"):
         return True
-    command = ["git", "-C", str(ROOT), "diff", "--quiet", result.commit, "--", *sources]
-    return subprocess.run(command, capture_output=True, check=False).returncode != 0  # 128: git does not know the commit
+    difference = ["git", "-C", str(ROOT), "diff", "--quiet", result.commit, "--", *sources]
+    return subprocess.run(difference, capture_output=True, check=False).returncode != 0  # 128: git does not know the commit
 
 
 def load_average() -> float:

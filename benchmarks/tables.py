@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from benchmarks.results import Result
+from maskllm.evaluation.comparison import Comparison
+from maskllm.evaluation.tables import comparison_table
 from maskllm.markdown import markdown_table
 from maskllm.quickstart.report import RESULT_COLUMNS, result_cells
 from maskllm.reporting.formatting import UNKNOWN, format_bytes, format_perplexity, format_seconds, format_share
@@ -133,18 +135,7 @@ def zero_shot(found: Results) -> list[str]:
         for task in tasks
     ]
     cells += [[name, "", *(_accuracy(model["means"][name]) for model in models)] for name in models[0]["means"]]
-    compared = [
-        [
-            item["row"],
-            model["label"],
-            f"{100 * item['difference']:+.2f}" + ("" if item["stderr"] is None else f" ± {100 * item['stderr']:.2f}"),
-            f"{item['gained']} / {item['lost']}",
-            "" if item["p_value"] is None else f"{item['p_value']:.2g}",
-            format_share(item["recovered"]),
-        ]
-        for model in models[1:]
-        for item in model["against_reference"]
-    ]
+    compared = [(model["label"], [Comparison(**item) for item in model["against_reference"]]) for model in models[1:]]
     limit = f"The first {report['limit']} items of each task only." if report["limit"] else "All items of each task."
     return [
         *markdown_table(["task", "items", *(model["label"] for model in models)], cells, left=1),
@@ -154,7 +145,7 @@ def zero_shot(found: Results) -> list[str]:
         + ", ".join(f"{model['label']} `{model['weights_sha256'][:16]}`" for model in models)
         + ".",
         "",
-        *markdown_table(["task", "model", f"acc minus {report['reference']}", "gained / lost", "p", "recovered"], compared, left=2),
+        *comparison_table(report["reference"], compared),
         "",
         "[evaluation.md](evaluation.md) explains the columns.",
     ]

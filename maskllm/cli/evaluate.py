@@ -14,6 +14,7 @@ from maskllm.cli.compute_options import dtype_of
 from maskllm.cli.options import positive_integer, writable_file
 from maskllm.dtypes import BY_FLAG
 from maskllm.environment.optional_parts import lm_eval
+from maskllm.environment.revision import running_code
 from maskllm.errors import MaskLLMError, flag
 from maskllm.evaluation.candidates import Candidate, named
 from maskllm.evaluation.huggingface import Evaluation, evaluate_hf
@@ -21,6 +22,10 @@ from maskllm.evaluation.text import FORMATS
 from maskllm.failures import is_alone, run_guarded
 from maskllm.files import write_json
 from maskllm.processes import peak_resident_bytes
+
+_Code = dict[str, str | None]
+PACKAGES = ("torch", "transformers", "tokenizers")
+"""What computes a perplexity."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,20 +119,21 @@ def _batch_size(text: str) -> int | str:
 def run(args: argparse.Namespace) -> int | None:
     """Evaluate and print the perplexity, the tasks' table, or both."""
     _check(args)
+    code = running_code(PACKAGES)
     if args.load is None:
-        return _evaluate_models(args, _named_models(args))
+        return _evaluate_models(args, _named_models(args), code)
     import megatron_patches
 
     megatron_patches.import_megatron()
     from maskllm.evaluation.megatron import exported
 
     if args.tasks is None:
-        return _evaluate_checkpoint(args, lambda result: report(args, result))
+        return _evaluate_checkpoint(args, lambda result: _report(args, result, code))
     found: list[Evaluation] = []
     if args.data is not None and (status := _evaluate_checkpoint(args, found.append)):
         return status
     with exported(args.load) as candidate:
-        return _report_models(args, [candidate], found)
+        return _report_models(args, [candidate], found, code)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -174,9 +180,9 @@ def _of_models(args: argparse.Namespace, name: str) -> dict[int, str]:
     return found
 
 
-def _evaluate_models(args: argparse.Namespace, models: Sequence[Candidate]) -> None:
+def _evaluate_models(args: argparse.Namespace, models: Sequence[Candidate], code: _Code) -> None:
     if args.data is None:
-        return _report_models(args, models, [])
+        return _report_models(args, models, [], code)
     found = [
         evaluate_hf(
             candidate.model,
@@ -194,8 +200,8 @@ def _evaluate_models(args: argparse.Namespace, models: Sequence[Candidate]) -> N
         for candidate in models
     ]
     if args.tasks is None and len(models) == 1:
-        return report(args, found[0])
-    return _report_models(args, models, found)
+        return _report(args, found[0], code)
+    return _report_models(args, models, found, code)
 
 
 def _evaluate_checkpoint(args: argparse.Namespace, take: Callable[[Evaluation], None]) -> int | None:
@@ -219,11 +225,11 @@ def _evaluate_checkpoint(args: argparse.Namespace, take: Callable[[Evaluation], 
     return run_in_group(lambda: run_guarded("maskllm evaluate", evaluate), tensor_model_parallel_size=size)
 
 
-def _report_models(args: argparse.Namespace, models: Sequence[Candidate], perplexities: Sequence[Evaluation]) -> None:
+def _report_models(args: argparse.Namespace, models: Sequence[Candidate], perplexities: Sequence[Evaluation], code: _Code) -> None:
     """Print the models' perplexities and the table of --tasks and, with --json, write them."""
     for candidate, result in zip(models, perplexities, strict=bool(perplexities)):
         print(f"{candidate.label}: {_line(result)}", flush=True)
-    values: dict[str, Any] = {"data": args.data, "tasks": args.tasks, "tasks_data": args.tasks_data}
+    values: dict[str, Any] = {"data": args.data, "tasks": args.tasks, "tasks_data": args.tasks_data, "versions": code}
     if args.tasks is None:
         values["models"] = [
             {name: getattr(candidate, name) for name in ("label", "model", "mask", "mask_base")} for candidate in models
@@ -252,17 +258,20 @@ def _write(args: argparse.Namespace, values: dict[str, Any], perplexities: Seque
         write_json(args.json, values | {"peak_memory_bytes": peak_resident_bytes()})
 
 
-def report(args: argparse.Namespace, result: Evaluation) -> None:
+def _report(args: argparse.Namespace, result: Evaluation, code: _Code) -> None:
     """Print one model's perplexity and, with --json, write it."""
     print(_line(result))
     if args.json:
         model, mask, base = ((values or [None])[0] for values in (args.model, args.mask, args.mask_base))
         what = {"model": model, "load": args.load, "data": args.data, "mask": mask, "mask_base": base}
-        write_json(args.json, what | dataclasses.asdict(result) | {"peak_memory_bytes": peak_resident_bytes()})
+        write_json(args.json, what | dataclasses.asdict(result) | {"versions": code, "peak_memory_bytes": peak_resident_bytes()})
 
 
 def _line(result: Evaluation) -> str:
+    weights = f"weights {result.weights_sha256[:16]}; " if result.weights_sha256 else ""
+    masks = f"masks {result.mask_sha256[:16]}; " if result.mask_sha256 else ""
     return (
         f"perplexity {result.perplexity:.4f} ({result.windows} windows of {result.seq_length} tokens, {result.data_kind}, "
-        f"{result.text_tokens} tokens in all; {result.zeros:.1%} zeros; {result.dtype} on {result.device}, {result.seconds:.1f} s)"
+        f"{result.text_tokens} tokens in all; {result.zeros:.1%} zeros; {weights}{masks}"
+        f"{result.dtype} on {result.device}, {result.seconds:.1f} s)"
     )

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
+
+from maskllm import __version__
 
 _DOCUMENTATION = (":(exclude)docs", ":(exclude)*.md")
 
@@ -23,3 +27,8 @@ def commit() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.strip() + ("-dirty" if changes else "")
+
+
+def running_code(packages: Sequence[str]) -> dict[str, str | None]:
+    """The versions of maskllm and of these packages, and `commit`. Call it before the hours in which the checkout may change."""
+    return {"maskllm": __version__, "commit": commit(), **{name: metadata.version(name) for name in packages}}

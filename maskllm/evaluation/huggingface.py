@@ -22,6 +22,8 @@ from maskllm.huggingface.blocks import block_linears
 from maskllm.huggingface.hub import find_source
 from maskllm.huggingface.loading import context_of, load_hf_model, usable_device
 from maskllm.huggingface.mask_file import MaskFile, open_masks
+from maskllm.huggingface.tensors import weight_files
+from maskllm.huggingface.weights_hash import weights_sha256
 from maskllm.inference.sparse_linear import SparseLinear
 
 AUTO_TOKENS = 16384
@@ -41,6 +43,10 @@ class Evaluation(Perplexity):
     device: str
     zeros: float
     """The share of zeros among the weights of the transformer blocks' linear layers."""
+    weights_sha256: str | None = None
+    """As `maskllm.evaluation.zero_shot.ModelScores` has it; None for Megatron checkpoints."""
+    mask_sha256: str | None = None
+    """As `ModelScores` has it."""
 
 
 def evaluate_hf(
@@ -90,7 +96,14 @@ def evaluate_hf(
         dtype=dtype_name(loaded.dtype),
         device=str(device),
         zeros=zeros,
+        weights_sha256=hash_of(directory),
+        mask_sha256=None if masks is None else masks.digest,
     )
+
+
+def hash_of(directory: Path) -> str | None:
+    """The hash of a directory's weights (`maskllm.huggingface.weights_hash`); None without safetensors."""
+    return weights_sha256(directory) if weight_files(directory)[0] else None
 
 
 def load_sparse_model(

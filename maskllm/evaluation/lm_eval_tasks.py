@@ -6,6 +6,7 @@ import contextlib
 import difflib
 import json
 import logging
+import random
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import lm_eval
+import numpy as np
+import torch
 from lm_eval.api.group import Group
-from lm_eval.defaults import DEFAULT_OTHER_SEED
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 from lm_eval.tasks import TaskManager
 
 from maskllm.errors import MaskLLMError, whole_message
@@ -56,8 +59,10 @@ def load_suite(sets: Sequence[TaskSet], data: Path | None, limit: int | None, sc
         limit: evaluate the first `limit` items of each task; None for all.
         scratch: an existing folder to write the configurations of local tasks to.
 
+    Some tasks shuffle their answers by the global generators, which are seeded as lm-eval's own command seeds them.
+
     Raises MaskLLMError if a name is unknown (with the closest names), if its data cannot be had, if a local file is missing or
-    malformed, and if a task is asked for with two numbers of examples.
+    malformed, if a task is asked for twice or with two numbers of examples, and if it needs images or runs code of the model's.
     """
     if data is not None and not data.is_dir():
         raise MaskLLMError(f"--tasks-data {data}: no such folder")
@@ -82,8 +87,13 @@ def load_suite(sets: Sequence[TaskSet], data: Path | None, limit: int | None, sc
     for name in members:
         if name not in manager.task_index:
             raise _unknown(manager, name, data)
+    _check_once(manager, members)
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
     with quiet():
         loaded = _load(manager, members)
+        _check_runs(loaded)
         rows = _rows(sets, manager, loaded, limit)
         for name, count in shots.items():
             for task in _leaves(manager, name):
@@ -91,8 +101,13 @@ def load_suite(sets: Sequence[TaskSet], data: Path | None, limit: int | None, sc
         for task in loaded["tasks"].values():
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
-            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     return Suite(loaded, rows, files)
+
+
+def seed_examples(suite: Suite) -> None:
+    """Let each task draw the examples of its prompts anew, as lm-eval does for every model."""
+    for task in suite.loaded["tasks"].values():
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
 
 
 @contextlib.contextmanager
@@ -147,6 +162,24 @@ def _unknown(manager: TaskManager, name: str, data: Path | None) -> MaskLLMError
         f"--tasks {name}: lm-eval {lm_eval.__version__} has no such task{nor}; "
         f"the closest names are {', '.join(close) or 'none'}; `lm-eval ls tasks` prints all"
     )
+
+
+def _check_once(manager: TaskManager, members: Sequence[str]) -> None:
+    """Raise MaskLLMError if two of the names have a task in common."""
+    owners: dict[str, str] = {}
+    for name in members:
+        for leaf in _leaves(manager, name):
+            if (owner := owners.setdefault(leaf, name)) != name:
+                raise MaskLLMError(f"--tasks {owner} {name}: both have the task {leaf}; use two calls, or leave one out")
+
+
+def _check_runs(loaded: dict[str, Any]) -> None:
+    """Raise MaskLLMError for a task that a text model, or this package, does not run."""
+    for name, task in loaded["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise MaskLLMError(f"--tasks {name}: runs code that the model writes; only lm-eval's own command can be told to do so")
+        if getattr(task, "MULTIMODAL", False):
+            raise MaskLLMError(f"--tasks {name}: has images or sound; wanted a task of text alone")
 
 
 def _load(manager: TaskManager, members: Sequence[str]) -> dict[str, Any]:

@@ -13,15 +13,14 @@ from typing import Any
 
 import torch
 
-from maskllm import __version__
-from maskllm.environment.revision import commit
+from maskllm.environment.revision import running_code
 from maskllm.evaluation.candidates import Candidate
 from maskllm.evaluation.comparison import Comparison, accuracy, compare
 from maskllm.evaluation.lm_eval_tasks import Row, load_suite
 from maskllm.evaluation.tables import comparison_table, model_lines, score_table, truncation_lines
 from maskllm.evaluation.task_files import TaskFile
 from maskllm.evaluation.task_sets import expand
-from maskllm.evaluation.zero_shot import ModelScores, evaluate_tasks, versions
+from maskllm.evaluation.zero_shot import PACKAGES, ModelScores, evaluate_tasks
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class ZeroShotReport:
             lines.append(f"The first {self.limit} items of each task only.")
         lines += truncation_lines(self.models, self.rows)
         if compared := self.comparisons():
-            lines += ["", *comparison_table(self.models[0], compared), ""]
+            lines += ["", *comparison_table(self.models[0].label, [(scores.label, found) for scores, found in compared]), ""]
             lines.append(
                 f"recovered: acc as a share of {self.models[0].label}'s. gained / lost: items that only this model, or only "
                 f"{self.models[0].label}, answers right. p: of no difference, by McNemar's exact test for a task and a paired normal "
@@ -98,7 +97,7 @@ def zero_shot_report(
     Raises MaskLLMError as `load_suite` and `evaluate_tasks` do.
     """
     caches: list[Path] = []
-    code = {"maskllm": __version__, "commit": commit(), **versions()}  # before the hours in which the checkout may change
+    code = running_code(PACKAGES)
     with tempfile.TemporaryDirectory(prefix="maskllm-tasks-") as scratch:
         suite = load_suite(expand(tasks), None if data is None else Path(data), limit, Path(scratch))
         scores = tuple(

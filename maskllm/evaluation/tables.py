@@ -49,21 +49,21 @@ def score_table(models: Sequence[ModelScores], rows: Sequence[Row]) -> list[str]
     return markdown_table(["task", "metric", "shots", "items", *(scores.label for scores in models)], cells, left=2)
 
 
-def comparison_table(reference: ModelScores, found: Sequence[tuple[ModelScores, Sequence[Comparison]]]) -> list[str]:
-    """The acc of every other model against the reference. Differences are in percent points."""
+def comparison_table(reference: str, found: Sequence[tuple[str, Sequence[Comparison]]]) -> list[str]:
+    """The acc of every other model, by its label, against the one with the label `reference`. Differences are in percent points."""
     cells = [
         [
             item.row,
-            scores.label,
+            label,
             f"{100 * item.difference:+.2f}" + ("" if item.stderr is None else f" ± {100 * item.stderr:.2f}"),
             f"{item.gained} / {item.lost}",
             "" if item.p_value is None else f"{item.p_value:.2g}",
             "" if item.recovered is None else f"{item.recovered:.1%}",
         ]
-        for scores, comparisons in found
+        for label, comparisons in found
         for item in comparisons
     ]
-    return markdown_table(["task", "model", f"acc minus {reference.label}", "gained / lost", "p", "recovered"], cells, left=2)
+    return markdown_table(["task", "model", f"acc minus {reference}", "gained / lost", "p", "recovered"], cells, left=2)
 
 
 def truncation_lines(models: Sequence[ModelScores], rows: Sequence[Row]) -> list[str]:

@@ -86,7 +86,9 @@ def local_config(
     if first is None:
         raise MaskLLMError(f"{path}: is empty; wanted JSON lines with {_wanted(original)}")
     keys = set(first[1])
-    if keys >= set(_CHOICES):
+    # AGIEval's rows have the same names, and lists of right answers.
+    of_hub = original is not None and isinstance(first[1].get("gold"), list) and set(_fields(original)) >= set(_CHOICES)
+    if keys >= set(_CHOICES) and not of_hub:
         form, fields, check = ", ".join(_CHOICES), _CHOICES, _check_choices
     elif keys >= set(_CONTEXTS):
         form, fields, check = ", ".join(_CONTEXTS), _CONTEXTS, _check_contexts

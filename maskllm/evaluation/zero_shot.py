@@ -27,15 +27,15 @@ from transformers import PreTrainedTokenizerBase
 from maskllm.dtypes import dtype_name
 from maskllm.errors import MaskLLMError
 from maskllm.evaluation.candidates import Candidate
-from maskllm.evaluation.huggingface import load_sparse_model
-from maskllm.evaluation.lm_eval_tasks import Suite, quiet
+from maskllm.evaluation.huggingface import hash_of, load_sparse_model
+from maskllm.evaluation.lm_eval_tasks import Suite, quiet, seed_examples
 from maskllm.huggingface.hub import find_source
 from maskllm.huggingface.loading import load_hf_tokenizer, usable_device
 from maskllm.huggingface.mask_file import open_masks
 from maskllm.huggingface.side_files import read_side_files
-from maskllm.huggingface.tensors import weight_files
-from maskllm.huggingface.weights_hash import weights_sha256
 
+PACKAGES = ("lm-eval", "torch", "transformers", "tokenizers")
+"""What computes the scores."""
 CPU_BATCH = 8
 """The default batch size on a CPU. Finding the largest one takes minutes there, and larger ones are not faster."""
 
@@ -55,11 +55,12 @@ class TaskScores:
 
     items: int
     shots: int | None
-    """Examples in each prompt; None for groups."""
+    """Examples in each prompt; None for a group with different numbers."""
     version: str | None
     """lm-eval's version of the task's configuration."""
     truncated: int
-    """Items of which a prompt and an answer are together longer than the window. lm-eval cuts these prompts on their left."""
+    """Items of which a prompt is longer than the window with its answer, or with the room for one that the model writes. lm-eval cuts
+    these prompts on their left."""
     metrics: dict[str, Score]
     """By lm-eval's name, without its filter if that is "none"."""
 
@@ -122,15 +123,17 @@ def evaluate_tasks(
     device = usable_device(device)
     tokenizer = load_hf_tokenizer(directory, trust_remote_code=trust_remote_code)
     bos = _bos(directory, tokenizer)
-    weights_hash = weights_sha256(directory) if weight_files(directory)[0] else None
+    weights_hash = hash_of(directory)
     mask_hash = None if masks is None else masks.digest
     loaded, zeros = load_sparse_model(directory, masks, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    seed_examples(suite)
     batch_size = batch_size or ("auto" if device.type != "cpu" else CPU_BATCH)
     with quiet(), contextlib.redirect_stdout(sys.stderr):
         harness = HFLM(pretrained=loaded, tokenizer=tokenizer, batch_size=batch_size)
         cache = None
         if caches is not None and weights_hash is not None:
-            key = [weights_hash, mask_hash, dtype_name(loaded.dtype), device.type, _side_files_hash(directory), versions()]
+            versions = {name: metadata.version(name) for name in PACKAGES}
+            key = [weights_hash, mask_hash, dtype_name(loaded.dtype), device.type, _side_files_hash(directory), versions]
             cache = _cache_file(key)
         caching = harness if cache is None else CachingLM(harness, str(cache))
         if cache is not None:
@@ -184,11 +187,6 @@ def _bos(directory: Path, tokenizer: PreTrainedTokenizerBase) -> str:
     return "BOS" if tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id] else "no BOS (the tokenizer adds none)"
 
 
-def versions() -> dict[str, str]:
-    """The versions of what computes the scores."""
-    return {name: metadata.version(name) for name in ("lm-eval", "torch", "transformers", "tokenizers")}
-
-
 def _side_files_hash(directory: Path) -> str:
     found = hashlib.sha256()
     for name, contents in read_side_files(directory).items():
@@ -210,15 +208,18 @@ def _cache_file(key: Sequence[Any]) -> Path | None:
     return folder / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.db"
 
 
-def _requests(sample: Mapping[str, Any]) -> Iterator[str]:
-    """The prompts of an item, each with its answer."""
+def _tokens_needed(harness: HFLM, sample: Mapping[str, Any]) -> Iterator[int]:
+    """For each prompt of an item, the tokens of its window: with the answer, whose last token the model does not read, or with the
+    room for an answer that it writes."""
     for arguments in sample["arguments"]:
         if len(arguments) == 2 and isinstance(arguments[1], str):
-            yield arguments[0] + arguments[1]
+            yield len(harness.tok_encode(arguments[0] + arguments[1])) - 1
+        elif len(arguments) == 2 and isinstance(arguments[1], Mapping):
+            yield len(harness.tok_encode(arguments[0])) + arguments[1].get("max_gen_toks", harness.max_gen_toks)
 
 
 def _truncated(harness: HFLM, samples: Sequence[Mapping[str, Any]]) -> int:
-    return sum(any(len(harness.tok_encode(text)) > harness.max_length + 1 for text in _requests(sample)) for sample in samples)
+    return sum(any(tokens > harness.max_length for tokens in _tokens_needed(harness, sample)) for sample in samples)
 
 
 def _check_numbers(label: str, task: str, samples: Sequence[Mapping[str, Any]]) -> None:
@@ -250,10 +251,11 @@ def _scores(found: Mapping[str, Any], truncated: Mapping[str, int]) -> dict[str,
         if not metrics:  # a group that lm-eval takes no mean of
             continue
         leaves = _leaves_of(found, name)
+        shots = {found["n-shot"].get(leaf) for leaf in leaves}
         version = found["versions"].get(name)
         scores[name] = TaskScores(
             items=sum(found["n-samples"][leaf]["effective"] for leaf in leaves),
-            shots=found["n-shot"].get(name) if leaves == [name] else None,
+            shots=shots.pop() if len(shots) == 1 else None,
             version=None if version is None else str(version),
             truncated=sum(truncated.get(leaf, 0) for leaf in leaves),
             metrics=metrics,

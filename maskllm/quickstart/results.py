@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from maskllm.environment.machine import machine
+from maskllm.environment.revision import commit
 from maskllm.pruning.solve import METHODS
 from maskllm.quickstart.report import COMPRESSED, DENSE, FINAL, LEARNED, ModelResult, Report
 from maskllm.quickstart.steps import Steps
@@ -52,7 +53,7 @@ def build_report(
         model=model,
         pattern="2:4",
         evaluation={"data": data} | {key: dense[key] for key in ("data_kind", "windows", "seq_length", "dtype", "device")},
-        machine=machine(("torch", "megatron-core", "transformers")),
+        machine=machine(("torch", "megatron-core", "transformers")) | {"commit": commit()},
         settings=settings | {"prior": prior},
         results=results,
         steps=[

@@ -110,10 +110,11 @@ def test_a_result_is_older_when_its_code_has_changed(page):
     (folder / "code.py").write_text("1\n")
     git(folder, "add", ".")
     git(folder, "commit", "-qm", "one")
-    at_one = dataclasses.replace(RESULT, commit=git(folder, "rev-parse", "HEAD"))
+    command = report.MEASUREMENTS["speed"].command
+    at_one = dataclasses.replace(RESULT, command=command, commit=git(folder, "rev-parse", "HEAD"))
 
     def older(result: Result) -> bool:
-        return results.is_older(result, ["code.py"])
+        return results.is_older(result, command, ["code.py"])
 
     page.write_text("other words")
     git(folder, "commit", "-qam", "documentation")
@@ -122,10 +123,12 @@ def test_a_result_is_older_when_its_code_has_changed(page):
     assert older(at_one), "local changes count"
     git(folder, "commit", "-qam", "two")
     assert older(at_one)
-    assert not older(dataclasses.replace(RESULT, commit=git(folder, "rev-parse", "HEAD")))
-    assert older(dataclasses.replace(RESULT, commit=git(folder, "rev-parse", "HEAD") + "-dirty"))
-    assert older(dataclasses.replace(RESULT, commit="0123456789ab")), "git does not know this commit"
-    assert older(dataclasses.replace(RESULT, commit=None))
+    at_two = dataclasses.replace(at_one, commit=git(folder, "rev-parse", "HEAD"))
+    assert not older(at_two)
+    assert older(dataclasses.replace(at_one, commit=git(folder, "rev-parse", "HEAD") + "-dirty"))
+    assert older(dataclasses.replace(at_one, commit="0123456789ab")), "git does not know this commit"
+    assert older(dataclasses.replace(at_one, commit=None))
+    assert results.is_older(at_two, f"{command} --twice", ["code.py"]), "another command"
     results.write_result("speed", at_one)
     page.write_text("")
     report.render()

@@ -18,6 +18,7 @@ from maskllm.evaluation.perplexity import cut_windows, next_token_nll, perplexit
 from maskllm.export.compress import CompressSettings, compress, decompress
 from maskllm.huggingface.loading import load_hf_model, usable_device
 from maskllm.huggingface.mask_file import open_mask_file, write_mask_file
+from maskllm.huggingface.weights_hash import weights_sha256
 from tests.families.tiny import write_tiny
 
 
@@ -78,6 +79,8 @@ def test_command_line_writes_what_it_prints(model_directory, text_file, tmp_path
     numbers = json.loads((tmp_path / "out.json").read_text())
     assert f"perplexity {numbers['perplexity']:.4f} (3 windows of 32 tokens, text" in capsys.readouterr().out
     assert numbers["windows"] == 3 and numbers["zeros"] == 0 and numbers["mask"] is None
+    assert numbers["weights_sha256"] == weights_sha256(model_directory) and numbers["mask_sha256"] is None
+    assert numbers["versions"]["torch"] == torch.__version__ and {"maskllm", "commit"} <= numbers["versions"].keys()
     assert math.log(numbers["perplexity"]) == pytest.approx(numbers["nll"])
 
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from maskllm.errors import MaskLLMError
 from maskllm.evaluation.candidates import Candidate, named
 from maskllm.evaluation.comparison import accuracy, compare
 from maskllm.evaluation.huggingface import block_weights
-from maskllm.evaluation.lm_eval_tasks import Row, load_suite
+from maskllm.evaluation.lm_eval_tasks import Row, _check_runs, load_suite
 from maskllm.evaluation.task_files import describes_itself, local_config
 from maskllm.evaluation.task_sets import NAMED, TaskSet, expand
 from maskllm.evaluation.zero_shot import ModelScores, Score, TaskScores, evaluate_tasks
@@ -281,6 +282,48 @@ def test_prompts_that_are_longer_than_the_context_are_counted(model_directory, t
     assert f"questions: 2 of {ITEMS} items are longer than the window of 64 tokens" in capsys.readouterr().out
 
 
+def test_the_room_for_an_answer_that_the_model_writes_counts():
+    harness = SimpleNamespace(tok_encode=str.split, max_length=10, max_gen_toks=4)
+    samples = [{"arguments": [(words(6, 0), {"until": []})]}, {"arguments": [(words(7, 0), {})]}]
+    assert zero_shot._truncated(harness, samples) == 1
+    assert zero_shot._truncated(harness, [{"arguments": [(words(6, 0), {"max_gen_toks": 5})]}]) == 1
+
+
+def test_every_model_gets_the_same_examples(model_directory, tmp_path, monkeypatch, capsys):
+    """lm-eval's sampler goes on from where it was; its command line runs one model."""
+    generator = random.Random(0)
+    for name, rows in (("short", 24), ("short.train", 40)):
+        write_lines(
+            tmp_path / f"{name}.jsonl",
+            [
+                {"query": words(2, generator.randrange(10**6)), "choices": list("abc"), "gold": generator.randrange(3)}
+                for _ in range(rows)
+            ],
+        )
+    monkeypatch.setitem(NAMED, "two examples", TaskSet("two examples", ("short",), 2))
+    models = ["--model", model_directory, "--model", model_directory, "--tasks", "two examples", "--tasks-data", tmp_path]
+    prompts = []
+    original = zero_shot.HFLM.loglikelihood
+    monkeypatch.setattr(
+        zero_shot.HFLM,
+        "loglikelihood",
+        lambda self, requests, **options: prompts.append([one.args for one in requests]) or original(self, requests, **options),
+    )
+    monkeypatch.setattr(zero_shot, "_cache_file", lambda key: None)
+    first, second = report_of(tmp_path, *models)["models"]
+    assert prompts[0] == prompts[1] and prompts[0][0][0].count("\n\n") == 2
+    assert first["tasks"] == second["tasks"] and first["tasks"]["short"]["shots"] == 2
+
+
+@pytest.mark.slow
+def test_tasks_that_cannot_be_run_are_refused():
+    with pytest.raises(MaskLLMError, match="--tasks mmlu mmlu_astronomy: both have the task mmlu_astronomy; use two calls"):
+        load_suite(expand(["mmlu", "mmlu_astronomy"]), None, None, Path())
+    for kind, message in (("UNSAFE_CODE", "humaneval: runs code"), ("MULTIMODAL", "humaneval: has images or sound")):
+        with pytest.raises(MaskLLMError, match=message):
+            _check_runs({"tasks": {"humaneval": SimpleNamespace(**{kind: True})}})
+
+
 def test_sets():
     assert set(NAMED["all9"].members) == {*NAMED["maskllm7"].members, *NAMED["wanda7"].members}
     assert len(NAMED["all9"].members) == 9
@@ -340,6 +383,8 @@ def test_mmlu_has_five_examples_and_counts_items(model_directory, tmp_path):
     suite = load_suite(expand(["mmlu_5shot"]), tmp_path, None, tmp_path / "scratch")
     group = next(row for row in suite.rows if row.name == "mmlu")
     assert group.kind == "group" and sorted(set(group.weights.values())) == [1 / 60, 2 / 60]
+    found = zero_shot.evaluate_tasks(Candidate("m", str(model_directory)), suite, limit=1)
+    assert found.tasks["mmlu"].shots == 5 and found.tasks["mmlu"].items == 57
     task = suite.loaded["tasks"][subjects[0]]
     task.build_all_requests(rank=0, world_size=1)
     assert task.instances[0].args[0].count("Answer:") == 6 and "e4" in task.instances[0].args[0]
@@ -394,6 +439,14 @@ def test_a_file_with_a_data_sets_own_fields_needs_lm_evals_configuration(tasks_d
         MaskLLMError, match=r"own\.jsonl:1: has the fields question; wanted query, choices, gold or context_options"
     ):
         local_config(tmp_path, "own", None, None, None)
+
+
+def test_a_data_set_with_lists_of_right_answers_is_lm_evals(tmp_path):
+    """AGIEval's rows have query, choices and gold as well."""
+    original = {"doc_to_text": "{{query}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}", "test_split": "test"}
+    write_lines(tmp_path / "agieval_aqua_rat.jsonl", [{"query": "a", "choices": ["b", "c"], "gold": [0, 1]}])
+    config, found = local_config(tmp_path, "agieval_aqua_rat", original, tmp_path / "aqua-rat.yaml", None)
+    assert found.form == "lm-eval" and config["include"] == str(tmp_path / "aqua-rat.yaml")
 
 
 def test_data_that_wants_the_network_says_which_file_would_do(monkeypatch):
