@@ -156,7 +156,7 @@ _ALL = [
         )
         for strength, rate in ((3, "1e-3"), (4, "2e-3"), (5, "1e-3"), (5, "2e-3"), (6, "2e-3"), (7, "1e-3"))
     ),
-    _quickstart("quickstart-trainings/30-both-50", 25, "--train-iters 30"),
+    _quickstart("quickstart-trainings/30-both-50", 25, "--train-iters 30 --weights-train-iters 50"),
     _quickstart("quickstart-trainings/30-weights-20", 20, "--train-iters 30 --weights-train weights --weights-train-iters 20"),
     Measurement(
         "zero-shot",

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The steps of `maskllm quickstart` as single commands, for any small model and corpus. To change them, copy this file inside examples/ (it
+# The pruning and the two trainings of `maskllm quickstart` as single commands, for any small model and corpus. To change them, copy this file inside examples/ (it
 # reads lib/commands.sh there).
 #
 #   MODEL=path/to/hf TRAIN=c4.json EVAL=wiki.test.raw OUT=outputs/by_hand examples/quickstart.sh
@@ -17,7 +17,7 @@ EVAL=${EVAL:?held-out text}
 OUT=${OUT:-outputs/by_hand}
 RANKS=${RANKS:-1}
 ITERS=${ITERS:-20}
-WEIGHTS_ITERS=${WEIGHTS_ITERS:-50}
+WEIGHTS_ITERS=${WEIGHTS_ITERS:-60}
 SEQ=${SEQ:-256}
 DTYPE=${DTYPE:-fp32}
 
@@ -42,13 +42,15 @@ is_there "$OUT/hf" ||
   run maskllm export --load "$OUT/trimmed" --output "$OUT/hf" --mask-file "$OUT/mask.npz"
 run maskllm evaluate --model "$OUT/hf" --data "$EVAL" --seq-length "$SEQ" --max-windows 16 --json "$OUT/perplexity.json"
 
-# Weights and masks together, from the learned masks, against the dense weights. Temperature and scale stay where the first training ended.
+# Weights and masks together, from the learned masks, against the dense weights. The temperature stays where the first training ended. The
+# scale is ten times higher, so that noise decides only between candidates that are nearly equal.
 run torchrun --standalone --nproc-per-node "$RANKS" -m maskllm.train --train both \
   --pretrained-checkpoint "$OUT/learned" --load "$OUT/final" --save "$OUT/final" --save-interval 25 --keep-last 1 \
   --data-path "$OUT/data_text_document" --split 98,2,0 --seq-length "$SEQ" --global-batch-size 2 --micro-batch-size 2 \
   --train-iters "$WEIGHTS_ITERS" --weights-lr 6e-4 --weights-min-lr 6e-5 --ce-loss-coeff 0 --kl-loss-coeff 1 \
-  --lr 5e-4 --min-lr 5e-5 --weight-reg 0 --gumbel-temperature-range 0.05 0.05 --gumbel-scale-range 500 500 \
-  --params-dtype "$DTYPE" --pipeline-model-parallel-size "$RANKS" --log-interval 5 --eval-interval "$WEIGHTS_ITERS" --eval-iters 4
+  --lr 2e-4 --min-lr 2e-5 --weight-reg 0 --gumbel-temperature-range 0.05 0.05 --gumbel-scale-range 5000 5000 \
+  --params-dtype "$DTYPE" --pipeline-model-parallel-size "$RANKS" --log-interval 5 --eval-interval "$(((WEIGHTS_ITERS + 1) / 2))" \
+  --eval-iters 4
 is_there "$OUT/final-trimmed/latest_checkpointed_iteration.txt" ||
   run maskllm trim --load "$OUT/final" --output "$OUT/final-trimmed"
 is_there "$OUT/hf-final" ||

@@ -1,4 +1,4 @@
-"""`torchrun ... -m maskllm.train`: learn the masks of a Megatron checkpoint, on one process or many.
+"""`torchrun ... -m maskllm.train`: train the masks of a Megatron checkpoint, its weights, or both, on one process or many.
 
 The whole run on one page: parse, open this rank's output, join the other ranks, build, train, and close on every path.
 """

@@ -13,19 +13,21 @@ fi
 if ((DISTRIBUTED_OPTIMIZER)); then
   layout+=(--use-distributed-optimizer)
 fi
-start=prior iterations=$TRAIN_ITERS lr=$LR eps=1e-5 arguments=$TRAIN_ARGS trained=()
+start=prior iterations=$TRAIN_ITERS eps=1e-5 arguments=$TRAIN_ARGS trained=()
+rates=(--lr "$LR" --min-lr "$MIN_LR" --weight-decay 0.1) # of the masks' logits
 masks=(--pattern 2:4 --gumbel-temperature-range 4 0.05 --gumbel-scale-range 1e2 5e2 --prior-strength 3.0 --weight-reg 1e-5)
 if [[ $TRAINING == weights ]]; then
-  start=learned iterations=$WEIGHTS_ITERS lr=$MIN_LR arguments=$WEIGHTS_ARGS
+  start=learned iterations=$WEIGHTS_ITERS arguments=$WEIGHTS_ARGS
   case $TRAIN_WEIGHTS in
     weights)
-      trained=(--train weights) masks=()
+      trained=(--train weights) rates=() masks=()
       ;;
     both) # the masks go on where the first training ended
-      trained=(--train both) masks=(--pattern 2:4 --gumbel-temperature-range 0.05 0.05 --gumbel-scale-range 5e2 5e2 --weight-reg 0)
+      trained=(--train both) rates=(--lr "$MIN_LR" --min-lr "$MIN_LR" --weight-decay 0.1)
+      masks=(--pattern 2:4 --gumbel-temperature-range 0.05 0.05 --gumbel-scale-range 5e2 5e2 --weight-reg 0)
       ;;
     cast)
-      start=dense eps=1e-8 trained=(--train weights --weights-optimizer cast --l1-decay-coeff 4e-7) masks=(--pattern 2:4)
+      start=dense eps=1e-8 trained=(--train weights --weights-optimizer cast --l1-decay-coeff 4e-7) rates=() masks=(--pattern 2:4)
       ;;
   esac
   trained+=(--weights-lr "$WEIGHTS_LR" --weights-min-lr "$WEIGHTS_MIN_LR"
@@ -42,7 +44,7 @@ train_on_all_nodes -m maskllm.train "${trained[@]}" \
   --data-path "${data[@]}" --split "$SPLIT" \
   "${layout[@]}" --recompute-granularity selective --recompute-modules mlp masked_weight --params-dtype "$PARAMS_DTYPE" \
   --train-iters "$iterations" --global-batch-size "$GLOBAL_BATCH_SIZE" --micro-batch-size "$MICRO_BATCH_SIZE" \
-  --seq-length "$SEQ_LENGTH" --lr "$lr" --min-lr "$MIN_LR" --lr-decay-style cosine --weight-decay 0.1 \
+  --seq-length "$SEQ_LENGTH" "${rates[@]}" --lr-decay-style cosine \
   --adam-beta1 0.9 --adam-beta2 0.95 --adam-eps $eps --clip-grad 1.0 \
   "${masks[@]}" --log-interval "$LOG_INTERVAL" --eval-interval "$EVAL_INTERVAL" --eval-iters "$EVAL_ITERS" \
   --tensorboard-dir "$OUTPUT/$TRAINING/tensorboard" "${more[@]}"

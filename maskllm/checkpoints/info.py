@@ -19,6 +19,8 @@ FORMAT_VERSION = 1
 INFO = "maskllm.json"
 UNSTRUCTURED = "unstructured"
 """The pattern of one-shot masks that follow no N:M pattern."""
+TRAINED_WEIGHTS = "trained: they are not the original's, and a mask file alone does not make this model"
+"""`details["weights"]` if the weights were trained."""
 STAGES = ("dense", "pruned", "trained", "trimmed")
 
 
@@ -27,7 +29,8 @@ class CheckpointInfo:
     """What a checkpoint's tensors are."""
 
     stage: str
-    """dense: weights as converted; pruned: also `mask_bits`; trained: also `mask_logits`; trimmed: zeros in the weights."""
+    """dense: weights as converted; pruned: also `mask_bits`; trained: also `mask_logits`, or fixed `mask_bits` and trained weights;
+    trimmed: `mask_bits` and zeros in the weights."""
     source: str
     """The Hugging Face directory or hub id that was converted."""
     pattern: str | None = None

@@ -22,7 +22,7 @@ VERBS = {
     "preprocess": "JSON lines to a Megatron indexed dataset",
     "convert": "Hugging Face checkpoint to Megatron checkpoint",
     "prune": "add a one-shot mask to a Megatron checkpoint",
-    "plan": "memory, time and disk that mask learning will take, and the layouts that fit",
+    "plan": "memory, time and disk that a training will take, and the layouts that fit",
     "finetune": "any transformers model for a task: prune, train and measure it, with a report",
     "trim": "keep only the winning mask of a trained checkpoint",
     "export": "Megatron checkpoint to Hugging Face checkpoint and mask file",

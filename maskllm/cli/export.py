@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
+from maskllm.checkpoints.info import TRAINED_WEIGHTS
 from maskllm.cli.measure import measured
 from maskllm.cli.options import writable_file
 from maskllm.export.huggingface import export
@@ -41,5 +42,4 @@ def run(args: argparse.Namespace) -> None:
             f"{report.zeros:,} of {report.pruned_parameters:,} pruned weights are zero ({report.zeros / report.pruned_parameters:.2%})"
         )
     if report.trained_weights:
-        also = f"; {args.mask_file} and the original alone do not make this model" if args.mask_file else ""
-        print(f"the weights were trained: they are not the original's{also}")
+        print(f"the weights were {TRAINED_WEIGHTS}")

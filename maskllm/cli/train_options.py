@@ -16,7 +16,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> TrainArguments:
     """Read the command line of `python -m maskllm.train`. Raises MaskLLMError for an empty value."""
     parser = argparse.ArgumentParser(
         prog="torchrun ... -m maskllm.train",
-        description="Learn the N:M masks of a Megatron checkpoint's linears.",
+        description="Train a Megatron checkpoint's N:M masks, its weights under masks, or both.",
         formatter_class=HelpFormatter,
     )
     add_options(parser, [entry.name for entry in dataclasses.fields(TrainArguments)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
+from maskllm.checkpoints.info import TRAINED_WEIGHTS
 from maskllm.cli.measure import measured
 from maskllm.cli.options import writable_file
 from maskllm.export.trim import trim
@@ -31,3 +32,5 @@ def run(args: argparse.Namespace) -> None:
         f"{report.zeros:,} of {report.pruned_parameters:,} weights of {report.pattern} masked linears are zero "
         f"({report.zeros / report.pruned_parameters:.2%}), {cost['seconds']:.1f} s"
     )
+    if report.trained_weights:
+        print(f"the weights were {TRAINED_WEIGHTS}")

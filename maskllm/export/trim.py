@@ -40,6 +40,8 @@ class TrimReport:
     """Blocks of M weights, N of them kept; None for masks that follow no pattern."""
     bytes: int
     """Size of the weights and the mask bits."""
+    trained_weights: bool
+    """Whether the weights were trained, so that masks alone do not make this model of the original."""
 
 
 def trim(load: str | Path, output: str | Path) -> TrimReport:
@@ -93,6 +95,7 @@ def trim(load: str | Path, output: str | Path) -> TrimReport:
         zeros=sum(removed.values()),
         blocks=pruned_parameters // pattern.m if pattern is not None else None,
         bytes=sum(tensor.nbytes for tensor in tensors.values()),
+        trained_weights=checkpoint.info.weights_dtype is not None,
     )
 
 

@@ -78,6 +78,10 @@ class QuickstartSettings:
         """Raise MaskLLMError if a value would make a step fail."""
         if self.weights_train not in ("both", "weights"):
             raise MaskLLMError(f"--weights-train {self.weights_train}: wanted both or weights")
+        if self.weights_train == "weights":
+            for name in ("masks_lr", "masks_min_lr"):
+                if getattr(self, name) != getattr(QuickstartSettings, name):
+                    raise MaskLLMError(f"{flag(name)}: wanted only with --weights-train both; --weights-lr is the weights'")
         for name, value in asdict(self).items():
             if name == "weights_train" or (value == 0 and (name == "prior_strength" or name.endswith(("min_lr", "loss_coeff")))):
                 continue

@@ -1,4 +1,4 @@
-"""The options of mask learning: one dataclass with the defaults. `maskllm.cli.train_options` makes the command line from it.
+"""The options of training: one dataclass with the defaults. `maskllm.cli.train_options` makes the command line from it.
 
 A flag with the meaning of a Megatron-LM flag has its name and default. The defaults for optimizer, batch and sequence are those of the
 paper's single-node recipe (MaskLLM, arXiv 2409.17481, appendix).
@@ -212,6 +212,18 @@ class TrainArguments:
         """Whether the teacher is a second model. Otherwise it is the student's own frozen weights without their masks."""
         return self.distills and (self.trains_weights or self.teacher is not None)
 
+    def idle_settings(self) -> dict[str, str]:
+        """The settings that decide nothing in this run, each with what it needs."""
+        needs = (
+            ("--train masks or --train both", self.trains_masks, _OF_MASKS),
+            ("--train weights or --train both", self.trains_weights, _OF_WEIGHTS),
+            ("--train both", self.trains_masks and self.trains_weights, ("weights_start_iter",)),
+            ("--weights-optimizer cast", self.uses_cast, ("mask_refresh_interval", "l1_decay_coeff")),
+            ("--kl-loss-coeff above 0", self.kl_loss_coeff > 0, ("kl_temperature",)),
+            ("--kl-loss-coeff or --squarehead-loss-coeff above 0", self.distills, ("teacher",)),
+        )
+        return {name: wanted for wanted, holds, names in needs if not holds for name in names}
+
     def check(self) -> Pattern:
         """Raise MaskLLMError for values that cannot work, whatever the number of ranks; returns the pattern."""
         if not self.data_path:
@@ -256,12 +268,15 @@ class TrainArguments:
 
     def _check_trained(self) -> None:
         """Raise MaskLLMError if what is trained, and against what, contradicts other settings."""
-        if not self.trains_weights:
-            for name in ("weights_start_iter", "train_embeddings"):
-                if getattr(self, name):
-                    raise MaskLLMError(f"{flag(name)}: wanted only with --train weights or --train both")
-        if self.train == "weights" and self.weights_start_iter:
-            raise MaskLLMError("--weights-start-iter: wanted only with --train both, where masks learn before weights move")
+        if self.uses_cast and self.train != "weights":
+            raise MaskLLMError(
+                f"--weights-optimizer cast: wanted --train weights, found --train {self.train}; CAST finds its masks itself"
+            )
+        for name, wanted in self.idle_settings().items():
+            if getattr(self, name) != getattr(TrainArguments, name):
+                instead = f"weights_{name}"
+                hint = f"; {flag(instead)} is the weights'" if hasattr(TrainArguments, instead) else ""
+                raise MaskLLMError(f"{flag(name)}: wanted only with {wanted}{hint}")
         if self.trains_weights and self.weights_start_iter >= self.train_iters:
             raise MaskLLMError(
                 f"--weights-start-iter {self.weights_start_iter}: wanted fewer than --train-iters {self.train_iters}"
@@ -271,13 +286,6 @@ class TrainArguments:
             raise MaskLLMError(
                 f"{flag(name)} {getattr(self, name)}: only --train masks has it; --train {self.train} keeps fp32 masters and moments"
             )
-        if self.uses_cast and self.train != "weights":
-            raise MaskLLMError(
-                f"--weights-optimizer cast: wanted --train weights, found --train {self.train}; CAST finds its masks itself"
-            )
-        for name in ("mask_refresh_interval", "l1_decay_coeff"):
-            if not self.uses_cast and getattr(self, name) != getattr(TrainArguments, name):
-                raise MaskLLMError(f"{flag(name)}: wanted only with --weights-optimizer cast")
         if self.uses_cast and 10 * self.adam_eps > self.l1_decay_coeff:
             raise MaskLLMError(
                 f"--adam-eps {self.adam_eps}: with --weights-optimizer cast wanted at most a tenth of --l1-decay-coeff "
@@ -293,8 +301,6 @@ class TrainArguments:
             raise MaskLLMError(
                 "--ce-loss-coeff 0: nothing is minimized; wanted it, --kl-loss-coeff or --squarehead-loss-coeff above 0"
             )
-        if self.teacher is not None and not self.distills:
-            raise MaskLLMError("--teacher: wanted only with --kl-loss-coeff or --squarehead-loss-coeff above 0")
 
     def _check_split(self) -> None:
         """Raise MaskLLMError if `split` is not a list of shares; upstream would pick the digits out of any text."""
@@ -363,6 +369,12 @@ class TrainArguments:
                     raise MaskLLMError(f"--data-path: no file {file} (make it with `maskllm preprocess`)")
         return prefixes, weights
 
+
+_OF_MASKS = (
+    "lr", "min_lr", "weight_decay", "gumbel_temperature_range", "gumbel_scale_range", "prior_strength", "weight_reg",
+    "mask_sample_interval", "hard",
+)  # fmt: skip
+_OF_WEIGHTS = ("weights_lr", "weights_min_lr", "weights_weight_decay", "train_embeddings")
 
 _RANGES = (
     (

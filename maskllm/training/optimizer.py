@@ -1,4 +1,4 @@
-"""The optimizer of the mask logits and its learning-rate schedule, on Megatron's wrappers."""
+"""The optimizer of everything that is trained and its learning-rate schedule, on Megatron's wrappers."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from maskllm.checkpoints.checksums import FileRecord
 from maskllm.checkpoints.finding import holds_checkpoint, iterations
+from maskllm.checkpoints.info import TRAINED_WEIGHTS
 from maskllm.checkpoints.reading import Checkpoint, open_iteration, resolve
 from maskllm.data.dataset_files import dataset_files
 from maskllm.distributed import from_first_rank, is_first_rank, raised_together
@@ -59,7 +60,8 @@ SETTINGS_THAT_MUST_MATCH = (
     "mask_refresh_interval",
     "l1_decay_coeff",
 )
-"""Arguments that a resumed run must share with the run it continues, as it must share its data: all that decide what is learned.
+"""Arguments that a resumed run must share with the run it continues, as it must share its data: all that decide what is learned. Those
+that decide nothing in the run (`TrainArguments.idle_settings`) may differ.
 Everything else (layout, precision of frozen weights, intervals, paths) may change. A run that an older version has written lacks the
 settings that came later; it has their defaults. Megatron's two kinds of optimizer keep their state under different keys and cannot
 load each other's."""
@@ -178,9 +180,12 @@ def _check_can_start(checkpoint: Checkpoint, arguments: TrainArguments, pattern:
                 f"{checkpoint.path}: its run had --train both, and its optimizer holds the weights in all their bits; start "
                 "--train weights from what `maskllm trim` makes of it, or resume it with --train both"
             )
-        return  # under masks of any pattern
-    if info.pattern is not None and info.pattern != str(pattern):
+    # Fixed masks may have any pattern; then only a --pattern that somebody has given can contradict them.
+    matters = arguments.chooses_masks or arguments.pattern != TrainArguments.pattern
+    if matters and info.pattern not in (None, str(pattern)):
         raise MaskLLMError(f"{checkpoint.path}: its masks have pattern {info.pattern}; --pattern is {pattern}")
+    if not arguments.chooses_masks:
+        return
     if before not in (None, "masks", arguments.train):
         raise MaskLLMError(
             f"{checkpoint.path}: its run had --train {before}, whose weights are no longer the original's; --train {arguments.train} "
@@ -261,8 +266,8 @@ def _find_teacher(start: Start, say: Callable[[str], None]) -> Checkpoint | None
 def _details(start: Start) -> dict[str, Any]:
     """What `maskllm.json` says of the teacher, if it is a checkpoint, and of weights that are trained.
 
-    `weights_dtype` is the dtype of each tensor in the checkpoint that was first trained; it is one string if all are alike. All of it is
-    read when the run starts, because the teacher's and the start's files may be gone when it saves.
+    `weights` says it in words. `weights_dtype` is the dtype of each tensor in the checkpoint that was first trained; it is one string if
+    all are alike. All of it is read when the run starts, because the teacher's and the start's files may be gone when it saves.
     """
     details: dict[str, Any] = {}
     if start.teacher is not None:
@@ -277,7 +282,7 @@ def _details(start: Start) -> dict[str, Any]:
             for mapping in parameter_map(start.checkpoint.model_config)
         }
         before = dtypes if len(set(dtypes.values())) > 1 else next(iter(dtypes.values()))
-    return details | {"weights_dtype": before}
+    return details | {"weights": TRAINED_WEIGHTS, "weights_dtype": before}
 
 
 def _check_same_run(start: Start) -> None:
@@ -289,8 +294,9 @@ def _check_same_run(start: Start) -> None:
     again = "or start a new run with another --load and --save"
     if start.arguments.train == "weights" and not start.lies_in_save:
         again = "or start a new run from what `maskllm trim` makes of it"
+    idle = start.arguments.idle_settings()
     for name, now in settings_of(start.arguments).items():
-        if before[name] != now:
+        if name not in idle and before[name] != now:
             raise MaskLLMError(f"{flag(name)} {now}: the run in {path} has {before[name]}; resume with the same value, {again}")
     if details.get("data") != start.data:
         raise MaskLLMError(

@@ -120,7 +120,7 @@ class TrainingState:
         self.unrounded.clear()
 
     def load_optimizer(self, optimizer: MegatronOptimizer) -> None:
-        """Read the logits and the optimizer's state of a resumed run, under any layout."""
+        """Read the model's tensors and the optimizer's state of a resumed run, under any layout."""
         _make_room(optimizer)
         state = self.start.checkpoint.load(self._sharded(optimizer, is_loading=True))
         load_tensors(self.model, state["model"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 from maskllm.cli.train_options import parse_arguments
 from maskllm.files import write_json
+from maskllm.quickstart.pipeline import QuickstartSettings, masks_command, weights_command
 from maskllm.training.arguments import TrainArguments
 from tests.examples.scripts import (
     ALL,
@@ -295,7 +297,14 @@ def test_a_dry_run_of_the_quickstart_prints_its_steps_and_does_nothing(tmp_path)
     trainings = [parse_arguments(split_torchrun(words)[1][1:]) for words in commands if words[0] != "maskllm"]
     for training in trainings:
         training.check()
-    assert [training.train for training in trainings] == ["masks", "both"]
+    # All but the paths is the quickstart's.
+    paths = ("data_path", "pretrained_checkpoint", "load", "save", "tensorboard_dir")
+    settings, options = QuickstartSettings(processes=1), ("data", Path("start"), Path("save"), True)
+    commands = masks_command(settings, *options), weights_command(settings, *options)
+    for training, words in zip(trainings, commands, strict=True):
+        ours = parse_arguments([str(word) for word in words[words.index("maskllm.train") + 1 :]])
+        same = {name: getattr(ours, name) for name in paths} | {"params_dtype": ours.params_dtype}
+        assert dataclasses.replace(training, **same) == ours
     assert list(tmp_path.iterdir()) == [], "a dry run wrote something"
 
 
@@ -340,6 +349,18 @@ def test_the_readme_trains_as_the_recipe_does(tmp_path):
         "lr",
         "train_iters",
     ):
+        assert getattr(ours, name) == getattr(recipes, name), name
+
+
+def test_the_page_on_trained_weights_goes_on_from_the_masks_as_the_recipe_does(tmp_path):
+    page = (EXAMPLES.parent / "docs" / "training-weights.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    (command,) = re.findall("^torchrun .* --train both .*", page, re.MULTILINE)
+    (words,) = dry_run("llama2-7b", "5_train_weights", tmp_path, TRAIN_WEIGHTS="both")
+    ours, recipes = (parse_arguments(split_torchrun(words)[1][1:]) for words in (shlex.split(command), words))
+    for name in (
+        "gumbel_temperature_range", "gumbel_scale_range", "weight_reg", "lr", "min_lr", "weights_lr", "weights_min_lr", "ce_loss_coeff",
+        "kl_loss_coeff", "train_iters",
+    ):  # fmt: skip
         assert getattr(ours, name) == getattr(recipes, name), name
 
 

@@ -24,8 +24,9 @@ from tests.families.tiny import CONFIGS, write_tiny
 from tests.huggingface.test_masked_linear import fused_locations
 
 STEPS, BATCHES, TOKENS = 10, 2, 32
-SHARED = {"kl_temperature": 2.0, "ce_loss_coeff": 0.5, "kl_loss_coeff": 0.5, "squarehead_loss_coeff": 0.1, "weight_reg": 1e-3}
+SHARED = {"kl_temperature": 2.0, "ce_loss_coeff": 0.5, "kl_loss_coeff": 0.5, "squarehead_loss_coeff": 0.1}
 """Options that have one name in both frames."""
+WEIGHT_REG = 1e-3
 CLIP = {"masks": 1.0, "weights": 1.0, "both": 100.0}
 """With `both`, Trainer clips one norm over logits and weights, and Megatron's path one for each; 100 is above all of them."""
 
@@ -42,11 +43,13 @@ def test_ten_steps_in_both_frames(trained, tmp_path, tiny_dataset, monkeypatch):
     assert main(["prune", "--load", str(tmp_path / "dense"), "--output", str(tmp_path / "pruned"), "--method", "magnitude"]) == 0
     options = {
         "data_path": tiny_dataset, "pretrained_checkpoint": tmp_path / "pruned", "save": tmp_path / "run", "train": trained,
-        "train_iters": STEPS, "global_batch_size": BATCHES, "seq_length": TOKENS, "lr": 0.01, "lr_decay_style": "constant",
+        "train_iters": STEPS, "global_batch_size": BATCHES, "seq_length": TOKENS, "lr_decay_style": "constant",
         "params_dtype": "fp32", "eval_iters": 0, "log_interval": 1, "clip_grad": CLIP[trained], **SHARED,
     }  # fmt: skip
     if trained != "masks":
         options |= {"weights_lr": 1e-3}
+    if trained != "weights":
+        options |= {"lr": 0.01, "weight_reg": WEIGHT_REG}
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     assert train.main(words) == 0
     expected = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -76,7 +79,7 @@ def test_ten_steps_in_both_frames(trained, tmp_path, tiny_dataset, monkeypatch):
         per_device_train_batch_size=1, gradient_accumulation_steps=BATCHES, train_sampling_strategy="sequential",
         remove_unused_columns=False, lr_scheduler_type="constant", learning_rate=1e-3 if trained == "weights" else 0.01,
         weight_decay=0.0 if trained == "weights" else 0.1, weights_learning_rate=1e-3, adam_beta2=0.95, adam_epsilon=1e-5,
-        max_grad_norm=CLIP[trained], **SHARED,
+        max_grad_norm=CLIP[trained], weight_reg=WEIGHT_REG, **SHARED,
     )  # fmt: skip
     trainer = SparseTrainer(model, arguments, train_dataset=data, teacher=None if trained == "masks" else dense)
     trainer.train()

@@ -97,6 +97,7 @@ def test_help_needs_no_package_of_the_extra(monkeypatch, capsys):
         ({"weights_train": "masks"}, "--weights-train masks: wanted both or weights"),
         ({"weights_train_iters": 0}, "--weights-train-iters: found 0"),
         ({"weights_min_lr": 1.0}, "--weights-min-lr 1.0: wanted at most --weights-lr"),
+        ({"weights_train": "weights", "masks_lr": 1e-3}, "--masks-lr: wanted only with --weights-train both"),
         ({"masks_min_lr": 1.0}, "--masks-min-lr 1.0: wanted at most --masks-lr"),
         ({"ce_loss_coeff": -1.0}, "--ce-loss-coeff: found -1.0"),
         ({"ce_loss_coeff": 0.0, "kl_loss_coeff": 0.0}, "nothing is minimized"),

@@ -28,8 +28,8 @@ def arguments(save: Path, dataset: str, start: Path, steps: int = STEPS, **optio
     """
     values = {
         "data_path": dataset, "pretrained_checkpoint": start, "save": save, "load": save, "train_iters": steps,
-        "global_batch_size": 4, "seq_length": 32, "lr": 0.01, "params_dtype": "fp32", "log_interval": 1, "eval_iters": 0,
-        "save_interval": 2, **options,
+        "global_batch_size": 4, "seq_length": 32, "params_dtype": "fp32", "log_interval": 1, "eval_iters": 0, "save_interval": 2,
+        **({} if options.get("train") == "weights" else {"lr": 0.01}), **options,
     }  # fmt: skip
     words = []
     for name, value in values.items():

@@ -89,6 +89,57 @@ def test_an_option_that_cannot_work_is_named(name, value, message):
     assert "\n" not in str(caught.value)
 
 
+WEIGHTS = {"train": "weights"}
+CAST = {"train": "weights", "weights_optimizer": "cast"}
+
+
+@pytest.mark.parametrize(
+    ("run", "name", "value", "message"),
+    [
+        *(
+            (run, name, value, f"--{name.replace('_', '-')}: wanted only with --train masks or --train both")
+            for name, value in {
+                "lr": 1e-4, "min_lr": 0.0, "weight_decay": 0.0, "gumbel_temperature_range": (1.0, 0.05), "gumbel_scale_range": (1e3, 1e3),
+                "prior_strength": 5.0, "weight_reg": 0.0, "mask_sample_interval": "step", "hard": True,
+            }.items()
+            for run in (WEIGHTS, CAST)
+        ),
+        (WEIGHTS, "lr", 1e-4, "; --weights-lr is the weights'"),
+        (WEIGHTS, "weight_decay", 0.0, "; --weights-weight-decay is the weights'"),
+        *(
+            ({}, name, value, f"--{name.replace('_', '-')}: wanted only with --train weights or --train both")
+            for name, value in {
+                "weights_lr": 1e-4, "weights_min_lr": 1e-6, "weights_weight_decay": 0.1, "train_embeddings": True
+            }.items()
+        ),
+        *((run, "weights_start_iter", 5, "--weights-start-iter: wanted only with --train both") for run in ({}, WEIGHTS, CAST)),
+        *(({"train": run}, "mask_refresh_interval", 5, "only with --weights-optimizer cast") for run in ("masks", "weights", "both")),
+        *((run, "kl_temperature", 2.0, "--kl-temperature: wanted only with --kl-loss-coeff above 0") for run in ({}, WEIGHTS)),
+        ({"squarehead_loss_coeff": 1.0}, "kl_temperature", 2.0, "--kl-temperature: wanted only with --kl-loss-coeff above 0"),
+        ({}, "teacher", "dense", "--teacher: wanted only with --kl-loss-coeff or --squarehead-loss-coeff above 0"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_decides_nothing_in_the_run_is_refused(run, name, value, message):
+    arguments = dataclasses.replace(GOOD, **run, adam_eps=None)
+    arguments.check()
+    with pytest.raises(MaskLLMError, match=message) as caught:
+        dataclasses.replace(arguments, **{name: value}).check()
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_that_decide_something_are_accepted():
+    of_masks = {"lr": 1e-4, "min_lr": 0.0, "prior_strength": 5.0, "weight_reg": 0.0, "hard": True}
+    of_weights = {"weights_lr": 1e-4, "weights_min_lr": 1e-6, "weights_weight_decay": 0.1, "train_embeddings": True}
+    for settings in (
+        of_masks,
+        WEIGHTS | of_weights,
+        CAST | of_weights | {"mask_refresh_interval": 5},
+        {"train": "both", "weights_start_iter": 5, "kl_loss_coeff": 0.5, "kl_temperature": 2.0, **of_masks, **of_weights},
+        {"squarehead_loss_coeff": 0.5, "teacher": "dense"},
+    ):
+        dataclasses.replace(GOOD, adam_eps=None, **settings).check()
+
+
 def test_sequence_parallelism_needs_sequences_that_split_evenly():
     arguments = dataclasses.replace(GOOD, sequence_parallel=True, seq_length=30, tensor_model_parallel_size=4)
     with pytest.raises(MaskLLMError, match="--seq-length 30: with --sequence-parallel wanted a multiple"):
@@ -187,8 +238,9 @@ def test_saving_to_the_directory_of_the_starting_checkpoint_is_refused(tiny_prun
         resolve_start(arguments, arguments.check())
 
 
-def test_a_checkpoint_with_another_pattern_is_refused(tiny_pruned):
-    arguments = dataclasses.replace(GOOD, load=str(tiny_pruned), seq_length=64, pattern="1:4")
+@pytest.mark.parametrize("trained", ["masks", "weights", "both"])
+def test_a_checkpoint_with_another_pattern_is_refused(trained, tiny_pruned):
+    arguments = dataclasses.replace(GOOD, load=str(tiny_pruned), seq_length=64, pattern="1:4", train=trained)
     with pytest.raises(MaskLLMError, match="its masks have pattern 2:4; --pattern is 1:4"):
         resolve_start(arguments, arguments.check())
 
@@ -224,6 +276,15 @@ def test_resuming_with_another_setting_is_refused(trained, tiny_dataset, name, v
     arguments = dataclasses.replace(arguments, **{name: value})
     with pytest.raises(MaskLLMError, match=message):
         resolve_start(arguments, arguments.check())
+
+
+def test_a_setting_that_decides_nothing_may_differ_when_a_run_is_resumed(trained, tiny_dataset):
+    info = json.loads((trained / "maskllm.json").read_text())
+    info["details"]["settings"] |= {"weights_lr": 1e-3, "l1_decay_coeff": 1.0, "kl_temperature": 2.0}
+    (trained / "maskllm.json").write_text(json.dumps(info))
+    write_manifest(trained)
+    arguments = dataclasses.replace(GOOD, load=str(trained), data_path=[tiny_dataset], seq_length=64)
+    assert resolve_start(arguments, arguments.check()).resumed
 
 
 def test_starting_from_weights_with_zeros_written_in_is_refused(tmp_path, tiny_pruned):

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from maskllm import train
 from maskllm.checkpoints.finding import LATEST
+from maskllm.checkpoints.info import TRAINED_WEIGHTS
 from maskllm.checkpoints.reading import resolve
 from maskllm.cli import main
 from maskllm.families.registry import parameter_map
@@ -128,15 +129,21 @@ def test_a_resumed_run_in_bf16_has_the_bits_of_an_uninterrupted_one(trained, mor
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trained", ["weights", "both"])
-def test_trained_weights_are_exported_in_their_first_dtype(trained, ranks, tmp_path, tiny_dataset, tiny_pruned):
-    """The tiny model is in bf16. Its masters are rounded once, and zeros are where the masks say."""
+def test_trained_weights_are_exported_in_their_first_dtype(trained, ranks, capsys, tmp_path, tiny_dataset, tiny_pruned):
+    """The tiny model is in bf16. Its masters are rounded once, and zeros are where the masks say.
+
+    Every step says that a mask file is not enough.
+    """
     run = options(trained, params_dtype="bf16")
     ranks(1, "maskllm.train", *arguments(tmp_path / "run", tiny_dataset, tiny_pruned, **run))
     for verb, *paths in (
         ("trim", "--load", tmp_path / "run", "--output", tmp_path / "trimmed"),
-        ("export", "--load", tmp_path / "trimmed", "--output", tmp_path / "hf", "--mask-file", tmp_path / "masks.npz"),
+        ("export", "--load", tmp_path / "trimmed", "--output", tmp_path / "hf"),
     ):
-        assert main([verb, *map(str, paths)]) == 0
+        assert main([verb, *map(str, paths), "--json", str(tmp_path / verb)]) == 0
+        assert f"the weights were {TRAINED_WEIGHTS}\n" in capsys.readouterr().out
+        assert json.loads((tmp_path / verb).read_text())["trained_weights"] is True
+    assert resolve(tmp_path / "run").info.details["weights"] == TRAINED_WEIGHTS
     stored, config = tensors(tmp_path / "run"), resolve(tmp_path / "run").model_config
     exported = load_file(tmp_path / "hf" / "model.safetensors")
     dtype = resolve(tiny_pruned).tensors["embedding.word_embeddings.weight"].dtype
@@ -151,7 +158,7 @@ def test_trained_weights_are_exported_in_their_first_dtype(trained, ranks, tmp_p
         for name, part in zip(mapping.hf, mapping.to_hf(master.to(dtype), config), strict=True):
             assert torch.equal(exported[name], part), name
     details = json.loads((tmp_path / "trimmed" / "release" / "maskllm.json").read_text())["details"]
-    assert details["weights_dtype"] == str(dtype).removeprefix("torch.")
+    assert (details["weights"], details["weights_dtype"]) == (TRAINED_WEIGHTS, str(dtype).removeprefix("torch."))
 
 
 def refused(capfd: pytest.CaptureFixture, words: list[str]) -> str:
