@@ -111,6 +111,12 @@ def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def wait_for_all() -> None:
+    """Return as soon as all ranks have come here; at once in a job of one process without a process group."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
 def is_first_rank() -> bool:
     """Whether this is rank 0 of the job, or the only process."""
     return rank_and_size()[0] == 0

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from maskllm.errors import MaskLLMError
+from maskllm.masking.schedules import AnnealingSchedule
 
 
 @dataclass
@@ -38,13 +39,14 @@ class SparseTrainingArguments(TrainingArguments):
         default=0.0, metadata={"help": "decoupled weight decay of the weights if masks are learned too; norms and biases have none"}
     )
     gumbel_temperature_range: list[float] = field(
-        default_factory=lambda: [4.0, 0.05], metadata={"help": "softmax temperature, first and last"}
+        default_factory=lambda: list(AnnealingSchedule.temperature_range), metadata={"help": "softmax temperature, first and last"}
     )
     gumbel_scale_range: list[float] = field(
-        default_factory=lambda: [1e2, 5e2], metadata={"help": "multiplier of the logits, first and last"}
+        default_factory=lambda: list(AnnealingSchedule.scale_range), metadata={"help": "multiplier of the logits, first and last"}
     )
     weight_reg: float = field(
-        default=1e-5, metadata={"help": "weight of the sparse weight regularization; it decays linearly to zero"}
+        default=AnnealingSchedule.weight_reg,
+        metadata={"help": "weight of the sparse weight regularization; it decays linearly to zero"},
     )
     hard: bool = field(
         default=False, metadata={"help": "use the arg-max of each draw in the forward pass (straight-through gradient)"}

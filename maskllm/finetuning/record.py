@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from maskllm.distributed import from_first_rank, is_first_rank, raised_together
+from maskllm.environment.memory import peak_memory_bytes
 from maskllm.errors import MaskLLMError, flag
 from maskllm.files import read_json_object, write_json
-from maskllm.processes import peak_resident_bytes
 
 FILE = "run.json"
 
@@ -21,12 +23,13 @@ FILE = "run.json"
 class RunRecord:
     """The file `run.json` of an output directory. The first process reads and writes it."""
 
-    def __init__(self, output: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, output: Path, settings: dict[str, Any], device: torch.device) -> None:
         """Begin a run, or go on with it. `settings` are those that decide the results, JSON values by option.
 
-        Raises MaskLLMError if the directory holds another run, or anything else.
+        The first stage writes the file, so a command that is refused before it leaves nothing. The memory of the stages is that of
+        `device`. Raises MaskLLMError if the directory holds another run, or anything else.
         """
-        self._file = output / FILE
+        self._file, self._device = output / FILE, device
         settings = json.loads(json.dumps(settings))  # as they are read back
         with raised_together():
             found = _read(output) if is_first_rank() else None
@@ -41,7 +44,6 @@ class RunRecord:
             )
         self.stages: dict[str, dict[str, Any]] = found["stages"]
         self._settings = settings
-        self._save()
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[Callable[[], None]]:
@@ -52,11 +54,14 @@ class RunRecord:
         if is_first_rank():
             print(f"[{name}]", file=sys.stderr, flush=True)
         stage = self.stages.setdefault(name, {"seconds": 0.0, "peak_memory_bytes": 0})
+        self._save()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
         before, started = stage["seconds"], time.perf_counter()
 
         def note() -> None:
             stage["seconds"] = before + time.perf_counter() - started
-            stage["peak_memory_bytes"] = max(stage["peak_memory_bytes"], peak_resident_bytes())
+            stage["peak_memory_bytes"] = max(stage["peak_memory_bytes"], peak_memory_bytes(self._device))
             self._save()
 
         try:
@@ -80,6 +85,7 @@ def _read(output: Path) -> dict[str, Any] | None:
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, list):
-        return " ".join(map(str, value))
-    return json.dumps(value) if isinstance(value, dict) else str(value)
+    """A setting as the command line has it; of a file, which is a list too, its path and size."""
+    if not isinstance(value, list):
+        return str(value)
+    return " ".join(f"{one[0]} ({one[1]} bytes)" if isinstance(one, list) else str(one) for one in value)

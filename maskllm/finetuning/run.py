@@ -10,7 +10,6 @@ import contextlib
 import functools
 import gc
 import json
-import math
 import random
 import shutil
 from collections.abc import Callable, Sequence
@@ -21,29 +20,28 @@ from typing import Any
 import torch
 from torch import distributed as dist
 from torch.utils.data import Subset
-from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import PreTrainedModel
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, PrinterCallback
 
-from maskllm.distributed import from_first_rank, is_first_rank, rank_and_size
+from maskllm.distributed import from_first_rank, is_first_rank, rank_and_size, wait_for_all
 from maskllm.environment.revision import commit
-from maskllm.errors import MaskLLMError, whole_message
+from maskllm.errors import MaskLLMError
 from maskllm.evaluation.huggingface import block_weights, zero_share
 from maskllm.files import atomic_directory, read_json_object, write_json, write_text
-from maskllm.finetuning.arguments import SparseTrainingArguments
 from maskllm.finetuning.record import RunRecord
 from maskllm.finetuning.report import DENSE, ONE_SHOT, TRAINED, Result, build_report, results_table, write_report
-from maskllm.finetuning.settings import RECIPES, FinetuneSettings
+from maskllm.finetuning.settings import FinetuneSettings
 from maskllm.finetuning.speech import SpeechTask
 from maskllm.finetuning.task import Example, Task
 from maskllm.finetuning.text import TextTask
 from maskllm.finetuning.trainer import SparseTrainer
+from maskllm.finetuning.training import Progress, Watch, newest_checkpoint, training_arguments
 from maskllm.finetuning.translation import TranslationTask
-from maskllm.huggingface.blocks import block_linears, matrix
 from maskllm.huggingface.hub import find_source
 from maskllm.huggingface.loading import load_hf_model, quiet_transformers
 from maskllm.huggingface.mask_file import open_mask_file, write_mask_file
 from maskllm.huggingface.side_files import read_side_files, write_side_files
-from maskllm.huggingface.sparse_model import sparsify
+from maskllm.huggingface.sparse_model import given_masks, linears_to_mask, sparsify
 from maskllm.huggingface.weights_hash import TRAINED as TRAINED_WEIGHTS
 from maskllm.huggingface.weights_hash import StatedHash, read_hash, weights_sha256, write_hash
 from maskllm.masking.selection import Sparsity
@@ -58,11 +56,9 @@ HELD_OUT = 0.05
 NOT_COMPARED = (
     "output", "per_device_eval_batch_size", "dataloader_num_workers", "logging_steps", "save_steps", "data", "eval_data",
 )  # fmt: skip
-"""Settings that do not decide the results. Of the files the record has the names and the sizes."""
+"""Settings that do not decide the results. Of the files the record has the names and the sizes, in their order."""
 AT_ONCE = "prune at once"
 """The stage that prunes to the last sparsity of a schedule, for comparison."""
-COMPLETE = "complete"
-"""An empty file in a checkpoint that all processes have written to its end."""
 
 
 def finetune(settings: FinetuneSettings) -> dict[str, Any]:
@@ -104,11 +100,11 @@ class _Run:
     ) -> None:
         self.settings, self.source, self.task, self.examples, self.held_out = settings, source, task, examples, held_out
         self.output = Path(settings.output)
-        arguments = self._arguments(self.output)
+        arguments = training_arguments(settings, self.output)
         self.device = arguments.device  # joins the other processes
         self._accumulation = arguments.gradient_accumulation_steps
         self.revision = commit()  # before the hours in which the checkout may change
-        self.record = RunRecord(self.output, _compared(settings))
+        self.record = RunRecord(self.output, _compared(settings), self.device)
         if not _exists(self.output / "model"):
             self._check_models()
         torch.manual_seed(settings.seed)
@@ -162,12 +158,14 @@ class _Run:
         return [f"prune {_words(target)}", f"train {_words(target)}"] if target is not None else ["train"]
 
     def _check_models(self) -> None:
-        """Raise MaskLLMError if the model cannot be pruned so, or if the teacher has another shape."""
+        """Raise MaskLLMError if the model cannot be pruned so, if the mask file does not fit, or if the teacher has another shape."""
+        mask = open_mask_file(self.settings.mask) if self.settings.mask else None
         ours = self._load(self.source)
-        for name, linear in block_linears(ours).items():
-            for target in self.settings.targets:
-                if isinstance(target, Pattern):
-                    target.check_divides(matrix(linear).shape[1], name)
+        for target in self.settings.targets or [None]:
+            pattern = target if isinstance(target, Pattern) else None
+            linears = linears_to_mask(ours, pattern, train=self.settings.train)
+            if mask is not None:
+                _check_share(mask.path, zero_share(given_masks(mask, linears, pattern)), target)
         if self.settings.teacher is None:
             return
         theirs = {name: list(weight.shape) for name, weight in self._load(find_source(self.settings.teacher)).named_parameters()}
@@ -194,7 +192,7 @@ class _Run:
         if is_first_rank():
             values = {"measures": found.measures, "zeros": zero_share(block_weights(model)), "outputs": found.outputs}
             write_json(self._evaluation_file(name), only_finite(values))
-        _wait()
+        wait_for_all()
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16)
@@ -224,16 +222,13 @@ class _Run:
         model = self._load(start)
         mask = self.settings.mask or folder / "pruned.npz"
         # Updated weights are in the training's checkpoints.
-        if self.settings.mask or (_exists(mask) and (not self.settings.update_weights or self._checkpoint(folder))):
-            weights = block_weights(model)
-            open_mask_file(mask).apply(weights)
-            if self.settings.mask:
-                _check_share(mask, weights, target)
+        if self.settings.mask or (_exists(mask) and (not self.settings.update_weights or newest_checkpoint(folder))):
+            open_mask_file(mask).apply(block_weights(model))
             return mask, model
         masks = self._prune(f"prune {_words(target)}", model, target, zeros_stay=zeros_stay)
         if is_first_rank():
             write_mask_file(mask, masks.items())
-        _wait()
+        wait_for_all()
         return mask, model
 
     def _pruned_at_once(self, target: Sparsity) -> PreTrainedModel:
@@ -270,13 +265,15 @@ class _Run:
             sparsify(model, pattern, train=settings.train, masks=masks, prior_strength=settings.prior_strength, seed=settings.seed)
             trainer = SparseTrainer(
                 model,
-                self._arguments(folder),
+                training_arguments(settings, folder),
                 train_dataset=self.examples,
                 data_collator=self.task.collate,
                 teacher=teacher,
-                callbacks=[_Watch(note)],
+                callbacks=[Watch(note)],
             )
-            trainer.train(resume_from_checkpoint=self._checkpoint(folder))
+            trainer.remove_callback(PrinterCallback if trainer.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
+            trainer.add_callback(Progress)
+            trainer.train(resume_from_checkpoint=newest_checkpoint(folder))
             log = trainer.state.log_history
             model, masks = trainer.finish()
         if use_cache is not None:
@@ -287,7 +284,7 @@ class _Run:
                 write_mask_file(folder / "mask.npz", masks.items())
             self._save(folder / "model", model)
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        _wait()
+        wait_for_all()
         del trainer, teacher
         gc.collect()
 
@@ -303,80 +300,12 @@ class _Run:
             kept = None if self.settings.train == "masks" else TRAINED_WEIGHTS
             write_hash(temporary, StatedHash(weights_sha256(temporary), kept))
 
-    def _arguments(self, folder: Path) -> SparseTrainingArguments:
-        """The arguments of a training. Making them joins the processes of the job."""
-        settings = self.settings
-        names = (
-            "ce_loss_coeff", "kl_loss_coeff", "kl_temperature", "squarehead_loss_coeff", "learning_rate", "weights_learning_rate",
-            "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "num_train_epochs", "per_device_train_batch_size", "bf16",
-            "dataloader_num_workers", "weight_reg", "seed", "logging_steps", "save_steps",
-        )  # fmt: skip
-        options = dict(
-            output_dir=str(folder / "checkpoints"),
-            max_steps=settings.max_steps or -1,
-            gumbel_temperature_range=list(settings.gumbel_temperature_range),
-            gumbel_scale_range=list(settings.gumbel_scale_range),
-            gradient_accumulation_steps=settings.gradient_accumulation_steps or 1,
-            save_total_limit=2,  # while the newest is being written, the one before it is the complete one
-            remove_unused_columns=False,
-            report_to="none",
-            use_cpu=not torch.cuda.is_available(),
-            ddp_timeout=7200,
-            **(
-                {"gradient_checkpointing": True} if settings.gradient_checkpointing else {}
-            ),  # even False warns: it is to be renamed
-            **{name: getattr(settings, name) for name in names},
-        )
-        try:
-            arguments = SparseTrainingArguments(**options)
-        except ValueError as error:  # such as bf16 on a GPU without it
-            raise MaskLLMError(f"transformers refuses the training's arguments: {whole_message(error)}") from error
-        if settings.gradient_accumulation_steps is None:
-            at_once = settings.per_device_train_batch_size * arguments.world_size
-            arguments.gradient_accumulation_steps = max(1, round(RECIPES[settings.task].batch / at_once))
-        return arguments
-
-    def _checkpoint(self, folder: Path) -> str | None:
-        """The newest complete checkpoint of the training in `folder`; those that are not complete are removed."""
-        found = None
-        if is_first_rank():
-            for path in (folder / "checkpoints").glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-                if not (path / COMPLETE).exists():
-                    shutil.rmtree(path)
-                elif found is None or _step(path) > _step(found):
-                    found = path
-        return from_first_rank(found and str(found))
-
-
-class _Watch(TrainerCallback):
-    """Marks each checkpoint that all processes have written, and stops a training that diverges."""
-
-    def __init__(self, note: Callable[[], None]) -> None:
-        self._note = note
-
-    def on_save(self, args: SparseTrainingArguments, state: Any, control: Any, **_: Any) -> None:
-        _wait()
-        if is_first_rank():
-            (Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / COMPLETE).touch()
-            self._note()
-
-    def on_log(self, args: SparseTrainingArguments, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
-        # Trainer leaves losses that are not finite out of the mean that it logs.
-        if not math.isfinite(logs.get("grad_norm", 0)):
-            raise MaskLLMError(
-                f"step {state.global_step}: the gradient is not a number; start again with a smaller --learning-rate in another --output"
-            )
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
 
 def _compared(settings: FinetuneSettings) -> dict[str, Any]:
     """The settings that decide the results, and the names and sizes of the files."""
     values = {name: value for name, value in asdict(settings).items() if name not in NOT_COMPARED}
     for name in ("data", "eval_data"):
-        values[name] = {str(Path(file).resolve()): Path(file).stat().st_size for file in getattr(settings, name)}
+        values[name] = [[str(Path(file).resolve()), Path(file).stat().st_size] for file in getattr(settings, name)]
     return values
 
 
@@ -385,9 +314,8 @@ def _words(target: Sparsity | None) -> str:
     return str(target) if isinstance(target, Pattern) else f"{100 * target:g} %"
 
 
-def _check_share(mask: str | Path, weights: dict[str, torch.Tensor], target: Sparsity) -> None:
+def _check_share(mask: Path, removed: float, target: Sparsity) -> None:
     """Raise MaskLLMError if a given mask file does not remove the share of the weights that is wanted."""
-    removed = zero_share(weights)
     wanted = target.sparsity if isinstance(target, Pattern) else target
     if abs(removed - wanted) > 0.005:
         raise MaskLLMError(f"{mask}: removes {100 * removed:.1f} % of the weights, wanted {_words(target)}")
@@ -396,8 +324,3 @@ def _check_share(mask: str | Path, weights: dict[str, torch.Tensor], target: Spa
 def _exists(path: Path) -> bool:
     """Whether the first process sees a path; the processes agree on that."""
     return from_first_rank(path.exists())
-
-
-def _wait() -> None:
-    if dist.is_initialized():
-        dist.barrier()

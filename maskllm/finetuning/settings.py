@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from maskllm.errors import MaskLLMError, flag
+from maskllm.masking.schedules import AnnealingSchedule
 from maskllm.masking.selection import Sparsity
 from maskllm.patterns import Pattern
 from maskllm.pruning.solve import METHODS
@@ -115,8 +116,8 @@ class FinetuneSettings:
         "linear", "how the learning rate falls after --warmup-steps", choices=["linear", "cosine", "constant_with_warmup"]
     )
     warmup_steps: int | None = _option(None, "steps in which the learning rate rises; default: text 20, else 0")
-    weight_decay: float = _option(0.0, "decoupled weight decay")
-    max_grad_norm: float = _option(1.0, "clip the gradient to this norm")
+    weight_decay: float = _option(0.0, "decoupled weight decay; with --train both of the logits, and none of the weights")
+    max_grad_norm: float = _option(1.0, "clip the gradient to this norm, with --train both those of logits and weights apart")
     num_train_epochs: float | None = _option(
         None, "passes over --data, for each share of a schedule; default: text 4, translation 3, speech 6"
     )
@@ -135,13 +136,15 @@ class FinetuneSettings:
     gradient_checkpointing: bool = _option(False, "save memory: compute activations a second time in the backward pass")
     dataloader_num_workers: int = _option(0, "processes that prepare examples")
     gumbel_temperature_range: tuple[float, float] = _option(
-        (4.0, 0.05), "with --train masks or both: softmax temperature, first and last", type=float, nargs=2
+        AnnealingSchedule.temperature_range, "with --train masks or both: softmax temperature, first and last", type=float, nargs=2
     )
     gumbel_scale_range: tuple[float, float] = _option(
-        (1e2, 5e2), "with --train masks or both: multiplier of the logits, first and last", type=float, nargs=2
+        AnnealingSchedule.scale_range, "with --train masks or both: multiplier of the logits, first and last", type=float, nargs=2
     )
     prior_strength: float = _option(3.0, "with --train masks or both: how far the first mask moves the initial logits")
-    weight_reg: float = _option(1e-5, "with --train masks or both: weight of the sparse weight regularization")
+    weight_reg: float = _option(
+        AnnealingSchedule.weight_reg, "with --train masks or both: weight of the sparse weight regularization"
+    )
     seed: int = _option(1234, "seed of the order of the examples, of the calibration samples and of the masks")
     logging_steps: float = _option(0.02, "steps between lines of the log; below 1: a share of all steps")
     save_steps: float = _option(0.1, "steps between checkpoints, from which a killed run goes on; below 1: a share of all steps")
@@ -193,7 +196,10 @@ class FinetuneSettings:
         }
         if self.task == "speech":
             defaults["normalizer"] = "english" if self.language in (None, "english", "en") else "basic"
-        return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
+        complete = replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
+        if self.teacher is not None and not complete.distills:
+            raise MaskLLMError("--teacher: no term of the loss uses it; give --kl-loss-coeff or --squarehead-loss-coeff")
+        return complete
 
     def _check(self) -> None:
         given = [name for name in ("pattern", "sparsity", "sparsity_schedule") if getattr(self, name) not in (None, ())]
@@ -218,6 +224,14 @@ class FinetuneSettings:
             raise MaskLLMError("--mask: is the mask itself; leave out --sparsity-schedule, --sparsity 0 and --update-weights")
         if self.is_dense and (self.teacher or self.kl_loss_coeff or self.squarehead_loss_coeff):
             raise MaskLLMError("--sparsity 0: the dense model has no teacher; leave out --teacher and the terms that need one")
+        for option, names, holds in (
+            ("--train masks or both", _OF_MASKS, self.train != "weights"),
+            ("--train both", ("weights_learning_rate",), self.train == "both"),
+            ("--kl-loss-coeff", ("kl_temperature",), self.kl_loss_coeff > 0),
+        ):
+            for entry in fields(self):
+                if entry.name in names and not holds and getattr(self, entry.name) != entry.default:
+                    raise MaskLLMError(f"{flag(entry.name)}: goes with {option} only")
         for task, names in (("translation", ("source_prefix",)), ("speech", ("language", "normalizer"))):
             for name in names:
                 if self.task != task and getattr(self, name):
@@ -238,6 +252,8 @@ class FinetuneSettings:
             raise MaskLLMError(f"--update-weights: goes with --train weights only, found --train {self.train}")
 
 
+_OF_MASKS = ("gumbel_temperature_range", "gumbel_scale_range", "prior_strength", "weight_reg")
+"""Settings of mask learning."""
 _AT_LEAST_0 = (
     "ce_loss_coeff", "kl_loss_coeff", "squarehead_loss_coeff", "warmup_steps", "weight_decay", "dataloader_num_workers", "seed",
     "prior_strength", "weight_reg", "sparsity",

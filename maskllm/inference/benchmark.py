@@ -15,12 +15,13 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from maskllm.dtypes import dtype_name
+from maskllm.environment.memory import peak_memory_bytes
 from maskllm.errors import MaskLLMError
 from maskllm.huggingface.hub import find_source
 from maskllm.huggingface.loading import context_of, load_hf_model, quiet_transformers, usable_device
 from maskllm.huggingface.tensors import weight_files
 from maskllm.markdown import markdown_table
-from maskllm.processes import end_with_parent, peak_resident_bytes
+from maskllm.processes import end_with_parent
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def measure(model: str, directory: Path, settings: BenchmarkSettings) -> Benchma
         tokens_per_second=settings.rows * (len(times) - 1) / (times[-1] - times[0]),
         file_bytes=sum((directory / file).stat().st_size for file in weight_files(directory)[0]),
         weight_bytes=sum(tensor.nbytes for tensor in [*loaded.parameters(), *loaded.buffers()]),
-        peak_memory_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else peak_resident_bytes(),
+        peak_memory_bytes=peak_memory_bytes(device),
         load_seconds=load_seconds,
         dtype=dtype_name(loaded.dtype),
         device=torch.cuda.get_device_name(device) if on_gpu else str(device),

@@ -16,6 +16,7 @@ from maskllm.data.dataset_files import dataset_files
 from maskllm.dtypes import BY_FLAG, COMPUTE
 from maskllm.environment.optional_parts import TRANSFORMER_IMPLS, resolve_transformer_impl
 from maskllm.errors import MaskLLMError, flag
+from maskllm.masking.schedules import AnnealingSchedule
 from maskllm.patterns import Pattern
 
 
@@ -50,10 +51,16 @@ class TrainArguments:
         "with --train masks or both, or --weights-optimizer cast: N:M, keep N of every M consecutive weights; M at most 32, and at most "
         "128 candidate masks",
     )
-    gumbel_temperature_range: tuple[float, float] = _option((4.0, 0.05), "softmax temperature, first and last", nargs=2)
-    gumbel_scale_range: tuple[float, float] = _option((1e2, 5e2), "multiplier of the logits, first and last", nargs=2)
+    gumbel_temperature_range: tuple[float, float] = _option(
+        AnnealingSchedule.temperature_range, "softmax temperature, first and last", nargs=2
+    )
+    gumbel_scale_range: tuple[float, float] = _option(
+        AnnealingSchedule.scale_range, "multiplier of the logits, first and last", nargs=2
+    )
     prior_strength: float = _option(3.0, "how far a prior mask moves the initial logits, in their standard deviations")
-    weight_reg: float = _option(1e-5, "weight of the sparse weight regularization; it decays linearly to zero")
+    weight_reg: float = _option(
+        AnnealingSchedule.weight_reg, "weight of the sparse weight regularization; it decays linearly to zero"
+    )
     mask_sample_interval: str = _option(
         "micro-batch",
         "how often masks are drawn: for each micro-batch of each data-parallel rank, or once a step for the whole job",

@@ -10,20 +10,13 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from maskllm.distributed import device
+from maskllm.environment.memory import peak_memory_bytes
 from maskllm.masking.parameter import MaskedParameter
 from maskllm.patterns import blocks_that_differ
-from maskllm.processes import peak_resident_bytes
 from maskllm.training.arguments import TrainArguments
 from maskllm.training.cast import Cast
 from maskllm.training.micro_batches import MicroBatches, mean_losses
 from maskllm.training.step import StepResult
-
-
-def peak_memory_bytes() -> int:
-    """The most memory that this process has held: on the device with CUDA, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return peak_resident_bytes()
 
 
 class WinnerTracker:
@@ -77,7 +70,7 @@ class TrainMetrics:
             values |= self._of_masks(good, local)
         if self.cast is not None:
             values |= self._of_cast(window[-1].iteration)
-        memory = torch.tensor(float(peak_memory_bytes()), dtype=torch.float64, device=device())
+        memory = torch.tensor(float(peak_memory_bytes(device())), dtype=torch.float64, device=device())
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
         tokens = len(window) * self.arguments.global_batch_size * self.arguments.seq_length
         rates = list(window[-1].learning_rates.values())

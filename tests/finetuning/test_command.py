@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import sacrebleu
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSpeechSeq2Seq, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    AutoTokenizer,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from maskllm.cli import main
 from maskllm.evaluation.huggingface import evaluate_hf
@@ -182,14 +190,11 @@ def test_learned_masks_leave_the_kept_weights_bit_for_bit(folder, llama, documen
     assert "temperature" in report["log"][0]
 
 
-def test_a_run_starts_from_a_given_mask_file(folder, text_run, llama, documents, capsys):
+def test_a_run_starts_from_a_given_mask_file(folder, text_run, llama, documents):
     _, before = text_run
     output = folder / "given"
     run("text", llama, [documents], output, "--pattern", "2:4", "--mask", before / "mask.npz", "--max-steps", 1)
     assert open_mask_file(output / "mask.npz").digest == open_mask_file(before / "mask.npz").digest
-    words = ("--sparsity", 0.75, "--mask", before / "mask.npz", "--max-steps", 1)
-    assert main(command("text", llama, [documents], folder / "refused", *words)) == 1
-    assert "mask.npz: removes 50.0 % of the weights, wanted 75 %" in capsys.readouterr().err
 
 
 def test_translation(folder):
@@ -274,13 +279,75 @@ def test_two_processes_get_the_result_of_one(ranks, folder, llama, documents, he
         (("--pattern", "2:4", "--max-length", 100), "--max-length 100: the model's context has 64 tokens"),
         (("--pattern", "2:4", "--ce-loss-coeff", 0, "--squarehead-loss-coeff", 0), "nothing is minimized"),
         (("--pattern", "24:48",), "input dimension 32 is not a multiple of 48"),
+        (("--pattern", "2:4", "--mask", "missing.npz"), "missing.npz: no such mask file"),
+        (("--pattern", "2:4", "--teacher", "x", "--squarehead-loss-coeff", 0), "--teacher: no term of the loss uses it"),
+        (("--pattern", "2:4", "--train", "masks", "--teacher", "x"), "--teacher: no term of the loss uses it"),
+        (("--pattern", "2:4", "--train", "masks", "--weights-learning-rate", 1e-3), "--weights-learning-rate: goes with --train both only"),
+        (("--pattern", "2:4", "--gumbel-scale-range", 1, 2), "--gumbel-scale-range: goes with --train masks or both only"),
+        (("--pattern", "2:4", "--weight-reg", 1e-4), "--weight-reg: goes with --train masks or both only"),
+        (("--pattern", "2:4", "--kl-temperature", 2), "--kl-temperature: goes with --kl-loss-coeff only"),
     ],
 )  # fmt: skip
 def test_options_that_cannot_work_are_refused(options, message, llama, documents, tmp_path, capsys):
     assert main(command("text", llama, [documents], tmp_path / "out", *options)) == 1
     error = capsys.readouterr().err
     assert message in error
-    assert not (tmp_path / "out" / "evaluation").exists()
+    assert not (tmp_path / "out").exists(), "a refused command leaves nothing that would refuse the corrected one"
+
+
+def test_a_mask_file_that_does_not_fit_is_refused_before_anything_is_measured(llama, documents, text_run, tmp_path, capsys):
+    mask = text_run[1] / "mask.npz"
+    larger = tiny.llama(tmp_path / "larger", hidden=64)
+    for model, options, message in (
+        (
+            larger,
+            ("--pattern", "2:4"),
+            "mask.npz: the mask of model.layers.0.self_attn.q_proj.weight is uint8 [128], wanted uint8 [512]",
+        ),
+        (llama, ("--pattern", "1:4"), "keeps 2 weights; --pattern 1:4 wants 1"),
+        (llama, ("--pattern", "1:4", "--train", "masks"), "keeps 2 weights; --pattern 1:4 wants 1"),
+        (llama, ("--sparsity", 0.75), "mask.npz: removes 50.0 % of the weights, wanted 75 %"),
+    ):
+        assert main(command("text", model, [documents], tmp_path / "out", "--mask", mask, *options)) == 1
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_mixture_of_experts_is_refused_before_anything_is_measured(documents, tmp_path, capsys):
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=len(tiny.VOCABULARY), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    model = tiny.saved(MixtralForCausalLM(config), tmp_path / "model", f"{tiny.START} $A")
+    assert main(command("text", model, [documents], tmp_path / "out", "--pattern", "2:4")) == 1
+    assert "the weights of 2 experts; mixture of experts is not supported" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_data_in_another_order_are_another_run(llama, documents, held_out, tmp_path, capsys):
+    """The order decides which examples are held out, and which masks they draw."""
+    options = ("--pattern", "2:4", "--max-steps", 1, "--squarehead-loss-coeff", 0)
+    run("text", llama, [documents, held_out], tmp_path / "out", *options)
+    assert main(command("text", llama, [held_out, documents], tmp_path / "out", *options)) == 1
+    sizes = [f"{path.resolve()} ({path.stat().st_size} bytes)" for path in (documents, held_out)]
+    error = capsys.readouterr().err
+    assert f"holds a run with --data {' '.join(sizes)}, not {' '.join(reversed(sizes))}; give the same options" in error
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_progress_is_shown_on_standard_error(terminal, llama, documents, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    run("text", llama, [documents], tmp_path / "out", "--pattern", "2:4", "--max-steps", 3, "--logging-steps", 1, *KL)
+    shown = capsys.readouterr()
+    assert "{" not in shown.out and shown.out.startswith("model")
+    if terminal:
+        assert "3/3" in shown.err and "cross_entropy" in shown.err.rpartition("3/3")[2]
+        assert "step 1 of 3" not in shown.err
+    else:
+        steps = [line for line in shown.err.splitlines() if line.startswith("step ")]
+        assert [line.partition(":")[0] for line in steps] == [f"step {step} of 3" for step in (1, 2, 3)]
+        assert "loss " in steps[0] and "cross_entropy " in steps[0] and "{" not in steps[0]
 
 
 def test_the_output_of_something_else_stays(llama, documents, tmp_path, capsys):

@@ -47,7 +47,7 @@ def refused(models, tmp_path, capsys) -> Callable[..., str]:
         assert main(["finetune", *map(str, words), "--max-length", "16", *map(str, options)]) == 1
         error = capsys.readouterr().err.splitlines()
         assert len(error) == 1, error
-        assert not (tmp_path / "out" / "evaluation").exists()
+        assert not (tmp_path / "out").exists()
         return error[0]
 
     return run
