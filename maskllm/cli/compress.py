@@ -7,7 +7,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable
 
-from maskllm.cli.calibration_options import add_calibration_options, calibration_of
+from maskllm.cli.calibration_options import CALIBRATION_OPTIONS, add_calibration_options, calibration_of
 from maskllm.cli.compute_options import add_compute_options, dtype_of
 from maskllm.cli.measure import measured
 from maskllm.cli.options import writable_file
@@ -55,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Compress or decompress, then print what was written."""
     if args.decompress:
-        for name in ("mask", "mask_base", "bits", "group_size", "pattern", "calibration_data", "params_dtype", "device"):
+        others = ("mask", "mask_base", "bits", "group_size", "pattern", "calibration_data", "params_dtype", "device")
+        for name in (*others, *CALIBRATION_OPTIONS):
             if getattr(args, name) is not None:
                 raise MaskLLMError(f"{flag(name)}: does not go with --decompress, which undoes what was done")
         with measured() as cost:

@@ -84,7 +84,8 @@ def from_config(config: Any, where: str) -> dict[str, CompressedMatrix]:
         raise MaskLLMError(f"{where}: layouts of quantization_config is {type(groups).__name__}; wanted a list of objects")
     matrices: dict[str, CompressedMatrix] = {}
     for group in groups:
-        pattern, dtype, names = group.get("pattern"), BY_NAME.get(group.get("dtype")), group.get("matrices")
+        pattern, dtype, names = group.get("pattern"), group.get("dtype"), group.get("matrices")
+        dtype = BY_NAME.get(dtype) if isinstance(dtype, str) else None
         numbers = [group.get("bits"), group.get("group_size")]
         if (
             not (pattern is None or isinstance(pattern, str))
@@ -95,7 +96,10 @@ def from_config(config: Any, where: str) -> dict[str, CompressedMatrix]:
         ):
             shown = {key: value for key, value in group.items() if key != "matrices"}
             raise MaskLLMError(f"{where}: a layout of quantization_config is not understood: {str(shown)[:200]}")
-        layout = Layout(None if pattern is None else Pattern.parse(pattern), *numbers)
+        try:
+            layout = Layout(None if pattern is None else Pattern.parse(pattern), *numbers)
+        except MaskLLMError as error:
+            raise MaskLLMError(f"{where}: a layout of quantization_config: {error}") from None
         for name, shape in names.items():
             if not (
                 isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and 0 < size < 1 << 31 for size in shape)
@@ -104,7 +108,7 @@ def from_config(config: Any, where: str) -> dict[str, CompressedMatrix]:
             if name in matrices:
                 raise MaskLLMError(f"{where}: {name} is in two layouts of quantization_config")
             if layout.pattern is not None:
-                layout.pattern.check_divides(shape[1], name)
+                layout.pattern.check_divides(shape[1], f"{where}: {name}")
             matrices[name] = CompressedMatrix(*shape, layout, dtype, group["transposed"])
     return matrices
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,13 +22,19 @@ class AlgorithmCache:
     """The fastest cuSPARSELt algorithm of each product, in a JSON file that later runs read.
 
     A key holds everything that the choice depends on: shape, dtype, bias, activation, GPU and library version. The file is
-    `$MASKLLM_CACHE_DIR/cusparselt.json`; the default folder is `~/.cache/maskllm`. Raises MaskLLMError if the file is damaged.
+    `$MASKLLM_CACHE_DIR/cusparselt.json`; the default folder is `~/.cache/maskllm`. If it cannot be read or written, a warning says so
+    once, and the process keeps its algorithms to itself. Raises MaskLLMError if the file is damaged.
     """
 
     def __init__(self, path: Path | None = None) -> None:
         folder = Path(os.environ.get("MASKLLM_CACHE_DIR", Path.home() / ".cache" / "maskllm"))
         self.path = folder / "cusparselt.json" if path is None else path
-        self._choices: dict[str, list[int]] = self._read()
+        self._has_warned = False
+        self._choices: dict[str, list[int]] = {}
+        try:
+            self._choices = self._read()
+        except OSError as error:
+            self._warn(error)
 
     def _read(self) -> dict[str, list[int]]:
         if not self.path.exists():
@@ -50,20 +56,51 @@ class AlgorithmCache:
 
     def put(self, key: str, choice: list[int]) -> None:
         """Store an algorithm and write the file, including what other processes have added in the meantime."""
+        self._choices[key] = list(choice)
         self._update(lambda choices: choices | {key: list(choice)})
 
     def drop(self, key: str) -> None:
         """Forget the algorithm of `key`, in the file too if it can be written."""
         self._choices.pop(key, None)
-        with contextlib.suppress(OSError):
-            self._update(lambda choices: {other: choice for other, choice in choices.items() if other != key})
+        self._update(lambda choices: {other: choice for other, choice in choices.items() if other != key})
+
+    def refuse(self, key: str, error: RuntimeError, instead: str) -> None:
+        """Forget the algorithm of `key`, which the library refused with `error`, and warn. `instead` says what is in use now.
+
+        Raises `error` if it is not the library's.
+        """
+        if not str(error).startswith("cuSPARSELt: "):
+            raise error
+        choice = self.get(key)
+        self.drop(key)
+        reason = str(error).splitlines()[0]
+        warnings.warn(
+            f"{self.path}: the algorithm {choice} of {key!r} does not work here ({reason}); it is removed, and {instead}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
     def _update(self, change: Callable[[dict[str, list[int]]], dict[str, list[int]]]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # closing the file releases the lock
-            self._choices = change(self._read())
-            write_json(self.path, self._choices)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.with_suffix(".lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # closing the file releases the lock
+                choices = change(self._read())
+                write_json(self.path, choices)
+        except OSError as error:
+            self._warn(error)
+        else:
+            self._choices = choices
+
+    def _warn(self, error: OSError) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"{self.path}: cannot be read or written ({error}); every process searches cuSPARSELt's algorithms again. Name another "
+                "folder in MASKLLM_CACHE_DIR",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
 
 def token_bucket(tokens: int) -> int:

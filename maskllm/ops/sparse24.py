@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import nn
 
@@ -202,18 +200,7 @@ class Sparse24Linear(nn.Module):
             try:
                 return torch.ops.maskllm.cusparselt_linear(*operands, choice)
             except RuntimeError as error:
-                if not str(error).startswith("cuSPARSELt: "):
-                    raise
-                result = torch.ops.maskllm.cusparselt_linear(*operands, [])
-                self.cache.drop(key)
-                reason = str(error).splitlines()[0]
-                warnings.warn(
-                    f"{self.cache.path}: the algorithm {choice} of {key!r} does not work here ({reason}); it is removed, "
-                    "and the default algorithm is in use until the next tune()",
-                    RuntimeWarning,
-                    stacklevel=3,
-                )
-                return result
+                self.cache.refuse(key, error, "the default algorithm is in use until the next tune()")
         return torch.ops.maskllm.cusparselt_linear(*operands, [])
 
     def _semi_structured(self, rows: torch.Tensor) -> torch.Tensor:

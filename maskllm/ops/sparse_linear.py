@@ -191,14 +191,14 @@ def sparse_pack(
 ) -> dict[str, torch.Tensor]:
     """Store a matrix [out, in]: the tensors that `layout` has.
 
-    A block with fewer than N non-zeros keeps negative zeros and then the lowest free columns, so that at 16 and 32 bits
-    `sparse_expand` gives the same bits back; as in `compress24`, a negative zero beside N non-zeros comes back positive. Integers are
-    rounded to the nearest.
+    A block with fewer than N non-zeros keeps negative zeros and then the lowest free columns, and an unstructured matrix without a
+    mask keeps all negative zeros, so that at 16 and 32 bits `sparse_expand` gives the same bits back; as in `compress24`, a negative
+    zero beside N non-zeros comes back positive. Integers are rounded to the nearest.
 
     Args:
         weight: fp32, bf16 or fp16.
         name: the tensor's name for error messages.
-        mask: bool [out, in], the kept places, N a block or fewer; without it, the non-zeros.
+        mask: bool [out, in], the kept places, N a block or fewer; without it, the non-zeros. Unstructured, exactly these are kept.
         scales: fp32 [out, groups], for weights that are already multiples of scales; without it, the largest value of a group
             becomes 127 or 7.
 

@@ -38,7 +38,10 @@ def _many_rows(data, values, places, scales, row_starts, bias, n, m, bits, group
             algorithm = _faster(data, weight, bias)
             _cache().put(key, algorithm)
         if algorithm:
-            return _cusparselt(data, weight, bias, algorithm)
+            try:
+                return _cusparselt(data, weight, bias, algorithm)
+            except RuntimeError as error:
+                _cache().refuse(key, error, "torch multiplies until the next measurement")
     return torch.nn.functional.linear(data, weight, bias)
 
 

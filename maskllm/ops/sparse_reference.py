@@ -103,7 +103,10 @@ def pack_places(mask: torch.Tensor, numbers: Numbers) -> torch.Tensor:
 
 
 def choose(weight: torch.Tensor, pattern: Pattern | None, mask: torch.Tensor | None, name: str) -> torch.Tensor:
-    """The places that are stored, bool [out, in]: exactly N a block. Raises MaskLLMError if a block has more non-zeros."""
+    """The places that are stored, bool [out, in]: exactly N a block; unstructured, those of the mask, else all but positive zeros.
+
+    Raises MaskLLMError if a block has more non-zeros.
+    """
     nonzero = weight != 0
     negative_zero = ~nonzero & torch.signbit(weight)
     if mask is not None:
@@ -115,7 +118,7 @@ def choose(weight: torch.Tensor, pattern: Pattern | None, mask: torch.Tensor | N
             raise MaskLLMError(f"{name}: row {row}, column {column} is not zero, and its mask does not keep it")
         nonzero, negative_zero = mask, negative_zero & ~mask
     if pattern is None:
-        return nonzero | negative_zero
+        return nonzero | negative_zero if mask is None else mask
     shape = (len(weight), -1, pattern.m)
     count = nonzero.view(shape).sum(-1)
     crowded = (count > pattern.n).nonzero()

@@ -23,7 +23,7 @@ from maskllm.patterns import Pattern
 from maskllm.pruning.calibration import Calibration
 from maskllm.pruning.quantize import quantize_matrices
 from maskllm.pruning.statistics import InputStatistics
-from tests.export.test_compress import files_of, tensors_of
+from tests.export.test_compress import files_of, tensors_of, write_unstructured
 from tests.families.tiny import write_tiny
 from tests.inference.sparse_models import sparse_model, write_sparse
 from tests.pruning.test_calibration import write_indexed
@@ -137,6 +137,18 @@ def test_matrices_that_stay_dense_and_a_mask_file_with_a_base(calibration, tmp_p
         assert ((after[name] != 0) <= mask).all() and torch.equal(before[name], after[name]) == mask.all()
 
 
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_unstructured_matrices_keep_their_zeros_and_no_others(zero, calibration, tmp_path):
+    write_unstructured(tmp_path / "hf", zero)
+    report = compress(tmp_path / "hf", tmp_path / "small", SETTINGS, calibration=calibration)
+    assert all(matrix["pattern"] is None and "relative_error" in matrix for matrix in report.matrices.values())
+    decompress(tmp_path / "small", tmp_path / "back")
+    before, after, small = (tensors_of(tmp_path / name) for name in ("hf", "back", "small"))
+    for name in report.matrices:
+        kept = before[f"{name}.weight"] != 0
+        assert small[f"{name}.row_starts"][-1] == kept.sum() and not after[f"{name}.weight"][~kept].any()
+
+
 def test_the_default_dtype(calibration, tmp_path):
     write_sparse(tmp_path / "hf", "llama3", torch.bfloat16)
     default = Calibration(calibration.data, 4, 10, params_dtype=None)
@@ -156,6 +168,12 @@ def test_refused(calibration, tmp_path, capsys):
         (data, "--calibration-data .*: chooses integers; wanted --bits 8 or 4 too"),
         (["--bits", "8", "--device", "cpu"], "--device: nothing is computed without --calibration-data"),
         (["--decompress", *data], "--calibration-data: does not go with --decompress"),
+        (["--decompress", "--seed", "1234"], "--seed: does not go with --decompress"),
+        (["--calibration-samples", "128"], "--calibration-samples: belongs to --calibration-data, which is not given"),
+        (["--bits", "8", "--seq-length", "2048"], "--seq-length: belongs to --calibration-data"),
+        (["--seed", "0"], "--seed: belongs to --calibration-data"),
+        (["--pack"], "--pack: belongs to --calibration-data"),
+        (["--bits", "8", *data, "--seed", "-1"], "--seed -1: wanted a number of at least 0"),
         (["--bits", "8", *data, "--calibration-samples", "0"], "--calibration-samples 0: wanted a positive number"),
         (["--bits", "8", *data, "--seq-length", "1000"], "--seq-length 1000: the model has a context of 512 tokens"),
         (["--bits", "8", *data, "--seq-length", "40"], "none of the 6 calibration documents is longer than 40 tokens"),

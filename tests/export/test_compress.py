@@ -110,15 +110,36 @@ def test_the_command_says_what_stays_dense(tmp_path, capsys):
     assert files_of(tmp_path / "back") == files_of(tmp_path / "hf")
 
 
-def test_unstructured_zeros(tmp_path):
+def write_unstructured(path: Path, zero: float) -> None:
+    """A tiny model in fp32 of which 60 % of the blocks' weights, in any places, are this zero."""
     model = sparse_model("gpt2", torch.float32)
     for linear in block_linears(model).values():
-        torch.nn.init.normal_(linear.weight).data.masked_fill_(torch.rand_like(linear.weight) < 0.6, 0)
-    model.save_pretrained(tmp_path / "hf")
+        torch.nn.init.normal_(linear.weight).data.masked_fill_(torch.rand_like(linear.weight) < 0.6, zero)
+    model.save_pretrained(path)
+
+
+def test_unstructured_zeros(tmp_path):
+    write_unstructured(tmp_path / "hf", 0.0)
     report = compress(tmp_path / "hf", tmp_path / "small")
     assert {matrix["pattern"] for matrix in report.matrices.values()} == {None}
     decompress(tmp_path / "small", tmp_path / "back")
     assert files_of(tmp_path / "back") == files_of(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_unstructured_negative_zeros_are_not_stored(bits, tmp_path):
+    write_unstructured(tmp_path / "hf", -0.0)
+    report = compress(tmp_path / "hf", tmp_path / "small", CompressSettings(bits))
+    decompress(tmp_path / "small", tmp_path / "back")
+    before, after = tensors_of(tmp_path / "hf"), tensors_of(tmp_path / "back")
+    lost = 0
+    for name in report.matrices:
+        one, other = before[f"{name}.weight"], after[f"{name}.weight"]
+        zeros = one == 0
+        assert not other[zeros].signbit().any() and not other[zeros].any()
+        assert bits or torch.equal(one, other)
+        lost += int(zeros.sum())
+    assert lost > 0 and report.negative_zeros == (0 if bits else lost)
 
 
 @pytest.mark.parametrize(("bits", "levels"), [(8, 127), (4, 7)])
@@ -225,9 +246,15 @@ def test_options_that_do_not_go_together(tmp_path, capsys):
         ({"format_version": 2}, "format_version 2 of a compressed checkpoint; this maskllm reads 1"),
         ({"layouts": 3}, "layouts of quantization_config is int"),
         ({"layouts": [{"pattern": "2:4", "bits": True}]}, "a layout of quantization_config is not understood"),
-        ({"layouts": "same", "pattern": "9:4"}, "pattern 9:4"),
-        ({"layouts": "same", "bits": 5}, "bits 5"),
-        ({"layouts": "same", "matrices": {"a": [4, 1 << 40]}}, "a has shape"),
+        ({"layouts": "same", "dtype": []}, r"config\.json: a layout of quantization_config is not understood"),
+        ({"layouts": "same", "pattern": "9:4"}, r"config\.json: a layout of quantization_config: pattern 9:4"),
+        ({"layouts": "same", "bits": 5}, r"config\.json: a layout of quantization_config: bits 5"),
+        (
+            {"layouts": "same", "bits": 8, "group_size": 6},
+            r"config\.json: a layout of quantization_config: group size 6 with 8 bits",
+        ),
+        ({"layouts": "same", "matrices": {"a": [4, 1 << 40]}}, r"config\.json: a has shape"),
+        ({"layouts": "same", "matrices": {"a": [4, 10]}}, r"config\.json: a: its \(shard's\) input dimension 10"),
         ({"layouts": "same", "matrices": {"a": [4, 8]}}, "has no tensor a.values"),
         ({"layouts": "same", "pattern": "4:8"}, "places is U8|values is BF16|U8"),
         ({"layouts": "same", "pattern": "1:4"}, "is U8|is BF16"),

@@ -1,5 +1,6 @@
 """The cache of cuSPARSELt's algorithms."""
 
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -54,8 +55,29 @@ def test_an_entry_of_a_file_that_cannot_be_written_is_dropped_for_the_process(tm
         raise PermissionError("read-only")
 
     monkeypatch.setattr(algorithm_cache, "write_json", refuse)
-    cache.drop("bad")
+    with pytest.warns(RuntimeWarning, match=r"cusparselt\.json: cannot be read or written \(read-only\)"):
+        cache.drop("bad")
     assert cache.get("bad") is None
+
+
+def test_a_process_that_can_write_no_file_keeps_its_entries(tmp_path):
+    (tmp_path / "file").write_text("")
+    cache = AlgorithmCache(tmp_path / "file" / "cusparselt.json")  # its folder cannot be made
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cache.put("a", [1, 2, 3, 4])
+        cache.put("b", [])
+        cache.drop("a")
+    assert [str(warning.message).count("MASKLLM_CACHE_DIR") for warning in caught] == [1]
+    assert (cache.get("a"), cache.get("b")) == (None, [])
+
+
+def test_a_file_that_cannot_be_read_is_as_none(tmp_path, monkeypatch):
+    (tmp_path / "cusparselt.json").mkdir()
+    with pytest.warns(RuntimeWarning, match="cannot be read or written"):
+        cache = AlgorithmCache(tmp_path / "cusparselt.json")
+    cache.put("a", [1, 2, 3, 4])
+    assert cache.get("a") == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("content", ["{", '{"key": [1, 2]}', "[1]", '{"key": ["a", 1, 2, 3]}', '{"key": [true, 1, 2, 3]}'])

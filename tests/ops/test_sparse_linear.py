@@ -113,6 +113,8 @@ def test_a_mask_keeps_zeros_and_given_scales_are_used():
     assert (scaled["values"].tolist(), scaled["scales"].tolist()) == ([[0, 6]], [[0.5]])
     with pytest.raises(MaskLLMError, match=r"^fc1: row 0, column 1 is not zero, and its mask does not keep it"):
         sparse_pack(weight, Layout(Pattern(2, 4), 32), "fc1", mask=torch.tensor([[True, False, False, True]]))
+    mask = torch.tensor([[True, True, False, False]])
+    assert sparse_pack(torch.tensor([[0.0, 3, -0.0, 0]]), Layout(None, 32), mask=mask)["row_starts"].tolist() == [0, 2]
 
 
 @pytest.mark.parametrize("pattern", [Pattern(2, 4), Pattern(1, 4), Pattern(4, 8)], ids=str)

@@ -1,5 +1,6 @@
 """Products of many rows on CUDA: torch's product or cuSPARSELt's, whichever was faster. The CPU stands in for the GPU."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,8 @@ class Library:
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.milliseconds: list[float] = []
+        self.refused: list[int] | None = None
+        self.error = "cuSPARSELt: not supported\nmore"
 
     def compress(self, weight):
         self.calls.append("compress")
@@ -26,6 +29,8 @@ class Library:
 
     def linear(self, data, compressed, out_features, bias, activation, algorithm):
         self.calls.append(f"linear {algorithm}")
+        if algorithm == self.refused:
+            raise RuntimeError(self.error)
         return torch.nn.functional.linear(data, compressed, bias)
 
     def search(self, data, compressed, out_features, bias, activation):
@@ -79,6 +84,32 @@ def test_the_faster_product_is_found_once_for_each_power_of_two(library):
     library.calls.clear()
     product(256)
     assert library.calls == []
+
+
+def test_an_algorithm_that_the_library_refuses_is_forgotten_and_torch_multiplies(library, tmp_path):
+    library.milliseconds = [3.0, 1.0, 2.0]
+    product(100)
+    library.refused = [7, 1, 0, 0]
+    with pytest.warns(RuntimeWarning, match=r"the algorithm \[7, 1, 0, 0\] of .* \(cuSPARSELt: not supported\); it is removed"):
+        product(100)
+    assert json.loads((tmp_path / "cusparselt.json").read_text()) == {}
+    library.refused, library.milliseconds = None, [3.0, 1.0, 2.0]
+    product(100)  # measures again
+    library.refused, library.error = [7, 1, 0, 0], "CUDA out of memory"
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+        product(100)
+
+
+def test_a_cache_that_cannot_be_written_does_not_stop_the_product(library, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    cache = AlgorithmCache(tmp_path / "file" / "cusparselt.json")
+    monkeypatch.setattr(sparse_many_rows, "_cache", lambda: cache)
+    library.milliseconds = [3.0, 1.0, 2.0]
+    with pytest.warns(RuntimeWarning, match="MASKLLM_CACHE_DIR"):
+        product(100)
+    library.calls.clear()
+    product(128)
+    assert library.calls == ["compress", "linear [7, 1, 0, 0]"]
 
 
 def test_nothing_is_searched_if_compressing_alone_takes_longer(library):
