@@ -154,6 +154,22 @@ def assert_resumes_with_the_same_bits(ranks: Pool, folder: Path, words: Sequence
     return whole
 
 
+def assert_moves_to_another_layout(
+    ranks: Pool, folder: Path, words: Callable[..., list[str]], before: dict[str, object], after: dict[str, object]
+) -> dict[str, torch.Tensor]:
+    """A finished run under the layout `before` is loaded under the layout `after` and saved again: each tensor has the same bits.
+
+    `words(save, **options)` is the command line of the run, on two ranks. Returns the tensors.
+    """
+    ranks(2, "maskllm.train", *words(folder / "run", **before))
+    done = ranks(2, "maskllm.train", *words(folder / "copy", load=folder / "run", **after))
+    assert "resuming" in done.stderr, done.stderr
+    whole, copy = tensors(folder / "run"), tensors(folder / "copy")
+    assert whole.keys() == copy.keys()
+    assert [name for name, tensor in whole.items() if not torch.equal(tensor, copy[name])] == []
+    return whole
+
+
 def logits(save: Path) -> dict[str, torch.Tensor]:
     """The logits in the latest checkpoint."""
     return {key: tensor for key, tensor in learned_tensors(save).items() if not key.startswith("optimizer")}

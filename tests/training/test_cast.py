@@ -25,7 +25,7 @@ from maskllm.training.arguments import TrainArguments
 from maskllm.training.data_parallel import data_parallel
 from maskllm.training.optimizer import build_optimizer, unchained
 from maskllm.training.trainables import parameter_groups
-from tests.training.conftest import arguments, assert_resumes_with_the_same_bits, metrics, tensors
+from tests.training.conftest import arguments, assert_moves_to_another_layout, assert_resumes_with_the_same_bits, metrics, tensors
 
 PATTERN = Pattern(2, 4)
 STEPS = 6
@@ -121,6 +121,35 @@ def test_a_resumed_run_in_bf16_has_the_bits_of_an_uninterrupted_one(more, ranks,
     whole = assert_resumes_with_the_same_bits(ranks, tmp_path, arguments(tmp_path / "run", tiny_dataset, tiny_dense, **run))
     assert any("param.decoder" in name for name in whole), "no masters are saved"
     assert whole[f"{linears_of(whole)[0]}.weight_scales"].dtype == torch.float32
+
+
+@pytest.mark.slow
+def test_another_layout_loads_all_bits_of_a_run_in_bf16(ranks, tmp_path, tiny_dataset, tiny_dense):
+    """Weights, masters, masks, scales and the moments of both groups."""
+    run = OPTIONS | {"params_dtype": "bf16", "steps": 3, "eval_iters": 0}
+    whole = assert_moves_to_another_layout(
+        ranks, tmp_path, lambda save, **more: arguments(save, tiny_dataset, tiny_dense, **run | more), TP2, PP2
+    )
+    kinds = [f"{linear}.{kind}" for linear in linears_of(whole) for kind in ("weight", "weight_scales")]
+    assert {f"optimizer.state.{name}.{kind}" for name in ("exp_avg", "exp_avg_sq") for kind in kinds} <= whole.keys()
+    assert {f"optimizer.state.fp32_param.{kind}" for kind in kinds if kind.endswith(".weight")} <= whole.keys()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_under_another_layout(single, ranks, tmp_path, tiny_dataset, tiny_dense):
+    """From step 3 of 6: the masks are refreshed before step 4 and used in it and the next one."""
+    start = single / "iter_0000003"
+    ranks(2, "maskllm.train", *arguments(tmp_path / "run", tiny_dataset, tiny_dense, **OPTIONS | {"load": start} | TP2))
+    expected, found = metrics(single)[3:], metrics(tmp_path / "run")
+    assert [line["iteration"] for line in found] == [4, 5, 6]
+    for first, second in zip(expected, found, strict=True):
+        for key in ("loss", "kl", "l1_decay", "learning_rate"):
+            assert second[key] == pytest.approx(first[key], rel=2e-5), (first["iteration"], key)
+    whole, other = tensors(single), tensors(tmp_path / "run")
+    assert whole.keys() == other.keys()
+    for name, tensor in whole.items():
+        close = torch.isclose(tensor.double(), other[name].double(), rtol=1e-3, atol=1e-4)
+        assert close.double().mean() > 0.999, name
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from maskllm.families.registry import parameter_map
 from maskllm.ops import winner_mask
 from maskllm.patterns import Pattern, unpack_mask
 from maskllm.training.loop import Trainer
-from tests.training.conftest import arguments, assert_resumes_with_the_same_bits, metrics, tensors
+from tests.training.conftest import arguments, assert_moves_to_another_layout, assert_resumes_with_the_same_bits, metrics, tensors
 
 STEPS = 6
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
@@ -125,6 +125,45 @@ def test_a_resumed_run_in_bf16_has_the_bits_of_an_uninterrupted_one(trained, mor
     run = options(trained, params_dtype="bf16", **more)
     whole = assert_resumes_with_the_same_bits(ranks, tmp_path, arguments(tmp_path / "run", tiny_dataset, tiny_pruned, **run))
     assert any("param.decoder" in name for name in whole), "no masters are saved"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("trained", "before", "after"),
+    [
+        ("weights", {"use_distributed_optimizer": True}, TP2 | {"use_distributed_optimizer": True}),
+        ("both", TP2, PP2),
+    ],
+)
+def test_another_layout_loads_all_bits_of_a_run_in_bf16(trained, before, after, ranks, tmp_path, tiny_dataset, tiny_pruned):
+    """Weights, masters, logits, and the moments of both groups."""
+    run = options(trained, params_dtype="bf16") | {"steps": 3, "save_interval": 3, "eval_iters": 0}
+    whole = assert_moves_to_another_layout(
+        ranks, tmp_path, lambda save, **more: arguments(save, tiny_dataset, tiny_pruned, **run | more), before, after
+    )
+    linear = "decoder.layers.1.mlp.linear_fc1"
+    master = "param" if before.get("use_distributed_optimizer") else "fp32_param"
+    kinds = [f"{linear}.weight", *[f"{linear}.mask_logits"] * (trained == "both")]
+    wanted = {f"optimizer.state.{name}.{kind}" for name in ("exp_avg", "exp_avg_sq") for kind in kinds}
+    assert wanted | {f"optimizer.state.{master}.{linear}.weight"} <= whole.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("trained", "layout"), [("weights", TP2), ("both", PP2)])
+def test_a_run_goes_on_under_another_layout(trained, layout, single, ranks, tmp_path, tiny_dataset, tiny_pruned):
+    """From step 3 of 6, with the counts of Adam's steps and the learning rates."""
+    start = single(trained) / "iter_0000003"
+    ranks(2, "maskllm.train", *arguments(tmp_path / "run", tiny_dataset, tiny_pruned, **options(trained, load=start, **layout)))
+    expected, found = metrics(single(trained))[3:], metrics(tmp_path / "run")
+    assert [line["iteration"] for line in found] == [4, 5, 6]
+    for first, second in zip(expected, found, strict=True):
+        for key in (*TERMS, "learning_rate", *(key for key in first if key == "weights_learning_rate")):
+            assert second[key] == pytest.approx(first[key], rel=2e-5), (first["iteration"], key)
+    whole, other = tensors(single(trained)), tensors(tmp_path / "run")
+    assert whole.keys() == other.keys()
+    for name, tensor in whole.items():
+        close = torch.isclose(tensor.double(), other[name].double(), rtol=1e-3, atol=1e-4)
+        assert close.double().mean() > 0.999, name
 
 
 @pytest.mark.slow
