@@ -1,11 +1,11 @@
-"""Kill and resume a tiny run many times at random moments: it must end with the logits of the run that nothing interrupted.
+"""Kill and resume a tiny run many times at random moments: it must end with the tensors of the run that nothing interrupted.
 
-usage: python -m benchmarks.kill_resume [--cycles 200] [--json FILE]
+usage: python -m benchmarks.kill_resume [--cycles 200] [--train both] [--json FILE]
 
 Each cycle starts the run under torchrun and kills either one rank or torchrun and all ranks with SIGKILL: a sixth of them after a random
 time of up to half of the whole run's, most often before the first step, the others at a random moment after a random number of steps, up
-to two saves later. A run that reaches its end is compared, bit for bit, with the uninterrupted one, logits and optimizer states, and
-the cycles go on with a new one; the last run is taken to its end. Ctrl-C ends the cycles early. Exits with 1 where a tensor differs.
+to two saves later. A run that reaches its end is compared, bit for bit, with the uninterrupted one: weights, logits and optimizer states.
+Then the cycles go on with a new one; the last run is taken to its end. Ctrl-C ends the cycles early. Exits with 1 where a tensor differs.
 """
 
 from __future__ import annotations
@@ -39,6 +39,13 @@ from maskllm.checkpoints.reading import resolve  # noqa: E402
 from maskllm.files import write_json  # noqa: E402
 
 SAVE_INTERVAL = 5
+_WEIGHTS = ["--weights-lr", 0.003, "--ce-loss-coeff", 0.5, "--kl-loss-coeff", 0.5, "--params-dtype", "bf16"]
+OPTIONS = {
+    "masks": ["--lr", 0.01, "--params-dtype", "fp32"],
+    "weights": _WEIGHTS,
+    "both": ["--lr", 0.01, *_WEIGHTS],
+}
+"""What is trained -> options of the run. Weights are trained in bf16, with fp32 masters, and against the dense weights."""
 
 
 def make_inputs(folder: Path) -> tuple[Path, str]:
@@ -65,12 +72,12 @@ def make_inputs(folder: Path) -> tuple[Path, str]:
     return folder / "pruned", str(folder / "data")
 
 
-def command(model: Path, data: str, save: Path, steps: int, ranks: int) -> list[str]:
+def command(model: Path, data: str, save: Path, steps: int, ranks: int, trained: str) -> list[str]:
     """The run, which saves in the background."""
     words = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m", "maskllm.train",
         "--data-path", data, "--pretrained-checkpoint", model, "--save", save, "--load", save, "--train-iters", steps,
-        "--global-batch-size", 4, "--seq-length", 64, "--lr", 0.01, "--params-dtype", "fp32", "--log-interval", 1, "--eval-iters", 0,
+        "--global-batch-size", 4, "--seq-length", 64, "--train", trained, *OPTIONS[trained], "--log-interval", 1, "--eval-iters", 0,
         "--save-interval", SAVE_INTERVAL, "--async-save", "--keep-last", 2,
     ]  # fmt: skip
     return list(map(str, words))
@@ -120,31 +127,33 @@ def kill(process: subprocess.Popen, *, one_rank: bool, choose: random.Random) ->
     process.wait()
 
 
-def learned(save: Path) -> dict[str, torch.Tensor]:
+def saved_tensors(save: Path) -> dict[str, torch.Tensor]:
     tensors = resolve(save).tensors
-    return {key: tensors[key].load() for key in tensors if "mask_logits" in key or key.startswith("optimizer")}
+    return {key: tensors[key].load() for key in tensors}
 
 
 def iteration(save: Path) -> int:
     return int((save / LATEST).read_text()) if (save / LATEST).is_file() else 0
 
 
-def measure(cycles: int, steps: int, ranks: int, seed: int, folder: Path) -> dict[str, Any]:
+def measure(cycles: int, steps: int, ranks: int, seed: int, trained: str, folder: Path) -> dict[str, Any]:
     """Run the cycles and compare; returns the report as JSON values."""
     choose = random.Random(seed)
     model, data = make_inputs(folder)
     whole, killed, log = folder / "whole", folder / "killed", folder / "log"
-    seconds = run_to_the_end(command(model, data, whole, steps, ranks), log)
-    expected = learned(whole)
-    words = command(model, data, killed, steps, ranks)
+    seconds = run_to_the_end(command(model, data, whole, steps, ranks, trained), log)
+    expected = saved_tensors(whole)
+    words = command(model, data, killed, steps, ranks, trained)
     history: list[dict[str, Any]] = []
     differ: set[str] = set()
     runs = 0
 
     def compare() -> None:
         nonlocal runs
-        found = learned(killed)
-        differ.update(key for key in expected if key not in found or not torch.equal(expected[key], found[key]))
+        found = saved_tensors(killed)
+        differ.update(
+            key for key in expected | found if key not in expected or key not in found or not torch.equal(expected[key], found[key])
+        )
         runs += 1
         shutil.rmtree(killed)
 
@@ -179,6 +188,7 @@ def measure(cycles: int, steps: int, ranks: int, seed: int, folder: Path) -> dic
         "steps": steps,
         "ranks": ranks,
         "seed": seed,
+        "train": trained,
         "uninterrupted_seconds": round(seconds, 3),
         "runs_compared": runs,
         "killed_before_a_step": sum(not one["steps"] for one in history),
@@ -197,10 +207,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--train-iters", type=int, default=100, help="optimizer steps of a run")
     parser.add_argument("--ranks", type=int, default=2, help="processes, data parallel")
     parser.add_argument("--seed", type=int, default=1234, help="of the moments and the kinds of kill")
+    parser.add_argument("--train", choices=OPTIONS, default="masks", help="what is trained")
     parser.add_argument("--json", metavar="FILE", help="write the report here")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder:
-        report = measure(args.cycles, args.train_iters, args.ranks, args.seed, Path(folder))
+        report = measure(args.cycles, args.train_iters, args.ranks, args.seed, args.train, Path(folder))
     if args.json:
         write_json(args.json, report)
     print(json.dumps({key: value for key, value in report.items() if key != "history"}, indent=2))

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import kill_resume, tables
 from benchmarks.results import Result
+from maskllm.checkpoints.reading import resolve
 from tests.ranks import Job
 
 
@@ -25,7 +26,8 @@ def check(report: dict[str, Any], cycles: int) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_moments_ends_as_the_uninterrupted_one(ranks, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("trained", "cycles"), [("masks", 4), ("both", 2)])
+def test_a_run_killed_at_random_moments_ends_as_the_uninterrupted_one(trained, cycles, ranks, tmp_path, monkeypatch):
     """The ranks are forked from the server of tests.ranks instead of started by torchrun."""
 
     def start(words: list[str], log: Path) -> Job:
@@ -33,7 +35,10 @@ def test_a_run_killed_at_random_moments_ends_as_the_uninterrupted_one(ranks, tmp
             return ranks.start(2, words[words.index("maskllm.train") - 1 :], [file.fileno()] * 2)
 
     monkeypatch.setattr(kill_resume, "start", start)
-    check(kill_resume.measure(cycles=4, steps=12, ranks=2, seed=1234, folder=tmp_path), 4)
+    report = kill_resume.measure(cycles=cycles, steps=12, ranks=2, seed=1234, trained=trained, folder=tmp_path)
+    check(report, cycles)
+    masters = any(key.startswith("optimizer.state.fp32_param.") for key in resolve(tmp_path / "whole").tensors)
+    assert masters == (trained == "both")
 
 
 @pytest.mark.long
