@@ -339,6 +339,22 @@ _ALL = [
         ("csrc/cpu", "maskllm/export", "maskllm/huggingface", "maskllm/inference", "maskllm/ops"),
         tiny="--bits 16",
     ),
+    *(
+        Measurement(
+            f"compressed-tasks/{name}",
+            f"python -m benchmarks.compressed_tasks {model} --work {{work}}",
+            minutes,
+            ("benchmarks/models.py", "csrc/cpu", "csrc/include", "maskllm/inference", "maskllm/ops"),
+            tiny,
+        )
+        for name, model, minutes, tiny in (
+            ("whisper-tiny.en", "--model {finetune}/whisper", 6, None),
+            ("t5-multi30k", "--model {finetune}/t5", 6, None),
+            ("mpt-documentation", "--model {finetune}/mpt", 6, None),
+            ("t5-small", "--random t5-small", 6, "--patterns 16:64 --bits 16 --prompt-tokens 4 --new-tokens 2 --rounds 1"),
+            ("mpt-1b", "--random mpt-1b", 25, None),
+        )
+    ),
     *(_compressed(row, 3) for row in ("dense", "16")),
     *(_compressed(f"{bits}-nearest", 6) for bits in (8, 4)),
     _compressed("8-calibrated", 10),
@@ -376,6 +392,7 @@ TABLES = {
         Table("quickstart", "The quickstart", ("quickstart",), tables.quickstart),
         Table("zero-shot", "The quickstart's models on zero-shot tasks", ("zero-shot",), tables.zero_shot),
         Table("model-load", "Loading compressed models", ("model-load",), tables.model_load),
+        Table("compressed-tasks", "Other compressed models", _group("compressed-tasks"), tables.compressed_tasks),
         Table("compressed-quality", "Compressed weights", _group("compressed-quality"), tables.compressed_quality),
         Table("quality", "Ways to train, at equal training tokens", _group("quality"), tables.quality),
         Table("one-shot", "One-shot masks", _group("one-shot"), tables.one_shot),

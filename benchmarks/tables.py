@@ -88,6 +88,39 @@ def quality(found: Results) -> list[str]:
     )
 
 
+def compressed_tasks(found: Results) -> list[str]:
+    """Whisper, T5 and MPT: the best of several rounds, and the rate beside the dense model's."""
+    cells = []
+    for result in found.values():
+        report = result.result
+        best = {label: max(rows, key=lambda row: row["texts_per_second"]) for label, rows in report["rows"].items()}
+        for label, row in best.items():
+            audio = row["audio_seconds"]
+            cells.append(
+                [
+                    report["model"],
+                    label,
+                    f"{row['weight_bytes'] / 1e6:.1f}",
+                    f"{1e3 * row['first_token_seconds']:.1f}",
+                    f"{row['tokens_per_second']:.1f}",
+                    f"{row['texts_per_second']:.3g}",
+                    f"{1 / row['texts_per_second'] / audio:.3g}" if audio else "",
+                    f"{row['texts_per_second'] / best['dense']['texts_per_second']:.2f}",
+                ]
+            )
+    header = [
+        "model",
+        "weights",
+        "MB in memory",
+        "first token, ms",
+        "tokens/s",
+        "texts/s",
+        "s a second of audio",
+        "texts/s over dense",
+    ]
+    return markdown_table(header, cells, left=2)
+
+
 def compressed_quality(found: Results) -> list[str]:
     """A 2:4 model as `maskllm compress` stores it."""
     cells = []

@@ -16,19 +16,23 @@ from maskllm.inference.benchmark import BenchmarkSettings, benchmark, check_figu
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the verb."""
     parser.description = (
-        "Generate tokens with each model in turn, each in a process of its own, and print the time to the first token, tokens a second, "
-        "bytes of weights and peak memory. Prompts are random tokens, and no token ends a text."
+        "Write tokens with each model in turn, each in a process of its own, and print the time to the first token, tokens and whole texts "
+        "a second, bytes of weights and peak memory. Prompts are random tokens, speech models hear noise, and no token ends a text."
     )
     defaults = BenchmarkSettings()
     parser.add_argument("--model", required=True, metavar="DIR_OR_ID", help="Hugging Face checkpoint, dense or compressed")
     parser.add_argument("--against", nargs="+", metavar="DIR_OR_ID", help="other checkpoints to measure in the same run")
     parser.add_argument(
-        "--prompt-tokens", type=positive_integer, default=defaults.prompt_tokens, metavar="N", help="tokens of each prompt"
+        "--prompt-tokens",
+        type=positive_integer,
+        default=defaults.prompt_tokens,
+        metavar="N",
+        help="tokens of each prompt; not for speech models",
     )
     parser.add_argument(
-        "--new-tokens", type=_at_least_two, default=defaults.new_tokens, metavar="N", help="tokens to generate for each prompt"
+        "--new-tokens", type=_at_least_two, default=defaults.new_tokens, metavar="N", help="tokens to write for each prompt"
     )
-    parser.add_argument("--rows", type=positive_integer, default=defaults.rows, metavar="N", help="prompts at once")
+    parser.add_argument("--rows", type=positive_integer, default=defaults.rows, metavar="N", help="prompts, or recordings, at once")
     add_compute_options(parser)
     parser.add_argument("--json", type=writable_file, metavar="FILE", help="write the numbers as JSON")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""How fast a Hugging Face model generates text, and how much memory it takes: several models in turn, each in a process of its own."""
+"""How fast a Hugging Face model writes text, and how much memory it takes: several models in turn, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -12,11 +12,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    AutoFeatureExtractor,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from maskllm.dtypes import dtype_name
 from maskllm.environment.memory import peak_memory_bytes
-from maskllm.errors import MaskLLMError
+from maskllm.errors import MaskLLMError, whole_message
+from maskllm.huggingface.config import load_config
 from maskllm.huggingface.hub import find_source
 from maskllm.huggingface.loading import context_of, load_hf_model, quiet_transformers, usable_device
 from maskllm.huggingface.tensors import weight_files
@@ -29,11 +40,11 @@ class BenchmarkSettings:
     """What is generated, and how."""
 
     prompt_tokens: int = 128
-    """Of each row; they are random."""
+    """Of each row; they are random. A model of sound hears its window instead, of noise."""
     new_tokens: int = 64
     """That each row gets."""
     rows: int = 1
-    """Prompts at once."""
+    """Prompts, or recordings, at once."""
     dtype: torch.dtype | None = None
     """As in `maskllm.huggingface.loading.load_hf_model`."""
     device: str | None = None
@@ -49,6 +60,10 @@ class BenchmarkResult:
     """From the call of `generate` to the first new token of all rows."""
     tokens_per_second: float
     """New tokens after the first, of all rows together."""
+    texts_per_second: float
+    """Rows a second, from the call of `generate` to the last token."""
+    audio_seconds: float | None
+    """Of the recording that each row hears; None for models of text."""
     file_bytes: int
     """Of the files with weights."""
     weight_bytes: int
@@ -95,25 +110,29 @@ def benchmark(models: Sequence[str | Path], settings: BenchmarkSettings | None =
 
 
 def measure(model: str, directory: Path, settings: BenchmarkSettings) -> BenchmarkResult:
-    """Load a model and let it generate, once for a few tokens to warm up and once measured. The memory is that of this process."""
+    """Load a model and let it generate, once for a few tokens to warm up and once measured. The memory is that of this process.
+
+    Encoder-decoder models of text read the prompt and write the new tokens; those of sound hear noise as long as their window, or 30
+    seconds. All others continue the prompt.
+    """
     device = usable_device(settings.device)
     started = time.perf_counter()
-    loaded = load_hf_model(directory, dtype=settings.dtype, device=device)
+    model_class = model_class_of(directory)
+    loaded = load_hf_model(directory, dtype=settings.dtype, device=device, model_class=model_class)
     load_seconds = time.perf_counter() - started
-    context = context_of(loaded)
-    wanted = settings.prompt_tokens + settings.new_tokens
-    if context is not None and wanted > context:
-        raise MaskLLMError(f"{model}: has a context of {context} tokens; --prompt-tokens and --new-tokens make {wanted}")
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = loaded.get_input_embeddings().num_embeddings
-    prompt = torch.randint(vocabulary, (settings.rows, settings.prompt_tokens), generator=generator).to(device)
-    _generate(loaded, prompt, 2)
-    started, times = time.perf_counter(), _generate(loaded, prompt, settings.new_tokens)
+    _check_length(model, loaded, model_class, settings)
+    inputs, audio_seconds = (
+        _sound(directory, loaded, settings.rows) if model_class is AutoModelForSpeechSeq2Seq else (_prompt(loaded, settings), None)
+    )
+    _generate(loaded, inputs, 2)
+    started, times = time.perf_counter(), _generate(loaded, inputs, settings.new_tokens)
     on_gpu = device.type == "cuda"
     return BenchmarkResult(
         model=model,
         first_token_seconds=times[0] - started,
         tokens_per_second=settings.rows * (len(times) - 1) / (times[-1] - times[0]),
+        texts_per_second=settings.rows / (times[-1] - started),
+        audio_seconds=audio_seconds,
         file_bytes=sum((directory / file).stat().st_size for file in weight_files(directory)[0]),
         weight_bytes=sum(tensor.nbytes for tensor in [*loaded.parameters(), *loaded.buffers()]),
         peak_memory_bytes=peak_memory_bytes(device),
@@ -124,28 +143,77 @@ def measure(model: str, directory: Path, settings: BenchmarkSettings) -> Benchma
     )
 
 
-def _generate(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int) -> list[float]:
+def model_class_of(directory: Path) -> type:
+    """transformers' class of automatic models that loads the model with its head."""
+    config = load_config(directory)
+    for model_class in (AutoModelForSpeechSeq2Seq, AutoModelForSeq2SeqLM):
+        if config.is_encoder_decoder and type(config) in model_class._model_mapping:
+            return model_class
+    return AutoModelForCausalLM
+
+
+def _check_length(model: str, loaded: PreTrainedModel, model_class: type, settings: BenchmarkSettings) -> None:
+    """Raise MaskLLMError if the model has no places for the tokens."""
+    if model_class is AutoModelForSpeechSeq2Seq:
+        context, wanted, options = loaded.config.max_target_positions, 1 + settings.new_tokens, "--new-tokens and the first one"
+    elif model_class is AutoModelForSeq2SeqLM:
+        context, wanted, options = context_of(loaded), max(settings.prompt_tokens, 1 + settings.new_tokens), "the longer text"
+    else:
+        context, wanted = context_of(loaded), settings.prompt_tokens + settings.new_tokens
+        options = "--prompt-tokens and --new-tokens"
+    if context is not None and wanted > context:
+        raise MaskLLMError(f"{model}: has a context of {context} tokens; {options} make {wanted}")
+
+
+def _prompt(model: PreTrainedModel, settings: BenchmarkSettings) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.get_input_embeddings().num_embeddings
+    tokens = torch.randint(vocabulary, (settings.rows, settings.prompt_tokens), generator=generator).to(model.device)
+    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def _sound(directory: Path, model: PreTrainedModel, rows: int) -> tuple[dict[str, torch.Tensor], float]:
+    """The model's inputs for noise, and how many seconds of it. Raises MaskLLMError if the model has no feature extractor."""
+    try:
+        extractor = AutoFeatureExtractor.from_pretrained(directory, local_files_only=True)
+    except Exception as error:  # transformers raises many types
+        raise MaskLLMError(f"{directory}: transformers cannot read its feature extractor: {whole_message(error)}") from error
+    rate = extractor.sampling_rate
+    samples = getattr(extractor, "n_samples", 30 * rate)
+    noise = torch.randn(samples, generator=torch.Generator().manual_seed(0)).numpy()
+    features = extractor([noise] * rows, sampling_rate=rate, return_tensors="pt")
+    inputs = {
+        name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None) for name, tensor in features.items()
+    }
+    return inputs, samples / rate
+
+
+def _generate(model: PreTrainedModel, inputs: dict[str, torch.Tensor], new_tokens: int) -> list[float]:
     """The times at which the new tokens are there. No token ends the text."""
-    clock = _Clock(prompt.device)
-    model.generation_config = GenerationConfig(do_sample=False, pad_token_id=0)
+    clock = _Clock(model.device)
+    start = model.config.decoder_start_token_id if model.config.is_encoder_decoder else None
+    settings = GenerationConfig(do_sample=False, pad_token_id=0, decoder_start_token_id=start)
+    model.generation_config = settings
     with quiet_transformers():
-        model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_new_tokens=new_tokens,
-            stopping_criteria=StoppingCriteriaList([clock]),
+        GenerationMixin.generate(  # Whisper's own begins with tokens of its language, and ends at others
+            model, **inputs, max_new_tokens=new_tokens, stopping_criteria=StoppingCriteriaList([clock])
         )
     return clock.times
 
 
 def table(results: Sequence[BenchmarkResult]) -> str:
     """The results as a Markdown table, and how much faster the first model is than each other one."""
-    header = ("model", "first token, ms", "tokens/s", "weight files, MB", "weights in memory, MB", "peak memory, MB")
+    hears = any(result.audio_seconds for result in results)
+    header = ["model", "first token, ms", "tokens/s", "texts/s"]
+    header += ["seconds a second of audio"] if hears else []
+    header += ["weight files, MB", "weights in memory, MB", "peak memory, MB"]
     cells = [
         (
             result.model,
             f"{1e3 * result.first_token_seconds:.1f}",
             f"{result.tokens_per_second:.2f}",
+            f"{result.texts_per_second:.3g}",
+            *([f"{1 / result.texts_per_second / result.audio_seconds:.3g}" if result.audio_seconds else ""] if hears else []),
             *(f"{size / 1e6:.1f}" for size in (result.file_bytes, result.weight_bytes, result.peak_memory_bytes)),
         )
         for result in results

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, WhisperFeatureExtractor
 
 from maskllm.cli import main
 from maskllm.errors import MaskLLMError
@@ -39,7 +40,24 @@ def test_times_are_those_of_the_tokens(models, monkeypatch):
     monkeypatch.setattr("maskllm.inference.benchmark.time.perf_counter", lambda: float(next(ticks)))
     result = measure("name", models / "hf", BenchmarkSettings(prompt_tokens=4, new_tokens=6, rows=2, device="cpu"))
     assert result.load_seconds == 1 and result.first_token_seconds == 1  # a tick each
-    assert result.tokens_per_second == 2 * 5 / 5
+    assert result.tokens_per_second == 2 * 5 / 5 and result.texts_per_second == 2 / 6
+
+
+def test_encoder_decoder_models(tmp_path):
+    write_sparse(tmp_path / "t5", "t5", torch.float32)
+    compress(tmp_path / "t5", tmp_path / "small")
+    settings = BenchmarkSettings(prompt_tokens=7, new_tokens=5, rows=3, device="cpu")
+    result = measure("name", tmp_path / "small", settings)
+    assert result.audio_seconds is None and result.texts_per_second > 0
+    write_sparse(tmp_path / "whisper", "whisper", torch.float32)
+    with pytest.raises(MaskLLMError, match="whisper: transformers cannot read its feature extractor"):
+        measure("name", tmp_path / "whisper", settings)
+    extractor = WhisperFeatureExtractor(feature_size=16, sampling_rate=1000, hop_length=50, n_fft=100, chunk_length=2)
+    extractor.save_pretrained(tmp_path / "whisper")
+    result = measure("name", tmp_path / "whisper", settings)
+    assert result.audio_seconds == 2.0 and result.tokens_per_second > 0
+    with pytest.raises(MaskLLMError, match="name: has a context of 40 tokens; --new-tokens and the first one make 41"):
+        measure("name", tmp_path / "whisper", dataclasses.replace(settings, new_tokens=40))
 
 
 def test_the_command_measures_each_model_in_its_own_process(models, tmp_path, capsys):
@@ -57,11 +75,13 @@ def test_the_command_measures_each_model_in_its_own_process(models, tmp_path, ca
 
 
 def test_a_table():
-    one = BenchmarkResult("small", 0.5, 30, 1_000_000, 2_000_000, 3_000_000, 1, "float32", "cpu", 2)
-    two = BenchmarkResult("dense", 0.25, 20, 10_000_000, 4_000_000, 3_500_000, 1, "float32", "cpu", 2)
+    one = BenchmarkResult("small", 0.5, 30, 2, None, 1_000_000, 2_000_000, 3_000_000, 1, "float32", "cpu", 2)
+    two = BenchmarkResult("dense", 0.25, 20, 0.125, None, 10_000_000, 4_000_000, 3_500_000, 1, "float32", "cpu", 2)
     lines = table([one, two]).splitlines()
-    assert [cell.strip() for cell in lines[2].strip("|").split("|")] == ["small", "500.0", "30.00", "1.0", "2.0", "3.0"]
+    assert [cell.strip() for cell in lines[2].strip("|").split("|")] == ["small", "500.0", "30.00", "2", "1.0", "2.0", "3.0"]
     assert len({len(line) for line in lines[:4]}) == 1
+    heard = table([dataclasses.replace(one, audio_seconds=5.0)]).splitlines()
+    assert "seconds a second of audio" in heard[0] and "| 0.1 " in heard[2]
     assert lines[4] == "small generates 1.50 times as fast as dense, with 0.50 of the weights' bytes"
 
 
