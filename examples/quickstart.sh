@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The pruning and the two trainings of `maskllm quickstart` as single commands, for any small model and corpus. To change them, copy this file inside examples/ (it
-# reads lib/commands.sh there).
+# The pruning and the two trainings of `maskllm quickstart` as single commands, for any small model and corpus. To change them, copy this
+# file inside examples/ (it reads lib/commands.sh there).
 #
 #   MODEL=path/to/hf TRAIN=c4.json EVAL=wiki.test.raw OUT=outputs/by_hand examples/quickstart.sh
 #
