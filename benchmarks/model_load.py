@@ -1,6 +1,7 @@
 """How long a 2:4 model takes to load, and how much memory: as it is, and as `maskllm compress` stores it.
 
     python -m benchmarks.model_load --sparse DIR --work DIR [--bits 16 8 4] [--json FILE]
+    python -m benchmarks.model_load --random --work DIR       # a LLaMA of 1.1B random weights
 
 Each model is loaded in a process of its own, which has imported everything before, and each page of its weights is touched. The files
 are in the system's page cache: reading them into memory, just before in the same process, is what loading is compared with. Peak memory
@@ -24,6 +25,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import maskllm  # noqa: F401 - so that transformers loads compressed weights
+from benchmarks.models import TINYLLAMA, made, write_random_llama
 from maskllm.failures import run_guarded
 from maskllm.files import write_json
 from maskllm.huggingface.blocks import block_stacks
@@ -81,16 +83,19 @@ def _resident(key: str) -> int:
 def main(argv: list[str] | None = None) -> None:
     """Compress, measure each model, and print its shares."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sparse", required=True, type=Path, metavar="DIR", help="2:4 model in bf16")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--sparse", type=Path, metavar="DIR", help="2:4 model in bf16")
+    which.add_argument("--random", action="store_true", help="a model of the shape of TinyLlama 1.1B, with random weights")
     parser.add_argument("--work", required=True, type=Path, metavar="DIR", help="folder for compressed models, which are kept")
     parser.add_argument("--bits", nargs="+", default=["16", "8", "4"], help="of the compressed models (default: 16 8 4)")
     parser.add_argument("--json", metavar="FILE", help="write the numbers here")
     arguments = parser.parse_args(argv)
-    models = {"dense": arguments.sparse}
+    sparse = arguments.sparse or made(arguments.work / "llama", lambda path: write_random_llama(path, TINYLLAMA, torch.bfloat16))
+    models = {"dense": sparse}
     for bits in arguments.bits:
-        models[bits] = arguments.work / f"{arguments.sparse.name}-{bits}"
+        models[bits] = arguments.work / f"{sparse.name}-{bits}"
         if not models[bits].exists():
-            words = ["compress", "--model", arguments.sparse, "--output", models[bits], "--bits", bits]
+            words = ["compress", "--model", sparse, "--output", models[bits], "--bits", bits]
             subprocess.run([sys.executable, "-m", "maskllm", *map(str, words)], check=True)
     rows = {}
     for name, directory in models.items():

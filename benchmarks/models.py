@@ -14,6 +14,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 from maskllm.errors import MaskLLMError
 from maskllm.patterns import Pattern
 
+TINYLLAMA = {
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+}
+"""The sizes of TinyLlama 1.1B, by the names of its configuration."""
+
 
 def made(directory: Path, make: Callable[[Path], Any]) -> Path:
     """`directory`, which `make` writes if it is not there. A directory that is there is complete."""

@@ -332,12 +332,25 @@ _ALL = [
         30,
         ("maskllm/checkpoints", "maskllm/training", "megatron_patches"),
     ),
-    Measurement(
-        "model-load",
-        "python -m benchmarks.model_load --sparse {quickstart}/hf/learned --work {work}",
-        2,
-        ("csrc/cpu", "maskllm/export", "maskllm/huggingface", "maskllm/inference", "maskllm/ops"),
-        tiny="--bits 16",
+    *(
+        Measurement(
+            f"model-load/{name}",
+            f"python -m benchmarks.model_load {model} --work {{work}}",
+            minutes,
+            (
+                "benchmarks/models.py",
+                "csrc/cpu",
+                "maskllm/export",
+                "maskllm/huggingface",
+                "maskllm/inference",
+                "maskllm/ops",
+            ),
+            tiny,
+        )
+        for name, model, minutes, tiny in (
+            ("smollm2-135m", "--sparse {quickstart}/hf/learned", 2, "--bits 16"),
+            ("llama-1.1b", "--random", 6, None),
+        )
     ),
     *(
         Measurement(
@@ -391,7 +404,7 @@ TABLES = {
     for table in (
         Table("quickstart", "The quickstart", ("quickstart",), tables.quickstart),
         Table("zero-shot", "The quickstart's models on zero-shot tasks", ("zero-shot",), tables.zero_shot),
-        Table("model-load", "Loading compressed models", ("model-load",), tables.model_load),
+        Table("model-load", "Loading compressed models", _group("model-load"), tables.model_load),
         Table("compressed-tasks", "Other compressed models", _group("compressed-tasks"), tables.compressed_tasks),
         Table("compressed-quality", "Compressed weights", _group("compressed-quality"), tables.compressed_quality),
         Table("quality", "Ways to train, at equal training tokens", _group("quality"), tables.quality),

@@ -142,9 +142,9 @@ def compressed_quality(found: Results) -> list[str]:
 
 def model_load(found: Results) -> list[str]:
     """Size, time to load and peak memory of compressed models."""
-    rows = found["model-load"].result
     cells = [
         [
+            measurement.partition("/")[2],
             "dense bf16" if name == "dense" else f"2:4, {name} bits",
             f"{row['file_bytes'] / rows['dense']['file_bytes']:.3f}",
             f"{row['block_bytes'] / rows['dense']['block_bytes']:.3f}",
@@ -152,10 +152,12 @@ def model_load(found: Results) -> list[str]:
             f"{row['load_seconds'] / row['read_seconds']:.2f}",
             f"{row['peak_bytes'] / row['weight_bytes']:.2f}",
         ]
+        for measurement, result in found.items()
+        for rows in [result.result]
         for name, row in rows.items()
     ]
-    header = ["weights", "file", "blocks in memory", "load", "load / reading the file", "peak memory / weights"]
-    return markdown_table(header, cells, left=1)
+    header = ["model", "weights", "file", "blocks in memory", "load", "load / reading the file", "peak memory / weights"]
+    return markdown_table(header, cells, left=2)
 
 
 def zero_shot(found: Results) -> list[str]:
