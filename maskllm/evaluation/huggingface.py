@@ -156,5 +156,5 @@ def zero_share(weights: dict[str, torch.Tensor], compressed: Sequence[SparseLine
 
 def _check_fits(directory: Path, model: PreTrainedModel, tokens: np.ndarray, seq_length: int) -> None:
     check_vocabulary(tokens, model.get_input_embeddings().num_embeddings, f"{directory}'s tokenizer")
-    if (context := context_of(model)) is not None:
+    if (context := context_of(model.config)) is not None:
         check_context(seq_length, context)

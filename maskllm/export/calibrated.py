@@ -32,7 +32,7 @@ class CalibratedBlocks:
         self._stream = BlockStream(directory, weights.tensors, dtype=calibration.params_dtype, device=device, load=weights.load)
         model = self._stream.model
         vocabulary = model.get_input_embeddings().num_embeddings
-        self._tokens = calibration.tokens(directory, context=context_of(model), vocabulary=vocabulary)
+        self._tokens = calibration.tokens(directory, context=context_of(model.config), vocabulary=vocabulary)
 
     @torch.no_grad()
     def quantized(self, layouts: Mapping[str, Layout]) -> Iterator[tuple[str, QuantizedMatrix]]:

@@ -11,7 +11,7 @@ from maskllm.errors import MaskLLMError
 from maskllm.masking.distillation import divergence
 
 IGNORED = -100
-"""The label of a token that no loss counts (transformers' convention)."""
+"""The label of a token that no loss counts, as in transformers."""
 
 
 class Labels:

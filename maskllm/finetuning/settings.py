@@ -152,7 +152,9 @@ class FinetuneSettings:
     eval_samples: int | None = _option(None, "measure on the first examples of --eval-data only", metavar="N")
     num_beams: int = _option(1, "translation, speech: beams of the search that writes the text; 1: greedy")
     source_prefix: str = _option("", "translation: words before each source line, such as 'translate English to German: '")
-    language: str | None = _option(None, "speech: the language that a multilingual Whisper is to write, such as hindi")
+    language: str | None = _option(
+        None, "speech: the language of the recordings, such as hindi; a multilingual Whisper needs it, and others do not take it"
+    )
     normalizer: str | None = _option(
         None,
         "speech: how both texts are made alike before errors are counted. english, basic: Whisper's; digits: only the digits and the words "

@@ -10,14 +10,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import Dataset
-from transformers import AutoFeatureExtractor, AutoModelForSpeechSeq2Seq
+from transformers import AutoFeatureExtractor, AutoModelForSpeechSeq2Seq, GenerationConfig
 from transformers.models.whisper.english_normalizer import BasicTextNormalizer, EnglishTextNormalizer
 
 from maskllm.data.json_lines import document
 from maskllm.data.text_files import check_inputs, read_lines
 from maskllm.errors import MaskLLMError, first_line, whole_message
+from maskllm.finetuning.labels import IGNORED
 from maskllm.finetuning.settings import FinetuneSettings
-from maskllm.finetuning.task import IGNORED, Example, padded
+from maskllm.finetuning.task import Example, padded
 from maskllm.finetuning.writing import WritingTask
 from maskllm.huggingface.loading import quiet_transformers
 
@@ -50,16 +51,36 @@ class SpeechTask(WritingTask):
                 f"{directory}: its feature extractor gives {frames} frames (chunk_length {self.features.chunk_length} s), but its encoder "
                 f"takes {2 * positions}; correct chunk_length in preprocessor_config.json"
             )
-        if settings.language is not None:
-            self._set_language(settings.language)
+        self._set_language(settings.language)
         self.normalize = _normalizer(settings.normalizer, getattr(self.tokenizer, "english_spelling_normalizer", None))
 
-    def _set_language(self, language: str) -> None:
+    def _set_language(self, language: str | None) -> None:
+        """Put the language and the task into the labels, where `generate` writes them.
+
+        Raises MaskLLMError if a multilingual model has no language, or another model has one.
+        """
+        try:
+            generation = GenerationConfig.from_pretrained(self.directory, local_files_only=True)
+        except OSError:  # there is no such file
+            generation = GenerationConfig()
+        multilingual = getattr(generation, "is_multilingual", None)  # only Whisper's file has it
+        if language is None:
+            if multilingual:
+                raise MaskLLMError(
+                    f"{self.directory}: is a multilingual Whisper; give the language of the recordings, such as --language english"
+                )
+            return
+        if not multilingual:
+            found = "writes English only" if multilingual is False else "has no languages in its generation_config.json"
+            raise MaskLLMError(f"--language {language}: {self.directory} {found}; leave it out")
         try:
             self.tokenizer.set_prefix_tokens(language=language, task="transcribe")
             self.tokenizer("")
         except Exception as error:
             raise MaskLLMError(f"--language {language}: the tokenizer cannot be set to it: {first_line(error)}") from error
+        if self.tokenizer.prefix_tokens[1] not in generation.lang_to_id.values():
+            known = ", ".join(name.strip("<|>") for name in generation.lang_to_id)
+            raise MaskLLMError(f"--language {language}: the model does not have it; it has {known}")
 
     def read(self, files: Sequence[str], *, for_training: bool) -> Sequence[Example]:
         """Examples with `audio`, fp32 [samples] at the model's rate, `labels`, a list of tokens, and `reference`."""

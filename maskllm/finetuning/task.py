@@ -19,9 +19,6 @@ from maskllm.errors import MaskLLMError, whole_message
 from maskllm.finetuning.settings import FinetuneSettings
 from maskllm.huggingface.config import load_config
 
-IGNORED = -100
-"""The label of a token that no loss counts, as in transformers."""
-
 Example = dict[str, Any]
 """What `Task.collate` makes batches of, one item of a batch."""
 
@@ -62,9 +59,10 @@ class Task(abc.ABC):
         self._check_kind()
 
     def _check_kind(self) -> None:
-        # A decoder of an encoder-decoder model counts as a causal language model in transformers.
+        # In transformers a decoder of an encoder-decoder model counts as a causal language model, and some decoder-only models of sound
+        # (Voxtral, Qwen2-Audio) as models of speech and even of text to text.
         causal = self.name == "text"
-        if type(self.config) not in self.model_class._model_mapping or (causal and self.config.is_encoder_decoder):
+        if type(self.config) not in self.model_class._model_mapping or causal == self.config.is_encoder_decoder:
             raise MaskLLMError(f"--task {self.name}: {self.directory} is a {self.config.model_type} model; wanted {self.kind}")
 
     @abc.abstractmethod

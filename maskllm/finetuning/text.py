@@ -17,8 +17,10 @@ from maskllm.data.tokenizer import load_tokenizer
 from maskllm.errors import MaskLLMError
 from maskllm.evaluation.perplexity import perplexity_of, token_nll
 from maskllm.evaluation.text import read_evaluation_text
+from maskllm.finetuning.labels import IGNORED
 from maskllm.finetuning.settings import FinetuneSettings
-from maskllm.finetuning.task import IGNORED, Example, Measured, Task, from_all_processes, padded
+from maskllm.finetuning.task import Example, Measured, Task, from_all_processes, padded
+from maskllm.huggingface.loading import context_of
 
 
 class TextTask(Task):
@@ -37,8 +39,7 @@ class TextTask(Task):
     def __init__(self, directory: Path, settings: FinetuneSettings) -> None:
         super().__init__(directory, settings)
         self.tokenizer = load_tokenizer(directory, use_gigatoken=False)
-        context = getattr(self.config, "max_position_embeddings", None)
-        if isinstance(context, int) and settings.max_length > context:
+        if (context := context_of(self.config)) is not None and settings.max_length > context:
             raise MaskLLMError(f"--max-length {settings.max_length}: the model's context has {context} tokens")
 
     def read(self, files: Sequence[str], *, for_training: bool) -> Sequence[Example]:

@@ -12,7 +12,8 @@ from transformers import AutoModelForSeq2SeqLM
 
 from maskllm.data.text_files import check_inputs, every_line
 from maskllm.errors import MaskLLMError
-from maskllm.finetuning.task import IGNORED, Example, padded
+from maskllm.finetuning.labels import IGNORED
+from maskllm.finetuning.task import Example, padded
 from maskllm.finetuning.writing import WritingTask
 
 

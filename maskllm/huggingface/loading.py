@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
 from maskllm.environment.cpu_speed import computes_natively
@@ -111,9 +111,9 @@ def usable_device(device: str | torch.device | None = None) -> torch.device:
     return found
 
 
-def context_of(model: PreTrainedModel) -> int | None:
-    """The number of tokens that the model's positions reach; None if there is no such limit."""
-    rope = getattr(model.config, "rope_parameters", None) or {}
+def context_of(config: PreTrainedConfig) -> int | None:
+    """The number of tokens that a model's positions reach; None if there is no such limit."""
+    rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") in ("linear", "dynamic", "yarn"):  # these stretch the context
         return None
-    return getattr(model.config, "max_position_embeddings", None)
+    return getattr(config, "max_position_embeddings", None)

@@ -157,9 +157,13 @@ def _check_length(model: str, loaded: PreTrainedModel, model_class: type, settin
     if model_class is AutoModelForSpeechSeq2Seq:
         context, wanted, options = loaded.config.max_target_positions, 1 + settings.new_tokens, "--new-tokens and the first one"
     elif model_class is AutoModelForSeq2SeqLM:
-        context, wanted, options = context_of(loaded), max(settings.prompt_tokens, 1 + settings.new_tokens), "the longer text"
+        context, wanted, options = (
+            context_of(loaded.config),
+            max(settings.prompt_tokens, 1 + settings.new_tokens),
+            "the longer text",
+        )
     else:
-        context, wanted = context_of(loaded), settings.prompt_tokens + settings.new_tokens
+        context, wanted = context_of(loaded.config), settings.prompt_tokens + settings.new_tokens
         options = "--prompt-tokens and --new-tokens"
     if context is not None and wanted > context:
         raise MaskLLMError(f"{model}: has a context of {context} tokens; {options} make {wanted}")

@@ -72,7 +72,7 @@ class TextGenerator:
         if length == 0:
             raise MaskLLMError(f"--prompt {prompt!r}: has no tokens; wanted a text to continue")
         check_vocabulary(tokens, self.model.get_input_embeddings().num_embeddings, f"{self.directory}'s tokenizer")
-        context = context_of(self.model)
+        context = context_of(self.model.config)
         if context is not None:
             if length >= context:
                 raise MaskLLMError(f"--prompt: has {length} tokens; the model has a context of {context}, so wanted fewer")

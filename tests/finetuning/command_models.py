@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.pre_tokenizers import ByteLevel, Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
@@ -22,6 +23,7 @@ from transformers import (
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperForConditionalGeneration,
+    WhisperTokenizer,
 )
 
 WORDS = """zero one two three four five six seven eight nine
@@ -75,6 +77,31 @@ def whisper(directory: Path) -> Path:
     )  # fmt: skip
     WhisperFeatureExtractor(feature_size=16, chunk_length=1, sampling_rate=RATE).save_pretrained(directory)
     return saved(WhisperForConditionalGeneration(config), directory, f"{START} $A {END}")
+
+
+def multilingual_whisper(directory: Path) -> Path:
+    """One that writes English, with Whisper's own tokenizer, whose tokens are bytes."""
+    names = ["endoftext", "startoftranscript", "en", "translate", "transcribe", "startofprev", "notimestamps"]
+    letters = sorted(ByteLevel.alphabet())
+    words = {name: len(letters) + index for index, name in enumerate(names)}
+    end, start = words["endoftext"], words["startoftranscript"]
+    torch.manual_seed(0)
+    special = {"pad_token_id": end, "bos_token_id": end, "eos_token_id": end, "decoder_start_token_id": start}
+    config = WhisperConfig(
+        vocab_size=len(letters) + len(words), num_mel_bins=16, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_source_positions=50, max_target_positions=40, **special,
+    )  # fmt: skip
+    model = WhisperForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        **special, is_multilingual=True, lang_to_id={"<|en|>": words["en"]}, max_length=40, no_timestamps_token_id=words["notimestamps"],
+        task_to_id={name: words[name] for name in ("transcribe", "translate")},
+    )  # fmt: skip
+    model.save_pretrained(directory)
+    WhisperFeatureExtractor(feature_size=16, chunk_length=1, sampling_rate=RATE).save_pretrained(directory)
+    tokenizer = WhisperTokenizer(vocab={letter: index for index, letter in enumerate(letters)}, merges=[])
+    tokenizer.add_tokens([AddedToken(f"<|{name}|>", special=True, normalized=False) for name in names])
+    tokenizer.save_pretrained(directory)
+    return directory
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from transformers import LlamaConfig, LlamaForCausalLM
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, WhisperForConditionalGeneration
 
 from maskllm.cli import main
+from maskllm.errors import MaskLLMError
 from maskllm.finetuning.settings import FinetuneSettings
 from maskllm.finetuning.speech import SpeechTask, _normalizer, read_audio
 from maskllm.finetuning.text import TextTask
@@ -181,6 +183,63 @@ def test_speech_batches_leave_silence_out(models, tmp_path):
     assert batch["attention_mask"].sum(1).tolist() == [40, 40]
     first = [tiny.VOCABULARY[word] for word in tiny.sentences(1)[0].split()]
     assert batch["labels"][0].tolist() == [*first, tiny.VOCABULARY[tiny.END]]  # the model puts the start in front
+
+
+def test_labels_begin_as_the_model_writes(tmp_path):
+    directory = tiny.multilingual_whisper(tmp_path / "model")
+    task = SpeechTask(directory, settings("speech", language="english"))
+    model = WhisperForConditionalGeneration.from_pretrained(directory)
+    seen = []
+    model.model.decoder.register_forward_pre_hook(lambda _m, _a, given: seen.append(given["input_ids"]), with_kwargs=True)
+    model.generate(torch.zeros(1, 16, 100), **task.generation_options() | {"max_new_tokens": 1})
+    start, *prefix = seen[0][0].tolist()
+    assert task.tokenizer.convert_ids_to_tokens([start, *prefix]) == [
+        "<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>",
+    ]  # fmt: skip
+    labels = task.read([str(tiny.recordings(tmp_path))], for_training=True)[0]["labels"]
+    text, end = task.tokenizer(tiny.sentences(1)[0], add_special_tokens=False)["input_ids"], task.tokenizer.eos_token_id
+    assert labels == [*prefix, *text, end]
+
+
+def test_a_whisper_and_its_language(refused, models, tmp_path):
+    data, model = tiny.recordings(tmp_path), tiny.multilingual_whisper(tmp_path / "model")
+    assert f"{model}: is a multilingual Whisper; give the language of the recordings, such as --language english" in refused(
+        "speech", data, model=model
+    )
+    assert "--language chinese: the model does not have it; it has en" in refused(
+        "speech", data, model=model, options=("--language", "chinese")
+    )
+    assert "--language klingon: the tokenizer cannot be set to it" in refused(
+        "speech", data, model=model, options=("--language", "klingon")
+    )
+    assert f"--language english: {models['speech']} has no languages in its generation_config.json; leave it out" in refused(
+        "speech", data, options=("--language", "english")
+    )
+    generation = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(generation | {"is_multilingual": False}))
+    assert f"--language english: {model} writes English only; leave it out" in refused(
+        "speech", data, model=model, options=("--language", "english")
+    )
+
+
+@pytest.mark.parametrize(("task", "name"), [("speech", "voxtral"), ("translation", "qwen2_audio"), ("speech", "granite_speech")])
+def test_models_of_sound_without_an_encoder_decoder_are_refused(task, name, refused, tmp_path):
+    """transformers counts them among its models of speech or of text to text, but their decoder has no labels of its own."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": name}))
+    data = tiny.documents(tmp_path / "documents.jsonl")
+    files = [data] * (2 if task == "translation" else 1)
+    assert f"is a {name} model; wanted an encoder-decoder model of" in refused(task, *files, model=tmp_path / "model")
+
+
+def test_rotary_positions_may_be_stretched(tmp_path):
+    model = tiny.llama(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    with pytest.raises(MaskLLMError, match="--max-length 100: the model's context has 64 tokens"):
+        TextTask(model, settings("text", max_length=100))
+    config["rope_parameters"] = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    (model / "config.json").write_text(json.dumps(config))
+    TextTask(model, settings("text", max_length=100))
 
 
 def test_digits_are_scored_without_their_spaces():
