@@ -15,8 +15,8 @@ from maskllm.masking.schedules import AnnealingSchedule
 class SparseTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the settings of mask learning and distillation; `maskllm.training.arguments` has the same ones.
 
-    `learning_rate` and `weight_decay` are those of what is trained: of the logits while masks are learned, else of the weights. Raises
-    MaskLLMError if a value cannot work.
+    `learning_rate` and `weight_decay` are those of what is trained: of the logits while masks are learned, else of the weights.
+    If both are trained, `max_grad_norm` clips logits and weights each by its own norm. Raises MaskLLMError if a value cannot work.
     """
 
     ce_loss_coeff: float = field(

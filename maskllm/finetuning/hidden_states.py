@@ -24,10 +24,11 @@ class Blocks:
     def __init__(self, model: PreTrainedModel) -> None:
         stacks = block_stacks(model)
         self.modules = {f"{stack}.{index}": block for stack, blocks in stacks.items() for index, block in enumerate(blocks)}
-        self._decoder = set()
-        if model.config.is_encoder_decoder:
-            encoder = set(model.get_encoder().modules())
-            self._decoder = {name for name, block in self.modules.items() if block not in encoder}
+        decoder = set(model.get_decoder().modules())
+        is_both = model.config.is_encoder_decoder
+        # The towers beside a language model have tokens of their own.
+        self._reads_inputs = set(model.get_encoder().modules()) if is_both else decoder
+        self._reads_labels = decoder - self._reads_inputs if is_both else set()
 
     @contextlib.contextmanager
     def recorded(self) -> Iterator[States]:
@@ -56,8 +57,22 @@ class Blocks:
                     raise MaskLLMError(
                         f"teacher: after {name} it has {found}, the student {list(hidden.shape)}; wanted the same shape"
                     )
-                terms.append(squarehead(hidden, targets[index], _counted(inputs, hidden, in_decoder=name in self._decoder)))
+                terms.append(squarehead(hidden, targets[index], self._counted(name, inputs, hidden)))
         return torch.stack(terms).sum()
+
+    def _counted(self, name: str, inputs: Mapping[str, Any], hidden: torch.Tensor) -> torch.Tensor | None:
+        """Which tokens of `hidden` [batch, tokens, hidden size], a block's, are not padding, bool [batch, tokens]; None if all count."""
+        mask = None
+        if self.modules[name] in self._reads_inputs:
+            mask = inputs.get("attention_mask")
+        elif self.modules[name] in self._reads_labels:
+            mask = inputs.get("decoder_attention_mask")
+            if mask is None and (labels := inputs.get("labels")) is not None:
+                mask = labels != IGNORED
+        if mask is None or mask.dim() != 2 or hidden.dim() != 3 or len(mask) != len(hidden) or mask.shape[1] % hidden.shape[1]:
+            return None
+        # An audio encoder has one state for several frames of its input.
+        return mask[:, :: mask.shape[1] // hidden.shape[1]].bool()
 
 
 def _keep(name: str, states: States) -> Callable[..., None]:
@@ -65,14 +80,3 @@ def _keep(name: str, states: States) -> Callable[..., None]:
         states.setdefault(name, []).append(output[0] if isinstance(output, tuple) else output)
 
     return hook
-
-
-def _counted(inputs: Mapping[str, Any], hidden: torch.Tensor, *, in_decoder: bool) -> torch.Tensor | None:
-    """Which tokens of `hidden` [batch, tokens, hidden size] are not padding, bool [batch, tokens]; None if all count."""
-    mask = inputs.get("decoder_attention_mask" if in_decoder else "attention_mask")
-    if mask is None and in_decoder and (labels := inputs.get("labels")) is not None:
-        mask = labels != IGNORED
-    if mask is None or mask.dim() != 2 or hidden.dim() != 3 or mask.shape[1] % hidden.shape[1]:
-        return None
-    # An audio encoder has one state for several frames of its input.
-    return mask[:, :: mask.shape[1] // hidden.shape[1]].bool()

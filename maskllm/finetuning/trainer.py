@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -75,6 +76,8 @@ class SparseTrainer(Trainer):
         super().__init__(model, args, *others, **kwargs)
         _check_engine(self)
         self.loss_is_scaled_for_ga = True
+        # For Trainer: to count the labels of a step for every model. `compute_loss` does not pass their number to the model.
+        self.model_accepts_loss_kwargs = True
         # Trainer's own finding is wrong for models whose class is not called ...ForCausalLM, such as GPT2LMHeadModel.
         is_causal = model.loss_function is ForCausalLMLoss and model.can_generate()
         self._loss_shifts_labels = is_causal and not model.config.is_encoder_decoder
@@ -99,6 +102,28 @@ class SparseTrainer(Trainer):
             optimizer.add_param_group(of_logits)
             optimizer.param_groups.insert(0, optimizer.param_groups.pop())
         return optimizer
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> torch.Tensor:
+        return self._clip_apart(model, self.args.max_grad_norm) if self._clips_apart else super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: torch.Tensor | None = None) -> torch.Tensor | float:
+        if grad_norm is None and self._clips_apart:
+            grad_norm = self._clip_apart(model, math.inf)
+        return super()._get_grad_norm(model, grad_norm)
+
+    @property
+    def _clips_apart(self) -> bool:
+        return self._trains_both and not self.is_deepspeed_enabled  # DeepSpeed clips in its own engine
+
+    def _clip_apart(self, model: torch.nn.Module, largest: float) -> torch.Tensor:
+        """Clip the gradients of the logits and of all else to `largest`, each by its own norm; returns the logits'.
+
+        `maskllm.training.optimizer.clip_and_step` says why.
+        """
+        logits = self._logits()
+        others = [parameter for parameter in model.parameters() if id(parameter) not in logits]
+        self._weights_grad_norm = self.accelerator.clip_grad_norm_(others, largest)
+        return self.accelerator.clip_grad_norm_(list(logits.values()), largest)
 
     def _logits(self) -> dict[int, torch.nn.Parameter]:
         """The logits by their identity."""
@@ -225,6 +250,8 @@ class SparseTrainer(Trainer):
                 logs |= {"temperature": self._sampler.temperature, "scale": self._sampler.scale}
             if self._trains_both:
                 logs["weights_learning_rate"] = self._weights_learning_rate
+            if self._clips_apart:
+                logs["weights_grad_norm"] = float(self._weights_grad_norm)
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, torch.Tensor] | None = None) -> None:

@@ -87,7 +87,7 @@ class Watch(TrainerCallback):
 
     def on_log(self, args: SparseTrainingArguments, state: Any, control: Any, logs: dict[str, float], **_: Any) -> None:
         # Trainer leaves losses that are not finite out of the mean that it logs.
-        if not math.isfinite(logs.get("grad_norm", 0)):
+        if not all(math.isfinite(logs.get(name, 0)) for name in ("grad_norm", "weights_grad_norm")):
             raise MaskLLMError(
                 f"step {state.global_step}: the gradient is not a number; start again with a smaller --learning-rate in another --output"
             )

@@ -85,6 +85,10 @@ def squared_sums(hidden: torch.Tensor, target: torch.Tensor, counted: torch.Tens
     return torch.stack([difference.square().sum(), target.square().sum()])
 
 
+_SMALLEST = torch.finfo(torch.float32).tiny
+"""The least ||target||^2, so that states of which no token counts have the error 0 and not 0 / 0."""
+
+
 class _SquareHead(torch.autograd.Function):
     """The relative squared error. It keeps the two states as they are and makes fp32 copies in the backward pass."""
 
@@ -92,19 +96,19 @@ class _SquareHead(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor, target: torch.Tensor, counted: torch.Tensor | None) -> torch.Tensor:
         squares = squared_sums(hidden, target, counted)
         ctx.save_for_backward(hidden, target, counted, squares[1])
-        return squares[0] / squares[1]
+        return squares[0] / squares[1].clamp(min=_SMALLEST)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         hidden, target, counted, square = ctx.saved_tensors
-        gradient = (2 * grad / square) * (hidden.float() - target)
+        gradient = (2 * grad / square.clamp(min=_SMALLEST)) * (hidden.float() - target)
         if counted is not None:
             gradient = gradient.masked_fill(~counted[..., None], 0)
         return gradient.to(hidden.dtype), None, None
 
 
 def squarehead(hidden: torch.Tensor, target: torch.Tensor, counted: torch.Tensor | None = None) -> torch.Tensor:
-    """SquareHead of a layer: ||hidden - target||^2 / ||target||^2 over the tokens that count, an fp32 scalar.
+    """SquareHead of a layer: ||hidden - target||^2 / ||target||^2 over the tokens that count, an fp32 scalar; 0 if none counts.
 
     The arguments are those of `squared_sums`. `hidden` alone gets a gradient; `target` are the teacher's states.
     """

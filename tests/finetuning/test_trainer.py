@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
-from transformers import TrainerCallback
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    TrainerCallback,
+)
 
 from maskllm.errors import MaskLLMError
 from maskllm.finetuning import SparseTrainer
+from maskllm.finetuning.hidden_states import Blocks
 from maskllm.huggingface import sparsify
 from maskllm.huggingface.sparse_model import masked_parameters
 from tests.finetuning.tiny import TOKENS, batches, samples, tiny_model
@@ -41,9 +50,13 @@ def test_padding_counts_nowhere(model, tmp_path):
     assert found[0]["squarehead"] > 0 and found[0]["kl"] > 0
 
 
-@pytest.mark.parametrize("model", ["gpt2", "t5"])
-def test_accumulated_batches_are_one_batch(model, tmp_path):
-    """Samples have different numbers of labels, so the mean of their means is another loss. T5's own loss ignores what Trainer tells it."""
+@pytest.mark.parametrize("model", ["gpt2", "t5", "refuses"])
+def test_accumulated_batches_are_one_batch(model, tmp_path, monkeypatch):
+    """Samples have different numbers of labels, so the mean of their means is another loss. T5's own loss ignores what Trainer tells it,
+    and some models say that theirs does, such as Qwen2.5-VL and Gemma 3n."""
+    if model == "refuses":
+        monkeypatch.setattr(LlamaForCausalLM, "accepts_loss_kwargs", False, raising=False)
+        model = "llama"
     found = []
     for batch, accumulated in ((4, 1), (2, 2), (1, 4)):
         run = trainer(
@@ -176,11 +189,56 @@ def test_masks_and_weights_have_their_own_rates(tmp_path):
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(run.model.parameters()))
 
 
-def test_a_batch_without_labels_adds_nothing(tmp_path):
-    run = trainer(tmp_path, train="weights", steps=1)
+@pytest.mark.parametrize("model", ["llama", "t5"])
+def test_a_batch_without_labels_adds_nothing(model, tmp_path):
+    run = trainer(tmp_path, model=model, train="weights", steps=1)
     ignored = {**run.train_dataset[0], "labels": torch.full((TOKENS,), -100)}
     run.train_dataset = [ignored, run.train_dataset[0]]
-    assert first_line(run)["cross_entropy"] > 0
+    line = first_line(run)
+    assert line["cross_entropy"] > 0 and all(math.isfinite(value) for value in line.values())
+    assert all(parameter.isfinite().all() for parameter in run.model.parameters())
+
+
+def test_logits_and_weights_are_clipped_each_by_its_own_norm(tmp_path):
+    """The gradients that the optimizer gets, against those of a run that clips nothing."""
+    found = {}
+    for largest in (0.5, 1e9):
+        run = trainer(tmp_path, train="both", steps=1, max_grad_norm=largest)
+        gradients = found[largest] = {}
+
+        class Look(TrainerCallback):
+            def on_pre_optimizer_step(self, *_, model, gradients=gradients, **__):
+                gradients.update({name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None})
+
+        run.add_callback(Look())
+        line = {**first_line(run), **run.state.log_history[0]}
+    clipped, whole = found.values()
+    for key, kind in (("grad_norm", True), ("weights_grad_norm", False)):
+        names = [name for name in whole if name.endswith("mask_logits") == kind]
+        norm = torch.cat([whole[name].flatten() for name in names]).norm()
+        assert line[key] == pytest.approx(float(norm), rel=1e-5)
+        assert norm > 0.5, "nothing to clip"
+        for name in names:
+            torch.testing.assert_close(clipped[name], whole[name] * (0.5 / norm), rtol=1e-4, atol=1e-8)
+
+
+def test_a_mask_of_text_leaves_the_states_of_a_tower_alone():
+    """LLaVA with 4 patches and texts of 8 tokens, of which the first ones are padding."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**sizes, image_size=8, patch_size=4),
+        text_config=LlamaConfig(**sizes, vocab_size=16),
+    )
+    blocks = Blocks(LlavaForConditionalGeneration(config))
+    tower, text = blocks.modules
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]] * 2)
+    ours, theirs = ({tower: [torch.randn(2, 4, 16)], text: [torch.randn(2, 8, 16)]} for _ in range(2))
+    expected = 0.0
+    for name, counted in ((tower, slice(None)), (text, slice(3, None))):
+        student, teacher = ours[name][0][:, counted], theirs[name][0][:, counted]
+        expected += float((student - teacher).square().sum() / teacher.square().sum())
+    assert float(blocks.squarehead(ours, theirs, {"attention_mask": mask})) == pytest.approx(expected, rel=1e-6)
 
 
 def test_what_cannot_work_is_refused(tmp_path):

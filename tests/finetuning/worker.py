@@ -20,7 +20,7 @@ from maskllm.huggingface.sparse_model import masked_parameters
 from maskllm.pruning import PruneSettings, prune_hf
 from tests.finetuning.tiny import batches, samples, tiny_model
 
-LOGGED = ("loss", "cross_entropy", "kl", "squarehead", "regularizer", "mean_max_probability", "grad_norm")
+LOGGED = ("loss", "cross_entropy", "kl", "squarehead", "regularizer", "mean_max_probability", "grad_norm", "weights_grad_norm")
 
 
 def trainer(folder: Path, *, model: str = "llama", train: str = "masks", steps: int = 4, **changes: Any) -> SparseTrainer:
