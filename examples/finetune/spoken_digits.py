@@ -21,6 +21,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from maskllm.files import write_text
+
 
 def read_recordings(archive: zipfile.ZipFile, split: str) -> tuple[dict[str, list[tuple[int, bytes]]], int]:
     """A split's recordings by speaker, each a digit and its 16-bit samples; and their sampling rate in Hz."""
@@ -50,24 +52,25 @@ def write_split(archive: zipfile.ZipFile, split: str, output: Path, strings: int
     streams = {speaker: endless(recordings, draw) for speaker, recordings in sorted(speakers.items())}
     (output / split).mkdir(parents=True, exist_ok=True)
     most = int(args.max_seconds * rate) * 2
-    with (output / f"{split}.jsonl").open("w") as manifest:
-        for number in range(strings):
-            stream = streams[sorted(streams)[number % len(streams)]]
-            while True:
-                spoken = [next(stream) for _ in range(args.digits)]
-                sound = bytes(2 * round(args.edge * rate))
-                for place, (_, samples) in enumerate(spoken):
-                    pause = args.edge if place == args.digits - 1 else draw.uniform(*args.pause)
-                    sound += samples + bytes(2 * round(pause * rate))
-                if len(sound) <= most:
-                    break
-            name = f"{split}/{number:05}.wav"
-            with wave.open(str(output / name), "wb") as file:
-                file.setnchannels(1)
-                file.setsampwidth(2)
-                file.setframerate(rate)
-                file.writeframes(sound)
-            manifest.write(json.dumps({"audio": name, "text": " ".join(str(digit) for digit, _ in spoken)}) + "\n")
+    lines = []
+    for number in range(strings):
+        stream = streams[sorted(streams)[number % len(streams)]]
+        while True:
+            spoken = [next(stream) for _ in range(args.digits)]
+            sound = bytes(2 * round(args.edge * rate))
+            for place, (_, samples) in enumerate(spoken):
+                pause = args.edge if place == args.digits - 1 else draw.uniform(*args.pause)
+                sound += samples + bytes(2 * round(pause * rate))
+            if len(sound) <= most:
+                break
+        name = f"{split}/{number:05}.wav"
+        with wave.open(str(output / name), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(rate)
+            file.writeframes(sound)
+        lines.append(json.dumps({"audio": name, "text": " ".join(str(digit) for digit, _ in spoken)}) + "\n")
+    write_text(output / f"{split}.jsonl", "".join(lines))  # last, and at once: prepare.sh takes it as the sign that all is written
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ import struct
 import wave
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -216,6 +217,35 @@ def test_strings_of_digits_are_what_their_text_says(tmp_path, monkeypatch):
             assert " ".join(Path(name).name[0] for name in spoken) == line["text"]
             assert {name.split("/")[0] for name in spoken} == {split}
             assert len({name.split("_")[1] for name in spoken}) == 1
+
+
+def test_a_killed_preparation_leaves_no_manifest_of_the_strings_that_it_has_written(tmp_path, monkeypatch):
+    digits_zip(tmp_path / "digits.zip")
+    tool, written = script("spoken_digits"), []
+
+    def killed(path, mode):
+        if len(written) == 3 and mode == "wb":
+            raise KeyboardInterrupt
+        written.append(path)
+        return opened(path, mode)
+
+    opened = tool.wave.open
+    arguments = [
+        "spoken_digits.py",
+        str(tmp_path / "digits.zip"),
+        str(tmp_path / "out"),
+        "--train-strings",
+        "1",
+        "--test-strings",
+        "6",
+    ]
+    monkeypatch.setattr("sys.argv", arguments)
+    monkeypatch.setattr(
+        tool, "wave", SimpleNamespace(open=lambda path, mode="rb": killed(path, mode) if mode == "wb" else opened(path))
+    )
+    with pytest.raises(KeyboardInterrupt):
+        tool.main()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"train", "train.jsonl", "test"}
 
 
 @pytest.mark.slow
