@@ -21,7 +21,8 @@ whisper=$1 recordings=$2 translation=$3 output=${4:-outputs/finetune}
 python=${PYTHON:-python}
 mkdir -p "$output/translation"
 
-[ -e "$output/whisper/config.json" ] || "$python" "$here/whisper_from_ctranslate2.py" "$whisper" "$output/whisper" --seconds 5
+# Each file that is looked for is the last one that its command writes.
+[ -e "$output/whisper/processor_config.json" ] || "$python" "$here/whisper_from_ctranslate2.py" "$whisper" "$output/whisper" --seconds 5
 [ -e "$output/digits/test.jsonl" ] || "$python" "$here/spoken_digits.py" "$recordings" "$output/digits"
 
 for split in train val test_2016_flickr; do

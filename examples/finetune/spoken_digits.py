@@ -70,7 +70,7 @@ def write_split(archive: zipfile.ZipFile, split: str, output: Path, strings: int
             file.setframerate(rate)
             file.writeframes(sound)
         lines.append(json.dumps({"audio": name, "text": " ".join(str(digit) for digit, _ in spoken)}) + "\n")
-    write_text(output / f"{split}.jsonl", "".join(lines))  # last, and at once: prepare.sh takes it as the sign that all is written
+    write_text(output / f"{split}.jsonl", "".join(lines))  # prepare.sh looks for it
 
 
 def main() -> None:

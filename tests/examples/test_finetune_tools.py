@@ -131,6 +131,9 @@ def test_a_converted_model_is_the_model(tiny_whisper, stored, tmp_path):
     with torch.no_grad():
         ours, theirs = (m(input_features=features, decoder_input_ids=tokens).logits for m in (model, tiny_whisper))
     assert torch.equal(ours, theirs)
+    assert (
+        max((tmp_path / "hf").iterdir(), key=lambda path: path.stat().st_mtime_ns).name == "processor_config.json"
+    )  # see prepare.sh
     assert processor.tokenizer("one two").input_ids == [
         257,
         261,
