@@ -24,6 +24,8 @@ from maskllm.inference.sparse_linear import SparseLinear
 from maskllm.ops.sparse_linear import TENSORS, Layout, sparse_check, sparse_linear
 from maskllm.ops.sparse_slicing import sparse_columns, sparse_rows, sparse_stack
 
+_REORDERED_BY_NAME = ("llama4", "llama4_text")
+
 
 @register_quantization_config(QUANT_METHOD)
 class MaskLLMVLLMConfig(QuantizationConfig):
@@ -55,6 +57,14 @@ class MaskLLMVLLMConfig(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> MaskLLMVLLMConfig:
         """Raises MaskLLMError if it cannot be the `quantization_config` of a compressed checkpoint."""
         return cls(from_config(config, "config.json"))
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Raise MaskLLMError for a model whose rows vLLM reorders by the name `weight`, while it loads."""
+        if getattr(hf_config, "model_type", None) in _REORDERED_BY_NAME:
+            raise MaskLLMError(
+                f"{model_name}: vLLM reorders the rows of query and key of {hf_config.model_type} while it loads, in dense checkpoints "
+                "only: use `maskllm compress --decompress`"
+            )
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Give the matrices the names that their modules have in vLLM's model."""
@@ -100,6 +110,18 @@ class _Piece:
         return self.layout == other.layout and kinds == [(key, tensor.dtype) for key, tensor in sorted(other.tensors.items())]
 
 
+class _WithoutRows(nn.Parameter):
+    """For a tensor of an unstructured matrix that has no dimension of rows."""
+
+    @property
+    def output_dim(self) -> int:
+        """Asked for by models that reorder the rows of a matrix before its loader is called. Raises MaskLLMError."""
+        raise MaskLLMError(
+            "vLLM reorders the rows of the fused query, key and value of this model while it loads, and an unstructured matrix can have "
+            "no such reordering: use an N:M pattern, or `maskllm compress --decompress`"
+        )
+
+
 class MaskLLMLinearMethod(LinearMethodBase):
     """How one linear of vLLM loads its matrices and multiplies with them. Fused matrices whose layouts agree become one matrix.
 
@@ -131,7 +153,13 @@ class MaskLLMLinearMethod(LinearMethodBase):
         for matrix in self._matrices.values():
             dtypes = ({"weight": params_dtype} if matrix is None else matrix.layout.dtypes(matrix.values_dtype)) | dtypes
         for key, dtype in dtypes.items():
-            parameter = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+            if key in ("values", "row_starts") and any(
+                matrix and matrix.layout.pattern is None for matrix in self._matrices.values()
+            ):
+                parameter = _WithoutRows(torch.empty(0, dtype=dtype), requires_grad=False)
+            else:
+                parameter = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+                parameter.output_dim = 0  # Falcon reorders rows along it
             parameter.weight_loader = self._loader(key)
             layer.register_parameter(key, parameter)
 

@@ -15,12 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import maskllm  # noqa: F401 (transformers loads compressed checkpoints)
 from benchmarks.models import keep, write_word_tokenizer
 from benchmarks.serve import ROOT, VLLM_PYTHON, serving, vllm_python
 from maskllm.export.compress import CompressSettings, compress
+from maskllm.huggingface.blocks import block_linears
 from maskllm.patterns import Pattern
 
 PYTHON = vllm_python()
@@ -133,6 +134,35 @@ def mixed(tmp_path_factory) -> Path:
 def test_greedy_tokens_are_those_of_transformers(ranks, options, mixed, tmp_path):
     options = [*options, "--tensor-parallel-size", str(ranks)]
     check_tokens(mixed, WORDS, tmp_path / "log", *options, threads="0|1" if ranks == 2 else None)
+
+
+@pytest.mark.long
+@without_vllm
+def test_falcon_whose_fused_rows_vllm_reorders(tmp_path):
+    torch.manual_seed(0)
+    config = FalconConfig(
+        vocab_size=96,
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        new_decoder_architecture=True,
+        bias=True,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=1,
+        max_position_embeddings=256,
+    )
+    model = FalconForCausalLM(config)
+    with torch.no_grad():
+        for linear in block_linears(model).values():
+            nn.init.normal_(linear.bias)
+            keep(linear.weight, Pattern(2, 4))
+    model.save_pretrained(tmp_path / "hf")
+    write_word_tokenizer(tmp_path / "hf", config.vocab_size)
+    report = compress(tmp_path / "hf", tmp_path / "small")
+    assert "transformer.h.0.self_attention.query_key_value" in report.matrices
+    check_tokens(tmp_path / "small", WORDS, tmp_path / "log", "--enforce-eager")
 
 
 @pytest.mark.long

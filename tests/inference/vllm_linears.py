@@ -4,10 +4,13 @@ No server and no process group: the rank and the number of ranks are set by hand
 """
 
 import itertools
+from types import SimpleNamespace
 
 import torch
+from transformers import FalconConfig
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.model_executor.layers import linear as layers
+from vllm.model_executor.models import falcon
 
 from maskllm.errors import MaskLLMError
 from maskllm.inference.compressed_format import CompressedMatrix
@@ -139,7 +142,57 @@ def check_row(kind, ranks):
     close(total, x @ checkpoint.dense["down"].T, f"down {kind} {ranks}")
 
 
+class Falcon(torch.nn.Module):
+    """The part of vLLM's Falcon that loads the fused query, key and value, which are interleaved in the checkpoint."""
+
+    def __init__(self, quant_config, config):
+        super().__init__()
+        self.config = config
+        self.query_key_value = layers.QKVParallelLinear(
+            120,
+            HEAD,
+            HEADS,
+            config.num_kv_heads,
+            bias=False,
+            quant_config=quant_config,
+            prefix="query_key_value",
+            return_bias=False,
+        )
+
+    def load(self, tensors):
+        falcon.FalconModel.load_weights(self, [(f"query_key_value.{key}", tensor) for key, tensor in tensors.items()])
+
+
+def check_falcon(kind, kv_heads, ranks):
+    config = FalconConfig(new_decoder_architecture=True, num_kv_heads=kv_heads, num_attention_heads=HEADS)
+    for rank in range(ranks):
+        on_rank(rank, ranks)
+        checkpoint = Checkpoint()
+        checkpoint.add("query_key_value", (HEADS + 2 * kv_heads) * HEAD, 120, kind)
+        layer = Falcon(MaskLLMVLLMConfig(dict(checkpoint.matrices)), config)
+        try:
+            layer.load(checkpoint.stored["query_key_value"])
+        except MaskLLMError as error:
+            assert kind.pattern is None and "unstructured" in str(error), error
+            continue
+        linear = layer.query_key_value
+        linear.quant_method.process_weights_after_loading(linear)
+        groups = checkpoint.dense["query_key_value"].view(kv_heads, HEADS // kv_heads + 2, HEAD, 120)  # queries, a key, a value
+        query, key, value = (part.reshape(-1, 120) for part in (groups[:, :-2], groups[:, -2], groups[:, -1]))
+        replicas = max(1, ranks // kv_heads)
+        parts = [query.chunk(ranks)[rank], *(part.chunk(ranks // replicas)[rank // replicas] for part in (key, value))]
+        x = torch.randn(70, 120)
+        close(linear(x), x @ torch.cat(parts).T, f"Falcon {kind} {kv_heads} {rank}/{ranks}")
+
+
 def check_refusals():
+    for name, refused in (("llama4", True), ("llama4_text", True), ("llama", False)):
+        try:
+            MaskLLMVLLMConfig({}).maybe_update_config("model", hf_config=SimpleNamespace(model_type=name))
+        except MaskLLMError as error:
+            assert refused and "vLLM reorders the rows of query and key" in str(error), error
+        else:
+            assert not refused
     on_rank(0, 1)
     checkpoint = Checkpoint()
     checkpoint.add("down", HIDDEN, WIDE, KINDS["2:4"])
@@ -169,6 +222,8 @@ with set_current_vllm_config(VllmConfig()), torch.inference_mode():
         if kind is not None:
             check_column(kind, ranks)
             check_row(kind, ranks)
+            for kv_heads in (2, HEADS):
+                check_falcon(kind, kv_heads, ranks)
         check_qkv([kind, kind or KINDS["2:4"], kind], ranks)
         check_qkv([KINDS["2:4"], kind, None], ranks)
     check_refusals()
