@@ -17,8 +17,26 @@
 #include "kernels.h"
 #include "sparse_kernels.h"
 
+// MKL's; null if torch has another BLAS.
+extern "C" int MKL_Set_Num_Threads_Local(int threads) __attribute__((weak));
+
 namespace maskllm {
 namespace {
+
+// The products of this thread in MKL know of one thread. MKL chooses the order of its sums by the number of threads that it may use,
+// even where it then uses one alone, as in torch's pool.
+class OneThreadInMKL {
+ public:
+  OneThreadInMKL() : before_(MKL_Set_Num_Threads_Local == nullptr ? 0 : MKL_Set_Num_Threads_Local(1)) {}
+  ~OneThreadInMKL() {
+    if (MKL_Set_Num_Threads_Local != nullptr) MKL_Set_Num_Threads_Local(before_);
+  }
+  OneThreadInMKL(const OneThreadInMKL&) = delete;
+  OneThreadInMKL& operator=(const OneThreadInMKL&) = delete;
+
+ private:
+  int before_;
+};
 
 // Numbers of the kernels' scratch memory: a dense row, and its integers.
 std::unique_ptr<float[]> scratch_for(int64_t in) { return std::unique_ptr<float[]>(new float[2 * (in + 64)]); }
@@ -68,28 +86,36 @@ void few_rows(const SparseMatrix& matrix, const at::Tensor& input, const void* b
 
 // Each thread expands rows of the matrix to a tile in its cache, and torch multiplies the tile on that thread alone: in bf16 where the
 // processor has such instructions, else in fp32, which is faster there than torch's own bf16. The tiles, and with them the bits of the
-// sums, do not depend on the number of threads.
+// sums, do not depend on the number of threads. A matrix of one tile is multiplied in parts of the activations' rows, because a task
+// alone would run outside of the pool, and torch would share its product among all threads.
 void many_rows(const SparseMatrix& matrix, const at::Tensor& input, const std::optional<at::Tensor>& bias, at::Tensor& result) {
   const bool half = instruction_set().bf16 && input.scalar_type() == at::kBFloat16;
   const at::Tensor x = (half ? input : input.to(at::kFloat)).detach();
   const at::Tensor added = bias.has_value() ? bias->to(x.scalar_type()).detach() : at::Tensor();
   // Large tiles, since a product first copies all of its inputs into an order of its own; and tiles enough for 16 threads.
   const int64_t tile_rows = std::clamp<int64_t>((matrix.out / 16 + 15) / 16 * 16, 64, x.size(0) <= 512 ? 256 : 512);
-  at::parallel_for(0, (matrix.out + tile_rows - 1) / tile_rows, 1, [&](int64_t first, int64_t last) {
+  const int64_t tiles = (matrix.out + tile_rows - 1) / tile_rows, rows = x.size(0);
+  const int64_t part_rows = tiles > 1 ? rows : std::min(std::clamp<int64_t>((rows / 16 + 15) / 16 * 16, 32, 512), (rows + 1) / 2);
+  const int64_t parts = (rows + part_rows - 1) / part_rows;
+  at::parallel_for(0, tiles * parts, 1, [&](int64_t first, int64_t last) {
     const at::AutoDispatchBelowADInplaceOrView no_gradients;
+    const OneThreadInMKL one_thread;
     const auto scratch = scratch_for(matrix.in);
     at::Tensor tile = at::empty({tile_rows, matrix.in}, x.options());
-    for (int64_t begin = first * tile_rows; begin < std::min(matrix.out, last * tile_rows); begin += tile_rows) {
-      const int64_t count = std::min(tile_rows, matrix.out - begin);
-      expand_range(matrix, begin, begin + count, type_of(tile, "tile"), tile.mutable_data_ptr(), scratch.get());
-      const at::Tensor weight = tile.narrow(0, 0, count).t();
-      at::Tensor part = result.narrow(1, begin, count);
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t begin = task / parts * tile_rows, count = std::min(tile_rows, matrix.out - begin);
+      const int64_t row = task % parts * part_rows, some = std::min(part_rows, rows - row);
+      if (task == first || row == 0) {
+        expand_range(matrix, begin, begin + count, type_of(tile, "tile"), tile.mutable_data_ptr(), scratch.get());
+      }
+      const at::Tensor weight = tile.narrow(0, 0, count).t(), inputs = x.narrow(0, row, some);
+      at::Tensor part = result.narrow(0, row, some).narrow(1, begin, count);
       if (result.scalar_type() != x.scalar_type()) {
-        part.copy_(added.defined() ? at::addmm(added.narrow(0, begin, count), x, weight) : at::mm(x, weight));
+        part.copy_(added.defined() ? at::addmm(added.narrow(0, begin, count), inputs, weight) : at::mm(inputs, weight));
       } else if (added.defined()) {
-        at::addmm_out(part, added.narrow(0, begin, count), x, weight);
+        at::addmm_out(part, added.narrow(0, begin, count), inputs, weight);
       } else {
-        at::mm_out(part, x, weight);
+        at::mm_out(part, inputs, weight);
       }
     }
   });

@@ -209,6 +209,26 @@ def test_any_number_of_threads_gives_the_same_bits(layout):
         torch.set_num_threads(threads)
 
 
+@needs_kernels
+@pytest.mark.parametrize("out", [1, 48, 150])
+def test_many_rows_have_the_same_bits_with_any_number_of_threads(out):
+    """One tile and several; the rows of activations are long enough that MKL cuts their sums."""
+    tensors = sparse_pack(matrix(Pattern(2, 4), out, 4096), Layout(Pattern(2, 4), 32))
+    data, bias = torch.randn(200, 4096, generator=torch.Generator().manual_seed(0)), torch.randn(out)
+    threads = torch.get_num_threads()
+    try:
+        for rows, added in ((65, None), (200, bias)):
+            found = []
+            for count in (1, 2, 3, 4):
+                torch.set_num_threads(count)
+                found.append(sparse_linear(data[:rows], tensors, Layout(Pattern(2, 4), 32), added))
+            assert all(torch.equal(found[0], other) for other in found[1:])
+            dense = sparse_expand(tensors, Layout(Pattern(2, 4), 32), 4096, torch.float32)
+            assert_near(found[0], data[:rows], dense.double(), torch.zeros(out) if added is None else added, False)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("layout", [Layout(Pattern(2, 4), 16), Layout(Pattern(1, 4), 4, 64), Layout(None, 8)], ids=name)
 def test_shapes_of_inputs(layout):
     tensors = sparse_pack(matrix(layout.pattern, 10, 128, torch.bfloat16), layout)
