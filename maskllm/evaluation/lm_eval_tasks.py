@@ -156,7 +156,8 @@ def _leaves(manager: TaskManager, name: str) -> list[str]:
 
 def _unknown(manager: TaskManager, name: str, data: Path | None) -> MaskLLMError:
     local = [path.name.removesuffix(".jsonl") for path in data.glob("*.jsonl")] if data is not None else []
-    close = difflib.get_close_matches(name, [*NAMED, *local, *manager.all_tasks], n=5, cutoff=0.5)
+    known = dict.fromkeys([*NAMED, *local, *manager.all_tasks])
+    close = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
     nor = f", nor has {data} the file {name}.jsonl" if data else ""
     return MaskLLMError(
         f"--tasks {name}: lm-eval {lm_eval.__version__} has no such task{nor}; "
