@@ -53,8 +53,8 @@ inline __m256 eight(const uint8_t* values) {
 template <Places F, Values V>
 struct FloatStep {
   using Vector = __m256;
-  static constexpr int kKept = 8, kValueBytes = V == Values::kFloat32 ? 32 : 16, kPlaceBytes = 2;
-  static constexpr int kInputBytes = F == Places::kTwoOfFour ? 64 : 128;
+  static constexpr int kKept = 8, kValueBytes = V == Values::kFloat32 ? 32 : 16, kPlaceBytes = F == Places::kAll ? 0 : 2;
+  static constexpr int kInputBytes = F == Places::kAll ? 32 : (F == Places::kTwoOfFour ? 64 : 128);
   static constexpr bool kScaled = false;
   static constexpr int kRows = 2, kInputs = 2, kUnroll = 4;
   struct Loaded {
@@ -66,7 +66,8 @@ struct FloatStep {
   static float sum(Vector v) { return sum_of(v); }
 
   template <class G>
-  static inline Loaded load(const G&, const uint8_t* values, const uint8_t* places, const float*) {
+  static inline Loaded load(const G&, const uint8_t* values, [[maybe_unused]] const uint8_t* places, const float*) {
+    if constexpr (F == Places::kAll) return {eight<V>(values), _mm256_setzero_si256()};
     uint16_t word;
     std::memcpy(&word, places, sizeof word);
     const __m256i base =
@@ -77,6 +78,7 @@ struct FloatStep {
 
   static inline Vector add(Vector sum, const Loaded& loaded, const uint8_t* inputs) {
     const auto* const x = reinterpret_cast<const float*>(inputs);
+    if constexpr (F == Places::kAll) return _mm256_fmadd_ps(loaded.values, _mm256_loadu_ps(x), sum);
     const __m256 a = _mm256_permutevar8x32_ps(_mm256_loadu_ps(x), loaded.index);
     const __m256 b = _mm256_permutevar8x32_ps(_mm256_loadu_ps(x + 8), loaded.index);
     __m256 gathered;

@@ -69,12 +69,12 @@ inline __m512 sixteen(const uint8_t* values) {
   }
 }
 
-// 16 kept values in fp32. The activations come by vpermt2ps from two registers, or for 1:4 from four.
+// 16 kept values in fp32. The activations come by vpermt2ps from two registers, or for 1:4 from four; all of one with dense values.
 template <Places F, Values V>
 struct FloatStep {
   using Vector = __m512;
-  static constexpr int kKept = 16, kValueBytes = V == Values::kFloat32 ? 64 : 32, kPlaceBytes = 4;
-  static constexpr int kInputBytes = F == Places::kTwoOfFour ? 128 : 256;
+  static constexpr int kKept = 16, kValueBytes = V == Values::kFloat32 ? 64 : 32, kPlaceBytes = F == Places::kAll ? 0 : 4;
+  static constexpr int kInputBytes = F == Places::kAll ? 64 : (F == Places::kTwoOfFour ? 128 : 256);
   static constexpr bool kScaled = false;
   static constexpr int kRows = 4, kInputs = 4, kUnroll = 4;
   struct Loaded {
@@ -86,7 +86,8 @@ struct FloatStep {
   static float sum(Vector v) { return _mm512_reduce_add_ps(v); }
 
   template <class G>
-  static inline Loaded load(const G&, const uint8_t* values, const uint8_t* places, const float*) {
+  static inline Loaded load(const G&, const uint8_t* values, [[maybe_unused]] const uint8_t* places, const float*) {
+    if constexpr (F == Places::kAll) return {sixteen<V>(values), _mm512_setzero_si512()};
     const __m512i shift = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const __m512i base = F == Places::kTwoOfFour ? _mm512_setr_epi32(0, 0, 4, 4, 8, 8, 12, 12, 16, 16, 20, 20, 24, 24, 28, 28)
                                                  : _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
@@ -96,6 +97,7 @@ struct FloatStep {
 
   static inline Vector add(Vector sum, const Loaded& loaded, const uint8_t* inputs) {
     const auto* const x = reinterpret_cast<const float*>(inputs);
+    if constexpr (F == Places::kAll) return _mm512_fmadd_ps(loaded.values, _mm512_loadu_ps(x), sum);
     __m512 gathered = _mm512_permutex2var_ps(_mm512_loadu_ps(x), loaded.index, _mm512_loadu_ps(x + 16));
     if constexpr (F == Places::kOneOfFour) {
       const __m512 high = _mm512_permutex2var_ps(_mm512_loadu_ps(x + 32), loaded.index, _mm512_loadu_ps(x + 48));

@@ -74,7 +74,7 @@ void tile(const SparseMatrix& matrix, const Groups& groups, const Product& produ
   }
   if (step * Step::kKept < matrix.kept) {  // The last step is not whole: it goes through zeros, so that nothing after the row is read.
     for (int w = 0; w < W; ++w) {
-      alignas(64) uint8_t some_values[Step::kValueBytes] = {}, some_places[Step::kPlaceBytes] = {};
+      alignas(64) uint8_t some_values[Step::kValueBytes] = {}, some_places[Step::kPlaceBytes + 1] = {};  // a dense step has no places
       alignas(64) float some_scales[16] = {};
       const int64_t value_at = step * Step::kValueBytes, place_at = step * Step::kPlaceBytes;
       std::memcpy(some_values, values[w] + value_at, std::min<int64_t>(Step::kValueBytes, matrix.value_bytes - value_at));
@@ -275,7 +275,8 @@ void quantize(const float* row, int64_t in, uint8_t* to) {
 
 Inputs inputs(const SparseMatrix& matrix, bool bf16) {
   if (multiplies_integers(matrix)) return Inputs::kQuantized;
-  if (kBFloat16Products && bf16 && matrix.form != Places::kBitmask && matrix.type == Values::kBFloat16) return Inputs::kBFloat16;
+  const bool gathers = matrix.form == Places::kTwoOfFour || matrix.form == Places::kOneOfFour;
+  if (kBFloat16Products && bf16 && gathers && matrix.type == Values::kBFloat16) return Inputs::kBFloat16;
   return Inputs::kFloat32;
 }
 
@@ -312,22 +313,28 @@ void quantized_product(const SparseMatrix& matrix, const Product& product, int64
 }
 
 template <Places F>
-void gathered_product(const SparseMatrix& matrix, Inputs inputs, const Product& product, int64_t begin, int64_t end) {
+void float_product(const SparseMatrix& matrix, const Product& product, int64_t begin, int64_t end) {
   const Groups none{62, 1, {}};
+  if (matrix.type == Values::kFloat32) return product_of<FloatStep<F, Values::kFloat32>>(matrix, none, product, begin, end);
+  if (matrix.type == Values::kBFloat16) return product_of<FloatStep<F, Values::kBFloat16>>(matrix, none, product, begin, end);
+  product_of<FloatStep<F, Values::kFloat16>>(matrix, none, product, begin, end);
+}
+
+template <Places F>
+void gathered_product(const SparseMatrix& matrix, Inputs inputs, const Product& product, int64_t begin, int64_t end) {
   if (inputs == Inputs::kQuantized) {
     if (matrix.type == Values::kInt8) return quantized_product<F, Values::kInt8>(matrix, product, begin, end);
     return quantized_product<F, Values::kInt4>(matrix, product, begin, end);
   }
-  if (inputs == Inputs::kBFloat16) return bf16_product<F>(matrix, none, product, begin, end);
-  if (matrix.type == Values::kFloat32) return product_of<FloatStep<F, Values::kFloat32>>(matrix, none, product, begin, end);
-  if (matrix.type == Values::kBFloat16) return product_of<FloatStep<F, Values::kBFloat16>>(matrix, none, product, begin, end);
-  product_of<FloatStep<F, Values::kFloat16>>(matrix, none, product, begin, end);
+  if (inputs == Inputs::kBFloat16) return bf16_product<F>(matrix, Groups{62, 1, {}}, product, begin, end);
+  float_product<F>(matrix, product, begin, end);
 }
 
 void linear(const SparseMatrix& matrix, Inputs inputs, const Product& product, int64_t begin, int64_t end, float* scratch) {
   if (matrix.form == Places::kBitmask || (matrix.quantized() && inputs != Inputs::kQuantized)) {
     return product_of_expanded(matrix, product, begin, end, scratch);
   }
+  if (matrix.form == Places::kAll) return float_product<Places::kAll>(matrix, product, begin, end);
   if (matrix.form == Places::kTwoOfFour) return gathered_product<Places::kTwoOfFour>(matrix, inputs, product, begin, end);
   gathered_product<Places::kOneOfFour>(matrix, inputs, product, begin, end);
 }

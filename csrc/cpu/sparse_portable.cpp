@@ -7,8 +7,9 @@
 namespace maskllm {
 namespace {
 
-// Column of each value of a row in turn, for 2:4 and 1:4.
+// Column of each value of a row in turn, for 2:4, 1:4 and dense matrices.
 inline int64_t column_of(const SparseMatrix& matrix, const uint8_t* places, int64_t value) {
+  if (matrix.form == Places::kAll) return value;
   const int place = places[value / 4] >> 2 * (value & 3) & 3;
   return (matrix.form == Places::kTwoOfFour ? 4 * (value / 2) : 4 * value) + place;
 }

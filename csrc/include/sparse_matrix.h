@@ -5,7 +5,7 @@
 
 namespace maskllm {
 
-enum class Places : int { kTwoOfFour, kOneOfFour, kBitmask };
+enum class Places : int { kTwoOfFour, kOneOfFour, kBitmask, kAll };  // kAll: a dense matrix, which has no places
 enum class Values : int { kFloat32, kBFloat16, kFloat16, kInt8, kInt4 };
 
 // What the check finds. maskllm/ops/sparse_reference.py has the same numbers.

@@ -106,7 +106,7 @@ class MaskLLMQuantizer(HfQuantizer):
         del self._tensors
         if not computes_natively(torch.bfloat16):
             for module in model.modules():
-                if type(module) is nn.Linear and module.bias is None:
+                if type(module) is nn.Linear:
                     module.__class__ = DenseLinear  # the same parameters, with their ties and hooks
         model.save_pretrained = types.MethodType(save_pretrained, model)
         return model

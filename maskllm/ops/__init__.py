@@ -1,6 +1,7 @@
 """Operators with CPU and CUDA kernels: the mask method's, 2:4 compression, and products with matrices stored without zeros."""
 
 from maskllm.ops.compress24 import compress24, decompress24
+from maskllm.ops.dense_linear import dense_linear
 from maskllm.ops.masked_weight import masked_weight
 from maskllm.ops.noise import NoiseKey, ShardMap, philox_key
 from maskllm.ops.rounding import rounding_bits, stochastic_bf16
@@ -16,6 +17,7 @@ __all__ = [
     "check_mask",
     "compress24",
     "decompress24",
+    "dense_linear",
     "masked_weight",
     "philox_key",
     "rounding_bits",
