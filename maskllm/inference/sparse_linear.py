@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from maskllm.inference.compressed_format import CompressedMatrix
-from maskllm.ops.sparse_linear import TENSORS, Layout, sparse_check, sparse_expand, sparse_linear
+from maskllm.ops.sparse_linear import TENSORS, Layout, sparse_check, sparse_expand
 
 
 class SparseLinear(nn.Module):
@@ -42,6 +42,9 @@ class SparseLinear(nn.Module):
             self.register_parameter(key, nn.Parameter(empty, requires_grad=False))
         empty = torch.empty(matrix.out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", None if empty is None else nn.Parameter(empty, requires_grad=False))
+        self._numbers = (
+            self.layout.numbers
+        )  # the operator's; to make them anew takes as long as the operator needs for its arguments
 
     @property
     def in_features(self) -> int:
@@ -88,6 +91,7 @@ class SparseLinear(nn.Module):
 
     def check(self, name: str, stored: dict[str, torch.Tensor] | None = None) -> None:
         """Raise MaskLLMError unless the stored weight, or `stored` if it is not in memory, is sound. `name` is for the message."""
+        self._numbers = self.layout.numbers
         sparse_check(stored or self.stored(), self.layout, self.out_features, self.in_features, name)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
@@ -97,7 +101,16 @@ class SparseLinear(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map `input` [..., in] to [..., out] of its dtype."""
-        return sparse_linear(input, self.stored(), self.layout, self.bias)
+        weight = self._parameters
+        return torch.ops.maskllm.sparse_linear(
+            input,
+            weight["values"],
+            weight["places"],
+            weight.get("scales"),
+            weight.get("row_starts"),
+            weight["bias"],
+            *self._numbers,
+        )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> SparseLinear:
         before = {key: tensor.data for key, tensor in self.stored().items() if tensor.is_floating_point()}
@@ -107,6 +120,7 @@ class SparseLinear(nn.Module):
             if key == "scales" or new.element_size() > old.element_size():
                 new.data = old.to(new.device)
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.values.device)).dtype
+        self._numbers = self.layout.numbers
         return self
 
     def extra_repr(self) -> str:
