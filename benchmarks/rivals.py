@@ -15,7 +15,8 @@ The other programs have an environment of their own:
     bin/pip download --no-deps --no-binary :all: llama-cpp-python && tar xf llama_cpp_python-*.tar.gz
     mv llama_cpp_python-*/ llama_cpp_python && bin/pip install ./llama_cpp_python
 
-llama.cpp is compiled for the processor at hand, which takes a compiler, CMake and 20 minutes; leave it out with --programs.
+llama.cpp is compiled for the processor at hand, which takes a compiler, CMake and 20 minutes. A program that is not installed is left
+out, which is said, and has no row.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ OURS = {"dense bf16": None, "2:4 bf16": 16, "2:4 int8": 8, "2:4 int4": 4}
 """What transformers generates from: the bits of `maskllm compress`."""
 PROGRAMS = {"ctranslate2": (8,), "openvino": (8, 4), "llama.cpp": (8, 4)}
 """The other programs, and the bits of their weights."""
+MODULES = {"ctranslate2": "ctranslate2", "openvino": "openvino", "llama.cpp": "llama_cpp"}
+"""The Python module of each program."""
 RIVALS = Path(__file__).with_name("rival_programs.py")
 
 
@@ -115,6 +118,10 @@ def prepare(args: argparse.Namespace) -> dict[str, list[object]]:
     generator = torch.Generator().manual_seed(0)
     write_json(prompt, torch.randint(args.vocabulary, (args.prompt_tokens,), generator=generator).tolist())
     for program in args.programs:
+        finds = f"import importlib.util, sys; sys.exit(not importlib.util.find_spec({MODULES[program]!r}))"
+        if subprocess.run([args.python, "-c", finds], check=False).returncode:
+            print(f"{program}: left out; {args.python} has no module {MODULES[program]}", flush=True)
+            continue
         for bits in PROGRAMS[program]:
             source = ["--llama-cpp", args.llama_cpp] if program == "llama.cpp" else []
             convert = [args.python, RIVALS, "convert", program, bits, dense]
