@@ -95,7 +95,7 @@ void many_rows(const SparseMatrix& matrix, const at::Tensor& input, const std::o
   // Large tiles, since a product first copies all of its inputs into an order of its own; and tiles enough for 16 threads.
   const int64_t tile_rows = std::clamp<int64_t>((matrix.out / 16 + 15) / 16 * 16, 64, x.size(0) <= 512 ? 256 : 512);
   const int64_t tiles = (matrix.out + tile_rows - 1) / tile_rows, rows = x.size(0);
-  const int64_t part_rows = tiles > 1 ? rows : std::min(std::clamp<int64_t>((rows / 16 + 15) / 16 * 16, 32, 512), (rows + 1) / 2);
+  const int64_t part_rows = tiles > 1 ? rows : std::min(std::clamp<int64_t>(rows / 16, 128, 512), (rows + 1) / 2);
   const int64_t parts = (rows + part_rows - 1) / part_rows;
   at::parallel_for(0, tiles * parts, 1, [&](int64_t first, int64_t last) {
     const at::AutoDispatchBelowADInplaceOrView no_gradients;
