@@ -70,23 +70,23 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     name, rate, seed = _parse(arguments.row)
     work: Path = arguments.work
     maskllm = [sys.executable, "-m", "maskllm"]
-    megatron, prefix = work / "megatron", work / "data" / "train"
-    dataset = f"{prefix}_text_document"
+    megatron, datasets = work / "megatron", []
     seq_length = arguments.seq_length
     iterations = max(1, round(arguments.tokens / (seq_length * BATCH)))
     row = name if rate is None else f"{name},lr={rate},seed={seed},tokens={iterations * seq_length * BATCH}"
     start = RECIPES[name].start if name in RECIPES else name
 
     common = Steps(_made(work / "common"))
-    common.run(
-        "preprocess", prefix.parent,
-        [*maskllm, "preprocess", "--input", *arguments.train_data, "--output-prefix", prefix, "--tokenizer", arguments.hf, "--append-eod"],
-    )  # fmt: skip
+    for file in arguments.train_data:
+        folder = work / f"data-{len(datasets)}"
+        preprocess = ["--input", file, "--output-prefix", folder / "train", "--tokenizer", arguments.hf, "--append-eod"]
+        common.run(f"preprocess {len(datasets)}", folder, [*maskllm, "preprocess", *preprocess])
+        datasets.append(folder / "train_text_document")
     common.run("convert", megatron / "dense", [*maskllm, "convert", "--hf", arguments.hf, "--output", megatron / "dense"])
     if start in ONE_SHOT:
         one_shot = Steps(_made(work / start))
         data = [
-            "--calibration-data", dataset, "--calibration-samples", arguments.calibration_samples, "--seq-length", seq_length, "--pack",
+            "--calibration-data", datasets[0], "--calibration-samples", arguments.calibration_samples, "--seq-length", seq_length, "--pack",
             "--params-dtype", arguments.params_dtype,
         ]  # fmt: skip
         one_shot.run(
@@ -106,9 +106,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         training = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.processes}",
             "-m", "maskllm.train", "--pretrained-checkpoint", megatron / start, "--load", checkpoint, "--save", checkpoint,
-            "--save-interval", "25", "--data-path", dataset, "--split", "100,0,0", "--eval-iters", "0", "--seq-length", seq_length,
-            "--global-batch-size", BATCH, "--micro-batch-size", BATCH // arguments.processes, "--params-dtype", arguments.params_dtype,
-            "--log-interval", "5", *options,
+            "--save-interval", "25", "--data-path", *(part for dataset in datasets for part in (1, dataset)), "--split", "100,0,0",
+            "--eval-iters", "0", "--seq-length", seq_length, "--global-batch-size", BATCH,
+            "--micro-batch-size", BATCH // arguments.processes, "--params-dtype", arguments.params_dtype, "--log-interval", "5", *options,
         ]  # fmt: skip
         steps.run("train", checkpoint, training, can_resume=True)
     directory = Path(arguments.hf)
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     """Make the row and print or write its numbers."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hf", required=True, metavar="DIR", help="dense model")
-    parser.add_argument("--train-data", required=True, nargs="+", metavar="FILE", help="JSON lines to calibrate and train on")
+    parser.add_argument("--train-data", required=True, nargs="+", metavar="FILE", help="JSON lines to train on, in equal parts")
     parser.add_argument("--eval-data", required=True, metavar="FILE", help="held-out text")
     parser.add_argument("--tasks-data", metavar="DIR", help=f"also evaluate {' and '.join(TASKS)} with the files in this folder")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N items of each task only")

@@ -86,7 +86,8 @@ QUALITY_ROWS = {
     "cast": ("3e-4", "1e-3", "2e-3"),
 }
 """The learning rates that are tried for each recipe of benchmarks/quality.py. `6e-4:1` is a rate with another seed."""
-
+QUALITY_LONG_ROWS = ("weights-kl:6e-4", "both-kl:6e-4")
+"""What is also trained with a million tokens."""
 
 TINY_QUALITY = "--tokens 64 --seq-length 32 --calibration-samples 2 --eval-seq-length 32 --eval-windows 1 --limit 2"
 
@@ -94,13 +95,15 @@ TINY_QUALITY = "--tokens 64 --seq-length 32 --calibration-samples 2 --eval-seq-l
 TINY_TRANSFER = "--general-iters 1 --domain-iters 1 --seq-length 32 --calibration-samples 2 --eval-seq-length 32 --eval-windows 1"
 
 
-def _quality(row: str, minutes: float, tiny: str | None = None) -> Measurement:
-    """A row of the comparison of ways to train: `weights-kl:6e-4` is the measurement quality/weights-kl-6e-4."""
+def _quality(row: str, minutes: float, tiny: str | None = None, *, long: bool = False) -> Measurement:
+    """A row of the comparison of ways to train: `weights-kl:6e-4` is the measurement quality/weights-kl-6e-4, or long, ...-6e-4-1m."""
     command = (
-        f"python -m benchmarks.quality --hf {{dense}} --train-data {C4} --eval-data {WIKITEXT} --tasks-data {{data}}/zero-shot --limit 200 "
-        f"--work {{work}} --row {row}"
+        f"python -m benchmarks.quality --hf {{dense}} --train-data {C4} {{quickstart}}/corpus/train.jsonl --eval-data {WIKITEXT} "
+        f"--tasks-data {{data}}/zero-shot --limit 200 --work {{work}} --row {row}"
     )
-    return Measurement(f"quality/{row.replace(':', '-')}", command, minutes, (*TRAINING, *PERPLEXITY, *ZERO_SHOT), tiny)
+    name, tokens = ("-1m", " --tokens 1e6") if long else ("", "")
+    sources = (*TRAINING, *PERPLEXITY, *ZERO_SHOT)
+    return Measurement(f"quality/{row.replace(':', '-')}{name}", command + tokens, minutes, sources, tiny)
 
 
 def _compressed(row: str, minutes: float, tiny: str | None = None) -> Measurement:
@@ -172,6 +175,7 @@ _ALL = [
         for recipe, rates in QUALITY_ROWS.items()
         for rate in rates
     ),
+    *(_quality(row, 200, long=True) for row in QUALITY_LONG_ROWS),
     *(
         Measurement(
             f"mask-transfer/{domain}",
