@@ -5,16 +5,21 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from maskllm.ops.dense_linear import FEW_ROWS, dense_linear
+from maskllm.environment.cpu_speed import computes_natively
+from maskllm.ops.dense_linear import FEW_ROWS, FEW_ROWS_NATIVELY, dense_linear
+
+_FEW_ROWS = {
+    dtype: FEW_ROWS_NATIVELY if computes_natively(dtype) else FEW_ROWS for dtype in (torch.bfloat16, torch.float16)
+}  # a table, which torch.compile reads as constants
 
 
 class DenseLinear(nn.Linear):
-    """`torch.nn.Linear` on a CPU without bf16 instructions: a few rows in 16 bits, without a gradient, are `dense_linear`."""
+    """`torch.nn.Linear`, of which a few rows in 16 bits, on a CPU and without a gradient, are `dense_linear`."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map `input` [..., in] to [..., out] of its dtype."""
         trains = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
-        few = input.dtype.itemsize == 2 and input.device.type == "cpu" and input.numel() <= FEW_ROWS * self.in_features
+        few = input.device.type == "cpu" and input.numel() <= _FEW_ROWS.get(input.dtype, 0) * self.in_features
         if few and not trains and self.weight.is_contiguous():
             return dense_linear(input, self.weight, self.bias)
         return super().forward(input)

@@ -92,7 +92,6 @@ class MaskLLMQuantizer(HfQuantizer):
             self._names[path] = name
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_kwargs: Any) -> nn.Module:
-        from maskllm.environment.cpu_speed import computes_natively
         from maskllm.inference.dense_linear import DenseLinear
 
         for path, module in _sparse_linears(model):
@@ -104,10 +103,9 @@ class MaskLLMQuantizer(HfQuantizer):
                 stored = {key: self._tensors.load(f"{name}.{key}") for key in stored}
             module.check(f"{self._tensors.file(f'{name}.values')}: {name}", stored)
         del self._tensors
-        if not computes_natively(torch.bfloat16):
-            for module in model.modules():
-                if type(module) is nn.Linear:
-                    module.__class__ = DenseLinear  # the same parameters, with their ties and hooks
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = DenseLinear  # the same parameters, with their ties and hooks
         model.save_pretrained = types.MethodType(save_pretrained, model)
         return model
 

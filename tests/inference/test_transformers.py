@@ -28,9 +28,9 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import maskllm
-from maskllm.environment import cpu_speed
 from maskllm.errors import MaskLLMError
 from maskllm.export.compress import CompressSettings, compress, decompress
+from maskllm.inference import dense_linear
 from maskllm.inference.dense_linear import DenseLinear
 from maskllm.inference.sparse_linear import SparseLinear
 from maskllm.registration import register
@@ -201,16 +201,19 @@ def test_dequantize(kind, tmp_path):
     loss.backward()  # as any dense model
 
 
-@pytest.mark.parametrize("native", [False, True])
-def test_the_output_layer_in_bf16(native, tmp_path, monkeypatch):
-    monkeypatch.setattr(cpu_speed, "computes_natively", lambda dtype: native)
+@pytest.mark.parametrize("few_rows", [5, 6])
+def test_the_output_layer_in_bf16(few_rows, tmp_path, monkeypatch):
+    monkeypatch.setitem(dense_linear._FEW_ROWS, torch.bfloat16, few_rows)
     model = load(compressed(tmp_path, "llama3", torch.bfloat16))
-    assert type(model.lm_head) is (nn.Linear if native else DenseLinear)
+    assert type(model.lm_head) is DenseLinear
+    called = []
+    monkeypatch.setattr(dense_linear, "dense_linear", lambda *given: called.append(given) or torch.ops.maskllm.dense_linear(*given))
     data = torch.randn(2, 3, model.lm_head.in_features, dtype=torch.bfloat16)
     wanted = data.double() @ model.lm_head.weight.double().T
     for context in (contextlib.nullcontext, torch.inference_mode):
         with context():
             torch.testing.assert_close(model.lm_head(data).double(), wanted, rtol=2**-8, atol=1e-6)
+    assert len(called) == (1 if few_rows == 6 else 0)  # not with a gradient, and not with more rows
     model.lm_head(data).sum().backward()
     assert model.lm_head.weight.grad is not None
     assert type(model.dequantize().lm_head) is nn.Linear
