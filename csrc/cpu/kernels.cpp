@@ -18,7 +18,7 @@ std::vector<InstructionSet> available() {
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   const bool vbmi = vnni && __builtin_cpu_supports("avx512vbmi");
-  const bool bf16 = vbmi && __builtin_cpu_supports("avx512bf16");
+  const bool bf16 = vbmi && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16");
   if (bf16) sets.push_back({"avx512_bf16", &kAvx512Kernels, &kSparseAvx512Bf16, true});
   if (vbmi) sets.push_back({"avx512_vbmi", &kAvx512Kernels, &kSparseAvx512Vbmi, false});
   if (vnni) sets.push_back({"avx512_vnni", &kAvx512Kernels, &kSparseAvx512Vnni, false});

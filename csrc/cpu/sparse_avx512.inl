@@ -296,9 +296,85 @@ void bf16_product([[maybe_unused]] const SparseMatrix& matrix, [[maybe_unused]] 
 #endif
 }
 
+#if defined(MASKLLM_BF16)
+// 16 integers times a scale, rounded to the nearest bf16 numbers.
+inline __m256i scaled_words(const uint8_t* integers, float scale) {
+  const __m512i whole = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)integers));
+  const __m512i bits = _mm512_castps_si512(_mm512_mul_ps(_mm512_cvtepi32_ps(whole), _mm512_set1_ps(scale)));
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff)), 16));
+}
+
+// A row as bf16 numbers, 32 columns at a time by vpexpandw. `scratch` takes in + 64 bytes.
+template <Places F, Values V>
+void expand_words(const SparseMatrix& matrix, int64_t row, uint16_t* to, int8_t* scratch) {
+  constexpr int kBytes = V == Values::kBFloat16 ? 2 : 1;
+  const uint8_t* const places = matrix.row_places(row);
+  const Kept kept = kept_values<V>(matrix, row, scratch);
+  const float* const scales = matrix.scales + row * matrix.groups;
+  float scale = 1.0f;
+  int64_t index = kept.first, next = matrix.scales == nullptr ? matrix.in : 0, group = 0;
+  for (int64_t column = 0; column < matrix.in; column += 32) {
+    if (column == next) {
+      scale = scales[group++];
+      next += matrix.group_size;
+    }
+    uint32_t mask = kept_of_16<F>(matrix, places, column);
+    if (column + 16 < matrix.in) mask |= kept_of_16<F>(matrix, places, column + 16) << 16;
+    const uint8_t* from = kept.values + index * kBytes;
+    alignas(64) uint8_t last[64];
+    if (index + 32 > kept.all) {
+      std::memset(last, 0, sizeof last);
+      std::memcpy(last, from, std::max<int64_t>(0, kept.all - index) * kBytes);
+      from = last;
+    }
+    __m512i words;
+    if constexpr (V == Values::kBFloat16) {
+      words = _mm512_loadu_si512(from);
+    } else {
+      words = _mm512_castsi256_si512(scaled_words(from, scale));
+      if constexpr (F == Places::kBitmask) words = _mm512_inserti64x4(words, scaled_words(from + 16, scale), 1);
+    }
+    words = _mm512_maskz_expand_epi16(mask, words);
+    const int64_t left = matrix.in - column;
+    _mm512_mask_storeu_epi16(to + column, left >= 32 ? ~0u : (1u << left) - 1, words);
+    index += F == Places::kTwoOfFour ? 16 : (F == Places::kOneOfFour ? 8 : __builtin_popcount(mask));
+  }
+}
+
+template <Places F>
+bool expand_form_to_words(const SparseMatrix& matrix, int64_t row, uint16_t* to, int8_t* scratch) {
+  const bool one_scale = matrix.groups <= 1 || matrix.group_size % 32 == 0;  // for 32 columns
+  if (matrix.type == Values::kBFloat16) {
+    expand_words<F, Values::kBFloat16>(matrix, row, to, scratch);
+  } else if (matrix.type == Values::kInt8 && one_scale) {
+    expand_words<F, Values::kInt8>(matrix, row, to, scratch);
+  } else if (matrix.type == Values::kInt4 && one_scale) {
+    expand_words<F, Values::kInt4>(matrix, row, to, scratch);
+  } else {
+    return false;
+  }
+  return true;
+}
+
+bool expand_to_words(const SparseMatrix& matrix, int64_t row, uint16_t* to, float* scratch) {
+  auto* const bytes = reinterpret_cast<int8_t*>(scratch);
+  if (matrix.form == Places::kTwoOfFour) return expand_form_to_words<Places::kTwoOfFour>(matrix, row, to, bytes);
+  if (matrix.form == Places::kOneOfFour) return expand_form_to_words<Places::kOneOfFour>(matrix, row, to, bytes);
+  return expand_form_to_words<Places::kBitmask>(matrix, row, to, bytes);
+}
+#endif
+
+void expand_row(const SparseMatrix& matrix, int64_t row, Type type, void* to, float* scratch) {
+#if defined(MASKLLM_BF16)
+  if (type == Type::kBFloat16 && expand_to_words(matrix, row, static_cast<uint16_t*>(to), scratch)) return;
+#endif
+  expand(matrix, row, type, to, scratch);
+}
+
 }  // namespace
 
-const SparseKernels MASKLLM_SPARSE = {inputs, row_bytes, prepare, linear, expand};
+const SparseKernels MASKLLM_SPARSE = {inputs, row_bytes, prepare, linear, expand_row};
 
 }  // namespace maskllm
 

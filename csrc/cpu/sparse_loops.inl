@@ -149,19 +149,29 @@ inline void unpack_nibbles(const uint8_t* __restrict packed, int64_t first, int6
   }
 }
 
+// The kept values of a row: those from `first` on, before `all`. Numbers of 4 bits are bytes in the caller's scratch memory.
+struct Kept {
+  const uint8_t* values;
+  int64_t first, all;
+};
+
+template <Values V>
+Kept kept_values(const SparseMatrix& matrix, int64_t row, int8_t* scratch) {
+  const int64_t first = matrix.first_value(row);
+  if constexpr (V != Values::kInt4) return {matrix.values, first, matrix.all_values};
+  unpack_nibbles(matrix.values, first, matrix.row_starts != nullptr ? matrix.row_starts[row + 1] - first : matrix.kept, scratch);
+  return {reinterpret_cast<const uint8_t*>(scratch), 0, matrix.in + 64};
+}
+
 // A row as fp32 numbers with zeros to the next multiple of 16 columns. `scratch` takes in + 64 bytes.
 template <Places F, Values V>
 void expand_floats(const SparseMatrix& matrix, int64_t row, float* to, int8_t* scratch) {
   constexpr int kBytes = V == Values::kFloat32 ? 4 : (V == Values::kBFloat16 || V == Values::kFloat16 ? 2 : 1);
   const uint8_t* const places = matrix.row_places(row);
-  int64_t index = matrix.first_value(row), all = matrix.all_values;
-  const uint8_t* values = matrix.values;
-  if constexpr (V == Values::kInt4) {  // its numbers are unpacked first
-    unpack_nibbles(values, index, matrix.row_starts != nullptr ? matrix.row_starts[row + 1] - index : matrix.kept, scratch);
-    values = reinterpret_cast<const uint8_t*>(scratch);
-    index = 0;
-    all = matrix.in + 64;
-  }
+  const Kept kept = kept_values<V>(matrix, row, scratch);
+  const uint8_t* const values = kept.values;
+  const int64_t all = kept.all;
+  int64_t index = kept.first;
   const float* const scales = matrix.scales + row * matrix.groups;
   const bool whole = matrix.groups == 1 || matrix.group_size % 16 == 0;  // 16 columns have one scale
   float scale = 1.0f;

@@ -1,4 +1,4 @@
-"""The AVX-512 products with VNNI, VBMI and BF16 over emulated instructions, for processors that have plain AVX-512 alone."""
+"""The AVX-512 products with VNNI, VBMI, VBMI2 and BF16 over emulated instructions, for processors that have plain AVX-512 alone."""
 
 import ctypes
 import shutil
@@ -33,6 +33,7 @@ def library(tmp_path_factory):
     flags = ["-std=c++20", "-O1", "-fPIC", "-shared", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'cpu'}", "-I."]
     subprocess.run(["g++", *flags, "product.cpp", "-o", str(path)], check=True, cwd=Path(__file__).parent / "emulated")
     library = ctypes.CDLL(str(path))
+    library.expand_to_bf16.argtypes = [ctypes.c_void_p] * 5
     library.product.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64, ctypes.c_bool, ctypes.c_void_p]
     return library
 
@@ -60,3 +61,6 @@ def test_products_match_the_dense_product_in_fp64(library, layout):
         rounded = rounds_inputs(layout, in_features, rows)
         assert found == (QUANTIZED if rounded else BFLOAT16 if bits == 16 and form != 2 else FLOAT32)
         assert_near(result, data, dense.double(), torch.zeros(out), rounded)
+        halves = torch.full((out, in_features), torch.nan, dtype=torch.bfloat16)
+        library.expand_to_bf16(*pointers[:4], halves.data_ptr())
+        assert torch.equal(halves, dense.bfloat16())

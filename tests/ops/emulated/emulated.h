@@ -1,4 +1,4 @@
-// Instructions of AVX-512 VNNI, VBMI and BF16 as loops, so that a processor with plain AVX-512 can run the code that uses them.
+// Instructions of AVX-512 VNNI, VBMI, VBMI2 and BF16 as loops, so that a processor with plain AVX-512 can run the code that uses them.
 #pragma once
 
 #include <immintrin.h>
@@ -70,7 +70,17 @@ EMULATED __m512 emulated_dpbf16_ps(__m512 sums, A first, B second) {
   return vector_of<__m512>(result);
 }
 
+EMULATED __m512i emulated_maskz_expand_epi16(uint32_t mask, __m512i words) {
+  const auto from = lanes_of<uint16_t>(words);
+  Lanes<uint16_t> result{};
+  for (int i = 0, next = 0; i < 32; ++i) {
+    if (mask >> i & 1) result.lane[i] = from.lane[next++];
+  }
+  return vector_of<__m512i>(result);
+}
+
 #define _mm512_permutex2var_epi8 emulated_permutex2var_epi8
 #define _mm512_multishift_epi64_epi8 emulated_multishift_epi64_epi8
 #define _mm512_dpbusd_epi32 emulated_dpbusd_epi32
 #define _mm512_dpbf16_ps emulated_dpbf16_ps
+#define _mm512_maskz_expand_epi16 emulated_maskz_expand_epi16

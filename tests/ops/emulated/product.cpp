@@ -1,4 +1,4 @@
-// The AVX-512 products with VNNI, VBMI and BF16 over emulated instructions (emulated.h), called from a test through ctypes.
+// The AVX-512 products with VNNI, VBMI, VBMI2 and BF16 over emulated instructions (emulated.h), called from a test through ctypes.
 #include <memory>
 #include <vector>
 
@@ -17,21 +17,27 @@ extern const struct SparseKernels kSparseEmulated;
 
 #include "cpu/sparse_avx512.inl"
 
-// Numbers: form, type, n, m, out, in, kept, all_values, value_bytes, place_bytes, groups, group_size. Returns the form of the inputs.
-extern "C" int product(const uint8_t* values, const uint8_t* places, const float* scales, const int64_t* numbers, const float* x,
-                       int64_t rows, bool bf16, float* result) {
-  using namespace maskllm;
-  SparseMatrix matrix{};
+// Fields: form, type, n, m, out, in, kept, all_values, value_bytes, place_bytes, groups, group_size.
+static maskllm::SparseMatrix matrix_of(const uint8_t* values, const uint8_t* places, const float* scales, const int64_t* fields) {
+  maskllm::SparseMatrix matrix{};
   matrix.values = values;
   matrix.places = places;
   matrix.scales = scales;
-  matrix.form = static_cast<Places>(numbers[0]);
-  matrix.type = static_cast<Values>(numbers[1]);
-  matrix.n = static_cast<int>(numbers[2]);
-  matrix.m = static_cast<int>(numbers[3]);
-  int64_t* const fields[] = {&matrix.out, &matrix.in, &matrix.kept, &matrix.all_values, &matrix.value_bytes, &matrix.place_bytes,
-                             &matrix.groups, &matrix.group_size};
-  for (int i = 0; i < 8; ++i) *fields[i] = numbers[4 + i];
+  matrix.form = static_cast<maskllm::Places>(fields[0]);
+  matrix.type = static_cast<maskllm::Values>(fields[1]);
+  matrix.n = static_cast<int>(fields[2]);
+  matrix.m = static_cast<int>(fields[3]);
+  int64_t* const sizes[] = {&matrix.out, &matrix.in, &matrix.kept, &matrix.all_values, &matrix.value_bytes, &matrix.place_bytes,
+                            &matrix.groups, &matrix.group_size};
+  for (int i = 0; i < 8; ++i) *sizes[i] = fields[4 + i];
+  return matrix;
+}
+
+// Returns the form of the inputs.
+extern "C" int product(const uint8_t* values, const uint8_t* places, const float* scales, const int64_t* fields, const float* x,
+                       int64_t rows, bool bf16, float* result) {
+  using namespace maskllm;
+  const SparseMatrix matrix = matrix_of(values, places, scales, fields);
   const Inputs form = kSparseEmulated.inputs(matrix, bf16);
   const int64_t row_bytes = kSparseEmulated.row_bytes(matrix, form);
   std::vector<uint8_t> inputs(rows * row_bytes);
@@ -39,4 +45,14 @@ extern "C" int product(const uint8_t* values, const uint8_t* places, const float
   std::vector<float> scratch(2 * (matrix.in + 64));
   kSparseEmulated.linear(matrix, form, {inputs.data(), row_bytes, rows, result, Type::kFloat32, nullptr}, 0, matrix.out, scratch.data());
   return static_cast<int>(form);
+}
+
+// The dense matrix in bf16.
+extern "C" void expand_to_bf16(const uint8_t* values, const uint8_t* places, const float* scales, const int64_t* fields, uint16_t* dense) {
+  using namespace maskllm;
+  const SparseMatrix matrix = matrix_of(values, places, scales, fields);
+  std::vector<float> scratch(2 * (matrix.in + 64));
+  for (int64_t row = 0; row < matrix.out; ++row) {
+    kSparseEmulated.expand(matrix, row, Type::kBFloat16, dense + row * matrix.in, scratch.data());
+  }
 }
