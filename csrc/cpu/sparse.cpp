@@ -130,7 +130,7 @@ at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values, cons
   const int64_t rows = flat.size(0);
   at::Tensor result = at::empty({rows, matrix.out}, input.options());
   if (rows > 0 && matrix.out > 0) {
-    if (rows <= (instruction_set().bf16 ? kFewRows : kFewRowsWithoutBFloat16)) {
+    if (rows <= kFewRows) {
       few_rows(matrix, flat, bias.has_value() ? bias->const_data_ptr() : nullptr, result);
     } else {
       many_rows(matrix, flat, bias, result);

@@ -9,8 +9,7 @@ namespace maskllm {
 
 // The most rows of activations that the memory-bound loops multiply. For more, rows of the matrix are expanded into the cache and
 // multiplied densely.
-constexpr int64_t kFewRows = 16;
-constexpr int64_t kFewRowsWithoutBFloat16 = 64;  // torch's products pay off later there (docs/benchmarks/runtime.md)
+constexpr int64_t kFewRows = 64;
 
 // Activations are rounded to 8 bits with one scale for this many columns.
 constexpr int64_t kColumnsAScale = 128;

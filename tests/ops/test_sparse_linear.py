@@ -154,7 +154,7 @@ def rounded_inputs(data):
 
 def rounds_inputs(layout, in_features, rows):
     """Whether the kernels round the inputs."""
-    if not layout.quantized or rows > 16 or layout.pattern not in (Pattern(2, 4), Pattern(1, 4)):
+    if not layout.quantized or rows > 64 or layout.pattern not in (Pattern(2, 4), Pattern(1, 4)):
         return False
     size = layout.group_size
     return size == -1 or size >= in_features or (size & size - 1 == 0 and size >= 16 // layout.pattern.n)
@@ -189,7 +189,7 @@ def test_products_match_the_dense_product_in_fp64(instruction_set, layout):
             assert (found.dtype, found.shape) == (dtype, (rows, out))
             rounded = rounds_inputs(layout, in_features, rows)
             # Tiles are in bf16 there, as the weights of a dense model in bf16.
-            multiplied = dense.to(dtype) if instruction_set == "avx512_bf16" and rows > 16 and dtype == torch.bfloat16 else dense
+            multiplied = dense.to(dtype) if instruction_set == "avx512_bf16" and rows > 64 and dtype == torch.bfloat16 else dense
             assert_near(found, data, multiplied.double(), torch.zeros(out) if bias is None else bias, rounded)
 
 
