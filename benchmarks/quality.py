@@ -4,7 +4,8 @@
         [--json FILE]
 
 A ROW is dense, a one-shot mask (magnitude, wanda, sparsegpt), `RECIPE:RATE` or `RECIPE:RATE:SEED`, such as `weights-kl:6e-4:1`. The
-one-shot mask is made first, and the recipe trained from it; then the model is trimmed, exported and evaluated, all by public commands.
+one-shot mask is made first, calibrated on the first training file, and the recipe trained from it; then the model is trimmed, exported
+and evaluated, all by public commands.
 Rows share the folder --work: steps that are done are skipped, and an interrupted training goes on.
 """
 
@@ -77,10 +78,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     start = RECIPES[name].start if name in RECIPES else name
 
     common = Steps(_made(work / "common"))
-    for file in arguments.train_data:
-        folder = work / f"data-{len(datasets)}"
+    for number, file in enumerate(arguments.train_data):
+        folder = work / f"data-{number}"
         preprocess = ["--input", file, "--output-prefix", folder / "train", "--tokenizer", arguments.hf, "--append-eod"]
-        common.run(f"preprocess {len(datasets)}", folder, [*maskllm, "preprocess", *preprocess])
+        common.run(f"preprocess {number}", folder, [*maskllm, "preprocess", *preprocess])
         datasets.append(folder / "train_text_document")
     common.run("convert", megatron / "dense", [*maskllm, "convert", "--hf", arguments.hf, "--output", megatron / "dense"])
     if start in ONE_SHOT:
