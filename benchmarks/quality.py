@@ -31,6 +31,8 @@ TASKS = ("piqa", "arc_easy")
 CE_KL = ["--ce-loss-coeff", "0.67", "--kl-loss-coeff", "0.33"]
 KL = ["--ce-loss-coeff", "0", "--kl-loss-coeff", "1"]
 MASKS = ["--prior-strength", "5"]
+BOTH = [*MASKS, "--lr", "5e-4", "--min-lr", "5e-5", "--gumbel-scale-range", "100", "5000", "--weight-reg", "0"]
+"""The scale ends higher than for masks alone, so that the weights are trained under masks close to the winners."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +52,18 @@ class Recipe:
         ]  # fmt: skip
 
 
-LOGITS_RATE = ["--lr", "5e-4", "--min-lr", "5e-5"]
 RECIPES = {
     "masks": Recipe(["--train", "masks", *MASKS]),
     "weights-ce": Recipe(["--train", "weights"]),
     "weights-kl": Recipe(["--train", "weights", *KL]),
     "weights-squarehead": Recipe(["--train", "weights", "--squarehead-loss-coeff", "1"]),
     "weights-ce-kl": Recipe(["--train", "weights", *CE_KL]),
-    "both-ce-kl": Recipe(["--train", "both", *CE_KL, *MASKS, *LOGITS_RATE]),
+    "both-ce-kl": Recipe(["--train", "both", *CE_KL, *BOTH]),
     "cast": Recipe(
         ["--train", "weights", "--weights-optimizer", "cast", "--pattern", "2:4", *CE_KL, "--lr-warmup-iters", "10"],
         start="dense",
     ),
-    "both-kl": Recipe(["--train", "both", *KL, *MASKS, *LOGITS_RATE]),
+    "both-kl": Recipe(["--train", "both", *KL, *BOTH]),
 }
 
 
@@ -107,7 +108,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         training = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.processes}",
             "-m", "maskllm.train", "--pretrained-checkpoint", megatron / start, "--load", checkpoint, "--save", checkpoint,
-            "--save-interval", "25", "--data-path", *(part for dataset in datasets for part in (1, dataset)), "--split", "100,0,0",
+            "--save-interval", max(25, iterations // 10), "--keep-last", 1, "--split", "100,0,0",
+            "--data-path", *(part for dataset in datasets for part in (1, dataset)),
             "--eval-iters", "0", "--seq-length", seq_length, "--global-batch-size", BATCH,
             "--micro-batch-size", BATCH // arguments.processes, "--params-dtype", arguments.params_dtype, "--log-interval", "5", *options,
         ]  # fmt: skip

@@ -99,7 +99,7 @@ def _quality(row: str, minutes: float, tiny: str | None = None, *, long: bool = 
     """A row of the comparison of ways to train: `weights-kl:6e-4` is the measurement quality/weights-kl-6e-4, or long, ...-6e-4-1m."""
     command = (
         f"python -m benchmarks.quality --hf {{dense}} --train-data {C4} {{quickstart}}/corpus/train.jsonl --eval-data {WIKITEXT} "
-        f"--tasks-data {{data}}/zero-shot --limit 200 --work {{work}} --row {row}"
+        f"--tasks-data {{data}}/zero-shot --limit 200 --params-dtype bf16 --work {{work}} --row {row}"
     )
     name, tokens = ("-1m", " --tokens 1e6") if long else ("", "")
     sources = (*TRAINING, *PERPLEXITY, *ZERO_SHOT)
