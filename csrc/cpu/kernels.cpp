@@ -1,6 +1,8 @@
 // Selects CPU kernels at run time: the widest instruction set that the processor has.
 #include "kernels.h"
 
+#include <ATen/cpu/Utils.h>
+
 #include <atomic>
 #include <stdexcept>
 
@@ -19,13 +21,16 @@ std::vector<InstructionSet> available() {
   const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   const bool vbmi = vnni && __builtin_cpu_supports("avx512vbmi");
   const bool bf16 = vbmi && __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512bf16");
-  if (bf16) sets.push_back({"avx512_bf16", &kAvx512Kernels, &kSparseAvx512Bf16, true});
-  if (vbmi) sets.push_back({"avx512_vbmi", &kAvx512Kernels, &kSparseAvx512Vbmi, false});
-  if (vnni) sets.push_back({"avx512_vnni", &kAvx512Kernels, &kSparseAvx512Vnni, false});
-  if (avx512) sets.push_back({"avx512", &kAvx512Kernels, &kSparseAvx512, false});
-  if (avx2) sets.push_back({"avx2", &kAvx2Kernels, &kSparseAvx2, false});
+  // The system has to be asked for the tiles' registers.
+  const bool amx = bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && at::cpu::init_amx();
+  if (amx) sets.push_back({"avx512_amx", &kAvx512Kernels, &kSparseAvx512Bf16, true, &kAmxTiles});
+  if (bf16) sets.push_back({"avx512_bf16", &kAvx512Kernels, &kSparseAvx512Bf16, true, nullptr});
+  if (vbmi) sets.push_back({"avx512_vbmi", &kAvx512Kernels, &kSparseAvx512Vbmi, false, nullptr});
+  if (vnni) sets.push_back({"avx512_vnni", &kAvx512Kernels, &kSparseAvx512Vnni, false, nullptr});
+  if (avx512) sets.push_back({"avx512", &kAvx512Kernels, &kSparseAvx512, false, nullptr});
+  if (avx2) sets.push_back({"avx2", &kAvx2Kernels, &kSparseAvx2, false, nullptr});
 #endif
-  sets.push_back({"portable", &kPortableKernels, &kSparsePortable, false});
+  sets.push_back({"portable", &kPortableKernels, &kSparsePortable, false, nullptr});
   return sets;
 }
 

@@ -9,6 +9,7 @@
 namespace maskllm {
 
 struct SparseKernels;  // sparse_kernels.h
+struct TileKernels;  // sparse_kernels.h
 
 // The masked-weight kernels. Each works on blocks [begin, end) of the flattened tensor.
 struct CpuKernels {
@@ -29,6 +30,7 @@ struct InstructionSet {
   const CpuKernels* masked_weight;
   const SparseKernels* sparse;
   bool bf16;  // torch's bf16 products are faster than its fp32 products
+  const TileKernels* tiles;  // null without
 };
 
 // The set in use: the widest one that this processor has, unless `use_instruction_set` selected another.

@@ -121,6 +121,32 @@ void many_rows(const SparseMatrix& matrix, const at::Tensor& input, const std::o
   });
 }
 
+// By a matrix unit: each thread expands parts of rows to bf16 in its cache, and multiplies them there.
+void by_tiles(const SparseMatrix& matrix, ExpandPart expand_part, const at::Tensor& input, const void* bias, at::Tensor& result) {
+  const TileKernels& tiles = *instruction_set().tiles;
+  const int64_t rows = input.size(0), numbers = tiles.packed_numbers(rows, matrix.in), some = tile_rows(rows);
+  const at::Tensor packed = at::empty({numbers}, input.options());
+  auto* const to = static_cast<uint16_t*>(packed.mutable_data_ptr());
+  const auto* const from = static_cast<const uint16_t*>(input.const_data_ptr());
+  at::parallel_for(0, numbers / tiles.packed_numbers(1, matrix.in), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) tiles.pack(from, rows, matrix.in, block, to);
+  });
+  const Product product{reinterpret_cast<const uint8_t*>(to), 0, rows, result.mutable_data_ptr(), Type::kBFloat16, bias};
+  at::parallel_for(0, (matrix.out + some - 1) / some, 1, [&](int64_t begin, int64_t end) {
+    tiles.linear(matrix, expand_part, product, begin * some, std::min(matrix.out, end * some));
+  });
+}
+
+// What expands the matrix for products by tiles with these activations; null if other loops are faster: those that gather for a few rows,
+// and for many torch's own, which reads them less often from behind the second cache.
+ExpandPart tiled(const SparseMatrix& matrix, const at::Tensor& input) {
+  const InstructionSet& set = instruction_set();
+  if (set.tiles == nullptr || input.scalar_type() != at::kBFloat16 || input.size(0) > 512) return nullptr;
+  const Inputs form = set.sparse->inputs(matrix, true);
+  const int64_t gathered = form == Inputs::kQuantized ? 10 : (form == Inputs::kBFloat16 ? 4 : 0);  // most rows of 2:4
+  return input.size(0) > gathered * (matrix.form == Places::kOneOfFour ? 2 : 1) ? set.sparse->expand_part(matrix) : nullptr;
+}
+
 at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values, const at::Tensor& places,
                          const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& row_starts,
                          const std::optional<at::Tensor>& bias, int64_t n, int64_t m, int64_t bits, int64_t group_size) {
@@ -130,7 +156,9 @@ at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values, cons
   const int64_t rows = flat.size(0);
   at::Tensor result = at::empty({rows, matrix.out}, input.options());
   if (rows > 0 && matrix.out > 0) {
-    if (rows <= kFewRows) {
+    if (const ExpandPart expand_part = tiled(matrix, flat)) {
+      by_tiles(matrix, expand_part, flat, bias.has_value() ? bias->const_data_ptr() : nullptr, result);
+    } else if (rows <= kFewRows) {
       few_rows(matrix, flat, bias.has_value() ? bias->const_data_ptr() : nullptr, result);
     } else {
       many_rows(matrix, flat, bias, result);

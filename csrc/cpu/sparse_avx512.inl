@@ -300,81 +300,116 @@ void bf16_product([[maybe_unused]] const SparseMatrix& matrix, [[maybe_unused]] 
 // 16 integers times a scale, rounded to the nearest bf16 numbers.
 inline __m256i scaled_words(const uint8_t* integers, float scale) {
   const __m512i whole = _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)integers));
-  const __m512i bits = _mm512_castps_si512(_mm512_mul_ps(_mm512_cvtepi32_ps(whole), _mm512_set1_ps(scale)));
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff)), 16));
+  return (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_cvtepi32_ps(whole), _mm512_set1_ps(scale)));
 }
 
-// A row as bf16 numbers, 32 columns at a time by vpexpandw. `scratch` takes in + 64 bytes.
+inline __m512i first_bytes(const uint8_t* from, int64_t bytes) {
+  return _mm512_maskz_loadu_epi8(bytes >= 64 ? ~uint64_t{0} : (uint64_t{1} << bytes) - 1, from);
+}
+
+// The columns that places of 2:4 keep, a bit each, as a bitmask has them.
+inline __m512i two_of_four_bits(const uint8_t* places, int64_t bytes) {
+  // A half byte holds two columns of four; the table has the bits of the two.
+  const __m512i low = _mm512_broadcast_i32x4(_mm_setr_epi8(1, 3, 5, 9, 3, 2, 6, 10, 5, 6, 4, 12, 9, 10, 12, 8));
+  const __m512i high = _mm512_slli_epi16(low, 4), half = _mm512_set1_epi8(15), both = first_bytes(places, bytes);
+  return _mm512_or_si512(_mm512_shuffle_epi8(low, _mm512_and_si512(both, half)),
+                         _mm512_shuffle_epi8(high, _mm512_and_si512(_mm512_srli_epi16(both, 4), half)));
+}
+
+// The first 32 (2:4 and 1:4 in integers: 16) values as bf16 numbers.
 template <Places F, Values V>
-void expand_words(const SparseMatrix& matrix, int64_t row, uint16_t* to, int8_t* scratch) {
+inline __m512i words_of(const uint8_t* values, float scale) {
+  if constexpr (V == Values::kBFloat16) return _mm512_loadu_si512(values);
+  const __m512i words = _mm512_castsi256_si512(scaled_words(values, scale));
+  return F == Places::kBitmask ? _mm512_inserti64x4(words, scaled_words(values + 16, scale), 1) : words;
+}
+
+// Columns [column, column + kPart) of a row as bf16 numbers, 32 at a time by vpexpandw.
+template <Places F, Values V>
+void expand_words(const SparseMatrix& matrix, int64_t row, int64_t column, int64_t& index, uint16_t* to, bool whole) {
   constexpr int kBytes = V == Values::kBFloat16 ? 2 : 1;
-  const uint8_t* const places = matrix.row_places(row);
-  const Kept kept = kept_values<V>(matrix, row, scratch);
+  constexpr int64_t kMost = F == Places::kTwoOfFour ? kPart / 2 : (F == Places::kOneOfFour ? kPart / 4 : kPart);  // values
+  const int64_t columns = std::min(kPart, matrix.in - column);
+  // The bits of the columns that are kept, and all kept values, with zeros after them.
+  const uint8_t* const places = matrix.row_places(row) + (F == Places::kOneOfFour ? column / 16 : column / 8);
+  const uint8_t* values = matrix.values + index * kBytes;
   const float* const scales = matrix.scales + row * matrix.groups;
-  float scale = 1.0f;
-  int64_t index = kept.first, next = matrix.scales == nullptr ? matrix.in : 0, group = 0;
-  for (int64_t column = 0; column < matrix.in; column += 32) {
-    if (column == next) {
-      scale = scales[group++];
-      next += matrix.group_size;
-    }
-    uint32_t mask = kept_of_16<F>(matrix, places, column);
-    if (column + 16 < matrix.in) mask |= kept_of_16<F>(matrix, places, column + 16) << 16;
-    const uint8_t* from = kept.values + index * kBytes;
+  alignas(64) uint32_t bits[16];
+  [[maybe_unused]] alignas(64) int8_t numbers[kPart + 64];
+  const int64_t bytes = (columns + 7) / 8, all = matrix.all_values - index;
+  if constexpr (F == Places::kTwoOfFour) {
+    _mm512_store_si512(bits, two_of_four_bits(places, bytes));
+  } else if constexpr (F == Places::kBitmask) {
+    _mm512_store_si512(bits, first_bytes(places, bytes));
+  } else {
+    const __m512i bytes_of = first_bytes(places, (columns + 15) / 16);
+    alignas(64) uint8_t of_16[64];
+    _mm512_store_si512(of_16, bytes_of);
+    for (int i = 0; i < kPart / 32; ++i) bits[i] = kOneOfFourMask[of_16[2 * i]] | kOneOfFourMask[of_16[2 * i + 1]] << 16;
+  }
+  if (columns < kPart) bits[columns / 32] &= (1u << columns % 32) - 1;  // a last block of places may be half of a byte
+  constexpr int64_t kNext = V == Values::kInt4 ? kMost / 2 : kMost * kBytes;  // bytes to the next part
+  __builtin_prefetch(places + kPart / 8, 0, 2);
+  if constexpr (V == Values::kInt4) {
+    values = matrix.values + index / 2;
+    for (int64_t line = 0; line < kNext; line += 64) __builtin_prefetch(values + kNext + line, 0, 2);
+    unpack_nibbles(matrix.values, index, std::min(all, kMost), numbers);
+    values = reinterpret_cast<const uint8_t*>(numbers);
+  }
+  int64_t taken = 0;
+  for (int64_t step = 0; 32 * step < columns; ++step) {
+    const uint8_t* from = values + taken * kBytes;
+    if constexpr (V != Values::kInt4) __builtin_prefetch(from + kNext, 0, 2);
     alignas(64) uint8_t last[64];
-    if (index + 32 > kept.all) {
+    if (V != Values::kInt4 && taken + 32 > all) {
       std::memset(last, 0, sizeof last);
-      std::memcpy(last, from, std::max<int64_t>(0, kept.all - index) * kBytes);
+      std::memcpy(last, from, std::max<int64_t>(0, all - taken) * kBytes);
       from = last;
     }
-    __m512i words;
-    if constexpr (V == Values::kBFloat16) {
-      words = _mm512_loadu_si512(from);
+    __m512i words = words_of<F, V>(from, V == Values::kBFloat16 ? 1.0f : scales[(column + 32 * step) / matrix.group_size]);
+    asm("" : "+v"(words));  // of a number in memory, vpexpandw takes ten times as long
+    words = _mm512_maskz_expand_epi16(bits[step], words);
+    if (whole || 32 * step + 32 <= columns) {
+      _mm512_storeu_si512(to + 32 * step, words);
     } else {
-      words = _mm512_castsi256_si512(scaled_words(from, scale));
-      if constexpr (F == Places::kBitmask) words = _mm512_inserti64x4(words, scaled_words(from + 16, scale), 1);
+      _mm512_mask_storeu_epi16(to + 32 * step, (1u << columns % 32) - 1, words);
     }
-    words = _mm512_maskz_expand_epi16(mask, words);
-    const int64_t left = matrix.in - column;
-    _mm512_mask_storeu_epi16(to + column, left >= 32 ? ~0u : (1u << left) - 1, words);
-    index += F == Places::kTwoOfFour ? 16 : (F == Places::kOneOfFour ? 8 : __builtin_popcount(mask));
+    taken += F == Places::kTwoOfFour ? 16 : (F == Places::kOneOfFour ? 8 : __builtin_popcount(bits[step]));
   }
+  index += taken;
 }
 
 template <Places F>
-bool expand_form_to_words(const SparseMatrix& matrix, int64_t row, uint16_t* to, int8_t* scratch) {
-  const bool one_scale = matrix.groups <= 1 || matrix.group_size % 32 == 0;  // for 32 columns
-  if (matrix.type == Values::kBFloat16) {
-    expand_words<F, Values::kBFloat16>(matrix, row, to, scratch);
-  } else if (matrix.type == Values::kInt8 && one_scale) {
-    expand_words<F, Values::kInt8>(matrix, row, to, scratch);
-  } else if (matrix.type == Values::kInt4 && one_scale) {
-    expand_words<F, Values::kInt4>(matrix, row, to, scratch);
-  } else {
-    return false;
-  }
-  return true;
-}
-
-bool expand_to_words(const SparseMatrix& matrix, int64_t row, uint16_t* to, float* scratch) {
-  auto* const bytes = reinterpret_cast<int8_t*>(scratch);
-  if (matrix.form == Places::kTwoOfFour) return expand_form_to_words<Places::kTwoOfFour>(matrix, row, to, bytes);
-  if (matrix.form == Places::kOneOfFour) return expand_form_to_words<Places::kOneOfFour>(matrix, row, to, bytes);
-  return expand_form_to_words<Places::kBitmask>(matrix, row, to, bytes);
+ExpandPart expand_form_to_words(const SparseMatrix& matrix) {
+  if (matrix.type == Values::kBFloat16) return expand_words<F, Values::kBFloat16>;
+  if (matrix.groups > 1 && matrix.group_size % 32 != 0) return nullptr;  // 32 columns have more than one scale
+  if (matrix.type == Values::kInt8) return expand_words<F, Values::kInt8>;
+  return matrix.type == Values::kInt4 ? expand_words<F, Values::kInt4> : nullptr;
 }
 #endif
+
+ExpandPart expand_to_words([[maybe_unused]] const SparseMatrix& matrix) {
+#if defined(MASKLLM_BF16)
+  if (matrix.form == Places::kTwoOfFour) return expand_form_to_words<Places::kTwoOfFour>(matrix);
+  if (matrix.form == Places::kOneOfFour) return expand_form_to_words<Places::kOneOfFour>(matrix);
+  return expand_form_to_words<Places::kBitmask>(matrix);
+#else
+  return nullptr;
+#endif
+}
 
 void expand_row(const SparseMatrix& matrix, int64_t row, Type type, void* to, float* scratch) {
-#if defined(MASKLLM_BF16)
-  if (type == Type::kBFloat16 && expand_to_words(matrix, row, static_cast<uint16_t*>(to), scratch)) return;
-#endif
-  expand(matrix, row, type, to, scratch);
+  const ExpandPart expand_part = type == Type::kBFloat16 ? expand_to_words(matrix) : nullptr;
+  if (expand_part == nullptr) return expand(matrix, row, type, to, scratch);
+  int64_t index = matrix.first_value(row);
+  for (int64_t column = 0; column < matrix.in; column += kPart) {
+    expand_part(matrix, row, column, index, static_cast<uint16_t*>(to) + column, false);
+  }
 }
 
 }  // namespace
 
-const SparseKernels MASKLLM_SPARSE = {inputs, row_bytes, prepare, linear, expand_row};
+const SparseKernels MASKLLM_SPARSE = {inputs, row_bytes, prepare, linear, expand_row, expand_to_words};
 
 }  // namespace maskllm
 

@@ -34,6 +34,11 @@ inline bool multiplies_integers(const SparseMatrix& matrix) {
          (matrix.group_size >= (matrix.form == Places::kTwoOfFour ? 8 : 16) && (matrix.group_size & (matrix.group_size - 1)) == 0);
 }
 
+// Expands columns [column, column + kPart) of a row to bf16 numbers. `index` is that of the part's first value, and then that of the next
+// part's. `whole`: there is room for a multiple of 32 columns, and zeros are written after the last.
+using ExpandPart = void (*)(const SparseMatrix&, int64_t row, int64_t column, int64_t& index, uint16_t* to, bool whole);
+constexpr int64_t kPart = 512;
+
 struct SparseKernels {
   // The loop's rows of activations for a matrix: their bytes in a row; `bf16` says whether inputs and values are bf16.
   Inputs (*inputs)(const SparseMatrix&, bool bf16);
@@ -44,7 +49,21 @@ struct SparseKernels {
   void (*linear)(const SparseMatrix&, Inputs, const Product&, int64_t begin, int64_t end, float* scratch);
   // A row as dense fp32, bf16 or fp16 numbers. `scratch` as above.
   void (*expand)(const SparseMatrix&, int64_t row, Type type, void* to, float* scratch);
+  // What expands parts of this matrix's rows to bf16; null if nothing does.
+  ExpandPart (*expand_part)(const SparseMatrix&);
 };
+
+// Products with bf16 activations by a matrix unit.
+struct TileKernels {
+  // The activations in the order of the tiles take so many numbers, and `pack` puts the 16 rows of a block [16 block, 16 block + 16) there.
+  int64_t (*packed_numbers)(int64_t rows, int64_t in);
+  void (*pack)(const uint16_t* from, int64_t rows, int64_t in, int64_t block, uint16_t* to);
+  // Rows [begin, end) of the matrix. `product` has packed inputs and a bf16 result.
+  void (*linear)(const SparseMatrix&, ExpandPart, const Product&, int64_t begin, int64_t end);
+};
+
+// Ranges of rows begin at multiples of this.
+constexpr int64_t tile_rows(int64_t rows) { return rows <= 64 ? 32 : 128; }
 
 // Ranges of rows begin at multiples of this, so that the loops of several rows, and with them the bits of the sums, are the same with
 // any number of threads.
@@ -57,6 +76,7 @@ extern const SparseKernels kSparseAvx512;
 extern const SparseKernels kSparseAvx512Vnni;
 extern const SparseKernels kSparseAvx512Vbmi;
 extern const SparseKernels kSparseAvx512Bf16;
+extern const TileKernels kAmxTiles;
 #endif
 
 // Adds the bias and rounds.

@@ -117,6 +117,6 @@ void linear(const SparseMatrix& matrix, Inputs inputs, const Product& product, i
 
 }  // namespace
 
-const SparseKernels kSparsePortable = {inputs, row_bytes, prepare, linear, expand};
+const SparseKernels kSparsePortable = {inputs, row_bytes, prepare, linear, expand, nullptr};
 
 }  // namespace maskllm

@@ -108,9 +108,9 @@ def sparse_linear(
 ) -> torch.Tensor:
     """`data @ W.T + bias` for a checked stored matrix W [out, in]: [..., in] to [..., out] in the dtype of `data`.
 
-    Sums are fp32. On a CPU with 8 and 4 bits, 2:4 or 1:4, compiled kernels and up to 64 rows, each 128 columns of a row of `data` are
-    rounded to 8 bits with a scale of their own (docs/kernels.md says why). More rows in bf16 multiply weights in bf16 on processors with
-    such instructions. It has no gradient.
+    Sums are fp32. On a CPU with 8 and 4 bits, 2:4 or 1:4, compiled kernels and up to 64 rows (10 or 20 with AMX), each 128 columns of a row
+    of `data` are rounded to 8 bits with a scale of their own (docs/kernels.md says why). More rows in bf16 multiply weights in bf16 on
+    processors with such instructions. It has no gradient.
     """
     return torch.ops.maskllm.sparse_linear(data, *(tensors.get(name) for name in TENSORS), bias, *layout.numbers)
 

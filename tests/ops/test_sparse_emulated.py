@@ -1,4 +1,4 @@
-"""The AVX-512 products with VNNI, VBMI, VBMI2 and BF16 over emulated instructions, for processors that have plain AVX-512 alone."""
+"""The products with AVX-512 VNNI, VBMI, VBMI2 and BF16 and with AMX over emulated instructions, for processors with plain AVX-512 alone."""
 
 import ctypes
 import shutil
@@ -12,7 +12,7 @@ from maskllm.ops import Layout, sparse_pack
 from maskllm.ops import sparse_reference as reference
 from maskllm.ops.extension import kernels
 from maskllm.patterns import Pattern
-from tests.ops.test_sparse_linear import DTYPES, assert_near, matrix, name, rounds_inputs, stored
+from tests.ops.test_sparse_linear import DTYPES, assert_near, matrix, multiplies_integers, name, stored
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [
@@ -35,7 +35,23 @@ def library(tmp_path_factory):
     library = ctypes.CDLL(str(path))
     library.expand_to_bf16.argtypes = [ctypes.c_void_p] * 5
     library.product.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64, ctypes.c_bool, ctypes.c_void_p]
+    library.tiles.argtypes = [ctypes.c_void_p] * 5 + [ctypes.c_int64] + [ctypes.c_void_p] * 2
+    library.tiles.restype = ctypes.c_bool
     return library
+
+
+def pointers_of(tensors, layout, out, in_features):
+    """The addresses of values, places and scales, and of the numbers of the matrix; and the tensors, which have to live as long."""
+    values, places, scales, _ = stored(tensors)
+    n, m, bits, group_size = layout.numbers
+    kept = in_features // m * n
+    form = {(2, 4): 0, (1, 4): 1}.get((n, m), 2)
+    kind = {32: 0, 16: 1, 8: 3, 4: 4}[bits]
+    groups = reference.groups(in_features, group_size)
+    group_size = in_features if groups == 1 else group_size
+    sizes = (kept, out * kept, values[0].nbytes, places.shape[1])
+    numbers = torch.tensor((form, kind, n, m, out, in_features, *sizes, groups, group_size))
+    return [None if each is None else each.data_ptr() for each in (values, places, scales, numbers)], numbers
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name)
@@ -43,24 +59,33 @@ def test_products_match_the_dense_product_in_fp64(library, layout):
     for out, in_features, rows in ((1, 8, 1), (3, 200, 2), (9, 264, 7), (6, 1032, 1), (8, 1024, 16)):
         tensors = sparse_pack(matrix(layout.pattern, out, in_features, DTYPES[layout.bits][0]), layout)
         dense = reference.expand(*stored(tensors), in_features, layout.numbers, torch.float32)
-        values, places, scales, _ = stored(tensors)
-        n, m, bits, group_size = layout.numbers
-        kept = in_features // m * n
-        form = {(2, 4): 0, (1, 4): 1}.get((n, m), 2)
-        kind = {32: 0, 16: 1, 8: 3, 4: 4}[bits]
-        row_bytes = values[0].nbytes
-        groups = reference.groups(in_features, group_size)
-        group_size = in_features if groups == 1 else group_size
-        fields = (form, kind, n, m, out, in_features, kept, out * kept, row_bytes, places.shape[1], groups, group_size)
-        numbers = torch.tensor(fields)
+        pointers, _numbers = pointers_of(tensors, layout, out, in_features)
+        bits, indexed = layout.bits, layout.pattern in (Pattern(2, 4), Pattern(1, 4))
         data = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(rows))
         data = data.bfloat16().float() if bits == 16 else data
         result = torch.full((rows, out), torch.nan)
-        pointers = [None if each is None else each.data_ptr() for each in (values, places, scales, numbers, data)]
-        found = library.product(*pointers, rows, bits == 16, result.data_ptr())
-        rounded = rounds_inputs(layout, in_features, rows)
-        assert found == (QUANTIZED if rounded else BFLOAT16 if bits == 16 and form != 2 else FLOAT32)
+        found = library.product(*pointers, data.data_ptr(), rows, bits == 16, result.data_ptr())
+        rounded = multiplies_integers(layout, in_features)
+        assert found == (QUANTIZED if rounded else BFLOAT16 if bits == 16 and indexed else FLOAT32)
         assert_near(result, data, dense.double(), torch.zeros(out), rounded)
         halves = torch.full((out, in_features), torch.nan, dtype=torch.bfloat16)
-        library.expand_to_bf16(*pointers[:4], halves.data_ptr())
+        library.expand_to_bf16(*pointers, halves.data_ptr())
         assert torch.equal(halves, dense.bfloat16())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name)
+def test_products_by_tiles_match_the_dense_product_in_fp64(library, layout):
+    """One and several tiles of the matrix and of activations, parts of 512 columns and odd ends, with and without bias."""
+    for out, in_features, rows in ((1, 8, 1), (33, 200, 16), (31, 1032, 17), (64, 520, 40), (130, 1032, 70)):
+        tensors = sparse_pack(matrix(layout.pattern, out, in_features, DTYPES[layout.bits][0]), layout)
+        dense = reference.expand(*stored(tensors), in_features, layout.numbers, torch.float32)
+        pointers, _numbers = pointers_of(tensors, layout, out, in_features)
+        data = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(rows)).bfloat16()
+        bias = torch.randn(out).bfloat16() if rows % 2 == 0 else None
+        result = torch.full((rows, out), torch.nan, dtype=torch.bfloat16)
+        more = (None if bias is None else bias.data_ptr(), result.data_ptr())
+        if layout.bits == 32:
+            assert not library.tiles(*pointers, data.data_ptr(), rows, *more)
+            continue
+        assert library.tiles(*pointers, data.data_ptr(), rows, *more)
+        assert_near(result, data, dense.bfloat16().double(), torch.zeros(out) if bias is None else bias, False)

@@ -152,12 +152,24 @@ def rounded_inputs(data):
     return [each.flatten(1)[:, : data.shape[1]] for each in (numbers.round() * scale, doubt)]
 
 
-def rounds_inputs(layout, in_features, rows):
-    """Whether the kernels round the inputs."""
-    if not layout.quantized or rows > 64 or layout.pattern not in (Pattern(2, 4), Pattern(1, 4)):
+def multiplies_integers(layout, in_features):
+    """Whether the loops of a few rows round the inputs."""
+    if not layout.quantized or layout.pattern not in (Pattern(2, 4), Pattern(1, 4)):
         return False
     size = layout.group_size
     return size == -1 or size >= in_features or (size & size - 1 == 0 and size >= 16 // layout.pattern.n)
+
+
+def rounds_weights(instruction_set, layout, in_features, rows, values, inputs):
+    """Whether the weights are multiplied as bf16 numbers, like those of a dense model in bf16. `values` and `inputs` are dtypes."""
+    if inputs != torch.bfloat16 or instruction_set not in ("avx512_bf16", "avx512_amx"):
+        return False
+    few, one_scale = 64, layout.group_size == -1 or layout.group_size >= in_features or layout.group_size % 32 == 0
+    if instruction_set == "avx512_amx" and (one_scale if layout.quantized else values == torch.bfloat16):
+        gathers = multiplies_integers(layout, in_features) or not layout.quantized
+        of_pattern = {Pattern(2, 4): 1, Pattern(1, 4): 2}.get(layout.pattern, 0) if gathers else 0
+        few = of_pattern * (10 if layout.quantized else 4)
+    return rows > few
 
 
 def assert_near(found, data, dense, bias, rounded):
@@ -176,9 +188,8 @@ def test_products_match_the_dense_product_in_fp64(instruction_set, layout):
         in_features = columns(layout.pattern, least)
         for rows in (1, 2, 7, 16) if number % 2 else (1, 4, 33, 70):
             dtype = [torch.float32, torch.bfloat16, torch.float16][(number + rows) % 3]
-            tensors = sparse_pack(
-                matrix(layout.pattern, out, in_features, DTYPES[layout.bits][rows % len(DTYPES[layout.bits])]), layout
-            )
+            values = DTYPES[layout.bits][rows % len(DTYPES[layout.bits])]
+            tensors = sparse_pack(matrix(layout.pattern, out, in_features, values), layout)
             dense = reference.expand(*stored(tensors), in_features, layout.numbers, torch.float32)
             assert torch.equal(sparse_expand(tensors, layout, in_features, torch.float32), dense)
             assert torch.equal(sparse_expand(tensors, layout, in_features, dtype), dense.to(dtype))
@@ -187,9 +198,9 @@ def test_products_match_the_dense_product_in_fp64(instruction_set, layout):
             bias = torch.randn(out, generator=generator).to(dtype) if number % 2 else None
             found = sparse_linear(data, tensors, layout, bias)
             assert (found.dtype, found.shape) == (dtype, (rows, out))
-            rounded = rounds_inputs(layout, in_features, rows)
-            # Tiles are in bf16 there, as the weights of a dense model in bf16.
-            multiplied = dense.to(dtype) if instruction_set == "avx512_bf16" and rows > 64 and dtype == torch.bfloat16 else dense
+            in_bf16 = rounds_weights(instruction_set, layout, in_features, rows, values, dtype)
+            rounded = rows <= 64 and not in_bf16 and multiplies_integers(layout, in_features)
+            multiplied = dense.bfloat16() if in_bf16 else dense
             assert_near(found, data, multiplied.double(), torch.zeros(out) if bias is None else bias, rounded)
 
 

@@ -1,4 +1,5 @@
-// Instructions of AVX-512 VNNI, VBMI, VBMI2 and BF16 as loops, so that a processor with plain AVX-512 can run the code that uses them.
+// Instructions of AVX-512 VNNI, VBMI, VBMI2 and BF16 and of AMX as loops, so that a processor with plain AVX-512 can run the code that uses
+// them.
 #pragma once
 
 #include <immintrin.h>
@@ -79,6 +80,78 @@ EMULATED __m512i emulated_maskz_expand_epi16(uint32_t mask, __m512i words) {
   return vector_of<__m512i>(result);
 }
 
+// Rounds to the nearest, to even ones in a tie.
+EMULATED __m256i emulated_cvtneps_pbh(__m512 numbers) {
+  const auto bits = lanes_of<uint32_t>(numbers);
+  uint16_t words[16];
+  for (int i = 0; i < 16; ++i) {
+    const bool nan = (bits.lane[i] & 0x7fffffff) > 0x7f800000;
+    words[i] = static_cast<uint16_t>((nan ? bits.lane[i] | 0x400000 : bits.lane[i] + 0x7fff + (bits.lane[i] >> 16 & 1)) >> 16);
+  }
+  __m256i vector;
+  std::memcpy(&vector, words, sizeof vector);
+  return vector;
+}
+
+// Eight tiles of 16 rows of 64 bytes, and what was last given to _tile_loadconfig; palette 0 without.
+struct EmulatedTile {
+  uint8_t row[16][64];
+};
+static EmulatedTile emulated_tile[8];
+static uint8_t emulated_tile_config[64];
+
+EMULATED void emulated_tile_loadconfig(const void* from) { std::memcpy(emulated_tile_config, from, 64); }
+EMULATED void emulated_tile_storeconfig(void* to) { std::memcpy(to, emulated_tile_config, 64); }
+EMULATED void emulated_tile_release() { std::memset(emulated_tile_config, 0, 64); }
+
+// Without a configuration of whole tiles, a tile has no contents.
+EMULATED void emulated_tile_loadd(int tile, const void* from, int64_t stride) {
+  const bool whole = emulated_tile_config[0] == 1 && emulated_tile_config[16 + 2 * tile] == 64 && emulated_tile_config[48 + tile] == 16;
+  std::memset(emulated_tile[tile].row, 0xff, sizeof(EmulatedTile));
+  for (int i = 0; whole && i < 16; ++i) std::memcpy(emulated_tile[tile].row[i], static_cast<const uint8_t*>(from) + i * stride, 64);
+}
+
+EMULATED void emulated_tile_stored(int tile, void* to, int64_t stride) {
+  for (int i = 0; i < 16; ++i) std::memcpy(static_cast<uint8_t*>(to) + i * stride, emulated_tile[tile].row[i], 64);
+}
+
+EMULATED void emulated_tile_zero(int tile) { std::memset(emulated_tile[tile].row, 0, sizeof(EmulatedTile)); }
+
+EMULATED float emulated_bf16(const uint8_t* row, int number) {
+  uint32_t bits = static_cast<uint32_t>(row[2 * number]) << 16 | static_cast<uint32_t>(row[2 * number + 1]) << 24;
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+EMULATED void emulated_tile_dpbf16ps(int sums, int a, int b) {
+  for (int m = 0; m < 16; ++m) {
+    float row[16];
+    std::memcpy(row, emulated_tile[sums].row[m], 64);
+    for (int k = 0; k < 32; ++k) {
+      for (int n = 0; n < 16; ++n) {
+        row[n] += emulated_bf16(emulated_tile[a].row[m], k) * emulated_bf16(emulated_tile[b].row[k / 2], 2 * n + k % 2);
+      }
+    }
+    std::memcpy(emulated_tile[sums].row[m], row, 64);
+  }
+}
+
+#undef _tile_loadconfig
+#undef _tile_storeconfig
+#undef _tile_release
+#undef _tile_loadd
+#undef _tile_stored
+#undef _tile_zero
+#undef _tile_dpbf16ps
+#define _tile_loadconfig emulated_tile_loadconfig
+#define _tile_storeconfig emulated_tile_storeconfig
+#define _tile_release emulated_tile_release
+#define _tile_loadd emulated_tile_loadd
+#define _tile_stored emulated_tile_stored
+#define _tile_zero emulated_tile_zero
+#define _tile_dpbf16ps emulated_tile_dpbf16ps
+#define _mm512_cvtneps_pbh emulated_cvtneps_pbh
 #define _mm512_permutex2var_epi8 emulated_permutex2var_epi8
 #define _mm512_multishift_epi64_epi8 emulated_multishift_epi64_epi8
 #define _mm512_dpbusd_epi32 emulated_dpbusd_epi32
