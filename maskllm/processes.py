@@ -1,4 +1,4 @@
-"""What the operating system knows about processes: memory held and kept, whether one has ended, how a child ends with its parent."""
+"""What the operating system knows about processes: memory held, whether one has ended, and how a child ends with its parent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
 
 
 def peak_resident_bytes() -> int:
@@ -22,18 +21,6 @@ def peak_resident_bytes() -> int:
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
-
-
-def keep_freed_memory() -> None:
-    """Make this process keep the memory that it frees for what it allocates next (glibc: mallopt(3)).
-
-    By default glibc returns large blocks to the system. Each step of a training on a CPU frees and takes gigabytes of temporary tensors,
-    and the system has to clear every page of them before its first use.
-    """
-    if sys.platform == "linux":
-        library = ctypes.CDLL(None)
-        library.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-        library.mallopt(_M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
 def is_gone(pid: int | None) -> bool:

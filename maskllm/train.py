@@ -63,12 +63,11 @@ def _train(arguments: TrainArguments, rank: int, console: TextIO) -> int:
     """Train inside of the process group; returns the exit status."""
     import torch.distributed as dist
 
-    from maskllm.distributed import device, job_store
+    from maskllm.distributed import job_store
     from maskllm.environment.cpu_speed import slow_dtype_warning
     from maskllm.environment.optional_parts import resolve_transformer_impl
     from maskllm.environment.startup import startup_line
     from maskllm.failures import report, say_failure
-    from maskllm.processes import keep_freed_memory
     from maskllm.training.loop import Trainer
     from maskllm.training.surviving.watchdog import Watchdog
 
@@ -77,8 +76,6 @@ def _train(arguments: TrainArguments, rank: int, console: TextIO) -> int:
         time.sleep(2)  # so that the other ranks see it too, and log where they are
         os._exit(1)
 
-    if device().type == "cpu":
-        keep_freed_memory()
     if rank == 0:
         implementation = resolve_transformer_impl(arguments.transformer_impl)
         print(f"{PROGRAM}: {startup_line(implementation, low_precision=arguments.low_precision)}", file=console, flush=True)
