@@ -78,7 +78,8 @@ def _train(arguments: TrainArguments, rank: int, console: TextIO) -> int:
 
     if rank == 0:
         implementation = resolve_transformer_impl(arguments.transformer_impl)
-        print(f"{PROGRAM}: {startup_line(implementation, low_precision=arguments.low_precision)}", file=console, flush=True)
+        own_adam = arguments.low_precision or arguments.uses_cast
+        print(f"{PROGRAM}: {startup_line(implementation, own_adam=own_adam)}", file=console, flush=True)
         if slow := slow_dtype_warning(arguments.dtype):
             print(f"{PROGRAM}: {slow}", file=console, flush=True)
     store = job_store("heartbeats") or dist.HashStore()

@@ -27,7 +27,8 @@ if [[ $TRAINING == weights ]]; then
       masks=(--pattern 2:4 --gumbel-temperature-range 0.05 0.05 --gumbel-scale-range 5e2 5e2 --weight-reg 0)
       ;;
     cast)
-      start=dense eps=1e-8 trained=(--train weights --weights-optimizer cast --l1-decay-coeff 4e-7) rates=() masks=(--pattern 2:4)
+      start=dense eps=1e-8 rates=() masks=(--pattern 2:4)
+      trained=(--train weights --weights-optimizer cast --l1-decay-coeff 4e-7 --lr-warmup-iters $((iterations / 75)))
       ;;
   esac
   trained+=(--weights-lr "$WEIGHTS_LR" --weights-min-lr "$WEIGHTS_MIN_LR"

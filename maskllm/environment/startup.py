@@ -7,10 +7,10 @@ import torch
 from maskllm.environment.optional_parts import apex, transformer_engine, uses_apex_norms
 
 
-def startup_line(transformer_impl: str, *, low_precision: bool = False) -> str:
+def startup_line(transformer_impl: str, *, own_adam: bool = False) -> str:
     """The device, the backend, the origin of norms, attention and Adam, and the optional parts that are missing.
 
-    `transformer_impl` is one of TRANSFORMER_IMPLS. `low_precision`: the run keeps logits or moments in fewer bits than fp32.
+    `transformer_impl` is one of TRANSFORMER_IMPLS. `own_adam`: the optimizer is this project's.
     """
     from megatron.core.optimizer import Adam
 
@@ -21,9 +21,7 @@ def startup_line(transformer_impl: str, *, low_precision: bool = False) -> str:
     else:
         norms, attention = "Apex's" if uses_apex_norms() else "torch's", "torch's"
     library = Adam.__module__.partition(".")[0]
-    adam = (
-        "MaskLLM's" if low_precision else {"transformer_engine": "Transformer Engine's", "apex": "Apex's"}.get(library, "torch's")
-    )
+    adam = "MaskLLM's" if own_adam else {"transformer_engine": "Transformer Engine's", "apex": "Apex's"}.get(library, "torch's")
     missing = [str(part) for part in (transformer_engine(), apex()) if part.problem is not None]
     visible = torch.cuda.is_available()
     where = f"{torch.cuda.get_device_name()} with NCCL" if visible else "CPU with gloo, no GPU visible"

@@ -142,7 +142,8 @@ def _savings(model: StoredModel, arguments: TrainArguments, ranks: int, cluster:
     """Options with the same results: activations and optimizer state split over the ranks, then more and more recomputation."""
     tensor = arguments.tensor_model_parallel_size
     data = ranks // (tensor * arguments.pipeline_model_parallel_size)
-    exact = (arguments.mask_logits_dtype, arguments.optimizer_state_dtype) == ("fp32", "fp32")
+    # Megatron's distributed optimizer keeps fp32, and does not take CAST's optimizer where Transformer Engine or Apex brings Adam.
+    can_split = not arguments.low_precision and not arguments.uses_cast
     for saver in SAVERS:
         reset = {
             "recompute_granularity": None,
@@ -153,7 +154,7 @@ def _savings(model: StoredModel, arguments: TrainArguments, ranks: int, cluster:
         changed = dataclasses.replace(
             arguments,
             sequence_parallel=arguments.sequence_parallel or tensor > 1,
-            use_distributed_optimizer=exact and (arguments.use_distributed_optimizer or data > 1),
+            use_distributed_optimizer=arguments.use_distributed_optimizer or (can_split and data > 1),
             **reset | saver,
         )
         yield from _possible(model, changed, ranks, cluster)

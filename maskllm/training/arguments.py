@@ -91,8 +91,10 @@ class TrainArguments:
     )
     train_embeddings: bool = _option(False, "with --train weights or both: train the embedding and the output layer too")
 
-    ce_loss_coeff: float = _option(1.0, "weight of the cross-entropy with the text")
-    kl_loss_coeff: float = _option(0.0, "weight of the divergence from the teacher's predictions, T^2 * KL(teacher || student)")
+    ce_loss_coeff: float | None = _option(None, "weight of the cross-entropy with the text; default: 1, and 2/3 with cast")
+    kl_loss_coeff: float | None = _option(
+        None, "weight of the divergence from the teacher's predictions, T^2 * KL(teacher || student); default: 0, and 1/3 with cast"
+    )
     kl_temperature: float = _option(1.0, "temperature T of both predictions in that divergence")
     squarehead_loss_coeff: float = _option(
         0.0, "weight of SquareHead: the relative squared error of the hidden states after each layer, summed over the layers"
@@ -173,6 +175,10 @@ class TrainArguments:
     def __post_init__(self) -> None:
         if self.adam_eps is None:
             self.adam_eps = 1e-8 if self.uses_cast else 1e-5
+        if self.ce_loss_coeff is None:
+            self.ce_loss_coeff = 2 / 3 if self.uses_cast else 1.0
+        if self.kl_loss_coeff is None:
+            self.kl_loss_coeff = 1 / 3 if self.uses_cast else 0.0
 
     @property
     def dtype(self) -> torch.dtype:

@@ -292,8 +292,9 @@ def _check_same_run(start: Start) -> None:
     if not before.keys() >= set(SETTINGS_THAT_MUST_MATCH):
         raise MaskLLMError(f"{path}: its maskllm.json lacks the settings of the run; it cannot be resumed")
     again = "or start a new run with another --load and --save"
-    if start.arguments.train == "weights" and not start.lies_in_save:
-        again = "or start a new run from what `maskllm trim` makes of it"
+    if not start.lies_in_save:  # the checkpoint of another run, which the same --train would always go on from
+        trims = start.arguments.train == "weights"
+        again = f"or start a new run from {'what `maskllm trim` makes of it' if trims else 'another checkpoint'}"
     idle = start.arguments.idle_settings()
     for name, now in settings_of(start.arguments).items():
         if name not in idle and before[name] != now:

@@ -21,7 +21,7 @@ from maskllm.masking.sampler import MaskSampler
 from maskllm.megatron.build import build_model
 from maskllm.megatron.distillation import StudentAndTeacher
 from maskllm.megatron.gpt import MaskedGPTModel
-from maskllm.megatron.linears import attach_bits, attach_logits, attach_scales, masked_parameters
+from maskllm.megatron.linears import attach_bits, attach_logits, attach_scales, masked_linears, masked_parameters
 from maskllm.megatron.loss import LossTerms
 from maskllm.training.arguments import TrainArguments
 from maskllm.training.optimizer import fit_adam_state, unchained
@@ -63,6 +63,8 @@ class TrainingState:
         if has_logits:
             attach_logits(model, sampler, dtype=arguments.logits_dtype)
         load_model(start.checkpoint, model)
+        if arguments.chooses_masks and not start.resumed:
+            _check_dense(model, f"{start.checkpoint.path}: masks are chosen from dense weights, and")
         originals = _load_originals(start.checkpoint, model)
         unrounded = {name: originals.pop(name) for name in list(originals) if is_trained(name, arguments)}
         if arguments.trains_masks and not has_logits:
@@ -81,7 +83,7 @@ class TrainingState:
     def pair_with_teacher(self) -> StudentAndTeacher | None:
         """The model with its teacher; None if no term of the loss needs one.
 
-        Raises MaskLLMError if a weight of the teacher is not finite.
+        Raises MaskLLMError if a weight of the teacher is not finite, or if its weights are sparse.
         """
         arguments, checkpoint = self.start.arguments, self.start.teacher
         if not arguments.distills:
@@ -96,6 +98,7 @@ class TrainingState:
                 for name, parameter in teacher.named_parameters():
                     if not bool(torch.isfinite(parameter).all()):
                         raise MaskLLMError(f"--teacher {checkpoint.path}: tensor {name} has values that are not finite")
+            _check_dense(teacher, f"--teacher {checkpoint.path}: a teacher is a dense model, and")
         terms = LossTerms(arguments.ce_loss_coeff, arguments.kl_loss_coeff, arguments.kl_temperature)
         return StudentAndTeacher(self.model, teacher, terms, arguments.squarehead_loss_coeff)
 
@@ -212,3 +215,15 @@ def _with_data(sharded: ShardedTensor | ShardedTensorFactory, data: torch.Tensor
     if isinstance(sharded, ShardedTensorFactory):
         return dataclasses.replace(sharded, data=data)
     return dataclasses.replace(sharded, data=data, dtype=data.dtype)
+
+
+def _check_dense(model: MaskedGPTModel, what: str) -> None:
+    """Raise MaskLLMError, which begins with `what`, on all ranks if a tenth of some rank's linear weights in the layers are zero.
+
+    A checkpoint that was converted from a sparse Hugging Face model says nothing of its zeros.
+    """
+    with raised_together():
+        weights = [layer.weight for layer in masked_linears(model)]
+        share = sum(int((weight == 0).sum()) for weight in weights) / max(1, sum(weight.numel() for weight in weights))
+        if share > 0.1:
+            raise MaskLLMError(f"{what} {share:.0%} of these are zero; name the dense checkpoint")

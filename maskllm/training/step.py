@@ -101,7 +101,11 @@ class Step:
     def _not_finite(self, sums: torch.Tensor) -> str | None:
         """Which of this rank's losses and gradients, averaged over data-parallel ranks, is not finite; None if all are."""
         if not bool(torch.isfinite(sums).all()):
-            return f"the loss is not finite on this rank: {[float(loss) for loss in self.micro_batches.losses]}"
+            terms = {"cross-entropies of the micro-batches": [float(loss) for loss in self.micro_batches.losses]}
+            _, _, kl, squarehead = sums[:4].tolist()
+            compared = {"kl": kl, "squarehead": squarehead}
+            terms |= {f"sum of {name}": compared[name] for name in self.micro_batches.objective.teacher_terms}
+            return "the loss is not finite on this rank: " + ", ".join(f"{name} {value}" for name, value in terms.items())
         for buffer in self.model.buffers:
             # The largest magnitude takes one pass without a copy, and is not finite if any entry is not.
             if not bool(torch.isfinite(torch.linalg.vector_norm(buffer.grad_data, ord=torch.inf))):

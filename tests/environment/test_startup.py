@@ -29,7 +29,7 @@ def test_missing_parts_are_named_with_what_they_bring():
 
 
 def test_low_precision_uses_this_projects_adam():
-    assert "Adam is MaskLLM's; " in startup.startup_line("local", low_precision=True)
+    assert "Adam is MaskLLM's; " in startup.startup_line("local", own_adam=True)
 
 
 def test_apex_is_named_if_it_is_used(monkeypatch):
