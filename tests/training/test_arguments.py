@@ -127,6 +127,13 @@ def test_a_setting_that_decides_nothing_in_the_run_is_refused(run, name, value, 
     assert "\n" not in str(caught.value)
 
 
+def test_cast_has_the_loss_of_its_paper():
+    arguments = TrainArguments(**CAST)
+    assert (arguments.ce_loss_coeff, arguments.kl_loss_coeff, arguments.adam_eps) == (2 / 3, 1 / 3, 1e-8)
+    assert TrainArguments(**CAST, kl_loss_coeff=0.0, ce_loss_coeff=1.0).distills is False
+    assert (TrainArguments().ce_loss_coeff, TrainArguments().kl_loss_coeff) == (1.0, 0.0)
+
+
 def test_settings_that_decide_something_are_accepted():
     of_masks = {"lr": 1e-4, "min_lr": 0.0, "prior_strength": 5.0, "weight_reg": 0.0, "hard": True}
     of_weights = {"weights_lr": 1e-4, "weights_min_lr": 1e-6, "weights_weight_decay": 0.1, "train_embeddings": True}
