@@ -92,6 +92,7 @@ QUALITY_LONG_ROWS = ("weights-kl:6e-4", "both-kl:6e-4")
 TINY_QUALITY = "--tokens 64 --seq-length 32 --calibration-samples 2 --eval-seq-length 32 --eval-windows 1 --limit 2"
 
 
+TINY_COMPRESSED = "--calibration-samples 2 --calibration-length 32 --seq-length 64 --max-windows 1 --chunk 32"
 TINY_TRANSFER = "--general-iters 1 --domain-iters 1 --seq-length 32 --calibration-samples 2 --eval-seq-length 32 --eval-windows 1"
 
 
@@ -106,14 +107,14 @@ def _quality(row: str, minutes: float, tiny: str | None = None, *, long: bool = 
     return Measurement(f"quality/{row.replace(':', '-')}{name}", command + tokens, minutes, sources, tiny)
 
 
-def _compressed(row: str, minutes: float, tiny: str | None = None) -> Measurement:
-    """A row of the quality of compressed weights."""
+def _compressed(row: str, minutes: float, tiny: str | None = None, *, model: str = "learned") -> Measurement:
+    """A row of the quality of compressed weights, of one of the quickstart's models: its learned masks, or its final model."""
     command = (
-        f"python -m benchmarks.compressed_quality --dense {{dense}} --sparse {{quickstart}}/hf/learned --calibration-data {C4} "
-        f"--eval-data {WIKITEXT} --work {{work}} --row {row}"
+        f"python -m benchmarks.compressed_quality --dense {{dense}} --sparse {{quickstart}}/hf/{model} --calibration-data {C4} "
+        f"--eval-data {WIKITEXT} --work {{work}}/{model} --row {row}"
     )
     sources = ("csrc/cpu", "maskllm/export", "maskllm/inference", "maskllm/ops", "maskllm/pruning", *PERPLEXITY)
-    return Measurement(f"compressed-quality/{row}", command, minutes, sources, tiny)
+    return Measurement(f"compressed-quality/{row if row == 'dense' else f'{model}-{row}'}", command, minutes, sources, tiny)
 
 
 def _quickstart(name: str, minutes: float, options: str) -> Measurement:
@@ -372,13 +373,11 @@ _ALL = [
             ("mpt-1b", "--random mpt-1b", 25, None),
         )
     ),
-    *(_compressed(row, 3) for row in ("dense", "16")),
-    *(_compressed(f"{bits}-nearest", 6) for bits in (8, 4)),
-    _compressed("8-calibrated", 10),
-    _compressed(
-        "4-calibrated",
-        10,
-        "--calibration-samples 2 --calibration-length 32 --seq-length 64 --max-windows 1 --chunk 32",
+    _compressed("dense", 3),
+    *(
+        _compressed(row, minutes, TINY_COMPRESSED if (row, model) == ("4-calibrated", "learned") else None, model=model)
+        for model in ("learned", "final")
+        for row, minutes in {"16": 3, "8-nearest": 6, "4-nearest": 6, "8-calibrated": 10, "4-calibrated": 10}.items()
     ),
     *(
         Measurement(f"{recipe}/{row}", finetuning.command(recipe, row), 30, FINETUNING)

@@ -122,22 +122,24 @@ def compressed_tasks(found: Results) -> list[str]:
 
 
 def compressed_quality(found: Results) -> list[str]:
-    """A 2:4 model as `maskllm compress` stores it."""
+    """The quickstart's 2:4 models as `maskllm compress` stores them."""
     cells = []
-    for result in found.values():
+    for measurement, result in found.items():
         row = result.result
+        model = measurement.partition("/")[2].partition("-")[0]
         bits, _, how = row["row"].partition("-")
         how = {"nearest": ", rounded to the nearest", "calibrated": ", calibrated"}.get(how, "")
         cells.append(
             [
-                "dense, 16 bits" if bits == "dense" else f"2:4, {bits} bits{how}",
+                model,
+                "16 bits" if bits == "dense" else f"2:4, {bits} bits{how}",
                 f"{row.get('matrix_bytes', 1):.3f}",
                 format_perplexity(row["perplexity"]),
                 format_perplexity(row.get("perplexity_in_chunks")),
             ]
         )
-    header = ["weights", "bytes of the blocks' matrices", "perplexity", "perplexity with activations of 8 bits"]
-    return markdown_table(header, cells, left=1)
+    header = ["model", "weights", "bytes of the blocks' matrices", "perplexity", "perplexity with activations of 8 bits"]
+    return markdown_table(header, cells, left=2)
 
 
 def model_load(found: Results) -> list[str]:
