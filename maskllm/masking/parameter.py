@@ -206,8 +206,13 @@ class MaskedParameter:
 
     @property
     def is_learned_in_pass(self) -> bool:
-        """Whether this is a forward pass whose products need a mask from the logits. The zeros of a fixed mask are in the weight."""
-        return self.logits is not None and (draw_is_open() or self._winner is not None)
+        """Whether this is a forward pass whose products need a mask from the logits. The zeros of a fixed mask are in the weight.
+
+        No product reads a weight that FSDP has sharded; FSDP itself does.
+        """
+        return (
+            self.logits is not None and (draw_is_open() or self._winner is not None) and not isinstance(self._own_weight, DTensor)
+        )
 
     def refresh_mask(self, bits: torch.Tensor) -> None:
         """Make `bits`, uint8 [out, ceil(in / 8)], the mask."""
