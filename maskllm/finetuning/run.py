@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import disable_fsdp_ram_efficient_loading
 from torch import distributed as dist
 from torch.utils.data import Subset
 from transformers import PreTrainedModel
@@ -34,7 +36,7 @@ from maskllm.finetuning.settings import FinetuneSettings
 from maskllm.finetuning.speech import SpeechTask
 from maskllm.finetuning.task import Example, Task
 from maskllm.finetuning.text import TextTask
-from maskllm.finetuning.trainer import SparseTrainer
+from maskllm.finetuning.trainer import SparseTrainer, check_engine
 from maskllm.finetuning.training import Progress, Watch, newest_checkpoint, training_arguments
 from maskllm.finetuning.translation import TranslationTask
 from maskllm.huggingface.hub import find_source
@@ -102,6 +104,9 @@ class _Run:
         self.output = Path(settings.output)
         arguments = training_arguments(settings, self.output)
         self.device = arguments.device  # joins the other processes
+        # accelerate's default for FSDP: only the first process reads weights. But all of them measure and prune with the whole model.
+        disable_fsdp_ram_efficient_loading()
+        check_engine(arguments, Accelerator().state)
         self._accumulation = arguments.gradient_accumulation_steps
         self.revision = commit()  # before the hours in which the checkout may change
         self.record = RunRecord(self.output, _compared(settings), self.device)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.state import AcceleratorState
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -74,7 +76,7 @@ class SparseTrainer(Trainer):
         if args.fp16 and logits:
             raise MaskLLMError("fp16: it scales the loss, but not the gradient of the masks' regularization; use bf16")
         super().__init__(model, args, *others, **kwargs)
-        _check_engine(self)
+        check_engine(args, self.accelerator.state)
         self.loss_is_scaled_for_ga = True
         # For Trainer: to count the labels of a step for every model. `compute_loss` does not pass their number to the model.
         self.model_accepts_loss_kwargs = True
@@ -319,14 +321,20 @@ class _KeepsDraw:
         return self._checkpoint(keep_draw(function), *args, **kwargs)
 
 
-def _check_engine(trainer: SparseTrainer) -> None:
-    """Raise MaskLLMError if the engine cuts weights without regard to their rows, or copies modules for each GPU."""
-    if trainer.args.n_gpu > 1:
+def check_engine(args: SparseTrainingArguments, state: AcceleratorState) -> None:
+    """Raise MaskLLMError if the engine cuts weights without regard to their rows, copies modules for each GPU, or is not the one wanted."""
+    if args.n_gpu > 1:
         raise MaskLLMError(
-            f"one process for {trainer.args.n_gpu} GPUs: wanted one for each; start it by torchrun or accelerate launch, or set "
+            f"one process for {args.n_gpu} GPUs: wanted one for each; start it by torchrun or accelerate launch, or set "
             "CUDA_VISIBLE_DEVICES to one GPU"
         )
-    if trainer.is_fsdp_enabled and getattr(trainer.accelerator.state.fsdp_plugin, "fsdp_version", 1) == 1:
+    fsdp, deepspeed = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
+    if fsdp is None and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise MaskLLMError(
+            "FSDP: accelerate shards models on GPUs only, in processes of torchrun or accelerate launch; here each process would hold the "
+            "whole model, so leave it out"
+        )
+    if fsdp is not None and fsdp.fsdp_version == 1:
         raise MaskLLMError("fsdp_version 1 flattens weights, so masks and weights come apart; use fsdp_version 2")
-    if trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3:
+    if deepspeed is not None and deepspeed.zero_stage == 3:
         raise MaskLLMError("DeepSpeed ZeRO 3 flattens weights, so masks and weights come apart; use FSDP2, or ZeRO 1 or 2")

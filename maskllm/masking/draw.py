@@ -53,6 +53,11 @@ def current_draw() -> Draw:
     return draw
 
 
+def draw_is_open() -> bool:
+    """Whether `open_draw` is open."""
+    return _open.get() is not None
+
+
 _masks_off: ContextVar[bool] = ContextVar("maskllm_masks_off", default=False)
 
 

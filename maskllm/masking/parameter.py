@@ -21,7 +21,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from maskllm.masking.draw import current_draw, masks_are_off
+from maskllm.masking.draw import current_draw, draw_is_open, masks_are_off
 from maskllm.masking.prior import add_prior, initial_logits
 from maskllm.masking.sampler import MaskSampler
 from maskllm.masking.scaling import GROUPS, group_boundary, scaled
@@ -86,7 +86,7 @@ class MaskedParameter:
     def __init__(self, owner: torch.nn.Module, location: Location, *, transposed: bool = False) -> None:
         """Take a module that has a `weight`; it starts dense. `transposed`: its weight is stored [in, out]."""
         self._owner = owner
-        self._transposed = transposed
+        self.transposed = transposed
         self.location = location
         self.sampler: MaskSampler | None = None
         """The pattern and how masks are drawn from the logits; None while there are neither logits nor scales."""
@@ -99,7 +99,12 @@ class MaskedParameter:
     @property
     def weight(self) -> torch.Tensor:
         """The dense weight [out, in], contiguous."""
-        return self._owner.weight.t().contiguous() if self._transposed else self._owner.weight
+        return self._own_weight.t().contiguous() if self.transposed else self._own_weight
+
+    @property
+    def _own_weight(self) -> torch.nn.Parameter:
+        """The parameter as it is stored. The owner's attribute may be a stand-in for it (`maskllm.huggingface.masked_linear`)."""
+        return self._owner._parameters["weight"]
 
     @property
     def bits(self) -> torch.Tensor | None:
@@ -119,13 +124,13 @@ class MaskedParameter:
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in) of the weight here."""
-        rows, columns = self._owner.weight.shape
-        return (columns, rows) if self._transposed else (rows, columns)
+        rows, columns = self._own_weight.shape
+        return (columns, rows) if self.transposed else (rows, columns)
 
     def attach_bits(self) -> None:
         """Make room for a fixed mask. A checkpoint fills it."""
         rows, columns = self.shape
-        self._owner.mask_bits = torch.zeros(rows, -(-columns // 8), dtype=torch.uint8, device=self._owner.weight.device)
+        self._owner.mask_bits = torch.zeros(rows, -(-columns // 8), dtype=torch.uint8, device=self._own_weight.device)
 
     def attach_logits(self, sampler: MaskSampler, *, dtype: torch.dtype = torch.float32) -> None:
         """Make room for learnable logits, all zero; `reset` or a checkpoint fills them.
@@ -135,7 +140,7 @@ class MaskedParameter:
         rows, columns = self.shape
         pattern = sampler.pattern
         pattern.check_divides(columns, self.location.name)
-        logits = torch.zeros(rows, columns // pattern.m, pattern.num_candidates, dtype=dtype, device=self._owner.weight.device)
+        logits = torch.zeros(rows, columns // pattern.m, pattern.num_candidates, dtype=dtype, device=self._own_weight.device)
         self._owner.mask_logits = torch.nn.Parameter(logits)
         self.sampler = sampler
         self.shard = self.location.shard_map(pattern)
@@ -150,7 +155,7 @@ class MaskedParameter:
         rows, columns = self.shape
         sampler.pattern.check_divides(columns, self.location.name)
         self.attach_bits()
-        self._owner.weight_scales = torch.nn.Parameter(torch.ones(rows, GROUPS, device=self._owner.weight.device))
+        self._owner.weight_scales = torch.nn.Parameter(torch.ones(rows, GROUPS, device=self._own_weight.device))
         self.sampler = sampler
 
     @torch.no_grad()
@@ -180,8 +185,8 @@ class MaskedParameter:
     @torch.no_grad()
     def write_zeros(self) -> None:
         """Set the weights that the fixed mask removes to zero; of a weight that FSDP has sharded, those of this rank."""
-        weight, mask = self._owner.weight, self.fixed_mask()
-        if self._transposed:
+        weight, mask = self._own_weight, self.fixed_mask()
+        if self.transposed:
             mask = mask.t()
         if isinstance(weight, DTensor):
             shape, offset = compute_local_shape_and_global_offset(weight.shape, weight.device_mesh, weight.placements)
@@ -198,6 +203,16 @@ class MaskedParameter:
         if self.logits is not None:
             return winner_bits(whole(self.logits), self.sampler.pattern)
         return pack_mask(keep_of_each_block(self.weight.abs(), self.sampler.pattern))
+
+    @property
+    def is_learned_in_pass(self) -> bool:
+        """Whether this is a forward pass whose products need a mask from the logits. The zeros of a fixed mask are in the weight.
+
+        No product reads a weight that FSDP has sharded; FSDP itself does.
+        """
+        return (
+            self.logits is not None and (draw_is_open() or self._winner is not None) and not isinstance(self._own_weight, DTensor)
+        )
 
     def refresh_mask(self, bits: torch.Tensor) -> None:
         """Make `bits`, uint8 [out, ceil(in / 8)], the mask."""
@@ -218,7 +233,7 @@ class MaskedParameter:
         if self.logits is None:
             if self.bits is None:
                 return self.weight
-            return _FixedMask.apply(self.weight, self.bits) if self._owner.weight.requires_grad else self.weight * self.fixed_mask()
+            return _FixedMask.apply(self.weight, self.bits) if self._own_weight.requires_grad else self.weight * self.fixed_mask()
         if self._winner is not None:
             return self.weight * unpack_mask(self._winner, self.shape[1])
         draw = current_draw()

@@ -262,6 +262,45 @@ def test_two_processes_get_the_result_of_one(ranks, folder, llama, documents, he
     assert math.isclose(found["trained"]["perplexity"], report["trained"]["perplexity"], rel_tol=1e-5)
 
 
+def test_an_error_of_one_process_ends_all_and_is_said_once(ranks, llama, documents, tmp_path):
+    words = command("text", llama, [documents], tmp_path / "out", "--pattern", "2:4", "--max-steps", 4)
+    done = ranks(2, "tests.finetuning.patched_command", "failing", *words, check=False)
+    assert done.returncode == 1
+    assert done.stderr.count("error:") == 1 and "maskllm finetune: error: the second process fails\n" in done.stderr
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_fsdp2_resumes_and_gives_the_result_of_one_process(ranks, folder, llama, documents, held_out, text_run, monkeypatch):
+    """With what `accelerate launch --use_fsdp --fsdp_version 2` sets."""
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}.items():
+        monkeypatch.setenv(name, value)
+    report, whole = text_run
+    output = folder / "fsdp2"
+    options = ("--eval-data", held_out, "--pattern", "2:4", "--max-steps", 6, "--learning-rate", 1e-3, "--save-steps", 1, *KL)
+    words = command("text", llama, [documents], output, *options, "--per-device-train-batch-size", 2)
+    with (folder / "fsdp2.log").open("w") as log:
+        job = ranks.start(2, ["-m", "tests.finetuning.patched_command", "sharded", *words], [log.fileno()] * 4)
+        while job.poll() is None and not any((output / "checkpoints").glob("checkpoint-[1-5]/complete")):
+            time.sleep(0.01)
+        job.kill()
+    assert any((output / "checkpoints").glob("checkpoint-*/*_fsdp*")), (folder / "fsdp2.log").read_text()
+    ranks(2, "tests.finetuning.patched_command", "sharded", *words)
+    found = json.loads((output / "report.json").read_text())
+    assert found["dense"] == report["dense"] and found["one_shot"] == report["one_shot"]
+    assert math.isclose(found["trained"]["perplexity"], report["trained"]["perplexity"], rel_tol=1e-5)
+    assert open_mask_file(output / "mask.npz").digest == open_mask_file(whole / "mask.npz").digest
+    loaded = weights(output / "model")
+    for name, wanted in weights(whole / "model").items():
+        torch.testing.assert_close(loaded[name], wanted, rtol=1e-2, atol=1e-4)  # written in bf16
+
+
+def test_fsdp_that_accelerate_ignores_is_refused(llama, documents, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert main(command("text", llama, [documents], tmp_path / "out", "--pattern", "2:4")) == 1
+    assert "FSDP: accelerate shards models on GPUs only" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -11,14 +11,15 @@ from tests.finetuning.worker import results, trainer
 
 RUNS = {
     "masks": {"train": "masks"},
-    "weights": {"model": "t5", "train": "weights"},
+    "weights": {"train": "weights"},
+    "t5": {"model": "t5", "train": "weights"},
     "both": {"train": "both"},
 }
 STEPS = 3
 FSDP2 = {"fsdp": True, "fsdp_config": {"version": 2, "reshard_after_forward": True}}
 CHECKPOINTING = {"fsdp_config": FSDP2["fsdp_config"] | {"activation_checkpointing": True}}
 ENGINES = {
-    "ddp": {"masks": {}, "weights": {}},
+    "ddp": {"masks": {}, "t5": {}},
     # The second one is also resumed in the worker.
     "fsdp2": {"weights": FSDP2, "both": FSDP2 | CHECKPOINTING | {"save_strategy": "steps", "save_steps": 1}},
 }

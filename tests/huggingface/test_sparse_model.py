@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel, Zamba2Config, Zamba2ForCausalLM
+from transformers import (
+    AutoModel,
+    JambaConfig,
+    Mamba2Config,
+    MambaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    WavLMConfig,
+    Zamba2Config,
+    Zamba2ForCausalLM,
+)
+from transformers.models.mamba import modeling_mamba
 
 from maskllm.errors import MaskLLMError
 from maskllm.huggingface import finish, sparsify
 from maskllm.huggingface.blocks import block_linears, block_stacks
 from maskllm.huggingface.mask_file import write_mask_file
 from maskllm.huggingface.masked_linear import MaskedLinear
+from maskllm.masking.draw import Draw, open_draw
+from maskllm.masking.parameter import use_winners
 from maskllm.masking.selection import keep_of_all, keep_of_each_block
 from maskllm.patterns import Pattern
 from maskllm.pruning import PruneSettings, prune_hf
@@ -222,6 +237,71 @@ def test_attention_that_does_not_call_its_linear_is_refused():
 
     with pytest.raises(MaskLLMError, match=r"towers\.0\.self_attn\.out_proj: torch\.nn\.MultiheadAttention multiplies"):
         sparsify(Model(), "2:4")
+
+
+_MAMBA = {"vocab_size": 64, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 1}
+READ = {
+    "mamba": MambaConfig(**_MAMBA, time_step_rank=4),
+    "mamba2": Mamba2Config(**_MAMBA, num_heads=4, head_dim=8, n_groups=1, chunk_size=8),
+    "jamba": JambaConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        num_experts=1, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4, mamba_dt_rank=4,
+    ),
+    "wavlm": WavLMConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=(8,), conv_kernel=(4,), conv_stride=(4,),
+        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=4, mask_time_prob=0.0, layerdrop=0.0, hidden_dropout=0.0,
+        attention_dropout=0.0, activation_dropout=0.0, feat_proj_dropout=0.0,
+    ),
+}  # fmt: skip
+"""Models with blocks that multiply by the weights of linears without calling them."""
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_product_without_a_call_is_masked(name):
+    """Against the plain model with the masked weights written into it, and every mask gets a gradient."""
+    torch.manual_seed(0)
+    model = AutoModel.from_config(READ[name]).train()
+    inputs = torch.randn(1, 64) if name == "wavlm" else samples("llama", 1)[0]["input_ids"][None]
+    plain = copy.deepcopy(model)
+    found = sparsify(model, "2:4")
+    for parameter in found.values():
+        parameter.sampler.stats = torch.zeros(2)
+    with open_draw(Draw(0)):
+        drawn = model(inputs)[0]
+        drawn.square().sum().backward()
+        for linear, parameter in found.items():
+            plain.get_parameter(f"{linear}.weight").data = parameter.effective_weight().detach()
+    torch.testing.assert_close(drawn, plain(inputs)[0])
+    assert all(parameter.logits.grad is not None and parameter.logits.grad.any() for parameter in found.values())
+
+    with torch.no_grad(), use_winners(list(found.values())):
+        winners = model.eval()(inputs)[0]
+    assert not torch.equal(winners, drawn)
+    torch.testing.assert_close(finish(model)[0](inputs)[0], winners)
+
+
+class _Fused(torch.autograd.Function):
+    """As mamba-ssm's kernels do it: products inside of a function with a backward pass of its own."""
+
+    @staticmethod
+    def forward(ctx, states, weight):
+        return nn.functional.linear(states.transpose(1, 2)[..., : weight.shape[1]], weight)
+
+
+def test_a_fused_kernel_that_would_hide_a_mask_is_refused(monkeypatch):
+    monkeypatch.setattr(modeling_mamba, "mamba_inner_fn", lambda states, *weights, **_: _Fused.apply(states, weights[4]))
+    model = AutoModel.from_config(READ["mamba"]).train()
+    tokens = samples("llama", 1)[0]["input_ids"][None]
+    sparsify(model, "2:4")
+    with (
+        open_draw(Draw(0)),
+        pytest.raises(MaskLLMError, match=r"layers\.0\.mixer\.out_proj: a fused kernel multiplies by its weight"),
+    ):
+        model(tokens)
+    finish(model)
+    sparsify(model, "2:4", train="weights", masks={name: _keep(model.get_parameter(name), Pattern(2, 4)) for name in _names(model)})
+    with open_draw(Draw(0)):
+        model(tokens)
 
 
 def test_the_winners_of_logits_decide_the_zeros():
