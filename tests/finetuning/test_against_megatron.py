@@ -104,11 +104,18 @@ def test_ten_steps_of_smollm2_in_both_frames(tmp_path):
     words = ("--input", tmp_path / "text.jsonl", "--output-prefix", tmp_path / "data", "--tokenizer", tmp_path / "hf")
     assert main(["preprocess", *map(str, words)]) == 0
     # Rates at which the loss falls: where it jumps, the rounding of one step grows in the next.
-    compare(tmp_path, "both", str(tmp_path / "data_text_document"), {"lr": 1e-4, "weights_lr": 1e-5, "weight_reg": 1e-6})
+    compare(
+        tmp_path, "both", str(tmp_path / "data_text_document"), {"lr": 1e-4, "weights_lr": 1e-5, "weight_reg": 1e-6}, 1e-3, 0.05
+    )
 
 
-def compare(folder: Path, trained: str, dataset: str, rates: dict[str, float]) -> None:
-    """Train the model in FOLDER/hf in both frames, and compare the terms of each step, the masks and the weights."""
+def compare(
+    folder: Path, trained: str, dataset: str, rates: dict[str, float], of_terms: float = 1e-4, of_norms: float = 1e-4
+) -> None:
+    """Train the model in FOLDER/hf in both frames, and compare the terms of each step, the masks and the weights.
+
+    The terms of a step may differ by the share `of_terms`, and the norms of its gradients by `of_norms`.
+    """
     convert(folder / "hf", folder / "dense")
     assert main(["prune", "--load", str(folder / "dense"), "--output", str(folder / "pruned"), "--method", "magnitude"]) == 0
     options = {
@@ -161,7 +168,8 @@ def compare(folder: Path, trained: str, dataset: str, rates: dict[str, float]) -
         names |= {"weights_grad_norm": "weights_grad_norm"}
     for found, wanted in zip(lines, expected, strict=True):
         for ours, theirs in names.items():
-            assert found[ours] == pytest.approx(wanted[theirs], rel=1e-4, abs=1e-7), (wanted["iteration"], ours)
+            tolerance = of_norms if ours.endswith("norm") else of_terms
+            assert found[ours] == pytest.approx(wanted[theirs], rel=tolerance, abs=1e-7), (wanted["iteration"], ours)
 
     plain, kept = trainer.finish()
     weights, kept = joined(plain.state_dict()), joined(kept)
