@@ -66,7 +66,8 @@ def test_perplexity_equals_transformers_loss_in_the_papers_formula(model_directo
 
 def test_the_default_dtype_is_the_checkpoints_if_the_cpu_supports_it(model_directory, monkeypatch):
     for supported, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda answer=supported: answer, raising=False)
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            monkeypatch.setattr(torch.cpu, name, lambda answer=supported: answer)
         model = load_hf_model(model_directory, device=torch.device("cpu"))
         assert model.dtype == dtype and not model.training
         stored = AutoModelForCausalLM.from_pretrained(model_directory).state_dict()
