@@ -132,7 +132,8 @@ void by_tiles(const SparseMatrix& matrix, ExpandPart expand_part, const at::Tens
     for (int64_t block = begin; block < end; ++block) tiles.pack(from, rows, matrix.in, block, to);
   });
   const Product product{reinterpret_cast<const uint8_t*>(to), 0, rows, result.mutable_data_ptr(), Type::kBFloat16, bias};
-  at::parallel_for(0, (matrix.out + some - 1) / some, 1, [&](int64_t begin, int64_t end) {
+  const int64_t grain = std::max<int64_t>(1, (1 << 16) / (some * matrix.in));  // a thread is worth waking
+  at::parallel_for(0, (matrix.out + some - 1) / some, grain, [&](int64_t begin, int64_t end) {
     tiles.linear(matrix, expand_part, product, begin * some, std::min(matrix.out, end * some));
   });
 }

@@ -88,7 +88,8 @@ class Configured {
 
 // 16 rows of the matrix and 16 of activations: sums [16][16], a row for each of the matrix.
 void put_tile(const float* sums, const Product& product, int64_t out, int64_t row, int64_t count, int64_t input) {
-  const __m512i places = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(kSide));
+  const __m512i rows = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i places = _mm512_mullo_epi32(rows, _mm512_set1_epi32(kSide));
   const auto mask = static_cast<__mmask16>((1u << std::min<int64_t>(kSide, count)) - 1);
   __m512 bias = _mm512_setzero_ps();
   if (product.bias != nullptr) {

@@ -7,8 +7,8 @@
 
 namespace maskllm {
 
-// The most rows of activations that the memory-bound loops multiply. For more, rows of the matrix are expanded into the cache and
-// multiplied densely.
+// The most rows of activations that the memory-bound loops multiply, without a matrix unit (`TileKernels`). For more, rows of the matrix
+// are expanded into the cache and multiplied densely.
 constexpr int64_t kFewRows = 64;
 
 // Activations are rounded to 8 bits with one scale for this many columns.

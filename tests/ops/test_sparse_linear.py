@@ -211,11 +211,11 @@ def test_any_number_of_threads_gives_the_same_bits(layout):
     tensors = sparse_pack(matrix(layout.pattern, out, in_features, DTYPES[layout.bits][0]), layout)
     threads = torch.get_num_threads()
     try:
-        for rows in (1, 5, 16):
+        for rows, dtype in ((1, torch.float32), (5, torch.float32), (16, torch.float32), (40, torch.bfloat16)):
             found = []
             for count in (1, 2, 3):
                 torch.set_num_threads(count)
-                data = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(0))
+                data = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(0)).to(dtype)
                 found.append(sparse_linear(data, tensors, layout))
             assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     finally:
