@@ -32,7 +32,7 @@ CE_KL = ["--ce-loss-coeff", "0.67", "--kl-loss-coeff", "0.33"]
 KL = ["--ce-loss-coeff", "0", "--kl-loss-coeff", "1"]
 MASKS = ["--prior-strength", "5", "--gumbel-scale-range", "100", "5000"]
 """In so few steps, with the default scale the masks stay soft too long: what is learned for them harms the winners."""
-BOTH = [*MASKS, "--lr", "2e-3", "--min-lr", "2e-4", "--weight-reg", "0"]
+BOTH = [*MASKS, "--lr", "5e-4", "--min-lr", "5e-5", "--weight-reg", "0"]
 
 
 @dataclass(frozen=True)
