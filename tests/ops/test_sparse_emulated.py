@@ -40,8 +40,10 @@ def library(tmp_path_factory):
     return library
 
 
-def pointers_of(tensors, layout, out, in_features):
-    """The addresses of values, places and scales, and of the numbers of the matrix; and the tensors, which have to live as long."""
+def stored_matrix(layout, out, in_features):
+    """A matrix as dense fp32 numbers; the addresses of its values, places, scales and sizes; and the tensors there, to keep alive."""
+    tensors = sparse_pack(matrix(layout.pattern, out, in_features, DTYPES[layout.bits][0]), layout)
+    dense = reference.expand(*stored(tensors), in_features, layout.numbers, torch.float32)
     values, places, scales, _ = stored(tensors)
     n, m, bits, group_size = layout.numbers
     kept = in_features // m * n
@@ -51,15 +53,14 @@ def pointers_of(tensors, layout, out, in_features):
     group_size = in_features if groups == 1 else group_size
     sizes = (kept, out * kept, values[0].nbytes, places.shape[1])
     numbers = torch.tensor((form, kind, n, m, out, in_features, *sizes, groups, group_size))
-    return [None if each is None else each.data_ptr() for each in (values, places, scales, numbers)], numbers
+    alive = (values, places, scales, numbers)
+    return dense, [None if each is None else each.data_ptr() for each in alive], alive
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name)
 def test_products_match_the_dense_product_in_fp64(library, layout):
     for out, in_features, rows in ((1, 8, 1), (3, 200, 2), (9, 264, 7), (6, 1032, 1), (8, 1024, 16)):
-        tensors = sparse_pack(matrix(layout.pattern, out, in_features, DTYPES[layout.bits][0]), layout)
-        dense = reference.expand(*stored(tensors), in_features, layout.numbers, torch.float32)
-        pointers, _numbers = pointers_of(tensors, layout, out, in_features)
+        dense, pointers, _alive = stored_matrix(layout, out, in_features)
         bits, indexed = layout.bits, layout.pattern in (Pattern(2, 4), Pattern(1, 4))
         data = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(rows))
         data = data.bfloat16().float() if bits == 16 else data
@@ -77,9 +78,7 @@ def test_products_match_the_dense_product_in_fp64(library, layout):
 def test_products_by_tiles_match_the_dense_product_in_fp64(library, layout):
     """One and several tiles of the matrix and of activations, parts of 512 columns and odd ends, with and without bias."""
     for out, in_features, rows in ((1, 8, 1), (33, 200, 16), (31, 1032, 17), (64, 520, 40), (130, 1032, 70)):
-        tensors = sparse_pack(matrix(layout.pattern, out, in_features, DTYPES[layout.bits][0]), layout)
-        dense = reference.expand(*stored(tensors), in_features, layout.numbers, torch.float32)
-        pointers, _numbers = pointers_of(tensors, layout, out, in_features)
+        dense, pointers, _alive = stored_matrix(layout, out, in_features)
         data = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(rows)).bfloat16()
         bias = torch.randn(out).bfloat16() if rows % 2 == 0 else None
         result = torch.full((rows, out), torch.nan, dtype=torch.bfloat16)
