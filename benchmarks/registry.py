@@ -77,16 +77,16 @@ ZERO_SHOT = tuple(f"maskllm/evaluation/{name}.py" for name in ("lm_eval_tasks", 
 C4, WIKITEXT = "{data}/c4-sample.train.json", "{data}/wikitext-2-raw.test.txt"
 QUALITY_ROWS = {
     "masks": ("5e-4", "1e-3", "2e-3"),
-    "weights-ce": ("2e-4", "6e-4", "1e-3"),
-    "weights-kl": ("2e-4", "6e-4", "1e-3"),
-    "weights-squarehead": ("2e-4", "6e-4", "1e-3"),
-    "weights-ce-kl": ("2e-4", "6e-4", "1e-3"),
-    "both-ce-kl": ("2e-4", "6e-4", "1e-3"),
-    "both-kl": ("2e-4", "6e-4", "1e-3"),
+    "weights-ce": ("6e-4", "1e-3", "2e-3"),
+    "weights-kl": ("6e-4", "1e-3", "2e-3"),
+    "weights-squarehead": ("6e-4", "1e-3", "2e-3"),
+    "weights-ce-kl": ("6e-4", "1e-3", "2e-3"),
+    "both-ce-kl": ("6e-4", "1e-3", "2e-3"),
+    "both-kl": ("6e-4", "1e-3", "2e-3"),
     "cast": ("3e-4", "1e-3", "2e-3"),
 }
 """The learning rates that are tried for each recipe of benchmarks/quality.py. `6e-4:1` is a rate with another seed."""
-QUALITY_LONG_ROWS = ("weights-kl:6e-4", "both-kl:6e-4")
+QUALITY_LONG_ROWS = ("weights-kl:1e-3", "both-kl:1e-3")
 """What is also trained with a million tokens."""
 
 TINY_QUALITY = "--tokens 64 --seq-length 32 --calibration-samples 2 --eval-seq-length 32 --eval-windows 1 --limit 2"
