@@ -138,19 +138,26 @@ def tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_resumes_with_the_same_bits(ranks: Pool, folder: Path, words: Sequence[str]) -> dict[str, torch.Tensor]:
-    """Run `words`, which save to folder/run, on two ranks, and again from the checkpoint of step 3; the last checkpoints are the same.
+    """`words` are a run of six steps on two ranks that saves every third step to folder/run.
 
-    Returns the tensors of the uninterrupted run.
+    SIGKILL ends it after the fourth step. Resumed, it has the last checkpoint and the log of a run that nothing interrupted, whose
+    tensors are returned.
     """
     save = folder / "run"
     ranks(2, "maskllm.train", *words)
-    whole = tensors(save)
-    resolve(save).path.rename(folder / "whole")
-    (save / LATEST).write_text("3\n")
-    ranks(2, "maskllm.train", *words)
+    whole, log = tensors(save), metrics(save)
+    save.rename(folder / "whole")
+    killed = ranks(2, "tests.training.killed_worker", STEPS - 2, *words, check=False)
+    assert killed.returncode != 0
+    assert (steps_done(save), len(metrics(save))) == (STEPS - 3, STEPS - 2), killed.stderr
+    done = ranks(2, "maskllm.train", *words)
+    assert f"after iteration {STEPS - 3} of {STEPS}" in done.stderr
     again = tensors(save)
     assert whole.keys() == again.keys()
     assert [name for name, tensor in whole.items() if not torch.equal(tensor, again[name])] == []
+    for first, second in zip(log, metrics(save), strict=True):
+        for key in ("iteration", "loss", "kl", "grad_norm"):
+            assert second[key] == first[key], (first["iteration"], key)
     return whole
 
 
