@@ -28,21 +28,23 @@ from maskllm.training.trainables import parameter_groups
 from tests.training.conftest import arguments, assert_moves_to_another_layout, assert_resumes_with_the_same_bits, metrics, tensors
 
 PATTERN = Pattern(2, 4)
-STEPS = 6
+STEPS = 10
 OPTIONS = {
     "train": "weights", "weights_optimizer": "cast", "mask_refresh_interval": 2, "l1_decay_coeff": 0.01,
-    "steps": STEPS, "save_interval": 3, "eval_iters": 1, "eval_interval": 3, "split": "80,20,0", "weights_lr": 0.003,
+    "steps": STEPS, "save_interval": STEPS // 2, "eval_iters": 1, "eval_interval": STEPS // 2, "split": "80,20,0", "weights_lr": 0.003,
     "ce_loss_coeff": 0.67, "kl_loss_coeff": 0.33,
 }  # fmt: skip
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 LAYOUTS = {
+    "tp2": (2, TP2),
     "tp2_sequence_parallel": (2, TP2 | {"sequence_parallel": True}),
     "pp2": (2, PP2),
+    "dp2": (2, {}),
     "dp2_distributed_optimizer": (2, {"use_distributed_optimizer": True}),
     "tp2_pp2": (4, TP2 | PP2),
 }
-ALONE = ("pp2",)
-"""For -m long: tp2_pp2 combines it with another."""
+ALONE = ("tp2", "pp2", "dp2")
+"""For -m long: the others combine them."""
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +94,7 @@ def test_a_layout_gives_the_run_of_a_single_process(layout, single, ranks, tmp_p
 
 
 def test_all_weights_and_scales_move_and_the_masks_are_the_refreshed_ones(single, tiny_dense):
-    """The mask bits in the checkpoint are those of the refresh before step 5, so of the weights after four steps."""
+    """The mask bits in the checkpoint are those of the refresh before step 9, so of the weights after eight steps."""
     before, after = tensors(tiny_dense), tensors(single)
     linears = linears_of(after)
     assert len(linears) == 4 * resolve(tiny_dense).model_config.num_layers
@@ -106,7 +108,7 @@ def test_all_weights_and_scales_move_and_the_masks_are_the_refreshed_ones(single
         changed += int((bits != largest(after[f"{linear}.weight"])).view(-1, 4).any(-1).sum())
     lines = metrics(single)
     assert [line["l1_decay"] for line in lines] == pytest.approx([0.01 * step / STEPS for step in range(STEPS)])
-    assert [line["changed_since_refresh"] is None for line in lines] == [True, True, False, False, False, False]
+    assert [line["changed_since_refresh"] is None for line in lines] == [True, True] + [False] * 8
     blocks = sum(after[f"{linear}.weight"].numel() // 4 for linear in linears)
     assert lines[-1]["changed_since_refresh"] == pytest.approx(changed / blocks)
     outside = sum(after[f"{linear}.weight"].abs().masked_fill(largest(after[f"{linear}.weight"]), 0).sum() for linear in linears)
@@ -117,7 +119,7 @@ def test_all_weights_and_scales_move_and_the_masks_are_the_refreshed_ones(single
 @pytest.mark.parametrize("more", [{}, {"use_distributed_optimizer": True}])
 def test_a_resumed_run_in_bf16_has_the_bits_of_an_uninterrupted_one(more, ranks, tmp_path, tiny_dataset, tiny_dense):
     """Weights, fp32 masters, moments, masks and scales. Step 4 is between two refreshes of the masks."""
-    run = OPTIONS | {"params_dtype": "bf16", **more}
+    run = OPTIONS | {"params_dtype": "bf16", "steps": 6, "save_interval": 3, **more}
     whole = assert_resumes_with_the_same_bits(ranks, tmp_path, arguments(tmp_path / "run", tiny_dataset, tiny_dense, **run))
     assert any("param.decoder" in name for name in whole), "no masters are saved"
     assert whole[f"{linears_of(whole)[0]}.weight_scales"].dtype == torch.float32
@@ -137,11 +139,11 @@ def test_another_layout_loads_all_bits_of_a_run_in_bf16(ranks, tmp_path, tiny_da
 
 @pytest.mark.slow
 def test_a_run_goes_on_under_another_layout(single, ranks, tmp_path, tiny_dataset, tiny_dense):
-    """From step 3 of 6: the masks are refreshed before step 4 and used in it and the next one."""
-    start = single / "iter_0000003"
+    """From the middle: step 6 uses the masks of the refresh before step 5."""
+    start = single / f"iter_{STEPS // 2:07d}"
     ranks(2, "maskllm.train", *arguments(tmp_path / "run", tiny_dataset, tiny_dense, **OPTIONS | {"load": start} | TP2))
-    expected, found = metrics(single)[3:], metrics(tmp_path / "run")
-    assert [line["iteration"] for line in found] == [4, 5, 6]
+    expected, found = metrics(single)[STEPS // 2 :], metrics(tmp_path / "run")
+    assert [line["iteration"] for line in found] == list(range(STEPS // 2 + 1, STEPS + 1))
     for first, second in zip(expected, found, strict=True):
         for key in ("loss", "kl", "l1_decay", "learning_rate"):
             assert second[key] == pytest.approx(first[key], rel=2e-5), (first["iteration"], key)

@@ -23,7 +23,7 @@ LAYOUTS = {
 """A layout's ranks and options. test_resume.py compares data parallelism without the distributed optimizer."""
 ALONE = {"tp2": (2, TP2), "dp2": (2, {})}
 """Layouts that those above combine, for -m long."""
-STEPS = 4
+STEPS = 10
 OPTIONS = {"steps": STEPS, "save_interval": STEPS, "eval_iters": 1, "split": "80,20,0"}
 
 

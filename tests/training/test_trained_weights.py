@@ -22,18 +22,20 @@ from maskllm.patterns import Pattern, unpack_mask
 from maskllm.training.loop import Trainer
 from tests.training.conftest import arguments, assert_moves_to_another_layout, assert_resumes_with_the_same_bits, metrics, tensors
 
-STEPS = 6
+STEPS = 10
 TP2, PP2 = {"tensor_model_parallel_size": 2}, {"pipeline_model_parallel_size": 2}
 LAYOUTS = {
+    "tp2": (2, TP2),
     "tp2_sequence_parallel": (2, TP2 | {"sequence_parallel": True}),
     "pp2": (2, PP2),
+    "dp2": (2, {}),
     "dp2_distributed_optimizer": (2, {"use_distributed_optimizer": True}),
     "tp2_pp2": (4, TP2 | PP2),
 }
-ALONE = ("pp2", "dp2_distributed_optimizer")
+ALONE = ("tp2", "pp2", "dp2", "dp2_distributed_optimizer")
 """Layouts for -m long: the others combine them, and the runs that are resumed have two data-parallel ranks."""
 OPTIONS = {
-    "steps": STEPS, "save_interval": 3, "eval_iters": 1, "eval_interval": 3, "split": "80,20,0", "weights_lr": 0.003,
+    "steps": STEPS, "save_interval": STEPS // 2, "eval_iters": 1, "eval_interval": STEPS // 2, "split": "80,20,0", "weights_lr": 0.003,
     "weights_weight_decay": 0.01, "ce_loss_coeff": 0.5, "kl_loss_coeff": 0.5, "kl_temperature": 2.0, "squarehead_loss_coeff": 0.1,
 }  # fmt: skip
 TRAINED = {
@@ -122,7 +124,7 @@ def test_frozen_weights_learn_from_themselves_without_masks(single, tiny_pruned)
 )
 def test_a_resumed_run_in_bf16_has_the_bits_of_an_uninterrupted_one(trained, more, ranks, tmp_path, tiny_dataset, tiny_pruned):
     """Weights, fp32 masters, moments and logits."""
-    run = options(trained, params_dtype="bf16", **more)
+    run = options(trained, params_dtype="bf16", **more) | {"steps": 6, "save_interval": 3}
     whole = assert_resumes_with_the_same_bits(ranks, tmp_path, arguments(tmp_path / "run", tiny_dataset, tiny_pruned, **run))
     assert any("param.decoder" in name for name in whole), "no masters are saved"
 
@@ -151,11 +153,11 @@ def test_another_layout_loads_all_bits_of_a_run_in_bf16(trained, before, after, 
 @pytest.mark.slow
 @pytest.mark.parametrize(("trained", "layout"), [("weights", TP2), ("both", PP2)])
 def test_a_run_goes_on_under_another_layout(trained, layout, single, ranks, tmp_path, tiny_dataset, tiny_pruned):
-    """From step 3 of 6, with the counts of Adam's steps and the learning rates."""
-    start = single(trained) / "iter_0000003"
+    """From the middle, with the counts of Adam's steps and the learning rates."""
+    start = single(trained) / f"iter_{STEPS // 2:07d}"
     ranks(2, "maskllm.train", *arguments(tmp_path / "run", tiny_dataset, tiny_pruned, **options(trained, load=start, **layout)))
-    expected, found = metrics(single(trained))[3:], metrics(tmp_path / "run")
-    assert [line["iteration"] for line in found] == [4, 5, 6]
+    expected, found = metrics(single(trained))[STEPS // 2 :], metrics(tmp_path / "run")
+    assert [line["iteration"] for line in found] == list(range(STEPS // 2 + 1, STEPS + 1))
     for first, second in zip(expected, found, strict=True):
         for key in (*TERMS, "learning_rate", *(key for key in first if key == "weights_learning_rate")):
             assert second[key] == pytest.approx(first[key], rel=2e-5), (first["iteration"], key)
@@ -173,7 +175,7 @@ def test_trained_weights_are_exported_in_their_first_dtype(trained, ranks, capsy
 
     Every step says that a mask file is not enough.
     """
-    run = options(trained, params_dtype="bf16")
+    run = options(trained, params_dtype="bf16", steps=3)
     ranks(1, "maskllm.train", *arguments(tmp_path / "run", tiny_dataset, tiny_pruned, **run))
     for verb, *paths in (
         ("trim", "--load", tmp_path / "run", "--output", tmp_path / "trimmed"),
