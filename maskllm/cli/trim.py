@@ -32,5 +32,10 @@ def run(args: argparse.Namespace) -> None:
         f"{report.zeros:,} of {report.pruned_parameters:,} weights of {report.pattern} masked linears are zero "
         f"({report.zeros / report.pruned_parameters:.2%}), {cost['seconds']:.1f} s"
     )
+    if report.steps_done is not None:
+        planned = "" if report.steps_planned is None else f" of {report.steps_planned:,}"
+        print(f"the run had done {report.steps_done:,}{planned} steps")
+    if report.is_unfinished:
+        print("it was not at its end: its schedules had steps left, and a later checkpoint gives another model")
     if report.trained_weights:
         print(f"the weights were {TRAINED_WEIGHTS}")

@@ -42,6 +42,15 @@ class TrimReport:
     """Size of the weights and the mask bits."""
     trained_weights: bool
     """Whether the weights were trained, so that masks alone do not make this model of the original."""
+    steps_done: int | None
+    """The run's optimizer steps up to this checkpoint; None if it is not a run's."""
+    steps_planned: int | None
+    """The run's `--train-iters`; None if the checkpoint does not say it."""
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether the run had steps left, so that its masks and weights were not its last ones."""
+        return self.steps_done is not None and self.steps_planned is not None and self.steps_done < self.steps_planned
 
 
 def trim(load: str | Path, output: str | Path) -> TrimReport:
@@ -86,6 +95,7 @@ def trim(load: str | Path, output: str | Path) -> TrimReport:
     )
     path = write_checkpoint(output, tensors, info, hf_files_from=checkpoint.hf_directory, description="trim")
     pattern = checkpoint.info.block_pattern
+    steps_done, steps_planned = _steps(checkpoint)
     return TrimReport(
         path=str(path),
         trimmed_from=checkpoint.info.stage,
@@ -96,7 +106,18 @@ def trim(load: str | Path, output: str | Path) -> TrimReport:
         blocks=pruned_parameters // pattern.m if pattern is not None else None,
         bytes=sum(tensor.nbytes for tensor in tensors.values()),
         trained_weights=checkpoint.info.weights_dtype is not None,
+        steps_done=steps_done,
+        steps_planned=steps_planned,
     )
+
+
+def _steps(checkpoint: Checkpoint) -> tuple[int | None, int | None]:
+    """How many steps the run that wrote a checkpoint had done and had planned; None for what it does not say."""
+    if checkpoint.info.stage != "trained":
+        return None, None
+    settings = checkpoint.info.details.get("settings")
+    planned = settings.get("train_iters") if isinstance(settings, dict) else None
+    return checkpoint.iteration, planned
 
 
 def _final_weight(checkpoint: Checkpoint, key: str, linear: str | None) -> LazyTensor:

@@ -80,7 +80,8 @@ def test_a_pruned_checkpoint_keeps_its_one_shot_mask(dense, tmp_path):
         masks[mapping.linear] = torch.rand(shape, generator=generator).unflatten(1, (-1, 4)).argsort(-1).lt(2).flatten(1)
     bits = {f"{linear}.mask_bits": pack_mask(mask) for linear, mask in masks.items()}
     write_changed(dense, tmp_path / "pruned", bits, CheckpointInfo("pruned", "x", "2:4", "magnitude"))
-    trim(tmp_path / "pruned", tmp_path / "trimmed")
+    report = trim(tmp_path / "pruned", tmp_path / "trimmed")
+    assert report.steps_done is report.steps_planned is None
     trimmed = resolve(tmp_path / "trimmed")
     for linear, mask in masks.items():
         before = dense.tensors[f"{linear}.weight"].load()
@@ -88,8 +89,10 @@ def test_a_pruned_checkpoint_keeps_its_one_shot_mask(dense, tmp_path):
         assert torch.equal(trimmed.tensors[f"{linear}.mask_bits"].load(), pack_mask(mask))
 
 
-def trained(pattern: str) -> CheckpointInfo:
-    return CheckpointInfo("trained", "x", pattern, details={"iteration": 7})
+def trained(pattern: str, steps: int | None = None) -> CheckpointInfo:
+    """Of a run that has done seven of `steps` steps; None for a checkpoint that does not say how many there are."""
+    settings = {} if steps is None else {"settings": {"train_iters": steps}}
+    return CheckpointInfo("trained", "x", pattern, details={"iteration": 7, **settings})
 
 
 FC2 = "decoder.layers.1.mlp.linear_fc2"
@@ -140,3 +143,26 @@ def test_the_report_counts_the_trimmed_tensors(dense, tmp_path, capsys):
     assert report["seconds"] > 0
     assert report["peak_memory_bytes"] > 0
     assert "(75.00%)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("steps", "lines"),
+    [
+        (7, ["the run had done 7 of 7 steps"]),
+        (
+            2000,
+            [
+                "the run had done 7 of 2,000 steps",
+                "it was not at its end: its schedules had steps left, and a later checkpoint gives another model",
+            ],
+        ),
+        (None, ["the run had done 7 steps"]),
+    ],
+)
+def test_a_run_that_is_not_at_its_end_is_named(steps, lines, dense, tmp_path, capsys):
+    write_changed(dense, tmp_path / "trained", random_logits(dense, 2, 4), trained("2:4", steps))
+    command = ["trim", "--load", str(tmp_path / "trained"), "--output", str(tmp_path / "trimmed")]
+    assert main([*command, "--json", str(tmp_path / "trim.json")]) == 0
+    report = json.loads((tmp_path / "trim.json").read_text())
+    assert (report["steps_done"], report["steps_planned"]) == (7, steps)
+    assert capsys.readouterr().out.splitlines()[2:] == lines

@@ -16,6 +16,7 @@ from maskllm.checkpoints.finding import LATEST
 from maskllm.checkpoints.info import TRAINED_WEIGHTS
 from maskllm.checkpoints.reading import resolve
 from maskllm.cli import main
+from maskllm.export.trim import trim
 from maskllm.families.registry import parameter_map
 from maskllm.ops import winner_mask
 from maskllm.patterns import Pattern, unpack_mask
@@ -200,6 +201,14 @@ def test_trained_weights_are_exported_in_their_first_dtype(trained, ranks, capsy
             assert torch.equal(exported[name], part), name
     details = json.loads((tmp_path / "trimmed" / "release" / "maskllm.json").read_text())["details"]
     assert (details["weights"], details["weights_dtype"]) == (TRAINED_WEIGHTS, str(dtype).removeprefix("torch."))
+
+
+@pytest.mark.parametrize("trained", TRAINED)
+def test_trim_knows_whether_a_run_is_at_its_end(trained, single, tmp_path):
+    middle = trim(single(trained) / f"iter_{STEPS // 2:07d}", tmp_path / "middle")
+    assert (middle.steps_done, middle.steps_planned, middle.is_unfinished) == (STEPS // 2, STEPS, True)
+    end = trim(single(trained), tmp_path / "end")
+    assert (end.steps_done, end.steps_planned, end.is_unfinished) == (STEPS, STEPS, False)
 
 
 def refused(capfd: pytest.CaptureFixture, words: list[str]) -> str:
