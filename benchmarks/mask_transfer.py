@@ -79,7 +79,8 @@ class Transfer:
             "--data-path", data, "--split", "1,0,0", "--eval-iters", 0, "--log-interval", 1,
             "--seq-length", options.seq_length, "--global-batch-size", options.global_batch_size, "--train-iters", iters,
             "--lr", options.lr, "--min-lr", options.min_lr, "--prior-strength", options.prior_strength,
-            "--params-dtype", options.params_dtype, "--pipeline-model-parallel-size", options.processes,
+            "--gumbel-scale-range", *options.gumbel_scale_range, "--params-dtype", options.params_dtype,
+            "--pipeline-model-parallel-size", options.processes,
         ]  # fmt: skip
         self.steps.run(f"train {name}", learned, command, can_resume=True)
         return learned
@@ -184,6 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lr", default="2e-3")
     parser.add_argument("--min-lr", default="2e-4")
     parser.add_argument("--prior-strength", default="5")
+    parser.add_argument("--gumbel-scale-range", nargs=2, default=["250", "5000"])
     parser.add_argument("--calibration-samples", type=int, default=16)
     parser.add_argument("--eval-seq-length", type=int, default=512)
     parser.add_argument("--eval-windows", type=int, default=16)
@@ -202,6 +204,7 @@ def main(argv: list[str] | None = None) -> None:
             "lr",
             "min_lr",
             "prior_strength",
+            "gumbel_scale_range",
             "eval_windows",
         )
         settings = {name: getattr(options, name) for name in (*names, "calibration_samples", "eval_seq_length", "params_dtype")}
