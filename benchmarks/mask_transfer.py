@@ -185,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--lr", default="2e-3")
     parser.add_argument("--min-lr", default="2e-4")
     parser.add_argument("--prior-strength", default="5")
-    parser.add_argument("--gumbel-scale-range", nargs=2, default=["250", "5000"])
+    parser.add_argument("--gumbel-scale-range", nargs=2, default=["500", "1000"])
     parser.add_argument("--calibration-samples", type=int, default=16)
     parser.add_argument("--eval-seq-length", type=int, default=512)
     parser.add_argument("--eval-windows", type=int, default=16)

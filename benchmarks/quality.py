@@ -30,10 +30,10 @@ BATCH = 2
 TASKS = ("piqa", "arc_easy")
 CE_KL = ["--ce-loss-coeff", "0.67", "--kl-loss-coeff", "0.33"]
 KL = ["--ce-loss-coeff", "0", "--kl-loss-coeff", "1"]
-MASKS = ["--prior-strength", "5", "--gumbel-scale-range", "250", "5000"]
-"""In so few steps, with the default scale the masks stay soft too long, and what is learned for them harms the winners. From a scale of
-1000 on they hardly change after the first steps."""
-BOTH = [*MASKS, "--lr", "5e-4", "--min-lr", "5e-5", "--weight-reg", "0"]
+MASKS = ["--prior-strength", "5", "--gumbel-scale-range", "500", "1000"]
+"""In so few steps, with the default scale the masks stay soft too long, and what is learned for them harms the winners. With a much larger
+one they soon stop changing."""
+BOTH = ["--prior-strength", "5", "--gumbel-scale-range", "500", "5000", "--lr", "5e-4", "--min-lr", "5e-5", "--weight-reg", "0"]
 
 CAST = ["--lr-warmup-iters", "10", "--l1-decay-coeff", "2e-4"]
 """The default decay, for a hundred times as many steps, leaves the weights outside of the mask as they are."""

@@ -34,7 +34,7 @@ is_there "$OUT/prior/latest_checkpointed_iteration.txt" ||
 run torchrun --standalone --nproc-per-node "$RANKS" -m maskllm.train \
   --pretrained-checkpoint "$OUT/prior" --load "$OUT/learned" --save "$OUT/learned" --save-interval 25 \
   --data-path "$OUT/data_text_document" --split 98,2,0 --seq-length "$SEQ" --global-batch-size 2 --train-iters "$ITERS" \
-  --lr 2e-3 --min-lr 2e-4 --prior-strength 5 --gumbel-scale-range 250 5000 \
+  --lr 2e-3 --min-lr 2e-4 --prior-strength 5 --gumbel-scale-range 500 1000 \
   --params-dtype "$DTYPE" --pipeline-model-parallel-size "$RANKS" \
   --log-interval 5 --eval-interval "$ITERS" --eval-iters 4
 is_there "$OUT/trimmed/latest_checkpointed_iteration.txt" ||
@@ -43,7 +43,8 @@ is_there "$OUT/hf" ||
   run maskllm export --load "$OUT/trimmed" --output "$OUT/hf" --mask-file "$OUT/mask.npz"
 run maskllm evaluate --model "$OUT/hf" --data "$EVAL" --seq-length "$SEQ" --max-windows 16 --json "$OUT/perplexity.json"
 
-# Weights and masks together, from the learned masks, against the dense weights. Temperature and scale stay where the first training ended.
+# Weights and masks together, from the learned masks, against the dense weights. The temperature stays where the first training ended. The
+# scale is five times higher, so that noise decides only between candidates that are nearly equal.
 run torchrun --standalone --nproc-per-node "$RANKS" -m maskllm.train --train both \
   --pretrained-checkpoint "$OUT/learned" --load "$OUT/final" --save "$OUT/final" --save-interval 25 --keep-last 1 \
   --data-path "$OUT/data_text_document" --split 98,2,0 --seq-length "$SEQ" --global-batch-size 2 --micro-batch-size 2 \

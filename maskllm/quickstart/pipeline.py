@@ -39,9 +39,10 @@ BITS = 8
 """Of a kept weight of the compressed model."""
 SPEED_TOKENS = 32
 """Tokens of the prompt, and new tokens, by which the speed is measured."""
-MASKS_SCALE = (250.0, 5e3)
-"""kappa at the start and at the end of the first training. In so few steps, with a smaller one, the masks stay soft too long. The second
-training keeps the last: noise decides only between candidates that are nearly equal."""
+FIRST_SCALE = (500.0, 1000.0)
+"""kappa at the start and at the end of the first training. In so few steps the masks stay soft too long with a smaller one."""
+SECOND_SCALE = 5e3
+"""kappa in the second training, five times the last of the first: noise decides only between candidates that are nearly equal."""
 WEIGHTS_VALIDATIONS = 2
 """Validations in the second training, at equal distances, the last one at its end."""
 
@@ -241,7 +242,7 @@ def quickstart(
 def masks_command(settings: QuickstartSettings, dataset: str, prior: Path, save: Path, has_validation: bool) -> list[object]:
     """The command that learns the masks."""
     options = [
-        "--lr", settings.lr, "--min-lr", settings.min_lr, "--prior-strength", settings.prior_strength, "--gumbel-scale-range", *MASKS_SCALE,
+        "--lr", settings.lr, "--min-lr", settings.min_lr, "--prior-strength", settings.prior_strength, "--gumbel-scale-range", *FIRST_SCALE,
     ]  # fmt: skip
     iterations = settings.train_iters
     return _train_command(settings, dataset, prior, save, iterations, iterations, has_validation, options)
@@ -250,8 +251,8 @@ def masks_command(settings: QuickstartSettings, dataset: str, prior: Path, save:
 def weights_command(settings: QuickstartSettings, dataset: str, learned: Path, save: Path, has_validation: bool) -> list[object]:
     """The command that goes on from the learned masks and trains the weights, with the dense weights as the teacher.
 
-    The masks are learned already. So temperature and scale stay where the first training ended, and nothing but the loss makes the weights
-    grow.
+    The masks are learned already. So the temperature stays where the first training ended, the scale is higher, and nothing but the loss
+    makes the weights grow.
     """
     iterations = settings.weights_train_iters
     options = [
@@ -264,7 +265,7 @@ def weights_command(settings: QuickstartSettings, dataset: str, learned: Path, s
         temperature = TrainArguments.gumbel_temperature_range[1]
         options += [
             "--lr", settings.masks_lr, "--min-lr", settings.masks_min_lr, "--weight-reg", 0,
-            "--gumbel-temperature-range", temperature, temperature, "--gumbel-scale-range", MASKS_SCALE[1], MASKS_SCALE[1],
+            "--gumbel-temperature-range", temperature, temperature, "--gumbel-scale-range", SECOND_SCALE, SECOND_SCALE,
         ]  # fmt: skip
     interval = math.ceil(iterations / WEIGHTS_VALIDATIONS)
     return _train_command(settings, dataset, learned, save, iterations, interval, has_validation, options)
