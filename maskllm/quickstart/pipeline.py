@@ -43,6 +43,8 @@ FIRST_SCALE = (500.0, 1000.0)
 """kappa at the start and at the end of the first training. In so few steps the masks stay soft too long with a smaller one."""
 SECOND_SCALE = 5e3
 """kappa in the second training, five times the last of the first: noise decides only between candidates that are nearly equal."""
+WARMUP_ONE_IN = 8
+"""The part of the second training in which its learning rates rise: full steps at once would harm the masks' good start."""
 WEIGHTS_VALIDATIONS = 2
 """Validations in the second training, at equal distances, the last one at its end."""
 
@@ -259,7 +261,7 @@ def weights_command(settings: QuickstartSettings, dataset: str, learned: Path, s
         "--train", settings.weights_train, "--weights-lr", settings.weights_lr, "--weights-min-lr", settings.weights_min_lr,
         "--ce-loss-coeff", settings.ce_loss_coeff, "--kl-loss-coeff", settings.kl_loss_coeff, "--keep-last", 1,
         # At the last temperature the masks are all but fixed, so one draw a step is enough, and it costs half the time of two.
-        "--micro-batch-size", settings.global_batch_size,
+        "--micro-batch-size", settings.global_batch_size, "--lr-warmup-iters", iterations // WARMUP_ONE_IN,
     ]  # fmt: skip
     if settings.weights_train == "both":
         temperature = TrainArguments.gumbel_temperature_range[1]
