@@ -64,7 +64,7 @@ class QuickstartSettings:
     prior_strength: float = 5.0
     weights_train: str = "both"
     """What the second training trains: `both` or `weights`, as `--train` of `maskllm.train`."""
-    weights_train_iters: int = 60
+    weights_train_iters: int = 68
     weights_lr: float = 6e-4
     weights_min_lr: float = 6e-5
     masks_lr: float = 2e-4
