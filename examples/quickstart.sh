@@ -48,7 +48,8 @@ run maskllm evaluate --model "$OUT/hf" --data "$EVAL" --seq-length "$SEQ" --max-
 run torchrun --standalone --nproc-per-node "$RANKS" -m maskllm.train --train both \
   --pretrained-checkpoint "$OUT/learned" --load "$OUT/final" --save "$OUT/final" --save-interval 25 --keep-last 1 \
   --data-path "$OUT/data_text_document" --split 98,2,0 --seq-length "$SEQ" --global-batch-size 2 --micro-batch-size 2 \
-  --train-iters "$WEIGHTS_ITERS" --lr-warmup-iters "$((WEIGHTS_ITERS / 8))" --weights-lr 6e-4 --weights-min-lr 6e-5 --ce-loss-coeff 0 --kl-loss-coeff 1 \
+  --train-iters "$WEIGHTS_ITERS" --lr-warmup-iters "$((WEIGHTS_ITERS / 8))" --weights-lr 6e-4 --weights-min-lr 6e-5 \
+  --ce-loss-coeff 0 --kl-loss-coeff 1 \
   --lr 2e-4 --min-lr 2e-5 --weight-reg 0 --gumbel-temperature-range 0.05 0.05 --gumbel-scale-range 5000 5000 \
   --params-dtype "$DTYPE" --pipeline-model-parallel-size "$RANKS" --log-interval 5 --eval-interval "$(((WEIGHTS_ITERS + 1) / 2))" \
   --eval-iters 4
