@@ -13,13 +13,23 @@ table = importlib.util.module_from_spec(_SPEC)
 """The script examples/finetune/table.py."""
 _SPEC.loader.exec_module(table)
 
-RECIPES = {name: table.Recipe(name) for name in ("whisper-digits", "t5-multi30k", "mpt-documentation")}
-"""The recipes that a CPU can run, by name."""
+MAKERS = {
+    "whisper-digits": ("spoken_digits.py", "whisper_from_ctranslate2.py"),
+    "t5-multi30k": ("train_t5.py",),
+    "mpt-documentation": ("train_mpt.py",),
+}
+"""The recipes that a CPU can run, and the scripts of examples/finetune that make their models and data."""
+RECIPES = {name: table.Recipe(name) for name in MAKERS}
 
 
 def command(recipe: str, row: str) -> str:
     """What measures a row; `{finetune}` stands for the folder of prepared models."""
     return f"python examples/finetune/table.py {recipe} --prepared {{finetune}} --output {{work}} --row {row}"
+
+
+def sources(recipe: str) -> list[str]:
+    """The files of examples/finetune that decide a row's numbers, besides the script."""
+    return [f"examples/finetune/{name}" for name in (f"recipes/{recipe}.json", *MAKERS[recipe])]
 
 
 def render(recipe: str, found: Mapping[str, Result]) -> list[str]:

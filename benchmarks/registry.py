@@ -63,7 +63,7 @@ TRAINING = (
 """What decides which masks and weights a training finds."""
 FINETUNING = (
     "csrc",
-    "examples/finetune",
+    "examples/finetune/table.py",
     "maskllm/finetuning",
     "maskllm/huggingface",
     "maskllm/masking",
@@ -380,7 +380,7 @@ _ALL = [
         for row, minutes in {"16": 3, "8-nearest": 6, "4-nearest": 6, "8-calibrated": 10, "4-calibrated": 10}.items()
     ),
     *(
-        Measurement(f"{recipe}/{row}", finetuning.command(recipe, row), 30, FINETUNING)
+        Measurement(f"{recipe}/{row}", finetuning.command(recipe, row), 30, (*FINETUNING, *finetuning.sources(recipe)))
         for recipe, content in finetuning.RECIPES.items()
         for row in content.rows
     ),
