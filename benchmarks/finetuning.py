@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from typing import Any
 
 from benchmarks.results import ROOT, Result
 from maskllm.reporting.formatting import format_seconds
@@ -21,7 +20,6 @@ MAKERS = {
     "mpt-documentation": ("train_mpt.py",),
 }
 """The recipes that a CPU can run, and the scripts of examples/finetune that make their models and data."""
-_INPUTS = ("model", "task", "data", "eval-data")
 RECIPES = {name: table.Recipe(name) for name in MAKERS}
 
 
@@ -36,18 +34,15 @@ def sources(recipe: str) -> list[str]:
 
 
 def render(recipe: str, found: Mapping[str, Result]) -> list[str]:
-    """The Markdown table of a recipe from results by `RECIPE/ROW`, its settings and the time of a row."""
+    """The Markdown table of a recipe from results by `RECIPE/ROW`, commands that made rows and the time of a row."""
     rows = {row["row"]: row for result in found.values() for row in result.result["rows"]}
+    commands = [f"* {name}: `{row['command'].partition(' --output ')[0]}`" for name, row in list(rows.items())[:2]]
     seconds = sorted(row["seconds"] for row in rows.values())
-    content = RECIPES[recipe]
-    settings = {key: value for key, value in content.options.items() if key not in _INPUTS}
     times = " to ".join(format_seconds(one) for one in dict.fromkeys((seconds[0], seconds[-1])))
     return [
-        *table.table(content, rows),
+        *table.table(RECIPES[recipe], rows),
         "",
-        f"Settings: `{_words(settings)}`; dense `{_words(content.dense)}`. A row took {times}, with pruning and measuring.",
+        f"A row took {times}, with pruning and measuring. The settings, by the commands of the first rows:",
+        "",
+        *commands,
     ]
-
-
-def _words(options: Mapping[str, Any]) -> str:
-    return " ".join(f"--{key}" if value is True else f"--{key} {value}" for key, value in options.items())
