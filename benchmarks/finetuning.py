@@ -8,18 +8,19 @@ from collections.abc import Mapping
 from benchmarks.results import ROOT, Result
 from maskllm.reporting.formatting import format_seconds
 
-_SCRIPT = ROOT / "examples" / "finetune" / "table.py"
+_FOLDER = "examples/finetune"
+_SCRIPT = ROOT / _FOLDER / "table.py"
 _SPEC = importlib.util.spec_from_file_location("finetune_table", _SCRIPT)
 table = importlib.util.module_from_spec(_SPEC)
 """The script examples/finetune/table.py."""
 _SPEC.loader.exec_module(table)
 
 MAKERS = {
-    "whisper-digits": ("spoken_digits.py", "whisper_from_ctranslate2.py"),
-    "t5-multi30k": ("train_t5.py",),
-    "mpt-documentation": ("train_mpt.py",),
+    "whisper-digits": (f"{_FOLDER}/spoken_digits.py", f"{_FOLDER}/whisper_from_ctranslate2.py"),
+    "t5-multi30k": (f"{_FOLDER}/train_t5.py",),
+    "mpt-documentation": (f"{_FOLDER}/train_mpt.py", "maskllm/quickstart/corpus.py"),
 }
-"""The recipes that a CPU can run, and the scripts of examples/finetune that make their models and data."""
+"""The recipes that a CPU can run, and what makes their models and data, besides prepare.sh."""
 RECIPES = {name: table.Recipe(name) for name in MAKERS}
 
 
@@ -29,8 +30,8 @@ def command(recipe: str, row: str) -> str:
 
 
 def sources(recipe: str) -> list[str]:
-    """The files of examples/finetune that decide a row's numbers, besides the script."""
-    return [f"examples/finetune/{name}" for name in (f"recipes/{recipe}.json", *MAKERS[recipe])]
+    """The files that decide a row's numbers, besides maskllm itself and the script."""
+    return [f"{_FOLDER}/recipes/{recipe}.json", f"{_FOLDER}/prepare.sh", *MAKERS[recipe]]
 
 
 def render(recipe: str, found: Mapping[str, Result]) -> list[str]:

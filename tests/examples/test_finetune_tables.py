@@ -50,6 +50,7 @@ if (output.parent.parent / "fail").exists():
 zeros = 0.0 if "--sparsity" in words and words[words.index("--sparsity") + 1] == "0" else 0.5
 value = 30.0 if zeros == 0 else 29.7 if "--kl-loss-coeff" in words else 28.5
 report = {"measure": "bleu", "higher_is_better": True, "dense": {"bleu": 29.0}, "trained": {"bleu": value}, "seconds": 4.0}
+report["command"] = " ".join(["maskllm", *words])
 report["settings"] = {"model": words[words.index("--model") + 1]}
 if zeros:
     report["one_shot"] = {"bleu": 11.25}
@@ -89,7 +90,12 @@ def test_the_results_page_has_the_same_table(run, tmp_path):
         assert [one["row"] for one in content["rows"]] == [row]
         found[f"t5-multi30k/{row}"] = Result(content, None, None, None, {}, None, None, None)
     lines = TABLES["t5-multi30k"].render(found)
-    assert (tmp_path / "out" / "table.md").read_text().splitlines()[2:] == lines
+    text = (tmp_path / "out" / "table.md").read_text().splitlines()[2:]
+    assert lines[: len(text)] == text
+    settings = "\n".join(lines[len(text) :])
+    assert "A row took 4.00 s" in settings
+    assert "* 2-4-ce: `maskllm finetune --model outputs/finetune/t5 " in settings
+    assert "--output" not in settings
 
 
 def test_rows_from_the_dense_model_train_it_first(run, tmp_path):
