@@ -8,8 +8,9 @@
 
 namespace maskllm {
 
-struct SparseKernels;  // sparse_kernels.h
-struct TileKernels;  // sparse_kernels.h
+// Of sparse_kernels.h.
+struct SparseKernels;
+struct TileKernels;
 
 // The masked-weight kernels. Each works on blocks [begin, end) of the flattened tensor.
 struct CpuKernels {

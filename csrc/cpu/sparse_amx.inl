@@ -167,7 +167,7 @@ void linear(const SparseMatrix& matrix, ExpandPart expand_part, const Product& p
   const bool one = product.rows <= kSide, stay = pairs == 1 && some == 2 * kSide;  // the sums stay in their tiles
   const auto part = aligned<uint16_t>(some * kStride);
   const auto sums = aligned<float>(some * pairs * 2 * kSide);  // tiles, those of 16 rows of activations after each other
-  int64_t index[128];
+  int64_t index[kMaxTileRows];
   for (int64_t row = begin; row < end; row += some) {
     const int64_t count = std::min(some, end - row);
     for (int64_t each = 0; each < count; ++each) index[each] = matrix.first_value(row + each);

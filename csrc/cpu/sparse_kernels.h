@@ -63,7 +63,8 @@ struct TileKernels {
 };
 
 // Ranges of rows begin at multiples of this.
-constexpr int64_t tile_rows(int64_t rows) { return rows <= 64 ? 32 : 128; }
+constexpr int64_t kMaxTileRows = 128;
+constexpr int64_t tile_rows(int64_t rows) { return rows <= 64 ? 32 : kMaxTileRows; }
 
 // Ranges of rows begin at multiples of this, so that the loops of several rows, and with them the bits of the sums, are the same with
 // any number of threads.

@@ -158,9 +158,12 @@ struct Kept {
 template <Values V>
 Kept kept_values(const SparseMatrix& matrix, int64_t row, int8_t* scratch) {
   const int64_t first = matrix.first_value(row);
-  if constexpr (V != Values::kInt4) return {matrix.values, first, matrix.all_values};
-  unpack_nibbles(matrix.values, first, matrix.row_starts != nullptr ? matrix.row_starts[row + 1] - first : matrix.kept, scratch);
-  return {reinterpret_cast<const uint8_t*>(scratch), 0, matrix.in + 64};
+  if constexpr (V == Values::kInt4) {
+    unpack_nibbles(matrix.values, first, matrix.row_starts != nullptr ? matrix.row_starts[row + 1] - first : matrix.kept, scratch);
+    return {reinterpret_cast<const uint8_t*>(scratch), 0, matrix.in + 64};
+  } else {
+    return {matrix.values, first, matrix.all_values};
+  }
 }
 
 // A row as fp32 numbers with zeros to the next multiple of 16 columns. `scratch` takes in + 64 bytes.
