@@ -37,7 +37,7 @@ from maskllm.finetuning.speech import SpeechTask
 from maskllm.finetuning.task import Example, Task
 from maskllm.finetuning.text import TextTask
 from maskllm.finetuning.trainer import SparseTrainer, check_engine
-from maskllm.finetuning.training import Progress, Watch, newest_checkpoint, training_arguments
+from maskllm.finetuning.training import Progress, Watch, errors_of_workers, newest_checkpoint, training_arguments
 from maskllm.finetuning.translation import TranslationTask
 from maskllm.huggingface.hub import find_source
 from maskllm.huggingface.loading import load_hf_model, quiet_transformers
@@ -278,7 +278,8 @@ class _Run:
             )
             trainer.remove_callback(PrinterCallback if trainer.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
             trainer.add_callback(Progress)
-            trainer.train(resume_from_checkpoint=newest_checkpoint(folder))
+            with errors_of_workers():
+                trainer.train(resume_from_checkpoint=newest_checkpoint(folder))
             log = trainer.state.log_history
             model, masks = trainer.finish()
         if use_cache is not None:

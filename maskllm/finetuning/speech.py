@@ -92,7 +92,7 @@ class SpeechTask(WritingTask):
                 raise MaskLLMError(f"{where}: the text is empty; wanted what the recording says")
             path = line.path.parent / audio
             self._check(path, where)
-            lines.append((path, text, self._labels(text, where)))
+            lines.append((path, where, text, self._labels(text, where)))
         if not lines:
             raise MaskLLMError(f"{files[0]}: has no recordings")
         return _Recordings(lines, self.features.sampling_rate)
@@ -168,21 +168,23 @@ class SpeechTask(WritingTask):
 class _Recordings(Dataset):
     """Recordings with their texts and labels. One is read when it is asked for."""
 
-    def __init__(self, lines: Sequence[tuple[Path, str, list[int]]], rate: int) -> None:
+    def __init__(self, lines: Sequence[tuple[Path, str, str, list[int]]], rate: int) -> None:
+        """`lines`: paths, where each is named, texts and labels."""
         self._lines, self._rate = lines, rate
 
     def __len__(self) -> int:
         return len(self._lines)
 
     def __getitem__(self, place: int) -> Example:
-        path, text, labels = self._lines[place]
-        return {"audio": read_audio(path, self._rate), "labels": labels, "reference": text}
+        path, where, text, labels = self._lines[place]
+        return {"audio": read_audio(path, self._rate, where), "labels": labels, "reference": text}
 
 
-def read_audio(path: Path, rate: int) -> np.ndarray:
+def read_audio(path: Path, rate: int, where: str) -> np.ndarray:
     """A recording as fp32 [samples] at `rate` samples a second, the mean of its channels.
 
-    Raises MaskLLMError if it cannot be read to its end, or has no samples or some that are not finite.
+    Raises MaskLLMError if it cannot be read to its end, or has no samples or some that are not finite. It begins with `where`, the line
+    that names the recording.
     """
     import soundfile
     import soxr
@@ -190,9 +192,11 @@ def read_audio(path: Path, rate: int) -> np.ndarray:
     try:
         samples, found = soundfile.read(str(path), dtype="float32", always_2d=True)
     except soundfile.SoundFileError as error:
-        raise MaskLLMError(f"{path}: cannot be read: {first_line(error, with_type=False)}") from None
+        raise MaskLLMError(
+            f"{where}: {path}: is damaged; soundfile cannot read it to its end: {first_line(error, with_type=False)}"
+        ) from None
     if not len(samples) or not np.isfinite(samples).all():
-        raise MaskLLMError(f"{path}: {'has samples that are not numbers' if len(samples) else 'has no samples'}")
+        raise MaskLLMError(f"{where}: {path}: {'has samples that are not numbers' if len(samples) else 'has no samples'}")
     return soxr.resample(samples.mean(axis=1), found, rate).astype(np.float32)
 
 

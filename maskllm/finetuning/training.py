@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,18 @@ def training_arguments(settings: FinetuneSettings, folder: Path) -> SparseTraini
         at_once = settings.per_device_train_batch_size * arguments.world_size
         arguments.gradient_accumulation_steps = max(1, round(RECIPES[settings.task].batch / at_once))
     return arguments
+
+
+@contextlib.contextmanager
+def errors_of_workers() -> Iterator[None]:
+    """A block in which an error of a process that prepares examples has its own message alone; torch adds the process's traceback."""
+    try:
+        yield
+    except MaskLLMError as error:
+        text = str(error)
+        if not text.startswith("Caught MaskLLMError in DataLoader worker"):
+            raise
+        raise MaskLLMError(text.splitlines()[-1].partition("MaskLLMError: ")[2]) from None
 
 
 def newest_checkpoint(folder: Path) -> str | None:

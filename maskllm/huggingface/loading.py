@@ -36,7 +36,8 @@ def load_hf_model(
             faster and more exact, with the same weights.
         trust_remote_code: allow code from the model's directory.
 
-    Raises MaskLLMError if it cannot be loaded, or if a tensor is missing.
+    Raises MaskLLMError if it cannot be loaded, if a tensor is missing, or if a causal language model is wanted but the model sees later
+    tokens, as BERT does.
     """
     directory = Path(directory)
     stored = HFTensors(directory) if weight_files(directory)[0] else None
@@ -62,7 +63,20 @@ def load_hf_model(
         raise MaskLLMError(f"{directory}: has no tensor {missing[0]}{more}, which the model in its config.json has")
     if dtype is None and (wanted := compute_dtype(model.dtype, device)) != model.dtype:
         model = model.to(wanted)  # transformers refuses `float()` for compressed weights
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    # transformers takes models such as BERT for causal ones, which they are only with `is_decoder`.
+    if model_class is AutoModelForCausalLM and getattr(model.config, "is_decoder", None) is False and _sees_later_tokens(model):
+        found = f"is a {model.config.model_type} model, which sees the tokens that it is to predict"
+        raise MaskLLMError(f"{directory}: {found}; wanted a causal language model")
+    return model
+
+
+@torch.inference_mode()
+def _sees_later_tokens(model: PreTrainedModel) -> bool:
+    """Whether the logits at a place depend on a token after it, by two inputs that differ in their last token."""
+    tokens = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6]], device=model.device) % model.config.vocab_size
+    first, second = model(tokens, use_cache=False).logits[:, :-1].float()
+    return not torch.allclose(first, second, rtol=0, atol=1e-3 * first.abs().max().item())
 
 
 def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:

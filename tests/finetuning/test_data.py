@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM, WhisperForConditionalGeneration
 
 from maskllm.cli import main
@@ -17,6 +18,7 @@ from maskllm.errors import MaskLLMError
 from maskllm.finetuning.settings import FinetuneSettings
 from maskllm.finetuning.speech import SpeechTask, _normalizer, read_audio
 from maskllm.finetuning.text import TextTask
+from maskllm.finetuning.training import errors_of_workers
 from tests.finetuning import command_models as tiny
 
 MODELS: dict[str, Callable[[Path], Path]] = {"text": tiny.llama, "translation": tiny.t5, "speech": tiny.whisper}
@@ -114,6 +116,21 @@ def test_recordings_that_cannot_be_used(refused, tmp_path):
     assert f"{manifest}:1: the text has 31 tokens, more than 16" in says("a.wav", "one " * 30)
     manifest.write_text("")
     assert f"{manifest}: has no recordings" in refused("speech", manifest)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_recording_that_is_damaged_is_named_with_its_line(models, tmp_path, workers):
+    sound = tmp_path / "a.flac"
+    soundfile.write(sound, np.random.default_rng(1).uniform(-0.5, 0.5, 4000), 8000)
+    sound.write_bytes(sound.read_bytes()[:3000])
+    tiny.json_lines(tmp_path / "manifest.jsonl", [{"audio": "a.flac", "text": "one"}])
+    recordings = SpeechTask(models["speech"], settings("speech")).read([str(tmp_path / "manifest.jsonl")], for_training=True)
+    with pytest.raises(MaskLLMError) as failure, errors_of_workers():
+        next(iter(DataLoader(recordings, num_workers=workers)))
+    assert str(failure.value).startswith(
+        f"{tmp_path / 'manifest.jsonl'}:1: {sound}: is damaged; soundfile cannot read it to its end"
+    )
+    assert "\n" not in str(failure.value)
 
 
 def test_a_task_that_the_model_cannot_do(refused, models, tmp_path):
@@ -254,7 +271,7 @@ def test_sound_is_resampled_to_one_channel(tmp_path):
     times = np.arange(8000) / 8000
     stereo = np.stack([np.sin(2 * np.pi * 440 * times), 0 * times], axis=1)
     soundfile.write(tmp_path / "a.flac", stereo, 8000)
-    found = read_audio(tmp_path / "a.flac", 16000)
+    found = read_audio(tmp_path / "a.flac", 16000, "data.jsonl:1")
     wanted = 0.5 * np.sin(2 * np.pi * 440 * np.arange(16000) / 16000)
     assert found.dtype == np.float32 and found.shape == (16000,)
     assert np.abs(found - wanted)[200:-200].max() < 1e-3
