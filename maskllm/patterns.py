@@ -79,7 +79,7 @@ class Pattern:
         if in_features % self.m:
             raise MaskLLMError(
                 f"{name}: its (shard's) input dimension {in_features} is not a multiple of {self.m}, so pattern {self} does not "
-                "fit; use another pattern or a smaller tensor-model-parallel size"
+                "fit; use another pattern or, with Megatron, a smaller tensor-model-parallel size"
             )
 
 

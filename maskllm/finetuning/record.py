@@ -1,4 +1,4 @@
-"""What an output directory knows of its run: the settings, and what each stage took."""
+"""What an output directory knows of its run: the settings, where it began, and what each stage took."""
 
 from __future__ import annotations
 
@@ -13,37 +13,36 @@ from typing import Any
 import torch
 
 from maskllm.distributed import from_first_rank, is_first_rank, raised_together
+from maskllm.environment.machine import machine
 from maskllm.environment.memory import peak_memory_bytes
+from maskllm.environment.revision import commit
 from maskllm.errors import MaskLLMError, flag
 from maskllm.files import read_json_object, write_json
 
 FILE = "run.json"
+PACKAGES = ("torch", "transformers", "accelerate")
 
 
 class RunRecord:
     """The file `run.json` of an output directory. The first process reads and writes it."""
 
-    def __init__(self, output: Path, settings: dict[str, Any], device: torch.device) -> None:
-        """Begin a run, or go on with it. `settings` are those that decide the results, JSON values by option.
+    def __init__(self, output: Path, settings: Callable[[], dict[str, Any]], device: torch.device) -> None:
+        """Begin a run, or go on with it. `settings` are those that decide the results, JSON values by option; a file is its path and what
+        tells it from another one. The first process calls it.
 
         The first stage writes the file, so a command that is refused before it leaves nothing. The memory of the stages is that of
         `device`. Raises MaskLLMError if the directory holds another run, or anything else.
         """
         self._file, self._device = output / FILE, device
-        settings = json.loads(json.dumps(settings))  # as they are read back
         with raised_together():
-            found = _read(output) if is_first_rank() else None
+            found = _begun(output, settings()) if is_first_rank() else None
         found = from_first_rank(found)
-        if found is None:
-            found = {"settings": settings, "stages": {}}
-        elif changed := [name for name in settings if found["settings"].get(name) != settings[name]]:
-            name = changed[0]
-            raise MaskLLMError(
-                f"{output}: holds a run with {flag(name)} {_text(found['settings'].get(name))}, not {_text(settings[name])}; give the same "
-                "options to go on with it, or another --output"
-            )
         self.stages: dict[str, dict[str, Any]] = found["stages"]
-        self._settings = settings
+        self.commit: str | None = found["commit"]
+        """The code's when the run began, if known."""
+        self.machine: dict[str, Any] = found["machine"]
+        """On which the run began."""
+        self._settings: dict[str, Any] = found["settings"]
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[Callable[[], None]]:
@@ -71,21 +70,39 @@ class RunRecord:
 
     def _save(self) -> None:
         if is_first_rank():
-            write_json(self._file, {"settings": self._settings, "stages": self.stages})
+            begun = {"settings": self._settings, "commit": self.commit, "machine": self.machine}
+            write_json(self._file, begun | {"stages": self.stages})
+
+
+def _begun(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The record of a directory's run with these settings, or a new one. Raises MaskLLMError if its run has others."""
+    settings = json.loads(json.dumps(settings))  # as they are read back
+    found = _read(output)
+    if found is None:
+        return {"settings": settings, "commit": commit(), "machine": machine(PACKAGES), "stages": {}}
+    if changed := [name for name in settings if found["settings"].get(name) != settings[name]]:
+        name = changed[0]
+        raise MaskLLMError(
+            f"{output}: holds a run with {flag(name)} {_text(found['settings'].get(name))}, not {_text(settings[name])}; give the same "
+            "options to go on with it, or another --output"
+        )
+    return found
 
 
 def _read(output: Path) -> dict[str, Any] | None:
     """The record of a directory; None if it is missing or empty."""
     file = output / FILE
     if file.exists():
-        return read_json_object(file)
+        found = read_json_object(file)
+        if all(isinstance(found.get(key), dict) for key in ("settings", "machine", "stages")) and "commit" in found:
+            return found
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise MaskLLMError(f"--output {output}: exists and holds no run of maskllm finetune; remove it or name another")
     return None
 
 
 def _text(value: Any) -> str:
-    """A setting as the command line has it; of a file, which is a list too, its path and size."""
+    """A setting as the command line has it; of a file, which is a list too, its path and what tells it from another one."""
     if not isinstance(value, list):
         return str(value)
-    return " ".join(f"{one[0]} ({one[1]} bytes)" if isinstance(one, list) else str(one) for one in value)
+    return " ".join(f"{one[0]} ({one[1]})" if isinstance(one, list) else str(one) for one in value)

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any
 
-from maskllm.environment.machine import machine
+from maskllm.finetuning.record import RunRecord
 from maskllm.finetuning.settings import FinetuneSettings
 from maskllm.finetuning.task import Task
 from maskllm.reporting.files import only_finite, write_report_files
@@ -21,7 +21,6 @@ ONE_SHOT = "one-shot"
 """The model that is pruned to the last sparsity at once, before any training."""
 TRAINED = "trained"
 
-PACKAGES = ("torch", "transformers", "accelerate")
 SHOWN_EXAMPLES = 5
 SHARES = ("wer", "cer")
 """Measures that are shown as percentages."""
@@ -52,12 +51,11 @@ def build_report(
     settings: FinetuneSettings,
     task: Task,
     results: Sequence[Result],
-    stages: dict[str, dict[str, Any]],
+    record: RunRecord,
     logs: list[dict[str, Any]],
     counts: dict[str, int],
     training: dict[str, Any],
     weights_sha256: str | None,
-    revision: str | None,
 ) -> dict[str, Any]:
     """The contents of `report.json`, JSON values.
 
@@ -65,14 +63,13 @@ def build_report(
     models in order, each with `to_dense`: what its measure is divided by the dense model's, minus 1.
 
     Args:
-        stages: seconds and peak memory of each stage.
+        record: seconds and peak memory of each stage. On a CPU the peak is the process's, so it counts the stages before too.
         logs: the lines of the trainings' logs.
         counts: how many examples there are to train on, and to measure on.
         training: what the settings leave to the machine.
         weights_sha256: the hash of the trained model's weights (`maskllm.huggingface.weights_hash`), if its directory states it.
-        revision: the commit of the code when the run began, if known.
     """
-    main = task.measure_name
+    main, stages = task.measure_name, record.stages
     dense = results[0].evaluation["measures"][main]
     entries = []
     for result in results:
@@ -116,8 +113,8 @@ def build_report(
             "log": logs,
             "weights_sha256": weights_sha256,
             "command": shlex.join(["maskllm", *sys.argv[1:]]),
-            "commit": revision,
-            "machine": machine(PACKAGES),
+            "commit": record.commit,
+            "machine": record.machine,
         }
     )
 
@@ -172,7 +169,7 @@ def _page(report: dict[str, Any]) -> str:
 <h2>Models</h2>
 {rows_table("Models", _header(report), [_cells(report, result) for result in report["results"]], TRAINED)}
 <p class="muted">To dense: the difference of the first measure, as a share of the dense model's. Zeros: the share of zeros in the
-blocks' linear layers. Time and peak memory: for pruning and training, of the first process.</p>
+blocks' linear layers. Time and peak memory: for pruning and training, of the first process; on a CPU the peak since it began.</p>
 {_examples(report)}{charts_section("Training", _charts(report["log"]))}
 <h2>Stages</h2>
 {steps_table(report["stages"])}

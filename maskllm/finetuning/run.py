@@ -26,9 +26,8 @@ from transformers import PreTrainedModel
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, PrinterCallback
 
 from maskllm.distributed import from_first_rank, is_first_rank, rank_and_size, wait_for_all
-from maskllm.environment.revision import commit
 from maskllm.errors import MaskLLMError
-from maskllm.evaluation.huggingface import block_weights, zero_share
+from maskllm.evaluation.huggingface import block_weights, hash_of, zero_share
 from maskllm.files import atomic_directory, read_json_object, write_json, write_text
 from maskllm.finetuning.record import RunRecord
 from maskllm.finetuning.report import DENSE, ONE_SHOT, TRAINED, Result, build_report, results_table, write_report
@@ -58,7 +57,8 @@ HELD_OUT = 0.05
 NOT_COMPARED = (
     "output", "per_device_eval_batch_size", "dataloader_num_workers", "logging_steps", "save_steps", "data", "eval_data",
 )  # fmt: skip
-"""Settings that do not decide the results. Of the files the record has the names and the sizes, in their order."""
+"""Settings that do not decide the results. Of the files the record has the names and the sizes, in their order, of models and masks
+what they hold."""
 AT_ONCE = "prune at once"
 """The stage that prunes to the last sparsity of a schedule, for comparison."""
 
@@ -67,7 +67,7 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any]:
     """Make a model sparse, train it and write model, mask file and report into `settings.output`; returns the report.
 
     It runs alone, or in every process that torchrun or `accelerate launch` starts. Raises MaskLLMError before any work if a setting, a
-    file or the model cannot be used.
+    file or the model cannot be used; of a recording only the head is read before.
     """
     settings = settings.complete()
     source = find_source(settings.model)
@@ -108,8 +108,7 @@ class _Run:
         disable_fsdp_ram_efficient_loading()
         check_engine(arguments, Accelerator().state)
         self._accumulation = arguments.gradient_accumulation_steps
-        self.revision = commit()  # before the hours in which the checkout may change
-        self.record = RunRecord(self.output, _compared(settings), self.device)
+        self.record = RunRecord(self.output, lambda: _compared(settings), self.device)
         if not _exists(self.output / "model"):
             self._check_models()
         torch.manual_seed(settings.seed)
@@ -139,20 +138,19 @@ class _Run:
             settings,
             self.task,
             results,
-            self.record.stages,
+            self.record,
             logs=[
                 json.loads(line)
                 for folder in [*(self.output / f"rung-{number}" for number in range(1, steps)), self.output]
                 for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
             ],
-            counts={"training_examples": len(self.examples), "examples": len(self.held_out)},
+            counts={"training_examples": len(self.examples), "examples": dense.evaluation["examples"]},
             training={
                 "gradient_accumulation_steps": self._accumulation,
                 "processes": rank_and_size()[1],
                 "device": str(self.device),
             },
             weights_sha256=None if (stated := read_hash(start)) is None else stated.weights_sha256,
-            revision=self.revision,
         )
         if is_first_rank():
             write_report(report, self.output)
@@ -173,13 +171,13 @@ class _Run:
                 _check_share(mask.path, zero_share(given_masks(mask, linears, pattern)), target)
         if self.settings.teacher is None:
             return
+        ours = {name: list(weight.shape) for name, weight in ours.named_parameters()}
         theirs = {name: list(weight.shape) for name, weight in self._load(find_source(self.settings.teacher)).named_parameters()}
-        for name, weight in ours.named_parameters():
-            if theirs.get(name) != list(weight.shape):
-                found = theirs.get(name, "no such parameter")
+        for name in [*ours, *theirs]:
+            if ours.get(name) != theirs.get(name):
+                found, wanted = (shapes.get(name, "missing") for shapes in (theirs, ours))
                 raise MaskLLMError(
-                    f"--teacher {self.settings.teacher}: {name} is {found}, that of --model is {list(weight.shape)}; wanted a model of the "
-                    "same shape"
+                    f"--teacher {self.settings.teacher}: {name} is {found}, that of --model is {wanted}; wanted a model of the same shape"
                 )
 
     def _load(self, directory: Path) -> PreTrainedModel:
@@ -195,7 +193,8 @@ class _Run:
         with self.record.stage(f"measure {name}"):
             found = self.task.measure(model.eval(), self.held_out, self._autocast)
         if is_first_rank():
-            values = {"measures": found.measures, "zeros": zero_share(block_weights(model)), "outputs": found.outputs}
+            values = {"measures": found.measures, "examples": found.examples, "zeros": zero_share(block_weights(model))}
+            values["outputs"] = found.outputs
             write_json(self._evaluation_file(name), only_finite(values))
         wait_for_all()
 
@@ -209,9 +208,13 @@ class _Run:
         return read_json_object(self._evaluation_file(name))
 
     def _make(self, folder: Path, target: Sparsity | None, start: Path, *, is_first: bool) -> None:
-        """Prune the model at `start` to `target`, None for not at all, train it and write it to `folder`."""
-        if _exists(folder / "model"):
-            return
+        """Prune the model at `start` to `target`, None for not at all, train it and write it to `folder`, all if it is not there yet."""
+        if not _exists(folder / "model"):
+            self._prune_and_train(folder, target, start, is_first=is_first)
+        if is_first_rank():
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+    def _prune_and_train(self, folder: Path, target: Sparsity | None, start: Path, *, is_first: bool) -> None:
         if target is None:
             self._train(folder, self._load(start), None, None)
             return
@@ -289,7 +292,6 @@ class _Run:
             if target is not None:
                 write_mask_file(folder / "mask.npz", masks.items())
             self._save(folder / "model", model)
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         wait_for_all()
         del trainer, teacher
         gc.collect()
@@ -308,10 +310,15 @@ class _Run:
 
 
 def _compared(settings: FinetuneSettings) -> dict[str, Any]:
-    """The settings that decide the results, and the names and sizes of the files."""
+    """The settings that decide the results, and what tells their files from others."""
     values = {name: value for name, value in asdict(settings).items() if name not in NOT_COMPARED}
     for name in ("data", "eval_data"):
-        values[name] = [[str(Path(file).resolve()), Path(file).stat().st_size] for file in getattr(settings, name)]
+        values[name] = [[str(Path(file).resolve()), f"{Path(file).stat().st_size} bytes"] for file in getattr(settings, name)]
+    for name in ("model", "teacher"):
+        if (model := getattr(settings, name)) is not None:
+            values[name] = [[model, f"weights {hash_of(find_source(model))}"]]
+    if settings.mask is not None:
+        values["mask"] = [[settings.mask, f"masks {open_mask_file(settings.mask).digest}"]]
     return values
 
 

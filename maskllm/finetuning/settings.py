@@ -17,8 +17,6 @@ from maskllm.masking.selection import Sparsity
 from maskllm.patterns import Pattern
 from maskllm.pruning.solve import METHODS
 
-TRAINED = ("weights", "masks", "both")
-
 
 def _option(default: Any, help: str, **kwargs: Any) -> Any:
     return field(default=default, metadata={"help": help, **kwargs})
@@ -86,7 +84,9 @@ class FinetuneSettings:
     )
     calibration_samples: int = _option(128, "training examples for Wanda and SparseGPT", metavar="K")
     train: str = _option(
-        "weights", "what is trained: the weights that the mask keeps, the masks, with frozen weights, or both", choices=TRAINED
+        "weights",
+        "what is trained: the weights that the mask keeps, the masks, with frozen weights, or both",
+        choices=("weights", "masks", "both"),
     )
 
     teacher: str | None = _option(
@@ -230,6 +230,7 @@ class FinetuneSettings:
             ("--train masks or both", _OF_MASKS, self.train != "weights"),
             ("--train both", ("weights_learning_rate",), self.train == "both"),
             ("--kl-loss-coeff", ("kl_temperature",), self.kl_loss_coeff > 0),
+            ("--task translation or speech", ("num_beams",), self.task != "text"),
         ):
             for entry in fields(self):
                 if entry.name in names and not holds and getattr(self, entry.name) != entry.default:
@@ -273,6 +274,8 @@ def _check_numbers(settings: FinetuneSettings) -> None:
             if not (math.isfinite(value) and (value > 0 or (zero and value == 0))):
                 wanted = "a number of at least 0" if zero else "a positive number"
                 raise MaskLLMError(f"{flag(entry.name)} {value}: wanted {wanted}")
+    if settings.seed >= 2**32:
+        raise MaskLLMError(f"--seed {settings.seed}: wanted less than 2^32")
     if settings.max_length is not None and settings.max_length < 2:
         raise MaskLLMError(f"--max-length {settings.max_length}: wanted at least 2 tokens")
     if settings.kl_loss_coeff == settings.squarehead_loss_coeff == settings.ce_loss_coeff == 0:

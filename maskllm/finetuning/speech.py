@@ -95,6 +95,7 @@ class SpeechTask(WritingTask):
             lines.append((path, where, text, self._labels(text, where)))
         if not lines:
             raise MaskLLMError(f"{files[0]}: has no recordings")
+        self.check_tokens(labels for *_, labels in lines)
         return _Recordings(lines, self.features.sampling_rate)
 
     def _check(self, path: Path, where: str) -> None:
@@ -149,15 +150,15 @@ class SpeechTask(WritingTask):
             options |= {"language": self.settings.language, "task": "transcribe"}
         return options
 
+    def counts(self, reference: str) -> bool:
+        """Whether the normalizer leaves anything of it: there is no error rate of nothing."""
+        return bool(self.normalize(reference))
+
     def score(self, predictions: list[str], references: list[str]) -> dict[str, float]:
-        """The errors a word and a character of normalized texts. References in which nothing is left do not count."""
+        """The errors a word and a character of normalized texts."""
         import jiwer
 
-        pairs = [(self.normalize(wanted), self.normalize(found)) for wanted, found in zip(references, predictions, strict=True)]
-        pairs = [pair for pair in pairs if pair[0]]
-        if not pairs:
-            raise MaskLLMError(f"--normalizer {self.settings.normalizer}: leaves nothing of any text of the data to measure on")
-        wanted, found = map(list, zip(*pairs, strict=True))
+        wanted, found = (list(map(self.normalize, texts)) for texts in (references, predictions))
         return {"wer": jiwer.wer(wanted, found), "cer": jiwer.cer(wanted, found)}
 
     def describe(self) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import distributed as dist
 from torch.nn.utils.rnn import pad_sequence
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from maskllm.distributed import is_first_rank, rank_and_size
 from maskllm.errors import MaskLLMError, whole_message
+from maskllm.families.model_config import check_vocabulary
 from maskllm.finetuning.settings import FinetuneSettings
 from maskllm.huggingface.config import load_config
 
@@ -29,6 +31,8 @@ class Measured:
 
     measures: dict[str, float]
     """By name; the first is the task's own."""
+    examples: int
+    """How many examples they come from."""
     outputs: list[dict[str, str]] = field(default_factory=list)
     """What the model wrote, with what was wanted: source (if it is text), reference, prediction."""
 
@@ -79,6 +83,11 @@ class Task(abc.ABC):
 
         `autocast` makes the context in which the model computes.
         """
+
+    def check_tokens(self, rows: Iterable[Sequence[int] | np.ndarray]) -> None:
+        """Raise MaskLLMError if the model's vocabulary does not have all tokens."""
+        tokens = np.concatenate([np.asarray(row, dtype=np.int64) for row in rows])
+        check_vocabulary(tokens, self.config.get_text_config().vocab_size, f"{self.directory}'s tokenizer")
 
     def describe(self) -> dict[str, Any]:
         """How it was measured: JSON values for the report."""

@@ -49,14 +49,18 @@ class TextTask(Task):
         if len(set(kinds.values())) > 1:
             found = ", ".join(f"{path} has {kind}" for path, kind in kinds.items())
             raise MaskLLMError(f"files of different kinds: {found}; give files of one kind")
-        kind = kinds[paths[0]]
+        examples = self._examples(paths, kinds[paths[0]], for_training=for_training)
+        self.check_tokens(example["input_ids"] for example in examples)
+        return examples
+
+    def _examples(self, paths: list[Path], kind: str, *, for_training: bool) -> list[Example]:
         if kind == _PAIRS:
             return self._completions(paths)
         if for_training:
-            tokens = [np.concatenate([self._with_end(self.tokenizer.encode(text)) for text in self._texts(paths, kind)])]
-        else:
-            tokens = [self.tokenizer.encode(read_evaluation_text(path).text) for path in paths]
-        return [window for part in tokens for window in self._windows(part, paths[0])]
+            tokens = np.concatenate([self._with_end(self.tokenizer.encode(text)) for text in self._texts(paths, kind)])
+            return self._windows(tokens, paths[0])
+        parts = ((self.tokenizer.encode(read_evaluation_text(path).text), path) for path in paths)
+        return [window for tokens, path in parts for window in self._windows(tokens, path)]
 
     def _texts(self, paths: list[Path], kind: str) -> Iterator[str]:
         if kind == _DOCUMENTS:
@@ -120,7 +124,7 @@ class TextTask(Task):
         nlls, counts = zip(*from_all_processes(found), strict=True)
         if math.isnan(sum(nlls)):
             raise MaskLLMError("the model's likelihood of the text is not a number; its weights or activations overflow")
-        return Measured({"perplexity": perplexity_of(sum(nlls) / max(1, sum(counts)))})
+        return Measured({"perplexity": perplexity_of(sum(nlls) / max(1, sum(counts)))}, len(examples))
 
 
 _PAIRS = "prompts and completions"

@@ -56,8 +56,8 @@ class SparseTrainer(Trainer):
             teacher: the dense model that the terms of KL and SquareHead compare with: a model of the same shape, such as a copy from before
                 pruning. It is frozen. None, with frozen weights: the student's own weights without their masks.
 
-        Raises MaskLLMError if the model has no masks, if a term of the loss has no teacher or a teacher no term, or if the engine does not
-        keep a weight and its mask together.
+        Raises MaskLLMError if the model has no masks or the teacher has some, if a term of the loss has no teacher or a teacher no term,
+        or if the engine does not keep a weight and its mask together.
         """
         self._masked = masked_parameters(model)
         if not self._masked:
@@ -71,6 +71,8 @@ class SparseTrainer(Trainer):
                 "teacher: none, but the loss has a term for one and the weights are trained; wanted a model, such as copy.deepcopy(model) "
                 "from before pruning"
             )
+        if teacher is not None and masked_parameters(teacher):
+            raise MaskLLMError("teacher: has masks itself; wanted a dense model, such as copy.deepcopy(model) from before sparsify")
         if teacher is not None and not args.distills:
             raise MaskLLMError("teacher: no term of the loss uses it; set kl_loss_coeff or squarehead_loss_coeff")
         if args.fp16 and logits:
@@ -153,6 +155,13 @@ class SparseTrainer(Trainer):
             else:
                 self.teacher.to(args.device)
             self._their_blocks = Blocks(self.teacher) if args.squarehead_loss_coeff else None
+
+    def _run_epoch(self, **arguments: Any) -> None:
+        """`Trainer`'s. After a resumption from the checkpoint of the last step it would train one step more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**arguments)
+        else:
+            self.control.should_training_stop = True
 
     def training_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None

@@ -87,10 +87,15 @@ def _step(checkpoint: Path) -> int:
 
 
 class Watch(TrainerCallback):
-    """Marks each checkpoint that all processes have written, and stops a training that diverges."""
+    """Marks each checkpoint that all processes have written, stops a training that diverges, and tells of one that is all warm-up."""
 
     def __init__(self, note: Callable[[], None]) -> None:
         self._note = note
+
+    def on_train_begin(self, args: SparseTrainingArguments, state: Any, control: Any, **_: Any) -> None:
+        if args.warmup_steps >= state.max_steps and is_first_rank():
+            found = f"--warmup-steps {args.warmup_steps:g} of {state.max_steps} steps"
+            print(f"warning: {found}: the learning rate never reaches --learning-rate", file=sys.stderr)
 
     def on_save(self, args: SparseTrainingArguments, state: Any, control: Any, **_: Any) -> None:
         wait_for_all()

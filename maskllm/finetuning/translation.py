@@ -45,6 +45,7 @@ class TranslationTask(WritingTask):
         limits = {"truncation": True, "max_length": self.settings.max_length}
         inputs = self.tokenizer([self.settings.source_prefix + text for text in sources], **limits)["input_ids"]
         labels = self.tokenizer(text_target=targets, **limits)["input_ids"]
+        self.check_tokens([*inputs, *labels])
         return [
             {"input_ids": tokens, "labels": wanted, "source": text, "reference": reference}
             for tokens, wanted, text, reference in zip(inputs, labels, sources, targets, strict=True)

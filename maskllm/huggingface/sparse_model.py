@@ -56,12 +56,14 @@ def sparsify(
 
     Raises MaskLLMError if the model has no stack of blocks, is a mixture of experts or already has masks; if `modules` name no linear; if
     the pattern does not fit a weight or has too many candidates to learn; if masks are missing or do not fit; or if weights that are to
-    be trained are not fp32.
+    be trained are not fp32, or all frozen.
     """
     if train not in TRAINED:
         raise MaskLLMError(f"train {train!r}: wanted one of {', '.join(TRAINED)}")
     if isinstance(pattern, str):
         pattern = Pattern.parse(pattern)
+    elif not isinstance(pattern, Pattern | None):
+        raise MaskLLMError(f"pattern {pattern!r}: wanted N:M, or None for unstructured masks, which `masks` gives")
     linears = linears_to_mask(model, pattern, train=train, modules=modules)
     if masks is not None:
         chosen = given_masks(masks, linears, pattern)
@@ -69,6 +71,7 @@ def sparsify(
         chosen = _own_zeros(linears, pattern) if train == "weights" else None
 
     if train == "masks":
+        model._trainable_before_masks = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         model.requires_grad_(False)
     sampler = None if train == "weights" else MaskSampler(pattern, seed=seed)
     found = {}
@@ -99,6 +102,8 @@ def linears_to_mask(
     linears = _all_linears(model) if modules is None else _named_linears(model, modules)
     for name, linear in linears.items():
         _check_linear(name, linear, pattern, train)
+    if train != "masks" and not any(linear.weight.requires_grad for linear in linears.values()):
+        raise MaskLLMError(f"train {train!r}: all weights that get masks are frozen; call model.requires_grad_(True) first")
     return linears
 
 
@@ -109,6 +114,8 @@ def masked_parameters(model: torch.nn.Module) -> dict[str, MaskedParameter]:
 
 def finish(model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
     """Keep the winner of each block, or the fixed mask, write the zeros and put the original modules back, in place.
+
+    What `sparsify` has frozen to learn masks alone requires a gradient again.
 
     Returns the model, whose state dict is that of the plain model, and the masks: bool by the name of the parameter, in its shape, on its
     device. `maskllm.huggingface.mask_file.write_mask_file` writes them. Raises MaskLLMError if the model has no masks or a logit is NaN.
@@ -123,6 +130,10 @@ def finish(model: PreTrainedModel) -> tuple[PreTrainedModel, dict[str, torch.Ten
         model.set_submodule(name, linear)
     if not masks:
         raise MaskLLMError(f"{type(model).__name__}: has no masks; call sparsify first")
+    trainable = vars(model).pop("_trainable_before_masks", ())
+    for name, parameter in model.named_parameters():
+        if name in trainable:
+            parameter.requires_grad_(True)
     return model, masks
 
 
@@ -148,6 +159,9 @@ def _all_linears(model: PreTrainedModel) -> Linears:
 
 def _named_linears(model: PreTrainedModel, modules: Iterable[str]) -> Linears:
     found: Linears = {}
+    modules = list(modules) if not isinstance(modules, str) else []
+    if not modules:
+        raise MaskLLMError("modules: wanted a list of names, such as ['q_proj', 'v_proj']; None for all linears of the blocks")
     shared = shared_weights(model)
     for wanted in modules:
         named = [(name, module) for name, module in model.named_modules() if name == wanted or name.endswith(f".{wanted}")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import sys
@@ -12,10 +13,13 @@ import pytest
 import sacrebleu
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSpeechSeq2Seq,
     AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
 )
@@ -251,6 +255,26 @@ def test_a_killed_run_goes_on_where_it_was(ranks, folder, llama, documents, text
     assert all(torch.equal(resumed[name], tensor) for name, tensor in wanted.items())
 
 
+def test_a_run_that_failed_after_its_last_step_trains_no_more(folder, llama, documents, monkeypatch):
+    options = ("--pattern", "2:4", "--max-steps", 3, "--learning-rate", 1e-2, "--lr-scheduler-type", "constant_with_warmup")
+    whole, failed = folder / "whole-constant", folder / "failed-constant"
+    run("text", llama, [documents], whole, *options)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "model")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("maskllm.finetuning.run._Run._save", full)
+        assert main(command("text", llama, [documents], failed, *options)) == 1
+    report = run("text", llama, [documents], failed, *options)
+    assert max(line["step"] for line in report["log"]) == 3
+    resumed, wanted = weights(failed / "model"), weights(whole / "model")
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in wanted.items())
+    (failed / "checkpoints").mkdir()  # as a kill before their removal would leave them
+    run("text", llama, [documents], failed, *options)
+    assert not (failed / "checkpoints").exists()
+
+
 def test_two_processes_get_the_result_of_one(ranks, folder, llama, documents, held_out, text_run):
     report, _ = text_run
     output = folder / "two"
@@ -395,6 +419,29 @@ def test_the_output_of_something_else_stays(llama, documents, tmp_path, capsys):
     assert f"--output {tmp_path}: exists and holds no run of maskllm finetune" in capsys.readouterr().err
 
 
+def test_another_model_in_the_same_folder_is_another_run(documents, tmp_path, capsys):
+    model = tiny.llama(tmp_path / "model")
+    options = ("--pattern", "2:4", "--max-steps", 1, "--squarehead-loss-coeff", 0)
+    run("text", model, [documents], tmp_path / "out", *options)
+    changed = AutoModelForCausalLM.from_pretrained(model)
+    changed.model.norm.weight.data.mul_(2)
+    before = weights_sha256(model)
+    changed.save_pretrained(model)
+    assert main(command("text", model, [documents], tmp_path / "out", *options)) == 1
+    error = capsys.readouterr().err
+    assert f"holds a run with --model {model} (weights {before}), not {model} (weights {weights_sha256(model)}); give" in error
+
+
+def test_recordings_that_are_not_scored_do_not_count(tmp_path):
+    manifest = tiny.recordings(tmp_path)
+    lines = [json.loads(line) for line in manifest.read_text().splitlines()]
+    lines[0]["text"] = "null eins"  # no English digit
+    tiny.json_lines(manifest, lines)
+    options = ("--eval-data", manifest, "--sparsity", 0, "--max-steps", 1, "--normalizer", "digits")
+    report = run("speech", tiny.whisper(tmp_path / "model"), [manifest], tmp_path / "out", *options)
+    assert report["evaluation"]["examples"] == len(lines) - 1
+
+
 def test_a_teacher_of_another_shape_is_refused(llama, documents, tmp_path, capsys):
     teacher = tiny.llama(tmp_path / "teacher", hidden=64)
     assert main(command("text", llama, [documents], tmp_path / "out", "--pattern", "2:4", "--teacher", teacher)) == 1
@@ -402,3 +449,7 @@ def test_a_teacher_of_another_shape_is_refused(llama, documents, tmp_path, capsy
         "model.embed_tokens.weight is [24, 64], that of --model is [24, 32]; wanted a model of the same shape"
         in capsys.readouterr().err
     )
+    deeper = LlamaForCausalLM(LlamaConfig(**AutoConfig.from_pretrained(llama).to_dict() | {"num_hidden_layers": 3}))
+    deeper.save_pretrained(tmp_path / "deeper")
+    assert main(command("text", llama, [documents], tmp_path / "out", "--pattern", "2:4", "--teacher", tmp_path / "deeper")) == 1
+    assert "weight is [32, 32], that of --model is missing; wanted a model of the same shape" in capsys.readouterr().err

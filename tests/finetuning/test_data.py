@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, WhisperForConditionalGen
 
 from maskllm.cli import main
 from maskllm.errors import MaskLLMError
+from maskllm.finetuning.run import TASKS
 from maskllm.finetuning.settings import FinetuneSettings
 from maskllm.finetuning.speech import SpeechTask, _normalizer, read_audio
 from maskllm.finetuning.text import TextTask
@@ -125,12 +126,17 @@ def test_a_recording_that_is_damaged_is_named_with_its_line(models, tmp_path, wo
     sound.write_bytes(sound.read_bytes()[:3000])
     tiny.json_lines(tmp_path / "manifest.jsonl", [{"audio": "a.flac", "text": "one"}])
     recordings = SpeechTask(models["speech"], settings("speech")).read([str(tmp_path / "manifest.jsonl")], for_training=True)
-    with pytest.raises(MaskLLMError) as failure, errors_of_workers():
-        next(iter(DataLoader(recordings, num_workers=workers)))
-    assert str(failure.value).startswith(
-        f"{tmp_path / 'manifest.jsonl'}:1: {sound}: is damaged; soundfile cannot read it to its end"
-    )
-    assert "\n" not in str(failure.value)
+
+    def said() -> str:
+        try:
+            with errors_of_workers():
+                next(iter(DataLoader(recordings, num_workers=workers)))
+        except MaskLLMError as error:
+            return str(error)
+
+    start = f"{tmp_path / 'manifest.jsonl'}:1: {sound}: is damaged; soundfile cannot read it to its end"
+    found = said()
+    assert found.startswith(start) and "\n" not in found
 
 
 def test_a_task_that_the_model_cannot_do(refused, models, tmp_path):
@@ -144,6 +150,29 @@ def test_a_task_that_the_model_cannot_do(refused, models, tmp_path):
     assert f"--task speech: {models['translation']} is a t5 model; wanted an encoder-decoder model of sound" in refused(
         "speech", data, model=models["translation"]
     )
+
+
+@pytest.mark.parametrize("task", MODELS)
+def test_a_tokenizer_of_another_model_is_refused(task, refused, tmp_path):
+    model = MODELS[task](tmp_path / "model")
+    smaller = TASKS[task].model_class.from_pretrained(model)
+    smaller.resize_token_embeddings(8)
+    smaller.save_pretrained(model)
+    make = {
+        "text": lambda folder: [tiny.documents(folder / "documents.jsonl")],
+        "translation": tiny.pairs,
+        "speech": lambda folder: [tiny.recordings(folder)],
+    }
+    said = refused(task, *make[task](tmp_path), model=model)
+    assert f"{model}'s tokenizer: found token " in said and "wanted less than the model's vocabulary of 8" in said
+
+
+def test_the_short_text_is_named(models, tmp_path):
+    (tmp_path / "long.txt").write_text("one two " * 20)
+    (tmp_path / "short.txt").write_text("one")
+    task = TextTask(models["text"], settings("text", max_length=16))
+    with pytest.raises(MaskLLMError, match=r"short\.txt: the text has \d tokens, less than one window"):
+        task.read([str(tmp_path / "long.txt"), str(tmp_path / "short.txt")], for_training=False)
 
 
 def test_a_model_without_blocks(refused, tmp_path):

@@ -103,16 +103,27 @@ def test_the_terms_are_those_of_their_formulas(model, tmp_path):
     assert found["loss"] == pytest.approx(found["cross_entropy"] + found["kl"] + 0.5 * found["squarehead"], rel=1e-6)
 
 
-@pytest.mark.parametrize(("model", "train"), [("llama", "masks"), ("t5", "both"), ("vit", "weights")])
-def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(model, train, tmp_path):
-    options = {"model": model, "train": train, "steps": 6, "save_strategy": "steps", "save_steps": 3}
+@pytest.mark.parametrize(
+    ("model", "train", "step"),
+    [("llama", "masks", 3), ("t5", "both", 3), ("vit", "weights", 3), ("llama", "masks", 6), ("t5", "both", 6)],
+)
+def test_a_resumed_run_has_the_bits_of_an_uninterrupted_one(model, train, step, tmp_path):
+    """Resumed from the middle and from the last step, after which nothing is trained; the rate is not 0 then."""
+    options = {
+        "model": model,
+        "train": train,
+        "steps": 6,
+        "save_strategy": "steps",
+        "save_steps": 3,
+        "lr_scheduler_type": "constant",
+    }
     whole = trainer(tmp_path / "whole", **options)
     whole.train()
     expected = results(whole)
     resumed = trainer(tmp_path / "whole", **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
     found = results(resumed)
-    assert found["lines"][3:] == expected["lines"][3:]
+    assert found["lines"][step:] == expected["lines"][step:]
     for kind in ("tensors", "masks"):
         assert all(torch.equal(found[kind][name], tensor) for name, tensor in expected[kind].items())
 
@@ -248,6 +259,8 @@ def test_what_cannot_work_is_refused(tmp_path):
         model = tiny_model("llama")
         sparsify(model, "2:4", train="both")
         SparseTrainer(model, trainer(tmp_path).args)
+    with pytest.raises(MaskLLMError, match="teacher: has masks itself; wanted a dense model"):
+        SparseTrainer(model, trainer(tmp_path).args, teacher=model)
     with pytest.raises(MaskLLMError, match="teacher: no term"):
         trainer(tmp_path, train="both", kl_loss_coeff=0.0, squarehead_loss_coeff=0.0)
     with pytest.raises(MaskLLMError, match="nothing is minimized"):

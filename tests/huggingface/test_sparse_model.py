@@ -94,6 +94,21 @@ def test_a_model_is_as_it_was_but_for_its_zeros():
     assert not masks
 
 
+def test_weights_can_be_trained_after_masks_were_learned():
+    model = tiny_model("llama")
+    model.model.embed_tokens.weight.requires_grad_(False)
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    sparsify(model, "2:4")
+    finish(model)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+    for train in ("weights", "both"):
+        sparsify(model, "2:4", train=train)
+        finish(model)
+    model.requires_grad_(False)
+    with pytest.raises(MaskLLMError, match="train 'both': all weights that get masks are frozen"):
+        sparsify(model, "2:4", train="both")
+
+
 def _names(model) -> list[str]:
     return [f"{name}.weight" for name in block_linears(model)]
 
@@ -189,6 +204,9 @@ def test_blocks_that_share_their_weights_stay_dense():
         ({"pattern": "2:4", "train": "weights"}, "no weight is zero; prune the model first"),
         ({"pattern": "2:4", "modules": ["q_porj"]}, "modules: LlamaForCausalLM has no module q_porj"),
         ({"pattern": "2:4", "modules": ["input_layernorm"]}, "layers.0.input_layernorm is a LlamaRMSNorm; wanted a linear"),
+        ({"pattern": "2:4", "modules": []}, "modules: wanted a list of names"),
+        ({"pattern": "2:4", "modules": "q_proj"}, "modules: wanted a list of names"),
+        ({"pattern": 0.5, "train": "weights"}, "pattern 0.5: wanted N:M, or None for unstructured masks"),
         ({"pattern": "2:4", "masks": {}}, "masks: no mask for model.layers.0.mlp.down_proj.weight and 13 more"),
         ({"pattern": "1:3", "modules": ["q_proj"]}, "layers.0.self_attn.q_proj: its .* 16 is not a multiple of 3"),
     ],
