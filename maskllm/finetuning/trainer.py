@@ -152,6 +152,8 @@ class SparseTrainer(Trainer):
             self.teacher.config.use_cache = False
             if self.is_fsdp_enabled:
                 self.teacher = fsdp2_prepare_model(self.accelerator, self.teacher)
+            elif self.is_deepspeed_enabled:  # it casts the student and the inputs itself, without autocast
+                self.teacher.to(args.device, self.model.dtype)
             else:
                 self.teacher.to(args.device)
             self._their_blocks = Blocks(self.teacher) if args.squarehead_loss_coeff else None
