@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from tests.finetuning.worker import results, trainer
+from tests.finetuning.worker import assert_same, results, trainer
 
 RUNS = {
     "masks": {"train": "masks"},
@@ -48,13 +48,4 @@ def test_two_processes_train_as_one(name, two_processes, tmp_path):
     expected = results(alone)
     assert len({json.dumps(line) for line in expected["lines"]}) == STEPS, "the steps cannot be told apart"
     for engine in (engine for engine, runs in ENGINES.items() if name in runs):
-        found = two_processes[f"{engine}_{name}"]
-        for ours, theirs in zip(found["lines"], expected["lines"], strict=True):
-            assert ours == pytest.approx(theirs, rel=2e-5), engine
-        assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=2e-5)
-        assert found["masks"].keys() == expected["masks"].keys()
-        for key, tensor in expected["tensors"].items():
-            torch.testing.assert_close(
-                found["tensors"][key], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}"
-            )
-        assert all(torch.equal(found["masks"][key], mask) for key, mask in expected["masks"].items()), engine
+        assert_same(two_processes[f"{engine}_{name}"], expected)

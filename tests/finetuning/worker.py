@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate.state import DistributedType, PartialState
 from torch.distributed.tensor import Shard
@@ -61,6 +62,21 @@ def results(run: SparseTrainer) -> dict[str, Any]:
     loss = run.evaluate(samples(run.model.config.model_type, 4))["eval_loss"]
     plain, masks = run.finish()
     return {"lines": logged, "eval_loss": loss, "tensors": dict(plain.state_dict()), "masks": masks}
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Two `results` are the same to rounding, and their masks to the bit. What `expected` has not logged may differ."""
+    for ours, theirs in zip(found["lines"], expected["lines"], strict=True):
+        assert {name: ours[name] for name in theirs} == pytest.approx(theirs, rel=2e-5)
+    assert found["eval_loss"] == pytest.approx(expected["eval_loss"], rel=2e-5)
+    assert found["masks"].keys() == expected["masks"].keys()
+    for name, tensor in expected["tensors"].items():
+        torch.testing.assert_close(
+            found["tensors"][name], tensor, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    for name, mask in expected["masks"].items():
+        assert torch.equal(found["masks"][name], mask), name
+        assert not found["tensors"][name][~mask].any(), name
 
 
 def main(path: str) -> None:
