@@ -16,6 +16,7 @@ RUNS = {
     "weights": {"train": "weights"},
     "both": {"train": "both", "max_grad_norm": 1e9},  # DeepSpeed clips one norm over logits and weights
 }
+WHISPER = {"model": "whisper", "train": "weights", "bf16": True}
 STEPS = 3
 
 
@@ -33,7 +34,7 @@ def two_processes(tmp_path_factory, ranks):
     settings = {
         f"{stage}_{name}": run | zero(stage) | {"steps": STEPS, "gradient_accumulation_steps": 1}
         for stage in (1, 2)
-        for name, run in RUNS.items()
+        for name, run in {**RUNS, "whisper": WHISPER}.items()
     }
     path.write_text(json.dumps(settings))
     ranks(2, "tests.finetuning.worker", path)
@@ -50,3 +51,13 @@ def test_two_processes_train_as_one(name, two_processes, tmp_path):
         del line["grad_norm"], line["weights_grad_norm"]  # DeepSpeed logs one norm of both
     for stage in (1, 2):
         assert_same(two_processes[f"{stage}_{name}"], expected)
+
+
+@pytest.mark.slow
+def test_a_model_that_deepspeed_has_cast_has_a_teacher_of_its_dtype(two_processes, tmp_path):
+    """Without an autocast sound in bf16 would not fit the fp32 weights of the teacher."""
+    alone = trainer(tmp_path, **WHISPER, steps=STEPS)
+    alone.train()
+    expected = results(alone)["eval_loss"]
+    for stage in (1, 2):
+        assert two_processes[f"{stage}_whisper"]["eval_loss"] == pytest.approx(expected, rel=0.02)
