@@ -281,8 +281,11 @@ class SparseTrainer(Trainer):
             vars(self.model).pop("save_pretrained", None)
 
     def finish(self) -> tuple[PreTrainedModel, dict[str, torch.Tensor]]:
-        """`maskllm.huggingface.finish` of the trained model; under FSDP2 of a copy, which is whole and on the CPU of every process."""
-        model = self.accelerator.unwrap_model(self.model)
+        """`maskllm.huggingface.finish` of the trained model; under FSDP2 of a copy, which is whole and on the CPU of every process.
+
+        The model computes in the dtype of its weights again, with `bf16` too.
+        """
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         if not self.is_fsdp_enabled:
             return finish(model)
         tensors = {name: whole(tensor).cpu() for name, tensor in model.state_dict().items()}

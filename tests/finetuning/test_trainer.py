@@ -21,6 +21,8 @@ from maskllm.finetuning import SparseTrainer
 from maskllm.finetuning.hidden_states import Blocks
 from maskllm.huggingface import sparsify
 from maskllm.huggingface.sparse_model import masked_parameters
+from maskllm.patterns import Pattern
+from maskllm.pruning import PruneSettings, prune_hf
 from tests.finetuning.tiny import TOKENS, batches, samples, tiny_model
 from tests.finetuning.worker import lines, results, trainer
 
@@ -187,6 +189,19 @@ def test_an_evaluation_is_that_of_the_finished_model(tmp_path):
     plain, _ = run.finish()
     (expected,) = {run.__class__.__mro__[1](plain, run.args, eval_dataset=data).evaluate()["eval_loss"]}
     assert loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_model_that_was_trained_in_bf16_is_plain_again(tmp_path):
+    """A next rung prunes it."""
+    run = trainer(tmp_path, model="t5", train="weights", steps=1, bf16=True)
+    run.train()
+    plain, _ = run.finish()
+    fresh = tiny_model("t5")
+    fresh.load_state_dict(plain.state_dict())
+    batch = batches(samples("t5", 2))[0]
+    with torch.inference_mode():
+        assert torch.equal(plain.eval()(**batch).logits, fresh.eval()(**batch).logits)
+    prune_hf(plain, batches(samples("t5", 2, padded=False)), PruneSettings("sparsegpt", Pattern(1, 4), zeros_stay=True))
 
 
 def test_masks_and_weights_have_their_own_rates(tmp_path):
