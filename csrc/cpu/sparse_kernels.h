@@ -62,8 +62,8 @@ struct TileKernels {
   void (*linear)(const SparseMatrix&, ExpandPart, const Product&, int64_t begin, int64_t end);
 };
 
-// Ranges of rows begin at multiples of this.
 constexpr int64_t kMaxTileRows = 128;
+// Ranges of rows begin at multiples of this.
 constexpr int64_t tile_rows(int64_t rows) { return rows <= 64 ? 32 : kMaxTileRows; }
 
 // Ranges of rows begin at multiples of this, so that the loops of several rows, and with them the bits of the sums, are the same with

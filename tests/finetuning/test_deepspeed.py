@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
-import torch
 
-from tests.finetuning.worker import assert_same, results, trainer
+from tests.finetuning.worker import assert_same, on_two_processes, results, trainer
 
 pytest.importorskip("deepspeed")
 
@@ -23,22 +20,16 @@ STEPS = 3
 def zero(stage: int) -> dict:
     """Settings of a run, which the worker also resumes."""
     names = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping")
-    config = {"zero_optimization": {"stage": stage}, **dict.fromkeys(names, "auto")}
+    config = {"zero_optimization": {"stage": stage}, **dict.fromkeys(names, "auto"), "bf16": {"enabled": "auto"}}
     return {"deepspeed": config, "save_strategy": "steps", "save_steps": 1}
 
 
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory, ranks):
     """The results of the runs on two processes, by stage and name."""
-    path = tmp_path_factory.mktemp("deepspeed") / "settings.json"
-    settings = {
-        f"{stage}_{name}": run | zero(stage) | {"steps": STEPS, "gradient_accumulation_steps": 1}
-        for stage in (1, 2)
-        for name, run in {**RUNS, "whisper": WHISPER}.items()
-    }
-    path.write_text(json.dumps(settings))
-    ranks(2, "tests.finetuning.worker", path)
-    return {name: torch.load(f"{path}.{name}.pt", weights_only=True) for name in settings}
+    runs = {**RUNS, "whisper": WHISPER}
+    settings = {f"{stage}_{name}": run | zero(stage) | {"steps": STEPS} for stage in (1, 2) for name, run in runs.items()}
+    return on_two_processes(ranks, tmp_path_factory.mktemp("deepspeed"), settings)
 
 
 @pytest.mark.slow

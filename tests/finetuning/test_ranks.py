@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 
-from tests.finetuning.worker import assert_same, results, trainer
+from tests.finetuning.worker import assert_same, on_two_processes, results, trainer
 
 RUNS = {
     "masks": {"train": "masks"},
@@ -29,15 +28,10 @@ ENGINES = {
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory, ranks):
     """The results of the runs on two processes, by engine and name."""
-    path = tmp_path_factory.mktemp("ranks") / "settings.json"
     settings = {
-        f"{engine}_{name}": RUNS[name] | more | {"steps": STEPS, "gradient_accumulation_steps": 1}
-        for engine, runs in ENGINES.items()
-        for name, more in runs.items()
+        f"{engine}_{name}": RUNS[name] | more | {"steps": STEPS} for engine, runs in ENGINES.items() for name, more in runs.items()
     }
-    path.write_text(json.dumps(settings))
-    ranks(2, "tests.finetuning.worker", path)
-    return {name: torch.load(f"{path}.{name}.pt", weights_only=True) for name in settings}
+    return on_two_processes(ranks, tmp_path_factory.mktemp("ranks"), settings)
 
 
 @pytest.mark.slow

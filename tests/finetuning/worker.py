@@ -21,6 +21,7 @@ from maskllm.huggingface import sparsify
 from maskllm.huggingface.sparse_model import masked_parameters
 from maskllm.pruning import PruneSettings, prune_hf
 from tests.finetuning.tiny import batches, samples, tiny_model
+from tests.ranks import Pool
 
 LOGGED = ("loss", "cross_entropy", "kl", "squarehead", "regularizer", "mean_max_probability", "grad_norm", "weights_grad_norm")
 
@@ -77,6 +78,14 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     for name, mask in expected["masks"].items():
         assert torch.equal(found["masks"][name], mask), name
         assert not found["tensors"][name][~mask].any(), name
+
+
+def on_two_processes(ranks: Pool, folder: Path, settings: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The `results` of runs on two processes, by name; `settings` are the arguments of `trainer`, without accumulation."""
+    path = folder / "settings.json"
+    path.write_text(json.dumps({name: one | {"gradient_accumulation_steps": 1} for name, one in settings.items()}))
+    ranks(2, "tests.finetuning.worker", path)
+    return {name: torch.load(f"{path}.{name}.pt", weights_only=True) for name in settings}
 
 
 def main(path: str) -> None:
