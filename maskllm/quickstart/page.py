@@ -1,12 +1,24 @@
-"""The quickstart's page, `report.html`."""
+"""The quickstart's report: `report.json` for programs and the page `report.html` for people."""
 
 from __future__ import annotations
 
+import os
 from html import escape
 from typing import Any
 
-from maskllm.quickstart.report import COMPRESSED, FINAL, LEARNED, RESULT_COLUMNS, SPEED_COLUMNS, result_cells, speed_cells
+from maskllm.quickstart.report import (
+    COMPRESSED,
+    FINAL,
+    LEARNED,
+    RESULT_COLUMNS,
+    SPEED_COLUMNS,
+    Report,
+    report_dict,
+    result_cells,
+    speed_cells,
+)
 from maskllm.reporting.charts import Series, line_chart
+from maskllm.reporting.files import write_report_files
 from maskllm.reporting.formatting import (
     UNKNOWN,
     format_bytes,
@@ -18,8 +30,14 @@ from maskllm.reporting.formatting import (
 from maskllm.reporting.page import charts_section, document, pairs, rows_table, steps_table, tiles
 
 
-def html_page(report: dict[str, Any]) -> str:
-    """The page that shows what `maskllm.quickstart.report.report_dict` returns. Every text in it is escaped."""
+def write_report(report: Report, directory: str | os.PathLike) -> None:
+    """Write `report.json` and `report.html` into `directory`. Both hold the same; the page needs no other file."""
+    values = report_dict(report)
+    write_report_files(values, _page(values), directory)
+
+
+def _page(report: dict[str, Any]) -> str:
+    """The page that shows what `report_dict` returns. Every text in it is escaped."""
     evaluation = report["evaluation"]
     best = report["best_one_shot"] or UNKNOWN
     trained = [result["name"] for result in report["results"] if result["name"] in (LEARNED, FINAL)]

@@ -19,7 +19,7 @@ from maskllm.errors import MaskLLMError, flag
 from maskllm.families.model_config import ModelConfig, check_context
 from maskllm.pruning.solve import METHODS
 from maskllm.quickstart.corpus import HELD_OUT_FILE, TRAIN_FILE, write_documentation_corpus
-from maskllm.quickstart.report import COMPRESSED, FINAL, LEARNED, Report, speed_table, table, write_report
+from maskllm.quickstart.report import COMPRESSED, FINAL, LEARNED, Report, speed_table, table
 from maskllm.quickstart.results import build_report, read_json, speed_file, text_file
 from maskllm.quickstart.steps import Steps
 from maskllm.training.arguments import TrainArguments
@@ -236,6 +236,8 @@ def quickstart(
 
     values = asdict(settings) | {"params_dtype": compute_dtype()}
     report = build_report(output, steps, values, model or SMOLLM2, held_out, prior, list(readers))
+    from maskllm.quickstart.page import write_report  # needs matplotlib, which only the extra `quickstart` installs
+
     write_report(report, output)
     print(table(report), speed_table(report), sep="\n\n")
     return report

@@ -1,14 +1,13 @@
-"""The result of the quickstart: a table for the terminal, `report.json` for programs and `report.html` for people."""
+"""The result of the quickstart: its numbers, the tables for the terminal and the contents of `report.json`."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from dataclasses import dataclass
 from typing import Any
 
-from maskllm.reporting.files import only_finite, write_report_files
+from maskllm.reporting.files import only_finite
 from maskllm.reporting.formatting import (
     format_bytes,
     format_perplexity,
@@ -151,14 +150,6 @@ def report_dict(report: Report) -> dict[str, Any]:
     values["seconds"] = sum(step["seconds"] for step in report.steps)
     values["peak_memory_bytes"] = max((step["peak_memory_bytes"] for step in report.steps), default=None)
     return only_finite(values)
-
-
-def write_report(report: Report, directory: str | os.PathLike) -> None:
-    """Write `report.json` and `report.html` into `directory`. Both hold the same; the page needs no other file."""
-    from maskllm.quickstart.page import html_page  # needs matplotlib, which only the extra `quickstart` installs
-
-    values = report_dict(report)
-    write_report_files(values, html_page(values), directory)
 
 
 def _finite(value: float) -> float | None:

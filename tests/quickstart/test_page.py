@@ -7,7 +7,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-from maskllm.quickstart.report import ModelResult, Report, write_report
+from maskllm.quickstart.page import write_report
+from maskllm.quickstart.report import ModelResult, Report
 from tests.reporting.html_reader import Page
 
 HOSTILE = '<script>alert("x")</script>&amp;\''

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 
+from maskllm.quickstart.page import write_report
 from maskllm.quickstart.report import (
     ModelResult,
     Report,
@@ -17,7 +18,6 @@ from maskllm.quickstart.report import (
     speed_table,
     table,
     times_best_one_shot,
-    write_report,
 )
 
 GIB = 2**30
