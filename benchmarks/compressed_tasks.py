@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, MptConfig, MptForCausalLM, T5Config, T5ForConditionalGeneration
 
-from benchmarks.models import keep, made, write_word_tokenizer
+from benchmarks.models import compress, keep, made, write_word_tokenizer
 from maskllm.failures import run_guarded
 from maskllm.files import read_json_object, write_json
 from maskllm.huggingface.blocks import block_linears, matrix
@@ -55,12 +55,6 @@ def write_sparse(dense: Path, pattern: Pattern, directory: Path) -> None:
     for file in dense.iterdir():
         if not (directory / file.name).exists() and file.suffix in (".json", ".model", ".txt"):
             (directory / file.name).write_bytes(file.read_bytes())
-
-
-def compress(sparse: Path, bits: int, directory: Path) -> None:
-    """Write the compressed model, by the command that users have."""
-    words = [sys.executable, "-m", "maskllm", "compress", "--model", sparse, "--bits", bits, "--output", directory]
-    subprocess.run(list(map(str, words)), check=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

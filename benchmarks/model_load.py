@@ -15,7 +15,6 @@ import concurrent.futures
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,7 +24,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import maskllm  # noqa: F401 - so that transformers loads compressed weights
-from benchmarks.models import TINYLLAMA, made, write_random_llama
+from benchmarks.models import TINYLLAMA, compress, made, write_random_llama
 from maskllm.failures import run_guarded
 from maskllm.files import write_json
 from maskllm.huggingface.blocks import block_stacks
@@ -87,16 +86,13 @@ def main(argv: list[str] | None = None) -> None:
     which.add_argument("--sparse", type=Path, metavar="DIR", help="2:4 model in bf16")
     which.add_argument("--random", action="store_true", help="a model of the shape of TinyLlama 1.1B, with random weights")
     parser.add_argument("--work", required=True, type=Path, metavar="DIR", help="folder for compressed models, which are kept")
-    parser.add_argument("--bits", nargs="+", default=["16", "8", "4"], help="of the compressed models (default: 16 8 4)")
+    parser.add_argument("--bits", nargs="+", type=int, default=[16, 8, 4], help="of the compressed models (default: 16 8 4)")
     parser.add_argument("--json", metavar="FILE", help="write the numbers here")
     arguments = parser.parse_args(argv)
     sparse = arguments.sparse or made(arguments.work / "llama", lambda path: write_random_llama(path, TINYLLAMA, torch.bfloat16))
     models = {"dense": sparse}
     for bits in arguments.bits:
-        models[bits] = arguments.work / f"{sparse.name}-{bits}"
-        if not models[bits].exists():
-            words = ["compress", "--model", sparse, "--output", models[bits], "--bits", bits]
-            subprocess.run([sys.executable, "-m", "maskllm", *map(str, words)], check=True)
+        models[str(bits)] = made(arguments.work / f"{sparse.name}-{bits}", lambda path, bits=bits: compress(sparse, bits, path))
     rows = {}
     for name, directory in models.items():
         with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,14 +18,26 @@ from maskllm.errors import MaskLLMError
 from maskllm.patterns import Pattern
 
 TINYLLAMA = {
-    "vocab_size": 32000,
     "hidden_size": 2048,
     "intermediate_size": 5632,
     "num_hidden_layers": 22,
     "num_attention_heads": 32,
     "num_key_value_heads": 4,
+    "vocab_size": 32000,
 }
 """The sizes of TinyLlama 1.1B, by the names of its configuration."""
+_OPTIONS = dict(zip(("hidden", "mlp", "layers", "heads", "kv_heads", "vocabulary"), TINYLLAMA, strict=True))
+
+
+def add_size_options(parser: argparse.ArgumentParser) -> None:
+    """Add an option for each size of a LLaMA: `--hidden`, `--mlp` and so on. The defaults are TinyLlama's."""
+    for option, key in _OPTIONS.items():
+        parser.add_argument(f"--{option.replace('_', '-')}", type=int, default=TINYLLAMA[key], metavar="N")
+
+
+def sizes_of(arguments: argparse.Namespace) -> dict[str, int]:
+    """The sizes that the options of `add_size_options` have given, by the names of the configuration."""
+    return {key: getattr(arguments, option) for option, key in _OPTIONS.items()}
 
 
 def made(directory: Path, make: Callable[[Path], Any]) -> Path:
@@ -34,6 +49,12 @@ def made(directory: Path, make: Callable[[Path], Any]) -> Path:
         make(unfinished)
         unfinished.rename(directory)
     return directory
+
+
+def compress(sparse: Path, bits: int, directory: Path) -> None:
+    """Write the compressed model, by the command that users have."""
+    words = [sys.executable, "-m", "maskllm", "compress", "--model", sparse, "--bits", bits, "--output", directory]
+    subprocess.run(list(map(str, words)), check=True)
 
 
 def write_word_tokenizer(directory: Path, vocabulary: int) -> None:

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from sentencepiece import sentencepiece_model_pb2
 
-from benchmarks.models import check_llama, made, write_random_llama
+from benchmarks.models import add_size_options, check_llama, compress, made, sizes_of, write_random_llama
 from benchmarks.results import load_average
 from maskllm.errors import MaskLLMError
 from maskllm.files import read_json_object, write_json
@@ -82,14 +82,7 @@ def run(words: Sequence[object]) -> str:
 
 def prepare(args: argparse.Namespace) -> dict[str, list[object]]:
     """Make all models. Returns the command that measures each one, by name."""
-    sizes = {
-        "hidden_size": args.hidden,
-        "intermediate_size": args.mlp,
-        "num_hidden_layers": args.layers,
-        "num_attention_heads": args.heads,
-        "num_key_value_heads": args.kv_heads,
-        "vocab_size": args.vocabulary,
-    }
+    sizes = sizes_of(args)
     args.work.mkdir(parents=True, exist_ok=True)
     dense = made(args.work / "dense", lambda path: make_model(path, sizes))
     check_llama(dense, sizes, torch.bfloat16)
@@ -110,9 +103,7 @@ def prepare(args: argparse.Namespace) -> dict[str, list[object]]:
     for name in args.ours:
         model, bits = dense, OURS[name]
         if bits:
-            rounded = [] if bits == 16 else ["--bits", bits]
-            compress = [*maskllm, "compress", "--model", dense, *rounded, "--output"]
-            model = made(args.work / f"compressed-{bits}", lambda path, compress=compress: run([*compress, path]))
+            model = made(args.work / f"compressed-{bits}", lambda path, bits=bits: compress(dense, bits, path))
         commands[name] = [*maskllm, "benchmark", "--model", model, *ends]
     prompt = args.work / "prompt.json"
     generator = torch.Generator().manual_seed(0)
@@ -161,8 +152,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--prompt-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--new-tokens", type=int, default=64, metavar="N")
-    for name, size in (("hidden", 2048), ("mlp", 5632), ("layers", 22), ("heads", 32), ("kv-heads", 4), ("vocabulary", 32000)):
-        parser.add_argument(f"--{name}", type=int, default=size, metavar="N")
+    add_size_options(parser)
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
     args = parser.parse_args(argv)
     commands = prepare(args)

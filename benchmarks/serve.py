@@ -23,7 +23,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.models import check_llama, made, write_random_llama
+from benchmarks.models import add_size_options, check_llama, made, sizes_of, write_random_llama
 from maskllm.dtypes import BY_NAME
 from maskllm.errors import MaskLLMError
 from maskllm.export.compress import CompressSettings, compress
@@ -103,14 +103,7 @@ def _answers(port: int) -> bool:
 
 def measure(args: argparse.Namespace, work: Path) -> dict:
     """Make the model, serve it twice, and measure."""
-    sizes = {
-        "vocab_size": args.vocabulary,
-        "hidden_size": args.hidden,
-        "intermediate_size": args.ffn,
-        "num_hidden_layers": args.layers,
-        "num_attention_heads": args.heads,
-        "num_key_value_heads": args.kv_heads,
-    }
+    sizes = sizes_of(args)
     dtype = BY_NAME[args.dtype]
     dense = made(work / "dense", lambda path: write_random_llama(path, sizes, dtype))
     check_llama(dense, sizes, dtype)
@@ -142,7 +135,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
         "vllm": found.stdout,
         "layers": args.layers,
         "hidden": args.hidden,
-        "ffn": args.ffn,
+        "ffn": args.mlp,
         "dtype": args.dtype,
         "bits": args.bits or 16,
         "compiled": args.compile,
@@ -162,12 +155,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help=f"vLLM's interpreter; default: {VLLM_PYTHON}",
     )
     parser.add_argument("--work", type=Path, metavar="DIR", help="for models and logs; models that are there are used again")
-    parser.add_argument("--layers", type=int, default=22)
-    parser.add_argument("--hidden", type=int, default=2048)
-    parser.add_argument("--ffn", type=int, default=5632)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=4)
-    parser.add_argument("--vocabulary", type=int, default=32000)
+    add_size_options(parser)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--bits", type=int, choices=(16, 8, 4), help="of a kept weight in the compressed checkpoint")
     parser.add_argument("--compile", action="store_true", help="with torch.compile; default: --enforce-eager")

@@ -31,7 +31,7 @@ server = http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--por
 print(os.getpid(), own.pid, flush=True)
 server.serve_forever()
 """
-SIZES = ["--layers", "1", "--hidden", "64", "--ffn", "128", "--heads", "2", "--kv-heads", "2", "--vocabulary", "96"]
+SIZES = ["--layers", "1", "--hidden", "64", "--mlp", "128", "--heads", "2", "--kv-heads", "2", "--vocabulary", "96"]
 
 
 def wait_for(holds: Callable[[], bool]) -> None:

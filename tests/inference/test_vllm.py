@@ -213,7 +213,7 @@ def test_vllms_linears():
 @pytest.mark.long
 @without_vllm
 def test_the_measurement(tmp_path):
-    sizes = ["--layers", "1", "--hidden", "64", "--ffn", "128", "--heads", "2", "--kv-heads", "2", "--vocabulary", "96"]
+    sizes = ["--layers", "1", "--hidden", "64", "--mlp", "128", "--heads", "2", "--kv-heads", "2", "--vocabulary", "96"]
     command = [sys.executable, "-m", "benchmarks.serve", "--requests", "1", "2", "--new-tokens", "4", "--repeats", "1", *sizes]
     subprocess.run([*command, "--dtype", "float32", "--json", tmp_path / "serve.json"], cwd=ROOT, check=True, timeout=3600)
     report = json.loads((tmp_path / "serve.json").read_text())
