@@ -18,7 +18,7 @@ has_gpu = torch.cuda.is_available() and has_kernels("cuda")
 FAULTS = {
     "a missing barrier": ("masked_weight.cu", "    __syncthreads();\n", ""),
     "an odd end read as a whole": ("masked_weight.cu", "whole = aligned && second", "whole = aligned"),
-    "an address taken for aligned": ("masked_weight.cu", " && aligned16(args.masked)", ""),
+    "an address taken for aligned": ("masked_weight.cu", "aligned16(args.weight) && aligned16(args.logits) && ", ""),
     "a row that is not carried": ("masked_weight.cu", "      ++row;\n", ""),
     "a byte too many": (
         "matrix.cu",
