@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from sentencepiece import sentencepiece_model_pb2
 
-from benchmarks.models import add_size_options, check_llama, compress, made, sizes_of, write_random_llama
+from benchmarks.models import add_size_options, check_llama, made, sizes_of, write_random_llama
 from benchmarks.results import load_average
 from maskllm.errors import MaskLLMError
 from maskllm.files import read_json_object, write_json
@@ -103,7 +103,8 @@ def prepare(args: argparse.Namespace) -> dict[str, list[object]]:
     for name in args.ours:
         model, bits = dense, OURS[name]
         if bits:
-            model = made(args.work / f"compressed-{bits}", lambda path, bits=bits: compress(dense, bits, path))
+            compress = [*maskllm, "compress", "--model", dense, "--bits", bits, "--output"]
+            model = made(args.work / f"compressed-{bits}", lambda path, compress=compress: run([*compress, path]))
         commands[name] = [*maskllm, "benchmark", "--model", model, *ends]
     prompt = args.work / "prompt.json"
     generator = torch.Generator().manual_seed(0)
