@@ -37,7 +37,7 @@ def sources(recipe: str) -> list[str]:
 def render(recipe: str, found: Mapping[str, Result]) -> list[str]:
     """The Markdown table of a recipe from results by `RECIPE/ROW`, commands that made rows and the time of a row."""
     rows = {row["row"]: row for result in found.values() for row in result.result["rows"]}
-    commands = [f"* {name}: `{row['command'].partition(' --output ')[0]}`" for name, row in list(rows.items())[:2]]
+    commands = [f"* {name}: `{_shown(recipe, row['command'])}`" for name, row in list(rows.items())[:2]]
     seconds = sorted(row["seconds"] for row in rows.values())
     times = " to ".join(format_seconds(one) for one in dict.fromkeys((seconds[0], seconds[-1])))
     return [
@@ -47,3 +47,9 @@ def render(recipe: str, found: Mapping[str, Result]) -> list[str]:
         "",
         *commands,
     ]
+
+
+def _shown(recipe: str, command: str) -> str:
+    """A row's command without its output, and with the folder of the table that the pages name."""
+    shown, _, output = command.partition(" --output ")
+    return shown.replace(output.rpartition("/")[0], f"outputs/tables/{recipe}")

@@ -200,10 +200,14 @@ def python(server: str, words: list[str]) -> None:
         program = words.index("-m", 2)
         options = " ".join(words[2:program]).replace("=", " ").split()
         ranks, words = int(options[options.index("--nproc-per-node") + 1]), words[program:]
+    passed_on = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # The program may run, and this process be sent a signal for it, before there is a `job` to pass it on.
+    signal.pthread_sigmask(signal.SIG_BLOCK, passed_on)
     job = Job(server, [word for word in words if word != "-u"], ranks, [1, 2], dict(os.environ))
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in passed_on:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, lambda received, _: job.pass_signal(received))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
     _end(job.wait())
 
 

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from maskllm.failures import run_guarded
 from maskllm.files import read_json_object, write_json, write_text
 from maskllm.markdown import markdown_table
 
@@ -169,12 +170,12 @@ def main() -> int:
             print(f"[{row}] {shlex.join(command)}", flush=True)
             if subprocess.run(command, check=False).returncode:
                 failed.append(row)
-                if row == DENSE and recipe.from_dense:
-                    break
         all_rows = {name: found for name in recipe.rows if (found := finished(args.output, name)) is not None}
         args.output.mkdir(parents=True, exist_ok=True)
         write_json(args.output / "rows.json", {"rows": list(all_rows.values())})
         write_text(args.output / "table.md", "\n".join([f"# {recipe.title}", "", *table(recipe, all_rows)]) + "\n")
+        if recipe.from_dense and DENSE in failed:
+            break
     if args.dry_run:
         return 0
     print((args.output / "table.md").read_text(encoding="utf-8"))
@@ -186,4 +187,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_guarded("table.py", main))

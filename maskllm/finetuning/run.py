@@ -12,6 +12,7 @@ import gc
 import json
 import random
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -59,8 +60,8 @@ NOT_COMPARED = (
 )  # fmt: skip
 """Settings that do not decide the results. Of the files the record has the names and the sizes, in their order, of models and masks
 what they hold."""
-AT_ONCE = "prune at once"
-"""The stage that prunes to the last sparsity of a schedule, for comparison."""
+AT_ONCE = "prune one-shot"
+"""The stage that prunes to the last sparsity of a schedule at once, for comparison."""
 
 
 def finetune(settings: FinetuneSettings) -> dict[str, Any]:
@@ -132,7 +133,7 @@ class _Run:
             if steps == 1 and target is not None:
                 results.append(Result(ONE_SHOT, self._evaluation("one-shot"), [f"prune {_words(target)}"]))
             trained = functools.partial(self._load, folder / "model")
-            results.append(Result(name, self._measured("trained" if last else folder.name, trained), made))
+            results.append(Result(name, self._measured(name, trained, "trained" if last else folder.name), made))
             start = folder / "model"
         report = build_report(
             settings,
@@ -155,6 +156,8 @@ class _Run:
         if is_first_rank():
             write_report(report, self.output)
             print(results_table(report))
+            made = ["model", *(["mask.npz"] if settings.targets else []), "report.html"]
+            print(f"wrote {', '.join(str(self.output / name) for name in made)}")
         return report
 
     def _stages_of(self, target: Sparsity | None) -> list[str]:
@@ -183,33 +186,41 @@ class _Run:
     def _load(self, directory: Path) -> PreTrainedModel:
         return load_hf_model(directory, dtype=torch.float32, device=self.device, model_class=self.task.model_class)
 
-    def _measured(self, name: str, model: Callable[[], PreTrainedModel]) -> dict[str, Any]:
-        """The contents of evaluation/NAME.json, which is written first if it is missing. `model` is called for that only."""
-        if not _exists(self._evaluation_file(name)):
-            self._measure(name, model())
-        return self._evaluation(name)
+    def _measured(self, name: str, model: Callable[[], PreTrainedModel], file: str | None = None) -> dict[str, Any]:
+        """The contents of evaluation/FILE.json, which is written first if it is missing. `model` is called for that only.
 
-    def _measure(self, name: str, model: PreTrainedModel) -> None:
+        `name` is the model's in the table, and the file's too if that has no other.
+        """
+        file = file or name
+        if _exists(self._evaluation_file(file)):
+            _say_done(f"measure {name}")
+        else:
+            self._measure(name, file, model())
+        return self._evaluation(file)
+
+    def _measure(self, name: str, file: str, model: PreTrainedModel) -> None:
         with self.record.stage(f"measure {name}"):
             found = self.task.measure(model.eval(), self.held_out, self._autocast)
         if is_first_rank():
             values = {"measures": found.measures, "examples": found.examples, "zeros": zero_share(block_weights(model))}
             values["outputs"] = found.outputs
-            write_json(self._evaluation_file(name), only_finite(values))
+            write_json(self._evaluation_file(file), only_finite(values))
         wait_for_all()
 
     def _autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.bf16)
 
-    def _evaluation_file(self, name: str) -> Path:
-        return self.output / "evaluation" / f"{name}.json"
+    def _evaluation_file(self, file: str) -> Path:
+        return self.output / "evaluation" / f"{file}.json"
 
-    def _evaluation(self, name: str) -> dict[str, Any]:
-        return read_json_object(self._evaluation_file(name))
+    def _evaluation(self, file: str) -> dict[str, Any]:
+        return read_json_object(self._evaluation_file(file))
 
     def _make(self, folder: Path, target: Sparsity | None, start: Path, *, is_first: bool) -> None:
         """Prune the model at `start` to `target`, None for not at all, train it and write it to `folder`, all if it is not there yet."""
-        if not _exists(folder / "model"):
+        if _exists(folder / "model"):
+            _say_done(*(stage for stage in self._stages_of(target) if stage in self.record.stages))
+        else:
             self._prune_and_train(folder, target, start, is_first=is_first)
         if is_first_rank():
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -231,6 +242,8 @@ class _Run:
         mask = self.settings.mask or folder / "pruned.npz"
         # Updated weights are in the training's checkpoints.
         if self.settings.mask or (_exists(mask) and (not self.settings.update_weights or newest_checkpoint(folder))):
+            if not self.settings.mask:
+                _say_done(f"prune {_words(target)}")
             open_mask_file(mask).apply(block_weights(model))
             return mask, model
         masks = self._prune(f"prune {_words(target)}", model, target, zeros_stay=zeros_stay)
@@ -281,8 +294,11 @@ class _Run:
             )
             trainer.remove_callback(PrinterCallback if trainer.args.disable_tqdm else DEFAULT_PROGRESS_CALLBACK)
             trainer.add_callback(Progress)
+            checkpoint = newest_checkpoint(folder)
+            if checkpoint is not None and is_first_rank():
+                print(f"goes on from {Path(checkpoint).name}", file=sys.stderr)
             with errors_of_workers():
-                trainer.train(resume_from_checkpoint=newest_checkpoint(folder))
+                trainer.train(resume_from_checkpoint=checkpoint)
             log = trainer.state.log_history
             model, masks = trainer.finish()
         if use_cache is not None:
@@ -320,6 +336,12 @@ def _compared(settings: FinetuneSettings) -> dict[str, Any]:
     if settings.mask is not None:
         values["mask"] = [[settings.mask, f"masks {open_mask_file(settings.mask).digest}"]]
     return values
+
+
+def _say_done(*stages: str) -> None:
+    """Tell of stages that an earlier start of the run has finished."""
+    if is_first_rank():
+        print("".join(f"[{stage}] done before\n" for stage in stages), end="", file=sys.stderr, flush=True)
 
 
 def _words(target: Sparsity | None) -> str:

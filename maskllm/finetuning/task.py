@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,13 +99,17 @@ class Task(abc.ABC):
     def batches(
         self, examples: Sequence[Example], what: str, device: torch.device
     ) -> Iterator[tuple[dict[int, Example], dict[str, torch.Tensor]]]:
-        """This process's part of the examples, by their places, with the batch that they make; and progress on the terminal."""
+        """This process's part of the examples, by their places, with the batch that they make; and progress on standard error: a bar on a
+        terminal, else ten lines."""
         rank, ranks = rank_and_size()
         mine, size = range(rank, len(examples), ranks), self.settings.per_device_eval_batch_size
-        silent = None if is_first_rank() else True
-        for start in tqdm(range(0, len(mine), size), desc=what, unit="batch", disable=silent, leave=False):
+        starts = range(0, len(mine), size)
+        progress = tqdm(starts, desc=what, unit="batch", disable=None if is_first_rank() else True, leave=False)
+        for number, start in enumerate(progress, start=1):
             part = {place: examples[place] for place in mine[start : start + size]}
             yield part, {name: tensor.to(device) for name, tensor in self.collate(list(part.values())).items()}
+            if progress.disable and is_first_rank() and number * 10 // len(starts) > (number - 1) * 10 // len(starts):
+                print(f"{what}: batch {number} of {len(starts)}", file=sys.stderr, flush=True)
 
 
 def padded(rows: Sequence[Any], value: int) -> torch.Tensor:

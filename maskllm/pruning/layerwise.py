@@ -10,6 +10,7 @@ sample passes through a layer alone and one rank solves a matrix, so the masks d
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass
@@ -77,6 +78,8 @@ def prune_layers(
 ) -> list[dict[str, Any]]:
     """Prune each layer in place and store it; returns a report (JSON values) per layer.
 
+    Standard error shows the progress, with the relative error of each matrix's outputs: a bar on a terminal, else a line a layer.
+
     Args:
         layers: may load its layers one at a time.
         num_layers: the number of layers.
@@ -88,12 +91,16 @@ def prune_layers(
     """
     reports = []
     last_to_solve = max((index for index in range(num_layers) if index not in store.finished), default=-1)
-    progress = tqdm(layers, total=num_layers, desc="prune", unit="layer", disable=group is not None and group.rank() != 0)
+    is_silent = group is not None and group.rank() != 0
+    progress = tqdm(layers, total=num_layers, desc="prune", unit="layer", disable=is_silent or None)
     for index, layer in enumerate(progress):
         report = _prune_layer(layer, index, hidden, settings, store, group, outputs_wanted=index < last_to_solve)
         reports.append(report)
         errors = {name.split(".")[-1]: entry["relative_error"] for name, entry in report["matrices"].items()}
-        progress.set_postfix_str(" ".join(f"{name} {error:.3f}" for name, error in errors.items() if error is not None))
+        shown = " ".join(f"{name} {error:.3f}" for name, error in errors.items() if error is not None)
+        progress.set_postfix_str(shown)
+        if progress.disable and not is_silent:
+            print(f"prune: layer {index + 1} of {num_layers}{shown and ': '}{shown}", file=sys.stderr, flush=True)
     return reports
 
 

@@ -129,6 +129,14 @@ def test_finished_rows_are_kept_and_failed_ones_are_named(run, tmp_path, capsys)
     assert "75 %" in (tmp_path / "out" / "table.md").read_text()
 
 
+def test_without_the_dense_row_no_row_that_starts_from_it_runs(run, tmp_path, capsys):
+    (tmp_path / "fail").touch()
+    assert run("--row", "2-4-ce", recipe="whisper-digits") == 1
+    shown = capsys.readouterr()
+    assert "No row has finished." in shown.out and "failed: dense" in shown.err
+    assert (tmp_path / "calls.txt").read_text().split() == ["dense"]
+
+
 def test_unknown_names_are_told(run):
     with pytest.raises(SystemExit, match="--row 3-4-ce: no such row; found dense, 2-4-ce"):
         run("--row", "3-4-ce", "--dry-run")
