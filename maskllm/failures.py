@@ -9,12 +9,14 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from maskllm.errors import MaskLLMError, as_line, first_line
 
@@ -25,14 +27,48 @@ def run_guarded(program: str, call: Callable[[], int | None]) -> int:
     Returns the exit status: what `call` returns (0 for None), or that of the error. A verb that runs in a process group calls this
     inside of the group.
     """
+    with _interrupts_kept() as was_interrupted:
+        try:
+            return call() or 0
+        except (Exception, KeyboardInterrupt) as error:
+            found = KeyboardInterrupt() if was_interrupted() else error
+            if is_alone() and not isinstance(found, MaskLLMError | OSError | KeyboardInterrupt):
+                raise
+            return report(program, found, sys.stderr)
+
+
+@contextlib.contextmanager
+def _interrupts_kept() -> Iterator[Callable[[], bool]]:
+    """A block in which no library loses an interrupt. Yields a function that tells whether one has come.
+
+    A module that is interrupted while it is imported may raise another error instead, and Python ignores what a destructor raises; then
+    the interrupt is sent again.
+    """
+    came = threading.Event()
+
+    def interrupt(number: int, frame: Any) -> None:
+        came.set()
+        signal.default_int_handler(number, frame)
+
+    def ignored(unraisable: Any) -> None:
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            threading.Timer(0.01, os.kill, [os.getpid(), signal.SIGINT]).start()
+        else:
+            hook(unraisable)
+
+    is_default = (
+        threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    hook = sys.unraisablehook
+    if is_default:
+        signal.signal(signal.SIGINT, interrupt)
+        sys.unraisablehook = ignored
     try:
-        return call() or 0
-    except (MaskLLMError, OSError, KeyboardInterrupt) as error:
-        return report(program, error, sys.stderr)
-    except Exception as error:
-        if is_alone():
-            raise
-        return report(program, error, sys.stderr)
+        yield came.is_set
+    finally:
+        if is_default:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            sys.unraisablehook = hook
 
 
 def is_alone() -> bool:

@@ -9,7 +9,7 @@
 # TRANSLATION  folder with Multi30k, {train,val,test_2016_flickr}.{en,de}.gz
 # OUTPUT       outputs/finetune by default
 #
-# T5 and MPT are trained from scratch, on one CPU core for about 40 and 25 minutes. Repeat the command after an interruption.
+# T5 and MPT are trained from scratch, on one CPU core for 21 to 41 and 14 to 25 minutes. Repeat the command after an interruption.
 set -euo pipefail
 
 if [ $# -lt 3 ] || [ $# -gt 4 ]; then

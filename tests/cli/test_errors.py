@@ -6,7 +6,9 @@ import contextlib
 import io
 import resource
 import shutil
+import signal
 import sys
+import time
 
 import pytest
 from tokenizers import Tokenizer
@@ -65,6 +67,34 @@ def test_an_interrupt_while_importing_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr("importlib.import_module", interrupt)
     assert main(["trim", "--load", "a", "--output", "b"]) == 130
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+class _InterruptedAtItsEnd:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+
+def _lost_in_a_destructor():
+    _InterruptedAtItsEnd()
+    time.sleep(60)
+
+
+def _turned_into_another_error():
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt as error:
+        raise ModuleNotFoundError("could not import") from error
+
+
+@pytest.mark.parametrize("call", [_lost_in_a_destructor, _turned_into_another_error])
+def test_an_interrupt_that_a_library_loses_ends_the_program(call, capsys):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest itself may ignore it
+    try:
+        assert run_guarded("program", call) == 130
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr().err == "program: error: interrupted; run the same command again to go on\n"
 
 
 def test_a_checkpoint_of_another_stage_is_not_replaced(refused, tmp_path, tiny_hf, tiny_dense, tiny_pruned):

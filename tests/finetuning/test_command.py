@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -139,7 +140,11 @@ def test_a_finished_run_only_reports_again(text_run, llama, documents, held_out,
     words = ("--eval-data", held_out, "--pattern", "2:4", "--max-steps", 6, "--learning-rate", 1e-3, *KL)
     run("text", llama, [documents], output, *words)
     assert before == {path: path.stat().st_mtime_ns for path in before}
-    assert "one-shot" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "one-shot" in shown.out
+    assert shown.out.endswith(f"wrote {output / 'model'}, {output / 'mask.npz'}, {output / 'report.html'}\n")
+    stages = ["measure dense", "prune 2:4", "train 2:4", "measure trained"]
+    assert [line for line in shown.err.splitlines() if line.startswith("[")] == [f"[{stage}] done before" for stage in stages]
     assert main(command("text", llama, [documents], output, *words, "--learning-rate", 2e-3)) == 1
     assert f"{output}: holds a run with --learning-rate 0.001, not 0.002; " in capsys.readouterr().err
 
@@ -235,7 +240,7 @@ def test_speech(folder):
     assert (output / "model" / "preprocessor_config.json").exists()
 
 
-def test_a_killed_run_goes_on_where_it_was(ranks, folder, llama, documents, text_run):
+def test_a_killed_run_goes_on_where_it_was(ranks, folder, llama, documents, text_run, capsys):
     """The weights are those of the run that nothing interrupted, which made its pruning, batches and steps in one process."""
     options = ("--pattern", "2:4", "--max-steps", 4, "--learning-rate", 1e-3, "--save-steps", 1)
     whole, killed = folder / "whole", folder / "killed"
@@ -251,6 +256,7 @@ def test_a_killed_run_goes_on_where_it_was(ranks, folder, llama, documents, text
     torn.mkdir()
     (torn / "trainer_state.json").write_text("{")
     run("text", llama, [documents], killed, *options)
+    assert re.search(r"\[measure one-shot\] done before\n\[train 2:4\]\ngoes on from checkpoint-[1-9]\n", capsys.readouterr().err)
     resumed, wanted = weights(killed / "model"), weights(whole / "model")
     assert all(torch.equal(resumed[name], tensor) for name, tensor in wanted.items())
 
@@ -411,6 +417,8 @@ def test_progress_is_shown_on_standard_error(terminal, llama, documents, tmp_pat
         steps = [line for line in shown.err.splitlines() if line.startswith("step ")]
         assert [line.partition(":")[0] for line in steps] == [f"step {step} of 3" for step in (1, 2, 3)]
         assert "loss " in steps[0] and "cross_entropy " in steps[0] and "{" not in steps[0]
+        assert re.search(r"^prune: layer 1 of 2: \w+ 0\.\d{3}", shown.err, re.MULTILINE)
+        assert re.search(r"^perplexity: batch (\d+) of \1$", shown.err, re.MULTILINE) and "\r" not in shown.err
 
 
 def test_the_output_of_something_else_stays(llama, documents, tmp_path, capsys):
