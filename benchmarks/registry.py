@@ -49,8 +49,17 @@ class Table:
     """How the numbers came about."""
 
 
+MASK_KERNELS = (
+    "csrc/include",
+    *(
+        f"csrc/cpu/{name}"
+        for name in ("kernels.cpp", "kernels.h", "kernels.inl", "masked_weight.cpp", "matrix.cpp", "rounding.cpp")
+    ),
+    *(f"csrc/cpu/kernels_{name}.cpp" for name in ("avx2", "avx512", "portable")),
+)
+"""The kernels of masked weights and of masks on a CPU."""
 TRAINING = (
-    "csrc",
+    *MASK_KERNELS,
     "maskllm/data",
     "maskllm/families",
     "maskllm/masking",
@@ -62,7 +71,7 @@ TRAINING = (
 )
 """What decides which masks and weights a training finds."""
 FINETUNING = (
-    "csrc",
+    *MASK_KERNELS,
     "examples/finetune/table.py",
     "maskllm/finetuning",
     "maskllm/huggingface",

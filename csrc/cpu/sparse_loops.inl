@@ -29,8 +29,14 @@ struct Prefetch {
   static void request(const uint8_t* from) { __builtin_prefetch(from, 0, kWaits ? 2 : 3); }
 };
 
+// A pass of the activations over W rows of the matrix: the pass `number` of `all`. Each requests an equal part of the next W rows, so that
+// they are there when the first pass needs them, and no pass waits for all of their requests.
+struct Pass {
+  int64_t number, all;
+};
+
 template <class Step, int W, int R, int U>
-void tile(const SparseMatrix& matrix, const Groups& groups, const Product& product, int64_t input, int64_t row) {
+void tile(const SparseMatrix& matrix, const Groups& groups, const Product& product, Pass pass, int64_t input, int64_t row) {
   static_assert(U == 1 || W * R == 1);
   typename Step::Vector sums[U][W][R];
   for (int u = 0; u < U; ++u) {
@@ -44,6 +50,11 @@ void tile(const SparseMatrix& matrix, const Groups& groups, const Product& produ
     values[w] = matrix.values + (row + w) * matrix.value_bytes;
     places[w] = matrix.row_places(row + w);
     scales[w] = matrix.scales + (row + w) * matrix.groups;
+  }
+  int64_t ahead[W];  // in bytes; 0 for a row that another pass requests
+  for (int w = 0; w < W; ++w) ahead[w] = w % pass.all == pass.number ? W * matrix.value_bytes : 0;
+  if (W > 1 && pass.number == 0) {
+    for (int64_t line = 0; line < W * matrix.place_bytes; line += 64) __builtin_prefetch(places[0] + W * matrix.place_bytes + line, 0, 2);
   }
   const uint8_t* const inputs = product.inputs + input * product.row_bytes;
   const int64_t steps = matrix.kept / Step::kKept;
@@ -60,6 +71,7 @@ void tile(const SparseMatrix& matrix, const Groups& groups, const Product& produ
       typename Step::Loaded loaded[W];
 #pragma GCC unroll 4
       for (int w = 0; w < W; ++w) {
+        if constexpr (W > 1) __builtin_prefetch(values[w] + step * Step::kValueBytes + ahead[w], 0, 2);
         loaded[w] = Step::load(groups, values[w] + (step + u) * Step::kValueBytes, places[w] + (step + u) * Step::kPlaceBytes,
                                groups.of(scales[w], step + u));
       }
@@ -110,17 +122,22 @@ template <class Step>
 void product_of(const SparseMatrix& matrix, const Groups& groups, const Product& product, int64_t begin, int64_t end) {
   int64_t row = begin;
   if (product.rows > 1) {
+    const int64_t left = product.rows % Step::kInputs;
+    const Pass first{0, std::min<int64_t>(Step::kRows, product.rows / Step::kInputs + left / 2 + left % 2)};
     for (; row + Step::kRows <= end; row += Step::kRows) {
+      Pass pass = first;
       int64_t input = 0;
-      for (; input + Step::kInputs <= product.rows; input += Step::kInputs) {
-        tile<Step, Step::kRows, Step::kInputs, 1>(matrix, groups, product, input, row);
+      for (; input + Step::kInputs <= product.rows; input += Step::kInputs, ++pass.number) {
+        tile<Step, Step::kRows, Step::kInputs, 1>(matrix, groups, product, pass, input, row);
       }
-      for (; input + 2 <= product.rows; input += 2) tile<Step, Step::kRows, 2, 1>(matrix, groups, product, input, row);
-      for (; input < product.rows; ++input) tile<Step, Step::kRows, 1, 1>(matrix, groups, product, input, row);
+      for (; input + 2 <= product.rows; input += 2, ++pass.number) {
+        tile<Step, Step::kRows, 2, 1>(matrix, groups, product, pass, input, row);
+      }
+      if (input < product.rows) tile<Step, Step::kRows, 1, 1>(matrix, groups, product, pass, input, row);
     }
   }
   for (; row < end; ++row) {
-    for (int64_t input = 0; input < product.rows; ++input) tile<Step, 1, 1, Step::kUnroll>(matrix, groups, product, input, row);
+    for (int64_t input = 0; input < product.rows; ++input) tile<Step, 1, 1, Step::kUnroll>(matrix, groups, product, {}, input, row);
   }
 }
 
