@@ -67,7 +67,8 @@ def _interrupts_kept() -> Iterator[Callable[[], bool]]:
         yield came.is_set
     finally:
         if is_default:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+            # The end takes seconds, which invite another Ctrl-C, and that would only end in a traceback.
+            signal.signal(signal.SIGINT, signal.SIG_IGN if came.is_set() else signal.default_int_handler)
             sys.unraisablehook = hook
 
 

@@ -1,4 +1,5 @@
-"""What the operating system knows about processes: memory held, whether one has ended, and how a child ends with its parent."""
+"""What the operating system knows about processes: memory held, whether one has ended, how a child ends with its parent; and the wait for
+a child."""
 
 from __future__ import annotations
 
@@ -8,7 +9,11 @@ import os
 import resource
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from maskllm.errors import StoppedError
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -45,3 +50,28 @@ def end_with_parent(parent: int | None = None, number: int = signal.SIGKILL) -> 
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
     if os.getppid() != (parent or multiprocessing.parent_process().pid):  # the parent ended before prctl took effect
         os._exit(1)
+
+
+def wait_for_child(wait: Callable[[], Any], terminate: Callable[[], None]) -> Any:
+    """Call `wait`, which waits for a child process to end, and return its result.
+
+    Raises StoppedError after SIGTERM, which is passed on by `terminate`, and KeyboardInterrupt after SIGINT, which the terminal
+    sends to both processes. Both are raised only after the child has ended.
+    """
+    received: list[int] = []
+
+    def pass_on(number: int, _: Any) -> None:
+        received.append(number)
+        terminate()
+
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        result = wait()
+    except KeyboardInterrupt:
+        wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if received:
+        raise StoppedError("stopped by a signal; run the same command to go on")
+    return result

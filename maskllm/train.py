@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from maskllm.cli.train_options import parse_arguments
     from maskllm.failures import report, usage_said_once
     from maskllm.megatron.process_groups import run_in_group
-    from maskllm.training.surviving.output_lock import output_lock
+    from maskllm.output_lock import output_lock
     from maskllm.training.surviving.rank_output import rank_output
 
     rank = int(os.environ.get("RANK", "0"))
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 arguments = parse_arguments(argv)
             arguments.check()  # before the processes wait for each other
             if arguments.save and rank == 0:
-                stack.enter_context(output_lock(Path(arguments.save)))
+                stack.enter_context(output_lock(Path(arguments.save), "--save"))
             console = stack.enter_context(rank_output(arguments.save, rank))
             faulthandler.enable(all_threads=True)
             return run_in_group(

@@ -11,16 +11,25 @@ OUTPUT/table.md has the table of the rows that are finished, OUTPUT/rows.json th
 from __future__ import annotations
 
 import argparse
+import functools
+import json
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from maskllm.cli import finetune
+from maskllm.errors import MaskLLMError, flag
 from maskllm.failures import run_guarded
 from maskllm.files import read_json_object, write_json, write_text
+from maskllm.finetuning.settings import DECIDE_NOTHING, FinetuneSettings
 from maskllm.markdown import markdown_table
+from maskllm.processes import end_with_parent, wait_for_child
 
 RECIPES = Path(__file__).parent / "recipes"
 DENSE = "dense"
@@ -54,6 +63,9 @@ class Recipe:
         if not path.exists():
             raise SystemExit(f"{path}: no such recipe; found {', '.join(sorted(file.stem for file in RECIPES.glob('*.json')))}")
         content = read_json_object(path)
+        for key in ("title", "options"):
+            if key not in content:
+                raise MaskLLMError(f"{path}: has no {key!r}; wanted an object with title and options, such as those in {RECIPES}")
         self.title: str = content["title"]
         self.options: dict[str, Any] = content["options"] | ({"model": model} if model else {})
         self.dense: dict[str, Any] = content.get("dense", {})
@@ -89,13 +101,35 @@ class Recipe:
         return [*words, "--output", str(output / row)]
 
 
-def check_same_model(recipe: Recipe, output: Path, prepared: str) -> None:
-    """Raise SystemExit if a finished row in `output` has not started from the model that it would start from now."""
+def settings_of(arguments: list[str]) -> FinetuneSettings:
+    """What `maskllm finetune` makes of a row's arguments, with its defaults. Raises SystemExit or MaskLLMError as it does."""
+    parser = argparse.ArgumentParser(prog="maskllm finetune", usage="table.py RECIPE [options of maskllm finetune]")
+    finetune.add_arguments(parser)
+    return finetune.settings(parser.parse_args(arguments[1:])).complete()
+
+
+def check_rows(recipe: Recipe, output: Path, prepared: str, more: list[str]) -> None:
+    """Raise an error if the options of a row cannot be, or if a finished row in `output` had others."""
     for row in recipe.rows:
-        arguments = recipe.arguments(row, output, prepared)
-        wanted = arguments[arguments.index("--model") + 1]
-        if (found := finished(output, row)) and (model := found["settings"]["model"]) != wanted:
-            raise SystemExit(f"{output / row}: is of --model {model}, not {wanted}; take another --output")
+        wanted = json.loads(json.dumps(asdict(settings_of([*recipe.arguments(row, output, prepared), *more]))))
+        if wanted["gradient_accumulation_steps"] is None:  # the report has the number that the run has found
+            del wanted["gradient_accumulation_steps"]
+        for name, found in (finished(output, row) or {"settings": {}})["settings"].items():
+            if name in ("output", *DECIDE_NOTHING) or name not in wanted:
+                continue
+            if (value := wanted[name]) != found:
+                raise MaskLLMError(f"{output / row}: is of {flag(name)} {_text(found)}, not {_text(value)}; take another --output")
+
+
+def _text(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def run_row(command: list[str]) -> bool:
+    """Run a row's command; returns whether it has ended well. It ends with this process, which waits for it after an interruption."""
+    end = functools.partial(end_with_parent, os.getpid(), signal.SIGTERM)
+    process = subprocess.Popen(command, preexec_fn=end)
+    return wait_for_child(process.wait, process.terminate) == 0
 
 
 def finished(output: Path, row: str) -> dict[str, Any] | None:
@@ -136,7 +170,7 @@ def table(recipe: Recipe, rows: dict[str, dict[str, Any]]) -> list[str]:
         one_shot = cell(mine[0], "one_shot") if mine else ""
         lines.append([str(zeros), one_shot, *(cell(f"{target}-{loss}", "trained") for loss in recipe.losses), best])
     titles = [" + ".join(TITLES[term] for term in loss.split("-")) for loss in recipe.losses]
-    text = markdown_table(["weights kept", "one-shot", *titles, "best, to dense fine-tuned"], lines, left=1)
+    text = markdown_table(["sparsity", "one-shot", *titles, "best, to dense fine-tuned"], lines, left=1)
     if DENSE in rows:
         dense = rows[DENSE]
         before, after = (share(dense[key][measure], measure) for key in ("dense", "trained"))
@@ -160,7 +194,7 @@ def main() -> int:
     rows, failed = args.row or recipe.rows, []
     if recipe.from_dense and DENSE not in rows:
         rows = [DENSE, *rows]
-    check_same_model(recipe, args.output, args.prepared)
+    check_rows(recipe, args.output, args.prepared, more)
     for row in rows:
         command = [*shlex.split(args.launch), *recipe.arguments(row, args.output, args.prepared), *more]
         if args.dry_run:
@@ -168,7 +202,7 @@ def main() -> int:
             continue
         if finished(args.output, row) is None:
             print(f"[{row}] {shlex.join(command)}", flush=True)
-            if subprocess.run(command, check=False).returncode:
+            if not run_row(command):
                 failed.append(row)
         all_rows = {name: found for name in recipe.rows if (found := finished(args.output, name)) is not None}
         args.output.mkdir(parents=True, exist_ok=True)

@@ -6,10 +6,13 @@ import argparse
 import dataclasses
 import types
 import typing
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from maskllm.environment.optional_parts import require_extra
 from maskllm.errors import flag
+
+if TYPE_CHECKING:
+    from maskllm.finetuning.settings import FinetuneSettings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,14 +44,18 @@ def _kind(hint: Any) -> type:
     return str if typing.get_origin(hint) is tuple else hint
 
 
-def run(args: argparse.Namespace) -> None:
-    """Run all stages; the first process prints the table of the measures."""
-    from maskllm.finetuning.run import finetune
+def settings(args: argparse.Namespace) -> FinetuneSettings:
+    """The settings that the options say."""
     from maskllm.finetuning.settings import FinetuneSettings
 
     values = {entry.name: getattr(args, entry.name) for entry in dataclasses.fields(FinetuneSettings)}
-    finetune(
-        FinetuneSettings(
-            **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if value is not None}
-        )
+    return FinetuneSettings(
+        **{name: tuple(value) if isinstance(value, list) else value for name, value in values.items() if value is not None}
     )
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run all stages; the first process prints the table of the measures."""
+    from maskllm.finetuning.run import finetune
+
+    finetune(settings(args))

@@ -18,6 +18,7 @@ from maskllm.environment.memory import peak_memory_bytes
 from maskllm.environment.revision import commit
 from maskllm.errors import MaskLLMError, flag
 from maskllm.files import read_json_object, write_json
+from maskllm.output_lock import LOCK, output_lock
 
 FILE = "run.json"
 PACKAGES = ("torch", "transformers", "accelerate")
@@ -31,12 +32,16 @@ class RunRecord:
         tells it from another one. The first process calls it.
 
         The first stage writes the file, so a command that is refused before it leaves nothing. The memory of the stages is that of
-        `device`. Raises MaskLLMError if the directory holds another run, or anything else.
+        `device`. Raises MaskLLMError if the directory holds another run, or anything else, or if another process is writing there.
         """
         self._file, self._device = output / FILE, device
+        self._lock = contextlib.ExitStack()
+        self._is_locked = False
         with raised_together():
             found = _begun(output, settings()) if is_first_rank() else None
         found = from_first_rank(found)
+        if found["stages"]:
+            self._take_lock()
         self.stages: dict[str, dict[str, Any]] = found["stages"]
         self.commit: str | None = found["commit"]
         """The code's when the run began, if known."""
@@ -44,12 +49,29 @@ class RunRecord:
         """On which the run began."""
         self._settings: dict[str, Any] = found["settings"]
 
+    def __enter__(self) -> RunRecord:
+        """No other run writes into the directory from the first stage on, or from the start if it goes on, until the block ends."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.close()
+
+    def _take_lock(self) -> None:
+        """Raise MaskLLMError in all processes if another run is writing into the directory."""
+        if self._is_locked:
+            return
+        with raised_together():
+            if is_first_rank():
+                self._lock.enter_context(output_lock(self._file.parent, "--output"))
+        self._is_locked = True
+
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[Callable[[], None]]:
         """A block that is the stage `name`, or a part of it; its time is added to the stage's.
 
         Yields a function to call at a point from which a killed run goes on: it writes down the time up to now.
         """
+        self._take_lock()
         if is_first_rank():
             print(f"[{name}]", file=sys.stderr, flush=True)
         stage = self.stages.setdefault(name, {"seconds": 0.0, "peak_memory_bytes": 0})
@@ -96,7 +118,7 @@ def _read(output: Path) -> dict[str, Any] | None:
         found = read_json_object(file)
         if all(isinstance(found.get(key), dict) for key in ("settings", "machine", "stages")) and "commit" in found:
             return found
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and (not output.is_dir() or any(path.name != LOCK for path in output.iterdir())):
         raise MaskLLMError(f"--output {output}: exists and holds no run of maskllm finetune; remove it or name another")
     return None
 

@@ -32,7 +32,7 @@ from maskllm.evaluation.huggingface import block_weights, hash_of, zero_share
 from maskllm.files import atomic_directory, read_json_object, write_json, write_text
 from maskllm.finetuning.record import RunRecord
 from maskllm.finetuning.report import DENSE, ONE_SHOT, TRAINED, Result, build_report, results_table, write_report
-from maskllm.finetuning.settings import FinetuneSettings
+from maskllm.finetuning.settings import DECIDE_NOTHING, FinetuneSettings
 from maskllm.finetuning.speech import SpeechTask
 from maskllm.finetuning.task import Example, Task
 from maskllm.finetuning.text import TextTask
@@ -55,11 +55,6 @@ from maskllm.reporting.files import only_finite
 TASKS: dict[str, type[Task]] = {task.name: task for task in (TextTask, TranslationTask, SpeechTask)}
 HELD_OUT = 0.05
 """The share of the examples to measure on if there is no file for that."""
-NOT_COMPARED = (
-    "output", "per_device_eval_batch_size", "dataloader_num_workers", "logging_steps", "save_steps", "data", "eval_data",
-)  # fmt: skip
-"""Settings that do not decide the results. Of the files the record has the names and the sizes, in their order, of models and masks
-what they hold."""
 AT_ONCE = "prune one-shot"
 """The stage that prunes to the last sparsity of a schedule at once, for comparison."""
 
@@ -76,7 +71,9 @@ def finetune(settings: FinetuneSettings) -> dict[str, Any]:
     examples, held_out = _read_data(task, settings)
     try:
         with quiet_transformers():
-            return _Run(settings, source, task, examples, held_out).report()
+            run = _Run(settings, source, task, examples, held_out)
+            with run.record:
+                return run.report()
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -122,6 +119,8 @@ class _Run:
         steps = len(settings.targets) or 1
         if steps > 1:
             pruned = functools.partial(self._pruned_at_once, settings.targets[-1])
+            if _exists(self._evaluation_file("one-shot")):
+                self._say_done(AT_ONCE)
             results.append(Result(ONE_SHOT, self._measured("one-shot", pruned), [AT_ONCE]))
         start, made = self.source, []
         for number, target in enumerate(settings.targets or [None], start=1):
@@ -156,8 +155,8 @@ class _Run:
         if is_first_rank():
             write_report(report, self.output)
             print(results_table(report))
-            made = ["model", *(["mask.npz"] if settings.targets else []), "report.html"]
-            print(f"wrote {', '.join(str(self.output / name) for name in made)}")
+            written = ["model", *(["mask.npz"] if settings.targets else []), "report.html"]
+            print(f"wrote {', '.join(str(self.output / name) for name in written)}")
         return report
 
     def _stages_of(self, target: Sparsity | None) -> list[str]:
@@ -193,7 +192,7 @@ class _Run:
         """
         file = file or name
         if _exists(self._evaluation_file(file)):
-            _say_done(f"measure {name}")
+            self._say_done(f"measure {name}")
         else:
             self._measure(name, file, model())
         return self._evaluation(file)
@@ -219,11 +218,18 @@ class _Run:
     def _make(self, folder: Path, target: Sparsity | None, start: Path, *, is_first: bool) -> None:
         """Prune the model at `start` to `target`, None for not at all, train it and write it to `folder`, all if it is not there yet."""
         if _exists(folder / "model"):
-            _say_done(*(stage for stage in self._stages_of(target) if stage in self.record.stages))
+            pruned, *trained = self._stages_of(target)
+            self._say_done(pruned, *(["measure one-shot"] if len(self.settings.targets) == 1 else []), *trained)
         else:
             self._prune_and_train(folder, target, start, is_first=is_first)
         if is_first_rank():
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+    def _say_done(self, *stages: str) -> None:
+        """Tell of stages that an earlier start of the run has finished; those that the run does not have are left out."""
+        if is_first_rank():
+            lines = [f"[{stage}] done before\n" for stage in stages if stage in self.record.stages]
+            print("".join(lines), end="", file=sys.stderr, flush=True)
 
     def _prune_and_train(self, folder: Path, target: Sparsity | None, start: Path, *, is_first: bool) -> None:
         if target is None:
@@ -242,8 +248,7 @@ class _Run:
         mask = self.settings.mask or folder / "pruned.npz"
         # Updated weights are in the training's checkpoints.
         if self.settings.mask or (_exists(mask) and (not self.settings.update_weights or newest_checkpoint(folder))):
-            if not self.settings.mask:
-                _say_done(f"prune {_words(target)}")
+            self._say_done(f"prune {_words(target)}")
             open_mask_file(mask).apply(block_weights(model))
             return mask, model
         masks = self._prune(f"prune {_words(target)}", model, target, zeros_stay=zeros_stay)
@@ -326,8 +331,8 @@ class _Run:
 
 
 def _compared(settings: FinetuneSettings) -> dict[str, Any]:
-    """The settings that decide the results, and what tells their files from others."""
-    values = {name: value for name, value in asdict(settings).items() if name not in NOT_COMPARED}
+    """The settings that decide the results, with what tells their files from others: the data's sizes, what models and masks hold."""
+    values = {name: value for name, value in asdict(settings).items() if name not in ("output", *DECIDE_NOTHING)}
     for name in ("data", "eval_data"):
         values[name] = [[str(Path(file).resolve()), f"{Path(file).stat().st_size} bytes"] for file in getattr(settings, name)]
     for name in ("model", "teacher"):
@@ -336,12 +341,6 @@ def _compared(settings: FinetuneSettings) -> dict[str, Any]:
     if settings.mask is not None:
         values["mask"] = [[settings.mask, f"masks {open_mask_file(settings.mask).digest}"]]
     return values
-
-
-def _say_done(*stages: str) -> None:
-    """Tell of stages that an earlier start of the run has finished."""
-    if is_first_rank():
-        print("".join(f"[{stage}] done before\n" for stage in stages), end="", file=sys.stderr, flush=True)
 
 
 def _words(target: Sparsity | None) -> str:

@@ -17,6 +17,9 @@ from maskllm.masking.selection import Sparsity
 from maskllm.patterns import Pattern
 from maskllm.pruning.solve import METHODS
 
+DECIDE_NOTHING = ("per_device_eval_batch_size", "dataloader_num_workers", "logging_steps", "save_steps")
+"""Settings that may change while a run goes on, because they do not decide its results."""
+
 
 def _option(default: Any, help: str, **kwargs: Any) -> Any:
     return field(default=default, metadata={"help": help, **kwargs})

@@ -134,6 +134,9 @@ class Progress(ProgressCallback):
             return
         values = ", ".join(f"{name} {value:.4g}" for name, value in logs.items() if name != "epoch")
         if args.disable_tqdm:
-            print(f"step {state.global_step} of {state.max_steps}: {values}", file=sys.stderr, flush=True)
+            sys.stderr.write(
+                f"step {state.global_step} of {state.max_steps}: {values}\n"
+            )  # at once, so that an interrupt does not tear it
+            sys.stderr.flush()
         else:
             self.training_bar.set_postfix_str(values)

@@ -249,5 +249,5 @@ def _opened(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
             yield archive
     except (ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         # zipfile raises RuntimeError if damaged flags ask for a password or for a compression method that it does not know.
-        reason = whole_message(error)
+        reason = whole_message(error) if zipfile.is_zipfile(path) else "it is no zip file"
         raise MaskLLMError(f"{path}: not a readable .npz mask file ({reason})") from error

@@ -9,10 +9,11 @@ sample passes through a layer alone and one rank solves a matrix, so the masks d
 
 from __future__ import annotations
 
+import itertools
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -96,12 +97,26 @@ def prune_layers(
     for index, layer in enumerate(progress):
         report = _prune_layer(layer, index, hidden, settings, store, group, outputs_wanted=index < last_to_solve)
         reports.append(report)
-        errors = {name.split(".")[-1]: entry["relative_error"] for name, entry in report["matrices"].items()}
-        shown = " ".join(f"{name} {error:.3f}" for name, error in errors.items() if error is not None)
+        where, labels = _short_names(list(report["matrices"]))
+        errors = {label: report["matrices"][name]["relative_error"] for name, label in labels.items()}
+        shown = " ".join(f"{label} {error:.3f}" for label, error in errors.items() if error is not None)
         progress.set_postfix_str(shown)
         if progress.disable and not is_silent:
-            print(f"prune: layer {index + 1} of {num_layers}{shown and ': '}{shown}", file=sys.stderr, flush=True)
+            print(f"prune: layer {index + 1} of {num_layers}, {where}{shown and ': '}{shown}", file=sys.stderr, flush=True)
     return reports
+
+
+def _short_names(names: Sequence[str]) -> tuple[str, dict[str, str]]:
+    """What the dotted names of a layer's matrices begin with, and for each the shortest end that no other has."""
+    parts = [name.split(".") for name in names]
+    common = [
+        same[0] for same in itertools.takewhile(lambda same: len(set(same)) == 1, zip(*(own[:-1] for own in parts), strict=False))
+    ]
+    labels = {}
+    for name, own in zip(names, parts, strict=True):
+        length = next(k for k in range(1, len(own) + 1) if sum(other[-k:] == own[-k:] for other in parts) == 1)
+        labels[name] = ".".join(own[-length:])
+    return ".".join(common), labels
 
 
 def _prune_layer(

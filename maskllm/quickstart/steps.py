@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -20,8 +19,9 @@ from typing import Any
 
 import psutil
 
-from maskllm.errors import MaskLLMError, StoppedError
+from maskllm.errors import MaskLLMError
 from maskllm.files import read_json_object, write_json
+from maskllm.processes import wait_for_child
 
 SAMPLE_SECONDS = 0.5
 """The least time between two looks at the memory. A look takes up to 0.1 seconds, and it may take 2 percent of the time."""
@@ -131,42 +131,17 @@ def _tree_memory() -> int:
     return total
 
 
-def _wait_for_child(wait: Callable[[], Any], terminate: Callable[[], None]) -> Any:
-    """Call `wait`, which waits for a child process to end, and return its result.
-
-    Raises StoppedError after SIGTERM, which is passed on by `terminate`, and KeyboardInterrupt after SIGINT, which the terminal
-    sends to both processes. Both are raised only after the child has ended.
-    """
-    received: list[int] = []
-
-    def pass_on(number: int, _: Any) -> None:
-        received.append(number)
-        terminate()
-
-    before = signal.signal(signal.SIGTERM, pass_on)
-    try:
-        result = wait()
-    except KeyboardInterrupt:
-        wait()
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if received:
-        raise StoppedError("stopped by a signal; run the same command to go on")
-    return result
-
-
 def _run_command(name: str, command: Sequence[str]) -> None:
     # The seconds that torchrun gives its processes to save after a signal. Its default is 30.
     process = subprocess.Popen(command, env={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "240"} | os.environ)
-    if status := _wait_for_child(process.wait, process.terminate):
+    if status := wait_for_child(process.wait, process.terminate):
         raise MaskLLMError(f"step {name} ended with exit status {status}; its own message is above")
 
 
 def _run_function(name: str, work: Callable[..., Any], arguments: Sequence[Any]) -> None:
     process = multiprocessing.get_context("spawn").Process(target=_guarded, args=(f"step {name}", work, *arguments))
     process.start()
-    _wait_for_child(process.join, process.terminate)
+    wait_for_child(process.join, process.terminate)
     if process.exitcode:
         raise MaskLLMError(f"step {name} ended with exit status {process.exitcode}; its own message is above")
 

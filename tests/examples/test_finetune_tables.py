@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import fields
 
 import pytest
@@ -13,8 +17,11 @@ import pytest
 from benchmarks.registry import TABLES
 from benchmarks.results import Result
 from maskllm.cli import finetune
+from maskllm.errors import MaskLLMError
 from maskllm.finetuning.settings import FinetuneSettings
+from maskllm.processes import is_gone
 from tests.examples.scripts import EXAMPLES, script
+from tests.ranks import heed_interrupts
 
 RECIPES = sorted(path.stem for path in (EXAMPLES / "finetune" / "recipes").glob("*.json"))
 
@@ -39,6 +46,30 @@ def test_every_row_is_a_valid_command(name, tmp_path):
         assert settings.model == str(tmp_path / "dense" / "model") or not (recipe.from_dense and row != "dense")
 
 
+WAITS = """
+import os, signal, time
+from pathlib import Path
+
+def stop(*_):
+    time.sleep(1)
+    Path("ended").touch()
+    os._exit(1)
+
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, stop)
+Path("written").write_text(str(os.getpid()))
+Path("written").rename("pid")
+time.sleep(60)
+"""
+
+
+def wait_for(file):
+    deadline = time.monotonic() + 60
+    while not file.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 PROGRAM = """
 import json, sys, pathlib
 words = sys.argv[1:]
@@ -51,7 +82,8 @@ zeros = 0.0 if "--sparsity" in words and words[words.index("--sparsity") + 1] ==
 value = 30.0 if zeros == 0 else 29.7 if "--kl-loss-coeff" in words else 28.5
 report = {"measure": "bleu", "higher_is_better": True, "dense": {"bleu": 29.0}, "trained": {"bleu": value}, "seconds": 4.0}
 report["command"] = " ".join(["maskllm", *words])
-report["settings"] = {"model": words[words.index("--model") + 1]}
+report["settings"] = {name: words[words.index("--" + name) + 1] for name in ("model", "task")}
+report["settings"]["learning_rate"] = float(words[-words[::-1].index("--learning-rate")])  # the last one counts
 if zeros:
     report["one_shot"] = {"bleu": 11.25}
 output.mkdir(parents=True)
@@ -113,7 +145,7 @@ def test_another_model_is_that_of_the_dense_row_and_the_sparse_rows_start_from_i
     }
     assert models == {"dense": "other/whisper", "2-4-ce": str(tmp_path / "out" / "dense" / "model")}
     with pytest.raises(
-        SystemExit, match=r"out/dense: is of --model other/whisper, not outputs/finetune/whisper; take another --output"
+        MaskLLMError, match=r"out/dense: is of --model other/whisper, not outputs/finetune/whisper; take another --output"
     ):
         run("--row", "2-4-ce", recipe="whisper-digits")
 
@@ -135,6 +167,36 @@ def test_without_the_dense_row_no_row_that_starts_from_it_runs(run, tmp_path, ca
     shown = capsys.readouterr()
     assert "No row has finished." in shown.out and "failed: dense" in shown.err
     assert (tmp_path / "calls.txt").read_text().split() == ["dense"]
+
+
+def test_finished_rows_of_other_options_are_not_taken_for_those_of_these(run):
+    assert run("--row", "dense", "--learning-rate", "5e-4", "--logging-steps", "1") == 0
+    assert run("--row", "dense", "--learning-rate", "5e-4") == 0
+    with pytest.raises(MaskLLMError, match=r"out/dense: is of --learning-rate 0\.0005, not 0\.001; take another --output"):
+        run("--row", "2-4-ce")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_row_ends_with_the_table(number, tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(WAITS)
+    command = [sys.executable, str(EXAMPLES / "finetune" / "table.py"), "t5-multi30k", "--row", "2-4-ce", "--output", "out"]
+    with (tmp_path / "console").open("w") as console:
+        table = subprocess.Popen(
+            [*command, "--launch", f"{sys.executable} {program}"],
+            cwd=tmp_path, stdout=console, stderr=console, preexec_fn=heed_interrupts, start_new_session=True,
+        )  # fmt: skip
+    wait_for(tmp_path / "pid")
+    row = int((tmp_path / "pid").read_text())
+    if number == signal.SIGINT:  # as a terminal does it
+        os.killpg(table.pid, number)
+    else:
+        table.send_signal(number)
+    assert table.wait(60) == {signal.SIGTERM: 75, signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}[number]
+    if number == signal.SIGKILL:
+        wait_for(tmp_path / "ended")
+    assert (tmp_path / "ended").exists(), "the table did not wait for its row"
+    assert is_gone(row) or number == signal.SIGKILL
 
 
 def test_unknown_names_are_told(run):

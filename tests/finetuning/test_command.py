@@ -29,6 +29,7 @@ from maskllm.cli import main
 from maskllm.evaluation.huggingface import evaluate_hf
 from maskllm.huggingface.mask_file import open_mask_file
 from maskllm.huggingface.weights_hash import weights_sha256
+from maskllm.output_lock import LOCK, output_lock
 from tests.finetuning import command_models as tiny
 
 LENGTH = 16
@@ -143,10 +144,23 @@ def test_a_finished_run_only_reports_again(text_run, llama, documents, held_out,
     shown = capsys.readouterr()
     assert "one-shot" in shown.out
     assert shown.out.endswith(f"wrote {output / 'model'}, {output / 'mask.npz'}, {output / 'report.html'}\n")
-    stages = ["measure dense", "prune 2:4", "train 2:4", "measure trained"]
+    stages = ["measure dense", "prune 2:4", "measure one-shot", "train 2:4", "measure trained"]
     assert [line for line in shown.err.splitlines() if line.startswith("[")] == [f"[{stage}] done before" for stage in stages]
     assert main(command("text", llama, [documents], output, *words, "--learning-rate", 2e-3)) == 1
     assert f"{output}: holds a run with --learning-rate 0.001, not 0.002; " in capsys.readouterr().err
+
+
+def test_two_runs_in_one_directory_are_refused(text_run, llama, documents, held_out, capsys, tmp_path):
+    _, output = text_run
+    words = ("--eval-data", held_out, "--pattern", "2:4", "--max-steps", 6, "--learning-rate", 1e-3, *KL)
+    with output_lock(output, "--output"):
+        assert main(command("text", llama, [documents], output, *words)) == 1
+    assert re.search(
+        rf"--output {output}: process \d+ on .* is writing there; wait for it, stop it, or name another --output",
+        capsys.readouterr().err,
+    )
+    (tmp_path / LOCK).touch()  # as a kill before anything else is written would leave it
+    run("text", llama, [documents], tmp_path, "--sparsity", 0, "--max-steps", 1)
 
 
 def test_a_completion_counts_and_its_prompt_does_not(folder, llama):
@@ -417,7 +431,7 @@ def test_progress_is_shown_on_standard_error(terminal, llama, documents, tmp_pat
         steps = [line for line in shown.err.splitlines() if line.startswith("step ")]
         assert [line.partition(":")[0] for line in steps] == [f"step {step} of 3" for step in (1, 2, 3)]
         assert "loss " in steps[0] and "cross_entropy " in steps[0] and "{" not in steps[0]
-        assert re.search(r"^prune: layer 1 of 2: \w+ 0\.\d{3}", shown.err, re.MULTILINE)
+        assert re.search(r"^prune: layer 1 of 2, model\.layers\.0: q_proj 0\.\d{3} ", shown.err, re.MULTILINE)
         assert re.search(r"^perplexity: batch (\d+) of \1$", shown.err, re.MULTILINE) and "\r" not in shown.err
 
 

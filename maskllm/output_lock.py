@@ -22,8 +22,10 @@ _CANNOT_LOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # for example Lus
 
 
 @contextlib.contextmanager
-def output_lock(directory: Path) -> Iterator[None]:
+def output_lock(directory: Path, option: str) -> Iterator[None]:
     """Lock `directory` for one job, and create it if it is missing. The job's first rank must call this before it writes there.
+
+    Messages call the directory the value of `option`.
 
     The kernel holds the lock (flock). It releases the lock when the process ends, for whatever reason, together with the processes
     that write its checkpoints in the background. Those end with it. This function waits up to three minutes in two cases:
@@ -50,14 +52,14 @@ def output_lock(directory: Path) -> Iterator[None]:
                 going = not is_gone(pid) if host == socket.gethostname() else not (restarted and holder == job)
                 if time.monotonic() > deadline or going:
                     raise MaskLLMError(
-                        f"--save {directory}: process {pid} on {host} is writing there; wait for it, stop it, or name another --save"
+                        f"{option} {directory}: process {pid} on {host} is writing there; wait for it, stop it, or name another {option}"
                     ) from None
                 time.sleep(0.2)
             except OSError as error:
                 if error.errno not in _CANNOT_LOCK:
                     raise
                 print(
-                    f"--save {directory}: its file system has no locks ({error.strerror}); a second job would go unnoticed",
+                    f"{option} {directory}: its file system has no locks ({error.strerror}); a second job would go unnoticed",
                     file=sys.stderr,
                 )
                 break

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from maskllm.errors import MaskLLMError
-from maskllm.training.surviving.output_lock import LOCK, output_lock
+from maskllm.output_lock import LOCK, output_lock
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def test_another_job_and_a_first_start_are_refused_at_once(job, restarts, elsewh
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
     started = time.monotonic()
-    with pytest.raises(MaskLLMError, match="process 7 on another machine is writing there"), output_lock(tmp_path):
+    with pytest.raises(MaskLLMError, match="process 7 on another machine is writing there"), output_lock(tmp_path, "--save"):
         pass
     assert time.monotonic() - started < 60, "it waited"
 
@@ -42,6 +42,6 @@ def test_a_restarted_job_waits_for_the_lock_that_its_dead_machine_held(elsewhere
         timer = threading.Timer(0.5, lambda: (waited.append(True), elsewhere.close()))
         timer.start()
         stack.callback(timer.join)
-        stack.enter_context(output_lock(tmp_path))
+        stack.enter_context(output_lock(tmp_path, "--save"))
         assert waited
         assert json.loads((tmp_path / LOCK).read_text())["job"] == "mine"
