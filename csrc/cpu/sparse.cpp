@@ -159,7 +159,7 @@ at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values, cons
   if (rows > 0 && matrix.out > 0) {
     if (const ExpandPart expand_part = tiled(matrix, flat)) {
       by_tiles(matrix, expand_part, flat, bias.has_value() ? bias->const_data_ptr() : nullptr, result);
-    } else if (rows <= kFewRows) {
+    } else if (rows <= (matrix.form == Places::kBitmask ? kFewExpandedRows : kFewRows)) {
       few_rows(matrix, flat, bias.has_value() ? bias->const_data_ptr() : nullptr, result);
     } else {
       many_rows(matrix, flat, bias, result);

@@ -10,6 +10,8 @@ namespace maskllm {
 // The most rows of activations that the memory-bound loops multiply, without a matrix unit (`TileKernels`). For more, rows of the matrix
 // are expanded into the cache and multiplied densely.
 constexpr int64_t kFewRows = 64;
+// The same for a bitmask, whose loop expands rows and multiplies them in fp32: torch's product of a tile is faster from three rows on.
+constexpr int64_t kFewExpandedRows = 2;
 
 // Activations are rounded to 8 bits with one scale for this many columns.
 constexpr int64_t kColumnsAScale = 128;

@@ -164,7 +164,8 @@ def rounds_weights(instruction_set, layout, in_features, rows, values, inputs):
     """Whether the weights are multiplied as bf16 numbers, like those of a dense model in bf16. `values` and `inputs` are dtypes."""
     if inputs != torch.bfloat16 or instruction_set not in ("avx512_bf16", "avx512_amx"):
         return False
-    few, one_scale = 64, layout.group_size == -1 or layout.group_size >= in_features or layout.group_size % 32 == 0
+    few = 64 if layout.pattern in (Pattern(2, 4), Pattern(1, 4)) else 2  # a bitmask
+    one_scale = layout.group_size == -1 or layout.group_size >= in_features or layout.group_size % 32 == 0
     if instruction_set == "avx512_amx" and (one_scale if layout.quantized else values == torch.bfloat16):
         gathers = multiplies_integers(layout, in_features) or not layout.quantized
         of_pattern = {Pattern(2, 4): 1, Pattern(1, 4): 2}.get(layout.pattern, 0) if gathers else 0
