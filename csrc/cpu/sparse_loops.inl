@@ -32,7 +32,7 @@ struct Prefetch {
 // A pass of the activations over W rows of the matrix: the pass `number` of `all`. Each requests an equal part of the next W rows, so that
 // they are there when the first pass needs them, and no pass waits for all of their requests.
 struct Pass {
-  int64_t number, all;
+  int64_t number = 0, all = 1;
 };
 
 template <class Step, int W, int R, int U>

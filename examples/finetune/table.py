@@ -27,6 +27,7 @@ from maskllm.cli import finetune
 from maskllm.errors import MaskLLMError, flag
 from maskllm.failures import run_guarded
 from maskllm.files import read_json_object, write_json, write_text
+from maskllm.finetuning.record import setting_text
 from maskllm.finetuning.settings import DECIDE_NOTHING, FinetuneSettings
 from maskllm.markdown import markdown_table
 from maskllm.processes import end_with_parent, wait_for_child
@@ -114,15 +115,14 @@ def check_rows(recipe: Recipe, output: Path, prepared: str, more: list[str]) -> 
         wanted = json.loads(json.dumps(asdict(settings_of([*recipe.arguments(row, output, prepared), *more]))))
         if wanted["gradient_accumulation_steps"] is None:  # the report has the number that the run has found
             del wanted["gradient_accumulation_steps"]
-        for name, found in (finished(output, row) or {"settings": {}})["settings"].items():
-            if name in ("output", *DECIDE_NOTHING) or name not in wanted:
-                continue
-            if (value := wanted[name]) != found:
-                raise MaskLLMError(f"{output / row}: is of {flag(name)} {_text(found)}, not {_text(value)}; take another --output")
-
-
-def _text(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        report = finished(output, row)
+        found_settings = report["settings"] if report else {}
+        for name, value in wanted.items():
+            found = found_settings.get(name, value)
+            if found != value and name not in ("output", *DECIDE_NOTHING):
+                raise MaskLLMError(
+                    f"{output / row}: is of {flag(name)} {setting_text(found)}, not {setting_text(value)}; take another --output"
+                )
 
 
 def run_row(command: list[str]) -> bool:

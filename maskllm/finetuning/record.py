@@ -104,9 +104,9 @@ def _begun(output: Path, settings: dict[str, Any]) -> dict[str, Any]:
         return {"settings": settings, "commit": commit(), "machine": machine(PACKAGES), "stages": {}}
     if changed := [name for name in settings if found["settings"].get(name) != settings[name]]:
         name = changed[0]
+        theirs, ours = (setting_text(values.get(name)) for values in (found["settings"], settings))
         raise MaskLLMError(
-            f"{output}: holds a run with {flag(name)} {_text(found['settings'].get(name))}, not {_text(settings[name])}; give the same "
-            "options to go on with it, or another --output"
+            f"{output}: holds a run with {flag(name)} {theirs}, not {ours}; give the same options to go on with it, or another --output"
         )
     return found
 
@@ -123,7 +123,7 @@ def _read(output: Path) -> dict[str, Any] | None:
     return None
 
 
-def _text(value: Any) -> str:
+def setting_text(value: Any) -> str:
     """A setting as the command line has it; of a file, which is a list too, its path and what tells it from another one."""
     if not isinstance(value, list):
         return str(value)

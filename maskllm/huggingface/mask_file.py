@@ -249,5 +249,6 @@ def _opened(path: Path) -> Iterator[np.lib.npyio.NpzFile]:
             yield archive
     except (ValueError, EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         # zipfile raises RuntimeError if damaged flags ask for a password or for a compression method that it does not know.
-        reason = whole_message(error) if zipfile.is_zipfile(path) else "it is no zip file"
+        # numpy takes a file that is neither a zip nor an array for a pickle, and would advise to load it as one.
+        reason = "it is no zip file" if isinstance(error, ValueError) and not zipfile.is_zipfile(path) else whole_message(error)
         raise MaskLLMError(f"{path}: not a readable .npz mask file ({reason})") from error

@@ -117,12 +117,7 @@ def prune_matrices(
     elif statistics.tokens == 0:
         logger.warning("%s: no calibration token has finite inputs; all inputs get the same weight", ", ".join(weights))
     elif dead:
-        logger.warning(
-            "%s: %d of %d inputs are 0 for every token, so their weights are pruned first",
-            ", ".join(weights),
-            dead,
-            len(statistics.gram),
-        )
+        logger.warning("%s: %d of %d inputs are 0 for every token", ", ".join(weights), dead, len(statistics.gram))
 
     hessian = statistics.hessian()
     if settings.method == "sparsegpt":
