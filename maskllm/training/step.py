@@ -107,7 +107,13 @@ class Step:
             terms |= {f"sum of {name}": compared[name] for name in self.micro_batches.objective.teacher_terms}
             return "the loss is not finite on this rank: " + ", ".join(f"{name} {value}" for name, value in terms.items())
         for buffer in self.model.buffers:
-            # The largest magnitude takes one pass without a copy, and is not finite if any entry is not.
-            if not bool(torch.isfinite(torch.linalg.vector_norm(buffer.grad_data, ord=torch.inf))):
+            if not all_finite(buffer.grad_data):
                 return "a gradient is not finite on this rank"
         return None
+
+
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no entry is infinite or NaN, without a copy of the tensor."""
+    # A sum is finite only if every entry is, and on CPUs it takes a twentieth of the time of the largest magnitude. Entries whose sum
+    # overflows can all be finite.
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(torch.linalg.vector_norm(tensor, ord=torch.inf)))

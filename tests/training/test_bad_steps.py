@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 
 from maskllm.checkpoints.reading import resolve
+from maskllm.training.step import all_finite
 from tests.training.conftest import arguments, learned_tensors
 
 POISON = 7
@@ -162,3 +163,18 @@ def test_bad_gradients_end_the_run_even_if_the_loss_is_finite(start, tmp_path, s
     assert "there was no good step to save" in run.console
     with safe_open(save / "bad_batch_iter_0000002.safetensors", "pt") as saved:
         assert saved.get_tensor("losses").isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("entries", "finite"),
+    [
+        ([1.0, -2.0], True),
+        ([3e38, 3e38], True),
+        ([1.0, torch.inf], False),
+        ([torch.inf, -torch.inf], False),
+        ([torch.nan, 1.0], False),
+    ],
+)
+def test_entries_that_are_not_finite_are_found(entries, finite, dtype):
+    assert all_finite(torch.tensor(entries, dtype=dtype)) is finite
