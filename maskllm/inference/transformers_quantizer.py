@@ -92,6 +92,7 @@ class MaskLLMQuantizer(HfQuantizer):
             self._names[path] = name
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_kwargs: Any) -> nn.Module:
+        from maskllm.inference.attention import use_attention
         from maskllm.inference.dense_linear import DenseLinear
 
         for path, module in _sparse_linears(model):
@@ -106,6 +107,7 @@ class MaskLLMQuantizer(HfQuantizer):
         for module in model.modules():
             if type(module) is nn.Linear:
                 module.__class__ = DenseLinear  # the same parameters, with their ties and hooks
+        use_attention(model)
         model.save_pretrained = types.MethodType(save_pretrained, model)
         return model
 
@@ -120,11 +122,15 @@ class MaskLLMQuantizer(HfQuantizer):
         }
         return None, {}
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         from transformers.pytorch_utils import Conv1D
 
+        from maskllm.inference.attention import restore_attention
         from maskllm.inference.dense_linear import DenseLinear
 
+        if isinstance(dtype, str):  # config.dtype, of which save_pretrained makes its name
+            dtype = getattr(torch, dtype)
+        restore_attention(model)
         for module in model.modules():
             if isinstance(module, DenseLinear):
                 module.__class__ = nn.Linear

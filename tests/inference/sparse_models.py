@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration, WhisperConfig, WhisperForConditionalGeneration
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
 
 from maskllm.huggingface.blocks import block_linears, matrix
 from tests.families.tiny import CONFIGS, tiny_model
@@ -41,10 +49,15 @@ def whisper() -> PreTrainedModel:
     return WhisperForConditionalGeneration(config)
 
 
+def falcon() -> PreTrainedModel:
+    """A decoder whose attention is a class of its own, not a function of transformers' table."""
+    return FalconForCausalLM(FalconConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4))
+
+
 def sparse_model(kind: str, dtype: torch.dtype = torch.float32, n: int = 2, m: int = 4) -> PreTrainedModel:
     """A random model; of each `m` weights in a row of its blocks' matrices, the `n` largest are kept."""
     torch.manual_seed(0)
-    model = {"t5": t5, "whisper": whisper}[kind]() if kind not in CONFIGS else tiny_model(kind)
+    model = {"t5": t5, "whisper": whisper, "falcon": falcon}[kind]() if kind not in CONFIGS else tiny_model(kind)
     with torch.no_grad():
         for linear in block_linears(model).values():
             weight = matrix(linear)
