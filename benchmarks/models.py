@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -16,6 +19,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 
 from maskllm.errors import MaskLLMError
 from maskllm.patterns import Pattern
+from maskllm.processes import end_with_parent
 
 TINYLLAMA = {
     "hidden_size": 2048,
@@ -52,9 +56,10 @@ def made(directory: Path, make: Callable[[Path], Any]) -> Path:
 
 
 def compress(sparse: Path, bits: int, directory: Path) -> None:
-    """Write the compressed model, by the command that users have."""
+    """Write the compressed model, by the command that users have. It ends with this process."""
     words = [sys.executable, "-m", "maskllm", "compress", "--model", sparse, "--bits", bits, "--output", directory]
-    subprocess.run(list(map(str, words)), check=True)
+    ends = functools.partial(end_with_parent, os.getpid(), signal.SIGTERM)
+    subprocess.run(list(map(str, words)), check=True, preexec_fn=ends)
 
 
 def write_word_tokenizer(directory: Path, vocabulary: int) -> None:

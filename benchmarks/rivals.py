@@ -25,6 +25,7 @@ import argparse
 import functools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,9 +36,10 @@ from typing import Any
 import torch
 from sentencepiece import sentencepiece_model_pb2
 
-from benchmarks.models import add_size_options, check_llama, made, sizes_of, write_random_llama
+from benchmarks.models import add_size_options, check_llama, compress, made, sizes_of, write_random_llama
 from benchmarks.results import load_average
 from maskllm.errors import MaskLLMError
+from maskllm.failures import run_guarded
 from maskllm.files import read_json_object, write_json
 from maskllm.processes import end_with_parent
 
@@ -103,13 +105,15 @@ def prepare(args: argparse.Namespace) -> dict[str, list[object]]:
     for name in args.ours:
         model, bits = dense, OURS[name]
         if bits:
-            compress = [*maskllm, "compress", "--model", dense, "--bits", bits, "--output"]
-            model = made(args.work / f"compressed-{bits}", lambda path, compress=compress: run([*compress, path]))
+            model = made(args.work / f"compressed-{bits}", lambda path, bits=bits: compress(dense, bits, path))
         commands[name] = [*maskllm, "benchmark", "--model", model, *ends]
     prompt = args.work / "prompt.json"
     generator = torch.Generator().manual_seed(0)
     write_json(prompt, torch.randint(args.vocabulary, (args.prompt_tokens,), generator=generator).tolist())
-    for program in args.programs:
+    programs = args.programs if shutil.which(args.python) else []
+    if args.programs and not programs:
+        print(f"{', '.join(args.programs)}: left out; there is no interpreter {args.python}", flush=True)
+    for program in programs:
         finds = f"import importlib.util, sys; sys.exit(not importlib.util.find_spec({MODULES[program]!r}))"
         if subprocess.run([args.python, "-c", finds], check=False).returncode:
             print(f"{program}: left out; {args.python} has no module {MODULES[program]}", flush=True)
@@ -173,4 +177,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_guarded("rivals", main))

@@ -23,10 +23,9 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from benchmarks.models import add_size_options, check_llama, made, sizes_of, write_random_llama
+from benchmarks.models import add_size_options, check_llama, compress, made, sizes_of, write_random_llama
 from maskllm.dtypes import BY_NAME
 from maskllm.errors import MaskLLMError
-from maskllm.export.compress import CompressSettings, compress
 from maskllm.failures import run_guarded
 from maskllm.files import read_json_object, write_json
 from maskllm.processes import end_with_parent
@@ -107,7 +106,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
     dtype = BY_NAME[args.dtype]
     dense = made(work / "dense", lambda path: write_random_llama(path, sizes, dtype))
     check_llama(dense, sizes, dtype)
-    small = made(work / f"compressed-{args.bits or 16}", lambda path: compress(dense, path, CompressSettings(bits=args.bits)))
+    small = made(work / f"compressed-{args.bits}", lambda path: compress(dense, args.bits, path))
     processors = sorted(os.sched_getaffinity(0))[: args.threads]
     options = [
         "--dtype",
@@ -137,7 +136,7 @@ def measure(args: argparse.Namespace, work: Path) -> dict:
         "hidden": args.hidden,
         "ffn": args.mlp,
         "dtype": args.dtype,
-        "bits": args.bits or 16,
+        "bits": args.bits,
         "compiled": args.compile,
         "threads": len(processors),
         **read_json_object(work / "rates.json"),
@@ -157,7 +156,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, metavar="DIR", help="for models and logs; models that are there are used again")
     add_size_options(parser)
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    parser.add_argument("--bits", type=int, choices=(16, 8, 4), help="of a kept weight in the compressed checkpoint")
+    parser.add_argument("--bits", type=int, choices=(16, 8, 4), default=16, help="of a kept weight (default: %(default)s)")
     parser.add_argument("--compile", action="store_true", help="with torch.compile; default: --enforce-eager")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--requests", type=int, nargs="+", default=[1, 8])

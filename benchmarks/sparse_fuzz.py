@@ -4,7 +4,8 @@
 
 The CPU operators are compiled once with AddressSanitizer and run in a process of their own. Each case takes a valid
 matrix of a random layout and damages it: bits, scales, row starts, shapes, dtypes, numbers of the layout, or bytes of a safetensors
-file that holds it. What passes the check runs on every instruction set in turn and must equal the PyTorch reference.
+file that holds it. What passes the check runs on every instruction set in turn: expanded, it must equal the PyTorch reference; its
+product with random activations, few or many, in any dtype and with or without a bias, must come near to that in fp64.
 """
 
 from __future__ import annotations
@@ -170,11 +171,21 @@ def one_case(generator: random.Random) -> str:
         return "refused"
     stored = [tensors.get(key) for key in TENSORS]
     assert reference.first_fault(*stored, in_features, layout.numbers)[0] == reference.FINE
-    expected = reference.expand(*stored, in_features, layout.numbers, torch.float32)
-    expanded = sparse_expand(tensors, layout, in_features, torch.float32)
-    same = expanded.view(torch.int32) == expected.view(torch.int32) if expanded.numel() else torch.tensor(True)
+    dtype = generator.choice((torch.float32, torch.bfloat16, torch.bfloat16, torch.float16))
+    dense = reference.expand(*stored, in_features, layout.numbers, torch.float32)
+    expected = dense.to(dtype)
+    expanded = sparse_expand(tensors, layout, in_features, dtype)
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    same = expanded.view(bits) == expected.view(bits) if expanded.numel() else torch.tensor(True)
     assert bool((same | (expanded.isnan() & expected.isnan())).all())  # a NaN's bits may differ
-    sparse_linear(torch.randn(generator.choice((1, 1, 3, 8, 17)), in_features), tensors, layout)
+    data = torch.randn(generator.choice((1, 1, 3, 8, 17, 40, 70)), in_features).to(dtype)
+    bias = torch.randn(out).to(dtype) if generator.random() < 0.5 else None
+    found = sparse_linear(data, tensors, layout, bias)
+    # Rows with damaged values may overflow; of the others, activations may have 8 bits, and weights and results those of bf16.
+    tame = (dense.abs() < 1e3).all(1)
+    wanted = data.double() @ dense[tame].double().T + (0 if bias is None else bias[tame].double())
+    bound = 0.02 * (data.abs().amax(1, keepdim=True).double() if in_features else 0) * dense[tame].abs().sum(1).double() + 0.02
+    assert bool(((found[:, tame].double() - wanted).abs() <= bound).all())
     return "passed"
 
 

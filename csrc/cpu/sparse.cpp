@@ -142,7 +142,7 @@ void by_tiles(const SparseMatrix& matrix, ExpandPart expand_part, const at::Tens
 // and for many torch's own, which reads them less often from behind the second cache.
 ExpandPart tiled(const SparseMatrix& matrix, const at::Tensor& input) {
   const InstructionSet& set = instruction_set();
-  if (set.tiles == nullptr || input.scalar_type() != at::kBFloat16 || input.size(0) > 512) return nullptr;
+  if (set.tiles == nullptr || input.scalar_type() != at::kBFloat16 || input.size(0) > 512 || matrix.in == 0) return nullptr;
   const Inputs form = set.sparse->inputs(matrix, true);
   const int64_t gathered = form == Inputs::kQuantized ? 10 : (form == Inputs::kBFloat16 ? 4 : 0);  // most rows of 2:4
   return input.size(0) > gathered * (matrix.form == Places::kOneOfFour ? 2 : 1) ? set.sparse->expand_part(matrix) : nullptr;
@@ -159,7 +159,8 @@ at::Tensor sparse_linear(const at::Tensor& input, const at::Tensor& values, cons
   if (rows > 0 && matrix.out > 0) {
     if (const ExpandPart expand_part = tiled(matrix, flat)) {
       by_tiles(matrix, expand_part, flat, bias.has_value() ? bias->const_data_ptr() : nullptr, result);
-    } else if (rows <= (matrix.form == Places::kBitmask ? kFewExpandedRows : kFewRows)) {
+    } else if (const int64_t few = instruction_set().sparse->few_rows;
+               rows <= (matrix.form == Places::kBitmask ? std::min(few, kFewExpandedRows) : few)) {
       few_rows(matrix, flat, bias.has_value() ? bias->const_data_ptr() : nullptr, result);
     } else {
       many_rows(matrix, flat, bias, result);

@@ -206,7 +206,7 @@ void bf16_product(const SparseMatrix&, const G&, const Product&, int64_t, int64_
 
 }  // namespace
 
-const SparseKernels kSparseAvx2 = {inputs, row_bytes, prepare, linear, expand, nullptr};
+const SparseKernels kSparseAvx2 = {kFewRows, inputs, row_bytes, prepare, linear, expand, nullptr};
 
 }  // namespace maskllm
 

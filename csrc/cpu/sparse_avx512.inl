@@ -409,7 +409,7 @@ void expand_row(const SparseMatrix& matrix, int64_t row, Type type, void* to, fl
 
 }  // namespace
 
-const SparseKernels MASKLLM_SPARSE = {inputs, row_bytes, prepare, linear, expand_row, expand_to_words};
+const SparseKernels MASKLLM_SPARSE = {kFewRows, inputs, row_bytes, prepare, linear, expand_row, expand_to_words};
 
 }  // namespace maskllm
 

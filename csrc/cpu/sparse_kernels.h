@@ -7,8 +7,8 @@
 
 namespace maskllm {
 
-// The most rows of activations that the memory-bound loops multiply, without a matrix unit (`TileKernels`). For more, rows of the matrix
-// are expanded into the cache and multiplied densely.
+// The most rows of activations that the memory-bound loops of vector instructions multiply, without a matrix unit (`TileKernels`). For
+// more, rows of the matrix are expanded into the cache and multiplied densely.
 constexpr int64_t kFewRows = 64;
 // The same for a bitmask, whose loop expands rows and multiplies them in fp32: torch's product of a tile is faster from three rows on.
 constexpr int64_t kFewExpandedRows = 2;
@@ -42,6 +42,8 @@ using ExpandPart = void (*)(const SparseMatrix&, int64_t row, int64_t column, in
 constexpr int64_t kPart = 512;
 
 struct SparseKernels {
+  // The most rows of activations for which `linear` is faster than torch's product of expanded rows; for a bitmask at most kFewExpandedRows.
+  int64_t few_rows;
   // The loop's rows of activations for a matrix: their bytes in a row; `bf16` says whether inputs and values are bf16.
   Inputs (*inputs)(const SparseMatrix&, bool bf16);
   int64_t (*row_bytes)(const SparseMatrix&, Inputs);

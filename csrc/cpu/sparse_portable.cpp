@@ -117,6 +117,6 @@ void linear(const SparseMatrix& matrix, Inputs inputs, const Product& product, i
 
 }  // namespace
 
-const SparseKernels kSparsePortable = {inputs, row_bytes, prepare, linear, expand, nullptr};
+const SparseKernels kSparsePortable = {1, inputs, row_bytes, prepare, linear, expand, nullptr};
 
 }  // namespace maskllm

@@ -73,8 +73,6 @@ def run(args: argparse.Namespace) -> None:
             raise MaskLLMError(f"--group-size {args.group_size}: wanted a positive number or -1")
         settings = dataclasses.replace(settings, group_size=args.group_size)
     calibration = calibration_of(args, dtype_of(args))
-    if calibration is not None and args.bits not in (8, 4):
-        raise MaskLLMError(f"--calibration-data {args.calibration_data}: chooses integers; wanted --bits 8 or 4 too")
     for name in ("params_dtype", "device"):
         if calibration is None and getattr(args, name) is not None:
             raise MaskLLMError(f"{flag(name)}: nothing is computed without --calibration-data")

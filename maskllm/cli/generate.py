@@ -8,9 +8,9 @@ import dataclasses
 from maskllm.cli.compute_options import add_compute_options, dtype_of
 from maskllm.cli.options import positive_integer, writable_file
 from maskllm.dtypes import dtype_name
+from maskllm.environment.memory import peak_memory_bytes
 from maskllm.files import write_json
 from maskllm.inference.generation import TextGenerator
-from maskllm.processes import peak_resident_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +59,6 @@ def run(args: argparse.Namespace) -> None:
             "dtype": dtype_name(generator.model.dtype),
             "device": str(generator.model.device),
             "continuations": continuations,
-            "peak_memory_bytes": peak_resident_bytes(),
+            "peak_memory_bytes": peak_memory_bytes(generator.model.device),
         }
         write_json(args.json, values)

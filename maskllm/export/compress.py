@@ -98,6 +98,8 @@ def compress(
     that transformers does not have, if masks, settings or calibration data do not fit, and if no matrix is sparse.
     """
     settings = settings or CompressSettings()
+    if calibration is not None and settings.bits not in (8, 4):
+        raise MaskLLMError(f"--calibration-data {calibration.data}: chooses integers; wanted --bits 8 or 4 too")
     output = empty_output(output)
     directory = find_source(model)
     config = read_json_object(directory / "config.json")
@@ -232,12 +234,11 @@ def _find_layouts(weights: BlockWeights, settings: CompressSettings, report: Com
         kept = matrix != 0
         count = int(kept.sum())
         zeros = 1 - count / max(1, matrix.numel())
-        layout = smallest_layout(kept, dtype, settings.pattern, group_size)
+        layout = smallest_layout(kept, dtype, bits, settings.pattern, group_size)
         if layout is None:
             report.dense[_module(tensor)] = zeros
             yield tensor, None
             continue
-        layout = dataclasses.replace(layout, bits=bits, group_size=group_size)
         if bits >= 16:
             report.negative_zeros += _lost_signs(matrix, kept, layout)
         yield tensor, _Found(CompressedMatrix(*matrix.shape, layout, dtype, weights.transposed(tensor)), count, zeros)

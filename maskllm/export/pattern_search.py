@@ -65,37 +65,48 @@ def _counts(kept: torch.Tensor, m: int) -> torch.Tensor:
     return kept.view(torch.uint8).unflatten(1, (-1, m)).sum(-1, dtype=torch.uint8)
 
 
-def smallest_layout(kept: torch.Tensor, dtype: torch.dtype, pattern: Pattern | None = None, group_size: int = -1) -> Layout | None:
-    """The layout that takes the fewest bytes for a matrix with values of `dtype`; None if none takes fewer than the dense matrix.
+def smallest_layout(
+    kept: torch.Tensor, dtype: torch.dtype, bits: int, pattern: Pattern | None = None, group_size: int = -1
+) -> Layout | None:
+    """The layout with values of `bits` that takes the fewest bytes for a matrix.
+
+    None if the matrix is not sparse: if no layout takes fewer bytes than the dense matrix, with values of its own `dtype`.
 
     Args:
         kept: bool [out, in], the places of the non-zeros.
-        dtype: fp32, bf16 or fp16.
+        dtype: of the dense matrix: fp32, bf16 or fp16.
+        bits: of a stored value.
         pattern: consider this pattern only.
-        group_size: consider only patterns with blocks that divide it; -1 for any.
+        group_size: the columns of a scale; only patterns with blocks that divide it are considered. -1: a whole row, and without scales.
 
     Of layouts with the same size, the one with the smallest blocks is taken: 2:4 rather than 4:8. Rows are counted for one block
     size after the other, beginning with the smallest size that a sample of rows allows, so few of them are counted in full.
     """
     out_features, in_features = kept.shape
+    count, own_bits = int(kept.sum()), 8 * dtype.itemsize
     dense = out_features * in_features * dtype.itemsize
+
+    def is_sparse(found: Pattern | None) -> bool:
+        return _nbytes(Layout(found, own_bits), out_features, in_features, count) < dense
+
+    def nbytes(found: Pattern | None) -> int:
+        return _nbytes(Layout(found, bits, group_size), out_features, in_features, count)
+
     sample = kept[:: max(1, out_features // _SAMPLED_ROWS)]
     bounds = []
     for m in _block_sizes(in_features, pattern, group_size):
-        n = _largest_count(sample, m)
-        bounds.append((_bytes(_pattern(n, m, pattern), kept, dtype), m))
-    best, best_bytes = None, dense
-    if pattern is None:
-        unstructured = Layout(None, 8 * dtype.itemsize)
-        size = _nbytes(unstructured, out_features, in_features, dtype, int(kept.sum()))
-        best, best_bytes = (unstructured, size) if size < dense else (None, dense)
+        least = _pattern(_largest_count(sample, m), m, pattern)
+        if least is not None and is_sparse(least):
+            bounds.append((nbytes(least), m))
+    best, best_bytes = None, math.inf
+    if pattern is None and is_sparse(None):
+        best, best_bytes = Layout(None, bits, group_size), nbytes(None)
     for bound, m in sorted(bounds):
         if bound > best_bytes or (bound == best_bytes and best is not None and best.pattern is not None):
             break
         found = _pattern(_largest_count(kept, m), m, pattern)
-        size = _bytes(found, kept, dtype)
-        if size < best_bytes:
-            best, best_bytes = Layout(found, 8 * dtype.itemsize), size
+        if found is not None and is_sparse(found) and nbytes(found) < best_bytes:
+            best, best_bytes = Layout(found, bits, group_size), nbytes(found)
     return best
 
 
@@ -126,11 +137,7 @@ def _pattern(n: int, m: int, wanted: Pattern | None) -> Pattern | None:
     return Pattern(max(n, 1), m) if n < m else None
 
 
-def _bytes(pattern: Pattern | None, kept: torch.Tensor, dtype: torch.dtype) -> float:
-    return math.inf if pattern is None else _nbytes(Layout(pattern, 8 * dtype.itemsize), *kept.shape, dtype)
-
-
-def _nbytes(layout: Layout, out_features: int, in_features: int, dtype: torch.dtype, kept: int | None = None) -> int:
-    dtypes = layout.dtypes(dtype)
+def _nbytes(layout: Layout, out_features: int, in_features: int, kept: int) -> int:
+    dtypes = layout.dtypes(torch.float32 if layout.bits == 32 else torch.bfloat16)
     shapes = layout.shapes(out_features, in_features, kept)
     return sum(math.prod(shape) * dtypes[key].itemsize for key, shape in shapes.items())

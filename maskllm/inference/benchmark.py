@@ -155,7 +155,8 @@ def model_class_of(directory: Path) -> type:
 def _check_length(model: str, loaded: PreTrainedModel, model_class: type, settings: BenchmarkSettings) -> None:
     """Raise MaskLLMError if the model has no places for the tokens."""
     if model_class is AutoModelForSpeechSeq2Seq:
-        context, wanted, options = loaded.config.max_target_positions, 1 + settings.new_tokens, "--new-tokens and the first one"
+        context = getattr(loaded.config, "max_target_positions", None) or context_of(loaded.config)
+        wanted, options = 1 + settings.new_tokens, "--new-tokens and the first one"
     elif model_class is AutoModelForSeq2SeqLM:
         context, wanted, options = (
             context_of(loaded.config),

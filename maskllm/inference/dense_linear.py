@@ -7,10 +7,13 @@ from torch import nn
 
 from maskllm.environment.cpu_speed import computes_natively
 from maskllm.ops.dense_linear import FEW_ROWS, FEW_ROWS_NATIVELY, dense_linear
+from maskllm.ops.extension import kernels
 
 _FEW_ROWS = {
     dtype: FEW_ROWS_NATIVELY if computes_natively(dtype) else FEW_ROWS for dtype in (torch.bfloat16, torch.float16)
 }  # a table, which torch.compile reads as constants
+if (module := kernels()) is not None and module.instruction_set() == "portable":
+    _FEW_ROWS = {}  # torch's products are faster than loops without vector instructions
 
 
 class DenseLinear(nn.Linear):
@@ -18,7 +21,8 @@ class DenseLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map `input` [..., in] to [..., out] of its dtype."""
-        trains = torch.is_grad_enabled() and (input.requires_grad or self.weight.requires_grad)
+        of_gradient = (input, self.weight, *([] if self.bias is None else [self.bias]))
+        trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in of_gradient)
         few = input.device.type == "cpu" and input.numel() <= _FEW_ROWS.get(input.dtype, 0) * self.in_features
         if few and not trains and self.weight.is_contiguous():
             return dense_linear(input, self.weight, self.bias)

@@ -90,9 +90,10 @@ class SparseLinear(nn.Module):
         return {key: self._parameters[key] for key in TENSORS if key in self._parameters}
 
     def check(self, name: str, stored: dict[str, torch.Tensor] | None = None) -> None:
-        """Raise MaskLLMError unless the stored weight, or `stored` if it is not in memory, is sound. `name` is for the message."""
+        """Raise MaskLLMError unless the stored weight is sound: this module's, or `stored` of the file. `name` is for the message."""
         self._numbers = self.layout.numbers
-        sparse_check(stored or self.stored(), self.layout, self.out_features, self.in_features, name)
+        tensors, layout = (self.stored(), self.layout) if stored is None else (stored, self.matrix.layout)
+        sparse_check(tensors, layout, self.out_features, self.in_features, name)
 
     def dense_weight(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The weight in the shape in which the dense module has it, by default in this module's dtype."""
@@ -101,6 +102,10 @@ class SparseLinear(nn.Module):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map `input` [..., in] to [..., out] of its dtype."""
+        return self.product(input, self._parameters["bias"])
+
+    def product(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`forward` with another bias, [out] or None."""
         weight = self._parameters
         return torch.ops.maskllm.sparse_linear(
             input,
@@ -108,7 +113,7 @@ class SparseLinear(nn.Module):
             weight["places"],
             weight.get("scales"),
             weight.get("row_starts"),
-            weight["bias"],
+            bias,
             *self._numbers,
         )
 

@@ -20,6 +20,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from maskllm.inference import QUANT_METHOD
 
+_PUSH_OPTIONS = {"repo_id", "commit_message", "commit_description", "private", "revision", "create_pr", "tags"}
+"""What `save_pretrained` takes for `push_to_hub` alone."""
+
 
 @register_quantization_config(QUANT_METHOD)
 class MaskLLMConfig(QuantizationConfigMixin):
@@ -99,9 +102,9 @@ class MaskLLMQuantizer(HfQuantizer):
             module.requires_grad_(False)
             if module.values.is_floating_point() and module.values.element_size() > module.dtype.itemsize:
                 module.dtype = module.values.dtype  # transformers keeps some weights in fp32, and T5 asks for their dtype
-            name, stored = self._names[path], module.stored()
+            name, stored = self._names[path], None
             if module.values.is_meta:  # offloaded: it is read when it is needed
-                stored = {key: self._tensors.load(f"{name}.{key}") for key in stored}
+                stored = {key: self._tensors.load(f"{name}.{key}") for key in module.stored()}
             module.check(f"{self._tensors.file(f'{name}.values')}: {name}", stored)
         del self._tensors
         for module in model.modules():
@@ -167,16 +170,28 @@ def _sparse_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((path, module) for path, module in model.named_modules() if isinstance(module, SparseLinear))
 
 
-def save_pretrained(self: Any, save_directory: str, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> Any:
+def save_pretrained(
+    self: Any,
+    save_directory: str,
+    is_main_process: bool = True,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    push_to_hub: bool = False,
+    **kwargs: Any,
+) -> None:
     """`PreTrainedModel.save_pretrained` for a model with compressed weights.
 
-    transformers does not write `transformers_weights`, by which the directory asks for maskllm where it is not installed.
+    transformers does not write `transformers_weights`, by which the directory asks for maskllm where it is not installed. So a push
+    follows the save, by `push_to_hub`, which saves in this way too.
     """
     from maskllm.files import read_json_object
     from maskllm.inference.compressed_format import mark_needs_maskllm
 
-    if push_to_hub:
-        return self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
-    result = type(self).save_pretrained(self, save_directory, *args, **kwargs)
+    of_push = {key: kwargs.pop(key) for key in _PUSH_OPTIONS & kwargs.keys()}
+    repository = of_push.pop("repo_id", Path(save_directory).name)
+    type(self).save_pretrained(self, save_directory, is_main_process=is_main_process, state_dict=state_dict, **kwargs)
+    if not is_main_process:
+        return
     mark_needs_maskllm(Path(save_directory), read_json_object(Path(save_directory) / "config.json"))
-    return result
+    if push_to_hub:
+        sizes = {key: kwargs[key] for key in ("token", "max_shard_size") if key in kwargs}
+        self.push_to_hub(repository, **of_push, **sizes)

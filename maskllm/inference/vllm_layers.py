@@ -21,7 +21,7 @@ from maskllm.errors import MaskLLMError
 from maskllm.inference import QUANT_METHOD
 from maskllm.inference.compressed_format import CompressedMatrix, from_config
 from maskllm.inference.sparse_linear import SparseLinear
-from maskllm.ops.sparse_linear import TENSORS, Layout, sparse_check, sparse_linear
+from maskllm.ops.sparse_linear import TENSORS, Layout, sparse_check
 from maskllm.ops.sparse_slicing import sparse_columns, sparse_rows, sparse_stack
 
 _REORDERED_BY_NAME = ("llama4", "llama4_text")
@@ -282,5 +282,5 @@ class MaskLLMLinearMethod(LinearMethodBase):
 
 def _product(part: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     if isinstance(part, SparseLinear):
-        return sparse_linear(x, part.stored(), part.layout, bias)
+        return part.product(x, bias)
     return nn.functional.linear(x, part.weight, bias)

@@ -9,7 +9,7 @@ import importlib
 import logging
 
 from maskllm.environment.optional_parts import vllm
-from maskllm.errors import first_line
+from maskllm.errors import MaskLLMError, first_line
 
 _log = logging.getLogger("vllm.plugins.maskllm")  # vLLM prints what is below "vllm"
 
@@ -17,13 +17,16 @@ _log = logging.getLogger("vllm.plugins.maskllm")  # vLLM prints what is below "v
 def register() -> None:
     """Tell vLLM how to serve compressed checkpoints.
 
-    If this vLLM has other classes than the plugin needs, a warning says so, and vLLM serves all other models as ever.
+    If this vLLM has other classes than the plugin needs, or the kernels do not fit its torch, a warning says so, and vLLM serves all
+    other models as ever.
     """
     part = vllm()
     if part.problem is not None:
         _log.warning("maskllm: %s", part.problem)
     try:
         importlib.import_module("maskllm.inference.vllm_layers")
+    except MaskLLMError as error:
+        _log.warning("maskllm: compressed checkpoints cannot be served: %s", error)
     except (ImportError, AttributeError, TypeError) as error:
         _log.warning(
             "maskllm: compressed checkpoints cannot be served, for vLLM %s does not fit (%s)", part.version, first_line(error)

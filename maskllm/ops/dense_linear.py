@@ -7,7 +7,8 @@ import torch
 from maskllm.ops.extension import kernels
 
 FEW_ROWS, FEW_ROWS_NATIVELY = 64, 4
-"""The most rows of activations for which the kernel is faster than torch, without and with instructions for the dtype."""
+"""The most rows of activations for which the kernel is faster than torch, without and with instructions for the dtype, if it has vector
+instructions."""
 
 torch.library.define("maskllm::dense_linear", "(Tensor input, Tensor weight, Tensor? bias) -> Tensor")
 

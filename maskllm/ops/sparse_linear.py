@@ -28,7 +28,7 @@ from maskllm.errors import MaskLLMError
 from maskllm.ops import sparse_many_rows  # noqa: F401  (the CUDA operator calls its operator)
 from maskllm.ops import sparse_reference as reference
 from maskllm.ops.compress24 import compress24
-from maskllm.ops.extension import kernels
+from maskllm.ops.extension import kernels, warn_if_reference
 from maskllm.ops.sparse_reference import Numbers
 from maskllm.patterns import Pattern
 
@@ -108,9 +108,9 @@ def sparse_linear(
 ) -> torch.Tensor:
     """`data @ W.T + bias` for a checked stored matrix W [out, in]: [..., in] to [..., out] in the dtype of `data`.
 
-    Sums are fp32. On a CPU with 8 and 4 bits, 2:4 or 1:4, compiled kernels and up to 64 rows (10 or 20 with AMX), each 128 columns of a row
-    of `data` are rounded to 8 bits with a scale of their own (docs/kernels.md says why). More rows in bf16 multiply weights in bf16 on
-    processors with such instructions. It has no gradient.
+    Sums are fp32. On a CPU, a few rows of `data` by 2:4 or 1:4 in 8 or 4 bits are rounded to 8 bits, each 128 columns with a scale of their
+    own (docs/kernels.md says why, and for how many rows). More rows in bf16 multiply weights in bf16 on processors with such
+    instructions. It has no gradient.
     """
     return torch.ops.maskllm.sparse_linear(data, *(tensors.get(name) for name in TENSORS), bias, *layout.numbers)
 
@@ -235,6 +235,7 @@ def sparse_pack(
 
 @torch.library.impl("maskllm::sparse_linear", "CompositeExplicitAutograd")
 def _linear_reference(data, values, places, scales, row_starts, bias, n, m, bits, group_size) -> torch.Tensor:
+    warn_if_reference(data.device.type)
     numbers = Numbers(n, m, bits, group_size)
     dense = reference.expand(values, places, scales, row_starts, data.shape[-1], numbers, torch.float32)
     return torch.nn.functional.linear(data.float(), dense, None if bias is None else bias.float()).to(data.dtype)

@@ -25,6 +25,9 @@ FAULTS = {
         "const int64_t bytes = (blocks * p.m + 7) / 8;",
         "const int64_t bytes = blocks * p.m / 8 + 1;",
     ),
+    "sums that are added before all warps have them": ("sparse.cu", "  __syncthreads();\n", ""),
+    "a tile that is multiplied before it is whole": ("sparse_tiles.cu", "    __syncwarp();\n", ""),
+    "inputs taken for aligned": ("sparse.cu", "reinterpret_cast<uintptr_t>(product.inputs) % 16 == 0 && ", ""),
     "another order of faults": ("sparse_check.cu", "fault) << kFaultShift", "fault) << 3"),
 }
 """Faults of kernels that the cases must notice: source, text, and what replaces it."""

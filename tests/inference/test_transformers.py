@@ -201,6 +201,17 @@ def test_dequantize(kind, tmp_path):
     loss.backward()  # as any dense model
 
 
+def test_a_push_follows_the_save_which_one_process_makes(tmp_path, monkeypatch):
+    model = load(compressed(tmp_path, "llama3"))
+    pushed = []
+    monkeypatch.setattr(type(model), "push_to_hub", lambda self, *given, **named: pushed.append((given, named)))
+    model.save_pretrained(tmp_path / "again", push_to_hub=True, repo_id="me/small", private=True, max_shard_size="1GB")
+    assert pushed == [(("me/small",), {"private": True, "max_shard_size": "1GB"})]
+    assert torch.equal(logits_of(load(tmp_path / "again")), logits_of(model))
+    model.save_pretrained(tmp_path / "other", is_main_process=False)
+    assert not (tmp_path / "other" / "config.json").exists() and len(pushed) == 1
+
+
 @pytest.mark.parametrize("few_rows", [5, 6])
 def test_the_output_layer_in_bf16(few_rows, tmp_path, monkeypatch):
     monkeypatch.setitem(dense_linear._FEW_ROWS, torch.bfloat16, few_rows)
@@ -216,6 +227,10 @@ def test_the_output_layer_in_bf16(few_rows, tmp_path, monkeypatch):
     assert len(called) == (1 if few_rows == 6 else 0)  # not with a gradient, and not with more rows
     model.lm_head(data).sum().backward()
     assert model.lm_head.weight.grad is not None
+    model.lm_head.weight.requires_grad_(False)
+    model.lm_head.bias = nn.Parameter(torch.zeros(model.lm_head.out_features, dtype=torch.bfloat16))
+    model.lm_head(data).sum().backward()
+    assert model.lm_head.bias.grad is not None
     assert type(model.dequantize().lm_head) is nn.Linear
 
 
@@ -253,6 +268,10 @@ def test_device_maps(tmp_path):
     model = load(small, device_map=devices | {"model.rotary_emb": "cpu"}, offload_folder=tmp_path / "offload")
     assert model.model.layers[1].mlp.up_proj.values.is_meta
     assert torch.equal(logits_of(model), wanted)
+    narrow = load(
+        small, dtype=torch.bfloat16, device_map=devices | {"model.rotary_emb": "cpu"}, offload_folder=tmp_path / "offload-bf16"
+    )
+    torch.testing.assert_close(logits_of(narrow), logits_of(load(small, dtype=torch.bfloat16)), rtol=2**-7, atol=2**-7)
     file = small / "model.safetensors"
     data = bytearray(file.read_bytes())
     with safe_open(file, framework="pt") as opened:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, FalconConfig, Falc
 import maskllm  # noqa: F401 (transformers loads compressed checkpoints)
 from benchmarks.models import keep, write_word_tokenizer
 from benchmarks.serve import ROOT, VLLM_PYTHON, serving, vllm_python
+from maskllm.errors import MaskLLMError
 from maskllm.export.compress import CompressSettings, compress
 from maskllm.huggingface.blocks import block_linears
 from maskllm.patterns import Pattern
@@ -45,6 +46,17 @@ def test_without_vllm_the_plugin_says_so(caplog):
 
     register()
     assert "vLLM None does not fit (ModuleNotFoundError: No module named 'vllm')" in caplog.text
+
+
+def test_kernels_of_another_torch_leave_vllm_its_other_models(caplog, monkeypatch):
+    from maskllm.inference import vllm_plugin
+
+    def refuse(name: str) -> None:
+        raise MaskLLMError("_kernels.so: built with torch 1.0, running with torch 2.0; rebuild it")
+
+    monkeypatch.setattr(vllm_plugin.importlib, "import_module", refuse)
+    vllm_plugin.register()
+    assert "compressed checkpoints cannot be served: _kernels.so: built with torch 1.0" in caplog.text
 
 
 def tokens_of_transformers(directory: Path, prompts: list[str], new_tokens: int) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""Damaged stored matrices: each is refused by name or equals the reference (benchmarks/sparse_fuzz.py)."""
+"""Damaged stored matrices: each is refused by name, or expanded and multiplied as the reference does (benchmarks/sparse_fuzz.py)."""
 
 import importlib.util
 import random
