@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from maskllm.errors import MaskLLMError
-from maskllm.ops import Layout, sparse_check, sparse_expand, sparse_linear, sparse_pack
+from maskllm.ops import Layout, extension, sparse_check, sparse_expand, sparse_linear, sparse_pack
 from maskllm.ops import sparse_reference as reference
 from maskllm.ops.extension import kernels
 from maskllm.ops.sparse_linear import TENSORS
+from maskllm.ops.sparse_linear import _linear_reference as product_by_reference
 from maskllm.patterns import Pattern
 
 PATTERNS = [Pattern(2, 4), Pattern(1, 4), Pattern(3, 4), Pattern(4, 8), Pattern(1, 16), Pattern(16, 64), None]
@@ -372,3 +373,13 @@ def test_crafted_sizes_are_refused():
         sparse_linear(torch.zeros(1, 64), tensors, layout, torch.zeros(4))
     with pytest.raises(RuntimeError, match="wanted"):
         sparse_linear(torch.zeros(1, 64, dtype=torch.float64), tensors, layout)
+
+
+def test_a_product_by_the_reference_warns_once(monkeypatch):
+    monkeypatch.setattr(extension, "has_kernels", lambda device_type: False)
+    extension.warn_if_reference.cache_clear()
+    layout = Layout(Pattern(2, 4), 32)
+    tensors = sparse_pack(matrix(layout.pattern, 4, 16), layout)
+    with pytest.warns(RuntimeWarning, match="without cpu kernels"):
+        product_by_reference(torch.ones(1, 16), *stored(tensors), None, *layout.numbers)
+    extension.warn_if_reference.cache_clear()
