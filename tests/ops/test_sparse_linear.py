@@ -11,7 +11,6 @@ from maskllm.ops import Layout, extension, sparse_check, sparse_expand, sparse_l
 from maskllm.ops import sparse_reference as reference
 from maskllm.ops.extension import kernels
 from maskllm.ops.sparse_linear import TENSORS
-from maskllm.ops.sparse_linear import _linear_reference as product_by_reference
 from maskllm.patterns import Pattern
 
 PATTERNS = [Pattern(2, 4), Pattern(1, 4), Pattern(3, 4), Pattern(4, 8), Pattern(1, 16), Pattern(16, 64), None]
@@ -381,5 +380,6 @@ def test_a_product_by_the_reference_warns_once(monkeypatch):
     layout = Layout(Pattern(2, 4), 32)
     tensors = sparse_pack(matrix(layout.pattern, 4, 16), layout)
     with pytest.warns(RuntimeWarning, match="without cpu kernels"):
-        product_by_reference(torch.ones(1, 16), *stored(tensors), None, *layout.numbers)
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CompositeExplicitAutograd)
+        torch.ops.maskllm.sparse_linear.default.redispatch(keys, torch.ones(1, 16), *stored(tensors), None, *layout.numbers)
     extension.warn_if_reference.cache_clear()
