@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -17,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from maskllm.errors import MaskLLMError
+
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
+"""What flock raises on a file system without locks, for example Lustre without `-o flock`."""
 
 
 def _fsync(path: Path) -> None:
@@ -65,10 +69,15 @@ def _directory(path: Path) -> Iterator[None]:
 
 
 def empty_output(output: str | os.PathLike) -> Path:
-    """The directory of --output, which a verb is going to write. Raises MaskLLMError unless it is missing or an empty directory."""
+    """The directory of --output, which a verb is going to write.
+
+    Raises MaskLLMError unless it is missing or an empty directory, and if it is a mount point, which no rename can replace.
+    """
     output = Path(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise MaskLLMError(f"--output {output} exists and is not an empty directory; remove it or name another")
+    if output.is_mount():
+        raise MaskLLMError(f"--output {output} is a mount point; name a directory in it")
     return output
 
 
@@ -99,18 +108,21 @@ def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
+def atomic_directory(path: str | os.PathLike, *, replace: bool = True) -> Iterator[Path]:
     """A block that writes the directory `path`: yields a temporary directory beside it.
 
     When the block ends, all files are synced to disk and the directory is renamed to `path`. It replaces a directory at `path`, or
-    the one that a link at `path` points to. If the block raises, the temporary directory is removed and `path` stays as it was.
+    the one that a link at `path` points to, and takes over its permissions. If the block raises, the temporary directory is removed and
+    `path` stays as it was.
+
+    Raises MaskLLMError if another process is writing `path`, and, unless `replace`, as `empty_output` does.
     """
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.tmp")
-    with _directory(path.parent):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
+    with _directory(path.parent), _claimed(temporary, path):
         try:
+            if not replace:
+                empty_output(path)
             yield temporary
             publish_directory(temporary, path)
         except OSError as error:
@@ -120,8 +132,42 @@ def atomic_directory(path: str | os.PathLike) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def _claimed(temporary: Path, path: Path) -> Iterator[None]:
+    """A new directory `temporary`, which this process has locked. Removes that of a killed process.
+
+    Raises MaskLLMError if another process has it.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            temporary.mkdir()
+        except FileExistsError:
+            _lock(temporary, path, stack)  # of a process that was killed; of another, this fails
+            shutil.rmtree(temporary)
+            temporary.mkdir()
+        _lock(temporary, path, stack)
+        yield
+
+
+def _lock(directory: Path, path: Path, stack: contextlib.ExitStack) -> None:
+    """Lock `directory` until `stack` closes. Raises MaskLLMError, which names `path`, if another process has locked or removed it."""
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        stack.callback(os.close, descriptor)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        same = os.path.samestat(os.fstat(descriptor), directory.stat())
+    except (BlockingIOError, FileNotFoundError):
+        same = False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return
+    if not same:
+        raise MaskLLMError(f"{path}: another process is writing it; wait for it, stop it, or name another place")
+
+
 def publish_directory(temporary: Path, path: Path) -> None:
-    """Sync every file under `temporary` and rename it to `path`, replacing a directory already there.
+    """Sync every file under `temporary` and rename it to `path`, replacing a directory already there, whose permissions it takes over.
 
     The files get the permissions that the umask gives to `temporary`, which is new.
     """
@@ -133,6 +179,7 @@ def publish_directory(temporary: Path, path: Path) -> None:
     _fsync(temporary)
     retired = path.with_name(f".{path.name}.old")
     if path.exists():
+        temporary.chmod(stat.S_IMODE(path.stat().st_mode))
         shutil.rmtree(retired, ignore_errors=True)  # from a process that was killed while it replaced the directory
         os.replace(path, retired)
     os.replace(temporary, path)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
@@ -14,11 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from maskllm.errors import MaskLLMError
+from maskllm.files import NO_LOCKS
 from maskllm.processes import is_gone
 
 LOCK = ".lock"
 _PATIENCE_SECONDS = 180
-_CANNOT_LOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # for example Lustre without -o flock
 
 
 @contextlib.contextmanager
@@ -56,7 +55,7 @@ def output_lock(directory: Path, option: str) -> Iterator[None]:
                     ) from None
                 time.sleep(0.2)
             except OSError as error:
-                if error.errno not in _CANNOT_LOCK:
+                if error.errno not in NO_LOCKS:
                     raise
                 print(
                     f"{option} {directory}: its file system has no locks ({error.strerror}); a second job would go unnoticed",

@@ -11,7 +11,14 @@ import torch
 from safetensors.torch import save_file
 
 from maskllm.errors import MaskLLMError
-from maskllm.files import atomic_directory, atomic_file, check_not_lfs_pointer, explain_safetensors_errors, read_json_object
+from maskllm.files import (
+    atomic_directory,
+    atomic_file,
+    check_not_lfs_pointer,
+    empty_output,
+    explain_safetensors_errors,
+    read_json_object,
+)
 from tests.conftest import LFS_POINTER
 
 
@@ -39,6 +46,30 @@ def test_leftovers_of_a_killed_replacement_do_not_stop_the_next_one(tmp_path):
         (temporary / "new").touch()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
+
+
+def test_a_directory_is_written_by_one_process_at_a_time(tmp_path):
+    with atomic_directory(tmp_path / "out") as temporary:
+        (temporary / "first").touch()
+        with pytest.raises(MaskLLMError, match="out: another process is writing it"), atomic_directory(tmp_path / "out"):
+            pass
+        assert (temporary / "first").exists()
+    with pytest.raises(MaskLLMError, match="is not an empty directory"), atomic_directory(tmp_path / "out", replace=False):
+        pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "first"]
+
+
+def test_an_empty_directory_keeps_its_permissions(tmp_path):
+    (tmp_path / "out").mkdir(mode=0o700)
+    with atomic_directory(tmp_path / "out", replace=False) as temporary:
+        (temporary / "new").touch()
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_mount_point_is_no_output(monkeypatch, tmp_path):
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
+    with pytest.raises(MaskLLMError, match="is a mount point; name a directory in it"):
+        empty_output(tmp_path)
 
 
 def test_a_safetensors_file_that_cannot_be_written_is_named(tmp_path):

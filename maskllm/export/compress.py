@@ -121,7 +121,7 @@ def compress(
     plan = {}
     for name in tensors.names:
         plan |= {name: _spec(tensors, name)} if name not in found else _stored_specs(name, found[name], report)
-    with atomic_directory(output) as temporary, write_shards(temporary, plan) as writer:
+    with atomic_directory(output, replace=False) as temporary, write_shards(temporary, plan) as writer:
         report.bytes = writer.total_bytes
         calibrated = set()
         for name, quantized in blocks.quantized({name: matrix.layout for name, matrix in found.items()}) if blocks else ():
@@ -168,7 +168,7 @@ def decompress(model: str | Path, output: str | Path) -> int:
             matrix = matrices[parts[name]]
             plan[f"{parts[name]}.weight"] = TensorSpec(STORED_NAMES[matrix.dtype], matrix.dense_shape)
     with (
-        atomic_directory(output) as temporary,
+        atomic_directory(output, replace=False) as temporary,
         write_shards(temporary, plan) as writer,
         tqdm(total=writer.total_bytes, unit="B", unit_scale=True, desc="decompress", disable=None) as progress,
     ):

@@ -92,7 +92,7 @@ def export(
     plan = {name: TensorSpec(STORED_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
     zeros = 0
     with (
-        atomic_directory(output) as temporary,
+        atomic_directory(output, replace=False) as temporary,
         write_shards(temporary, plan, max_shard_size) as writer,
         tqdm(total=writer.total_bytes, unit="B", unit_scale=True, desc="export", disable=None) as progress,
     ):
