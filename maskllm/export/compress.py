@@ -25,6 +25,7 @@ from maskllm.huggingface.tensors import HFTensors
 from maskllm.huggingface.weights_hash import read_hash, write_hash
 from maskllm.inference.compressed_format import (
     CompressedMatrix,
+    dense_names,
     dense_weight,
     from_config,
     mark_needs_maskllm,
@@ -100,10 +101,14 @@ def compress(
     settings = settings or CompressSettings()
     if calibration is not None and settings.bits not in (8, 4):
         raise MaskLLMError(f"--calibration-data {calibration.data}: chooses integers; wanted --bits 8 or 4 too")
+    if settings.bits in (8, 4) and settings.pattern is None and settings.group_size != -1 and settings.group_size % 4:
+        raise MaskLLMError(
+            f"--group-size {settings.group_size}: wanted a multiple of 4, the columns of a block, or -1; other blocks go with --pattern"
+        )
     output = empty_output(output)
     directory = find_source(model)
     config = read_json_object(directory / "config.json")
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise MaskLLMError(f"{directory}: its weights are quantized or compressed already; wanted a dense checkpoint")
     tensors = HFTensors(directory)
     weights = BlockWeights(directory, tensors, masks)
@@ -159,14 +164,12 @@ def decompress(model: str | Path, output: str | Path) -> int:
     matrices = from_config(config.pop("quantization_config", None), str(directory / "config.json"))
     config.pop("transformers_weights", None)
     tensors = HFTensors(directory)
-    parts = {f"{name}.{key}": name for name, matrix in matrices.items() for key in stored_shapes(tensors, name, matrix)}
+    for name, matrix in matrices.items():
+        stored_shapes(tensors, name, matrix)
     plan = {}
-    for name in tensors.names:
-        if name not in parts:
-            plan[name] = _spec(tensors, name)
-        else:
-            matrix = matrices[parts[name]]
-            plan[f"{parts[name]}.weight"] = TensorSpec(STORED_NAMES[matrix.dtype], matrix.dense_shape)
+    for name in dense_names(tensors, matrices):
+        matrix = matrices.get(_module(name)) if name not in tensors.names else None
+        plan[name] = _spec(tensors, name) if matrix is None else TensorSpec(STORED_NAMES[matrix.dtype], matrix.dense_shape)
     with (
         atomic_directory(output, replace=False) as temporary,
         write_shards(temporary, plan) as writer,

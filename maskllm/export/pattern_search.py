@@ -13,6 +13,9 @@ from maskllm.ops.sparse_linear import Layout
 from maskllm.patterns import MAX_M, Pattern
 
 _SAMPLED_ROWS = 64
+_GATHERED = (Pattern(2, 4), Pattern(1, 4))
+_WORTH = 1.25
+"""The products of these two patterns are several times as fast as those of a bitmask, so another layout has to save this factor."""
 _BROKEN = 0.01
 """The share of blocks that may have more than N non-zeros before a matrix counts as unstructured."""
 
@@ -70,7 +73,8 @@ def smallest_layout(
 ) -> Layout | None:
     """The layout with values of `bits` that takes the fewest bytes for a matrix.
 
-    None if the matrix is not sparse: if no layout takes fewer bytes than the dense matrix, with values of its own `dtype`.
+    None if the matrix is not sparse: if no layout takes fewer bytes than the dense matrix, with these values and with those of its own
+    `dtype`.
 
     Args:
         kept: bool [out, in], the places of the non-zeros.
@@ -79,34 +83,38 @@ def smallest_layout(
         pattern: consider this pattern only.
         group_size: the columns of a scale; only patterns with blocks that divide it are considered. -1: a whole row, and without scales.
 
-    Of layouts with the same size, the one with the smallest blocks is taken: 2:4 rather than 4:8. Rows are counted for one block
-    size after the other, beginning with the smallest size that a sample of rows allows, so few of them are counted in full.
+    Of layouts with the same size, the one with the smallest blocks is taken: 2:4 rather than 4:8. 2:4 and 1:4 are also taken if the
+    smallest takes at least four fifths of their bytes. Rows are counted for one block size after the other, beginning with the smallest
+    size that a sample of rows allows, so few of them are counted in full.
     """
     out_features, in_features = kept.shape
     count, own_bits = int(kept.sum()), 8 * dtype.itemsize
     dense = out_features * in_features * dtype.itemsize
 
-    def is_sparse(found: Pattern | None) -> bool:
-        return _nbytes(Layout(found, own_bits), out_features, in_features, count) < dense
-
     def nbytes(found: Pattern | None) -> int:
         return _nbytes(Layout(found, bits, group_size), out_features, in_features, count)
+
+    def is_sparse(found: Pattern | None) -> bool:
+        return max(nbytes(found), _nbytes(Layout(found, own_bits), out_features, in_features, count)) < dense
+
+    def cost(found: Pattern | None) -> float:
+        return nbytes(found) * (1 if found in _GATHERED else _WORTH)
 
     sample = kept[:: max(1, out_features // _SAMPLED_ROWS)]
     bounds = []
     for m in _block_sizes(in_features, pattern, group_size):
         least = _pattern(_largest_count(sample, m), m, pattern)
         if least is not None and is_sparse(least):
-            bounds.append((nbytes(least), m))
-    best, best_bytes = None, math.inf
+            bounds.append((cost(least), m))
+    best, least_cost = None, math.inf
     if pattern is None and is_sparse(None):
-        best, best_bytes = Layout(None, bits, group_size), nbytes(None)
+        best, least_cost = Layout(None, bits, group_size), cost(None)
     for bound, m in sorted(bounds):
-        if bound > best_bytes or (bound == best_bytes and best is not None and best.pattern is not None):
+        if bound > least_cost or (bound == least_cost and best is not None and best.pattern is not None):
             break
         found = _pattern(_largest_count(kept, m), m, pattern)
-        if found is not None and is_sparse(found) and nbytes(found) < best_bytes:
-            best, best_bytes = Layout(found, bits, group_size), nbytes(found)
+        if found is not None and is_sparse(found) and cost(found) < least_cost:
+            best, least_cost = Layout(found, bits, group_size), cost(found)
     return best
 
 

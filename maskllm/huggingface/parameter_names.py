@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -22,7 +24,17 @@ class ParameterNames:
         It is None if the model has no such parameter, or if the parameter is made of several tensors or of a part of one. This
         follows transformers' `convert_and_load_state_dict_in_model`.
         """
+        name, converted = self._renamed(tensor)
+        return name if converted is None and name in self._parameters else None
+
+    def parameters(self, tensors: Iterable[str]) -> set[str] | None:
+        """The parameters that these tensors become; None if transformers makes a parameter of several tensors or of a part of one."""
+        renamed = [self._renamed(tensor) for tensor in tensors]
+        return None if any(converted is not None for _, converted in renamed) else {name for name, _ in renamed}
+
+    def _renamed(self, tensor: str) -> tuple[str, str | None]:
+        """The new name, and what names the conversion if there is one."""
         name, converted = rename_source_key(tensor, self._renamings, self._converters, self._prefix, self._parameters)
         if name not in self._parameters and tensor in self._parameters:
             name, converted = rename_source_key(tensor, [], [], self._prefix, self._parameters)
-        return name if converted is None and name in self._parameters else None
+        return name, converted

@@ -113,6 +113,20 @@ def from_config(config: Any, where: str) -> dict[str, CompressedMatrix]:
     return matrices
 
 
+def dense_names(tensors: HFTensors, matrices: Mapping[str, CompressedMatrix]) -> list[str]:
+    """The names of the tensors that the dense checkpoint has, in the order of the files.
+
+    Raises MaskLLMError if the files have a matrix that is not among `matrices`.
+    """
+    parts = {f"{name}.{key}": name for name in matrices for key in TENSORS}
+    have = set(tensors.names)
+    for tensor in tensors.names:
+        name = tensor.removesuffix(".places")
+        if name != tensor and name not in matrices and f"{name}.values" in have:
+            raise MaskLLMError(f"{tensors.file(tensor)}: has a compressed matrix {name}, which quantization_config does not name")
+    return list(dict.fromkeys(f"{parts[tensor]}.weight" if tensor in parts else tensor for tensor in tensors.names))
+
+
 def stored_shapes(tensors: HFTensors, name: str, matrix: CompressedMatrix) -> dict[str, list[int]]:
     """The shapes of the tensors of a compressed matrix, as the headers of the files have them.
 

@@ -24,6 +24,6 @@ class DenseLinear(nn.Linear):
         of_gradient = (input, self.weight, *([] if self.bias is None else [self.bias]))
         trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in of_gradient)
         few = input.device.type == "cpu" and input.numel() <= _FEW_ROWS.get(input.dtype, 0) * self.in_features
-        if few and not trains and self.weight.is_contiguous():
+        if few and not trains and self.weight.dtype == input.dtype and self.weight.is_contiguous():
             return dense_linear(input, self.weight, self.bias)
         return super().forward(input)

@@ -67,6 +67,8 @@ class TextGenerator:
 
         Raises MaskLLMError if the prompt has no tokens, tokens of another vocabulary, or as many as the context.
         """
+        if not prompt.isascii() and any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise MaskLLMError(f"--prompt {prompt!r}: is not UTF-8")
         tokens = self.tokenizer(prompt, return_tensors="pt").input_ids.long()  # float if empty
         length = tokens.shape[1]
         if length == 0:

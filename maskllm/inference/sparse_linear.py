@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,8 +16,9 @@ from maskllm.ops.sparse_linear import TENSORS, Layout, sparse_check, sparse_expa
 class SparseLinear(nn.Module):
     """`input @ weight.T + bias` with a weight [out, in] of which only the non-zeros are stored (`maskllm.ops.sparse_linear`).
 
-    It takes the place of a `torch.nn.Linear` or a `Conv1D`, for inference only: it has no gradient. The parameters `values`, `places`
-    and, if the layout has them, `scales` and `row_starts` are the stored weight; `bias` is [out] or None.
+    It takes the place of a `torch.nn.Linear` or a `Conv1D`. The parameters `values`, `places` and, if the layout has them, `scales` and
+    `row_starts` are the stored weight, which has no gradient; `bias` is [out] or None. The gradient of the input is that of a product with
+    the dense weight, which the backward pass expands.
 
     Another dtype (`.to(dtype)`) changes the bias and, unless it is wider, floating-point values; never the scales.
 
@@ -106,6 +108,13 @@ class SparseLinear(nn.Module):
 
     def product(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`forward` with another bias, [out] or None."""
+        if bias is not None and bias.dtype != input.dtype:  # autocast has changed the input
+            bias = bias.to(input.dtype)
+        if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
+            return _WithGradient.apply(input, bias, self)
+        return self._product(input, bias)
+
+    def _product(self, input: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         weight = self._parameters
         return torch.ops.maskllm.sparse_linear(
             input,
@@ -137,3 +146,22 @@ class SparseLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, {kind}, bits={layout.bits}{group}, "
             f"bias={self.bias is not None}"
         )
+
+
+class _WithGradient(torch.autograd.Function):
+    """A product with the gradients of its input and its bias."""
+
+    @staticmethod
+    def forward(ctx: Any, input: torch.Tensor, bias: torch.Tensor | None, linear: SparseLinear) -> torch.Tensor:
+        ctx.linear = linear
+        return linear._product(input, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        of_input = of_bias = None
+        if ctx.needs_input_grad[0]:
+            linear = ctx.linear
+            of_input = gradient @ sparse_expand(linear.stored(), linear.layout, linear.in_features, gradient.dtype)
+        if ctx.needs_input_grad[1]:
+            of_bias = gradient.flatten(0, -2).sum(0)
+        return of_input, of_bias, None

@@ -7,6 +7,7 @@ is imported by the load.
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,7 +69,7 @@ class MaskLLMQuantizer(HfQuantizer):
         from maskllm.errors import MaskLLMError
         from maskllm.huggingface.parameter_names import ParameterNames
         from maskllm.huggingface.tensors import HFTensors
-        from maskllm.inference.compressed_format import stored_shapes
+        from maskllm.inference.compressed_format import dense_names, stored_shapes
         from maskllm.inference.sparse_linear import SparseLinear
 
         if not checkpoint_files:
@@ -77,7 +78,15 @@ class MaskLLMQuantizer(HfQuantizer):
         self._tensors = HFTensors(paths[0].parent, [path.name for path in paths])
         self._names: dict[str, str] = {}
         names = ParameterNames(model)
+        tensors = dense_names(self._tensors, self.quantization_config.matrices)
+        if missing := _missing_parameters(model, names.parameters(tensors)):
+            raise MaskLLMError(
+                f"{paths[0].parent}: has no tensor for {missing[0]}"
+                + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+                + f" of {type(model).__name__}; the files are incomplete or damaged: fetch them again"
+            )
         for name, matrix in self.quantization_config.matrices.items():
+            shapes = stored_shapes(self._tensors, name, matrix)
             parameter = names.parameter(f"{name}.weight")
             if parameter is None:  # of a part that this class does not have: a decoder's, a head's
                 continue
@@ -89,7 +98,6 @@ class MaskLLMQuantizer(HfQuantizer):
                     f"{paths[0].parent}: quantization_config has a matrix {name} {list(matrix.dense_shape)}; the model has "
                     f"{type(linear).__name__} {list(linear.weight.shape)}"
                 )
-            shapes = stored_shapes(self._tensors, name, matrix)
             sparse = SparseLinear(matrix, linear.weight.dtype, shapes, linear.bias is not None, linear.weight.device)
             model.set_submodule(path, sparse)
             self._names[path] = name
@@ -162,6 +170,28 @@ class MaskLLMQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """The operators are registered with their shapes."""
         return True
+
+
+def _missing_parameters(model: Any, found: set[str] | None) -> list[str]:
+    """The parameters that transformers would make up. A head may be new, if the checkpoint is of another class than the model.
+
+    Args:
+        found: the parameters that the checkpoint has; None if transformers alone knows.
+    """
+    if found is None:
+        return []
+    tied = model.all_tied_weights_keys
+    found = found | tied.keys() | {source for target, source in tied.items() if target in found}
+    new_head = type(model).__name__ not in (model.config.architectures or [])
+    base = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    return [
+        name
+        for name, _ in model.named_parameters()
+        if name not in found
+        and not (new_head and not name.startswith(base))
+        and not any(pattern.search(name) for pattern in ignored)
+    ]
 
 
 def _sparse_linears(model: nn.Module) -> Iterator[tuple[str, Any]]:

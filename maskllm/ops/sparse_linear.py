@@ -208,6 +208,8 @@ def sparse_pack(
     if weight.dim() != 2 or weight.dtype not in _FLOATS.get(layout.bits, (torch.float32, torch.bfloat16, torch.float16)):
         raise MaskLLMError(f"{name}: {weight.dtype} {list(weight.shape)}; wanted [out, in] with {layout.bits} bits a value")
     weight = weight.detach().contiguous()
+    if layout.quantized and not bool(weight.isfinite().all()):
+        raise MaskLLMError(f"{name}: not all weights are finite; {layout.bits} bits cannot hold them")
     in_features = weight.shape[1]
     if layout.pattern is not None:
         layout.pattern.check_divides(in_features, name)
@@ -219,8 +221,6 @@ def sparse_pack(
         kept_values, places = weight[kept], reference.pack_places(kept, numbers)
     tensors = {"places": places}
     if layout.quantized:
-        if not bool(weight.isfinite().all()):
-            raise MaskLLMError(f"{name}: not all weights are finite; {layout.bits} bits cannot hold them")
         tensors["scales"] = reference.scales_of(weight, layout.bits, layout.group_size) if scales is None else scales
         kept_values = reference.quantize(weight, tensors["scales"], layout.bits, layout.group_size)[kept]
     if layout.pattern is None:

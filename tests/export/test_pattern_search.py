@@ -71,10 +71,23 @@ def test_a_matrix_of_zeros():
 
 
 def test_the_bits_decide_and_a_matrix_that_is_not_sparse_stays_dense():
-    """Zero rows cost places alone in an unstructured matrix, which outweighs the places of 1:4 for large values only."""
-    matrix = sparse(100, 512, 1, 4)
-    matrix[:16] = 0
+    """Zero rows cost places alone in an unstructured matrix, which outweighs the places of 3:8 for large values only."""
+    matrix = sparse(100, 512, 3, 8)
+    matrix[:4] = 0
     assert smallest_layout(matrix != 0, torch.float32, 32) == Layout(None, 32)
-    assert smallest_layout(matrix != 0, torch.float32, 4, group_size=128) == Layout(Pattern(1, 4), 4, 128)
+    assert smallest_layout(matrix != 0, torch.float32, 4, group_size=128) == Layout(Pattern(3, 8), 4, 128)
     few = torch.randn(64, 256).masked_fill(torch.rand(64, 256) < 0.02, 0)
     assert smallest_layout(few != 0, torch.bfloat16, 4) is None  # 4 bits alone would make it smaller
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(16, -1), (8, 128), (4, 128)])
+def test_more_zeros_than_the_pattern_has_leave_it_its_fast_loops(bits, group_size):
+    matrix = sparse(100, 1024, 2, 4)
+    few = matrix.masked_fill(torch.rand(matrix.shape) < 0.02, 0)
+    assert smallest_layout(few != 0, torch.bfloat16, bits, group_size=group_size).pattern == Pattern(2, 4)
+    many = matrix.masked_fill(torch.rand(matrix.shape) < 0.7, 0)
+    assert smallest_layout(many != 0, torch.bfloat16, bits, group_size=group_size).pattern != Pattern(2, 4)
+
+
+def test_scales_that_outweigh_the_zeros():
+    assert smallest_layout(sparse(100, 256, 2, 4) != 0, torch.bfloat16, 4, group_size=1) is None

@@ -8,13 +8,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
@@ -210,6 +211,61 @@ def test_a_push_follows_the_save_which_one_process_makes(tmp_path, monkeypatch):
     assert torch.equal(logits_of(load(tmp_path / "again")), logits_of(model))
     model.save_pretrained(tmp_path / "other", is_main_process=False)
     assert not (tmp_path / "other" / "config.json").exists() and len(pushed) == 1
+
+
+@pytest.mark.parametrize("kind", ["biases", "gpt2"])
+def test_the_gradients_of_inputs_and_biases(kind, tmp_path):
+    """Those of the dense model; a compressed weight has none."""
+    model, dense = load(compressed(tmp_path, kind)), load(tmp_path / "hf")
+    model.get_submodule(next(iter(sparse_linears(model)))).bias.requires_grad_(True)
+    for each in (model, dense):
+        each(**inputs_of(each)).logits.square().sum().backward()
+    name = next(iter(sparse_linears(model)))
+    for parameter in (f"{name}.bias", next(name for name, _ in model.named_parameters() if "emb" in name or "wte" in name)):
+        torch.testing.assert_close(model.get_parameter(parameter).grad, dense.get_parameter(parameter).grad, rtol=1e-4, atol=1e-4)
+    assert model.get_submodule(name).values.grad is None
+
+
+@pytest.mark.parametrize("kind", ["llama3", "biases", "gpt2"])
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_autocast(kind, tokens, tmp_path):
+    model, dense = load(compressed(tmp_path, kind)), load(tmp_path / "hf")
+    ids = torch.arange(3, 3 + tokens)[None]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(ids).logits.float(), dense(ids).logits.float(), rtol=0.05, atol=0.05)
+
+
+def renamed(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """Change the tensors of a directory with one file, by name."""
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("model.embed_tokens.weight", "has no tensor for model.embed_tokens.weight of LlamaForCausalLM"),
+        ("model.norm.weight", "has no tensor for model.norm.weight of"),
+        ("lm_head.weight", "has no tensor for lm_head.weight of"),
+        ("model.layers.1.mlp.up_proj.places", "has no tensor model.layers.1.mlp.up_proj.places"),
+    ],
+)
+def test_no_weight_is_made_up(name, found, tmp_path):
+    small = compressed(tmp_path, "llama3")
+    renamed(small, lambda tensors: tensors.update({f"{name}x": tensors.pop(name)}))
+    with pytest.raises(MaskLLMError, match=found):
+        load(small)
+
+
+def test_a_matrix_that_the_config_does_not_name(tmp_path):
+    small = compressed(tmp_path, "llama3")
+    config = json.loads((small / "config.json").read_text())
+    del config["quantization_config"]["layouts"][0]["matrices"]["model.layers.0.self_attn.q_proj"]
+    (small / "config.json").write_text(json.dumps(config))
+    for read in (load, lambda path: decompress(path, tmp_path / "back")):
+        with pytest.raises(MaskLLMError, match=r"has a compressed matrix model.layers.0.self_attn.q_proj, which"):
+            read(small)
 
 
 @pytest.mark.parametrize("few_rows", [5, 6])
