@@ -15,6 +15,7 @@ $(READY): Makefile pyproject.toml setup.py $(KERNEL_SOURCES)
 	@rm -f $(VENV)/.ready-*
 	test "$$($(VENV)/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)" = "$(PYTHON_VERSION)" \
 		|| $(PYTHON) -m venv --clear $(VENV)
+	@echo "setting up $(VENV): downloads, and then some minutes in which the kernels are compiled"
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -q torch==2.13.0
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -q 'setuptools>=77' wheel ninja pybind11
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -q --no-build-isolation -e '.[quickstart,dev]'

@@ -119,7 +119,7 @@ def report(program: str, error: BaseException, console: TextIO, where: Callable[
     doing and which other ranks have ended.
     """
     if isinstance(error, KeyboardInterrupt):
-        say_failure(program, "interrupted; run the same command again to go on", console)
+        say_failure(program, "interrupted; run the same command again", console)
         return 130
     line = as_line(error)
     if line is not None:

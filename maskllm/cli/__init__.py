@@ -55,7 +55,7 @@ def _run(verb: str | None, argv: list[str]) -> int | None:
     parser.add_argument("--version", action="version", version=f"maskllm {__version__}")
     commands = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, summary in VERBS.items():
-        command = commands.add_parser(name, help=summary, description=summary, formatter_class=HelpFormatter)
+        command = commands.add_parser(name, help=summary, description=summary, formatter_class=HelpFormatter, allow_abbrev=False)
         if name == verb:
             if verb not in WITHOUT_MEGATRON:
                 importlib.import_module("megatron_patches").import_megatron()

@@ -107,7 +107,8 @@ def _print(output: str, report: CompressReport) -> None:
         swept = [matrix for matrix in report.matrices.values() if "relative_error" in matrix]
         error, nearest = (_mean(matrix[key] for matrix in swept) for key in ("relative_error", "nearest_error"))
         print(
-            f"{len(swept)} matrices calibrated: their outputs change by {error:.2%}, with rounding to the nearest by {nearest:.2%}"
+            f"{len(swept)} matrices calibrated: on the calibration text their outputs change by {error:.2%}, with rounding to the nearest "
+            f"by {nearest:.2%}; on other text the gain is smaller, the more so with few samples"
         )
     for name, zeros in list(report.dense.items())[:_SHOWN]:
         print(f"stays dense: {name} ({'its dtype has no compressed form' if zeros is None else f'{zeros:.1%} zeros'})")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -45,7 +46,10 @@ class CalibratedBlocks:
             calls = block_calls(model, stream.blocks, samples[0], most=len(stream.blocks))
         first = dict(itertools.islice(stream.blocks.items(), 1))
         hidden = [block_calls(stream.model, first, sample, most=1)[0][1].hidden.cpu() for sample in samples]
-        for name, call in tqdm(calls, desc="quantize", unit="layer", disable=None):
+        progress = tqdm(calls, desc="quantize", unit="layer", disable=None)
+        for number, (name, call) in enumerate(progress, 1):
+            if progress.disable:
+                print(f"quantize: layer {number} of {len(calls)}, {name}", file=sys.stderr, flush=True)
             block = stream.blocks[name]
             with stream.loaded(block):
                 linears = {stream.tensor(f"{path}.weight"): linear for path, linear in linears_of(block, name).items()}

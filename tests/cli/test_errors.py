@@ -94,7 +94,7 @@ def test_an_interrupt_that_a_library_loses_ends_the_program(call, capsys):
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # another one would only break the end
     finally:
         signal.signal(signal.SIGINT, before)
-    assert capsys.readouterr().err == "program: error: interrupted; run the same command again to go on\n"
+    assert capsys.readouterr().err == "program: error: interrupted; run the same command again\n"
 
 
 def test_a_checkpoint_of_another_stage_is_not_replaced(refused, tmp_path, tiny_hf, tiny_dense, tiny_pruned):
