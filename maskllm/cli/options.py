@@ -70,7 +70,7 @@ def refuse_collisions(options: Mapping[str, Any]) -> None:
         if options.get(name) is not None
     }
     taken: dict[Path, str] = {}
-    for name in ("model", "input", "data", "mask", "mask_base", "corpus", "eval_corpus", "calibration_data", "tokenizer"):
+    for name in ("input", "data", "mask", "mask_base", "corpus", "eval_corpus", "calibration_data", "tokenizer"):
         values = options.get(name) or []
         for value in [values] if isinstance(values, str) else values:
             taken |= {Path(os.path.realpath(file)): f"{flag(name)} {value}" for file in (value, *dataset_files(value))}

@@ -178,12 +178,13 @@ def _missing_parameters(model: Any, found: set[str] | None) -> list[str]:
     Args:
         found: the parameters that the checkpoint has; None if transformers alone knows.
     """
-    if found is None:
+    kind = type(model).__name__
+    new_head = kind not in (model.config.architectures or [])
+    base = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
+    if found is None or (new_head and not base and not kind.endswith("Model")):  # a head beside parts of the base model
         return []
     tied = model.all_tied_weights_keys
     found = found | tied.keys() | {source for target, source in tied.items() if target in found}
-    new_head = type(model).__name__ not in (model.config.architectures or [])
-    base = f"{model.base_model_prefix}." if hasattr(model, model.base_model_prefix) else ""
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     return [
         name

@@ -127,7 +127,10 @@ def test_matrices_that_stay_dense_and_a_mask_file_with_a_base(calibration, tmp_p
     data = ["--calibration-data", calibration.data, "--calibration-samples", "4", "--seq-length", "10", "--params-dtype", "fp32"]
     assert main([*arguments, *masked, *data]) == 0
     printed = capsys.readouterr().out
-    assert "13 matrices calibrated: on the calibration text their outputs change by 0." in printed and "stays dense: model.layers.1.mlp.up_proj" in printed
+    assert (
+        "13 matrices calibrated: on the calibration text their outputs change by 0." in printed
+        and "stays dense: model.layers.1.mlp.up_proj" in printed
+    )
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["calibration"] == calibration.as_dict() and report["mask_base"] == str(tmp_path / "base.npz")
     assert all(entry["relative_error"] < entry["nearest_error"] for entry in report["matrices"].values())

@@ -21,8 +21,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForAudioClassification,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     AutoModelForSpeechSeq2Seq,
     GPT2LMHeadModel,
 )
@@ -256,6 +258,13 @@ def test_no_weight_is_made_up(name, found, tmp_path):
     renamed(small, lambda tensors: tensors.update({f"{name}x": tensors.pop(name)}))
     with pytest.raises(MaskLLMError, match=found):
         load(small)
+
+
+@pytest.mark.parametrize(
+    ("kind", "auto"), [("llama3", AutoModelForSequenceClassification), ("whisper", AutoModelForAudioClassification)]
+)
+def test_a_new_head_may_be_made_up(kind, auto, tmp_path):
+    assert sparse_linears(auto.from_pretrained(compressed(tmp_path, kind)))
 
 
 def test_a_matrix_that_the_config_does_not_name(tmp_path):
