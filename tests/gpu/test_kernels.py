@@ -26,7 +26,7 @@ FAULTS = {
         "const int64_t bytes = blocks * p.m / 8 + 1;",
     ),
     "sums that are added before all warps have them": ("sparse.cu", "  __syncthreads();\n", ""),
-    "a tile that is multiplied before it is whole": ("sparse_tiles.cu", "    __syncwarp();\n", ""),
+    "tiles that are added before all warps have them": ("sparse_tiles.cu", "  __syncthreads();\n", ""),
     "inputs taken for aligned": ("sparse.cu", "reinterpret_cast<uintptr_t>(product.inputs) % 16 == 0 && ", ""),
     "another order of faults": ("sparse_check.cu", "fault) << kFaultShift", "fault) << 3"),
 }
