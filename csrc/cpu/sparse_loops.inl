@@ -19,14 +19,13 @@ struct Groups {
 };
 
 // The values `kAhead` bytes further on, and their places, are requested early: the processor's own prefetching ends at
-// each page of 4 KiB, which is one row of a matrix or less. A loop with few instructions a byte waits for memory, so it requests more of
-// it, and into the second cache: the first one has too few requests under way at once for the bandwidth of a server's memory.
+// each page of 4 KiB, which is one row of a matrix or less. A loop with few instructions a byte waits for memory, so it requests them
+// into the second cache: the first one has too few requests under way at once for the bandwidth of a server's memory.
 template <class Step>
 struct Prefetch {
-  static constexpr bool kWaits = Step::kValueBytes >= 64;
-  static constexpr int64_t kAhead = kWaits ? 4096 : 2048;
+  static constexpr int64_t kAhead = 2048;
 
-  static void request(const uint8_t* from) { __builtin_prefetch(from, 0, kWaits ? 2 : 3); }
+  static void request(const uint8_t* from) { __builtin_prefetch(from, 0, Step::kValueBytes >= 64 ? 2 : 3); }
 };
 
 // A pass of the activations over W rows of the matrix: the pass `number` of `all`. Each requests an equal part of the next W rows, so that
