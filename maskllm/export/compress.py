@@ -25,7 +25,7 @@ from maskllm.huggingface.tensors import HFTensors
 from maskllm.huggingface.weights_hash import read_hash, write_hash
 from maskllm.inference.compressed_format import (
     CompressedMatrix,
-    dense_names,
+    dense_tensors,
     dense_weight,
     from_config,
     mark_needs_maskllm,
@@ -166,19 +166,19 @@ def decompress(model: str | Path, output: str | Path) -> int:
     tensors = HFTensors(directory)
     for name, matrix in matrices.items():
         stored_shapes(tensors, name, matrix)
-    plan = {}
-    for name in dense_names(tensors, matrices):
-        matrix = matrices.get(_module(name)) if name not in tensors.names else None
-        plan[name] = _spec(tensors, name) if matrix is None else TensorSpec(STORED_NAMES[matrix.dtype], matrix.dense_shape)
+    dense = dense_tensors(tensors, matrices)
+    plan = {
+        name: _spec(tensors, name) if matrix is None else TensorSpec(STORED_NAMES[matrix.dtype], matrix.dense_shape)
+        for name, matrix in dense.items()
+    }
     with (
         atomic_directory(output, replace=False) as temporary,
         write_shards(temporary, plan) as writer,
         tqdm(total=writer.total_bytes, unit="B", unit_scale=True, desc="decompress", disable=None) as progress,
     ):
-        for name, spec in plan.items():
-            matrix = matrices.get(_module(name)) if name not in tensors.names else None
+        for name, matrix in dense.items():
             writer.write(name, tensors.load(name) if matrix is None else dense_weight(tensors, _module(name), matrix))
-            progress.update(spec.nbytes)
+            progress.update(plan[name].nbytes)
         _write_other_files(directory, temporary, writer)
         write_json(temporary / "config.json", config)
     return writer.total_bytes

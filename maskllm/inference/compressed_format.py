@@ -113,8 +113,8 @@ def from_config(config: Any, where: str) -> dict[str, CompressedMatrix]:
     return matrices
 
 
-def dense_names(tensors: HFTensors, matrices: Mapping[str, CompressedMatrix]) -> list[str]:
-    """The names of the tensors that the dense checkpoint has, in the order of the files.
+def dense_tensors(tensors: HFTensors, matrices: Mapping[str, CompressedMatrix]) -> dict[str, CompressedMatrix | None]:
+    """The tensors that the dense checkpoint has, in the order of the files: by name the compressed matrix, or None for any other tensor.
 
     Raises MaskLLMError if the files have a matrix that is not among `matrices`.
     """
@@ -124,7 +124,13 @@ def dense_names(tensors: HFTensors, matrices: Mapping[str, CompressedMatrix]) ->
         name = tensor.removesuffix(".places")
         if name != tensor and name not in matrices and f"{name}.values" in have:
             raise MaskLLMError(f"{tensors.file(tensor)}: has a compressed matrix {name}, which quantization_config does not name")
-    return list(dict.fromkeys(f"{parts[tensor]}.weight" if tensor in parts else tensor for tensor in tensors.names))
+    dense: dict[str, CompressedMatrix | None] = {}
+    for tensor in tensors.names:
+        if tensor in parts:
+            dense[f"{parts[tensor]}.weight"] = matrices[parts[tensor]]
+        else:
+            dense[tensor] = None
+    return dense
 
 
 def stored_shapes(tensors: HFTensors, name: str, matrix: CompressedMatrix) -> dict[str, list[int]]:

@@ -69,7 +69,7 @@ class MaskLLMQuantizer(HfQuantizer):
         from maskllm.errors import MaskLLMError
         from maskllm.huggingface.parameter_names import ParameterNames
         from maskllm.huggingface.tensors import HFTensors
-        from maskllm.inference.compressed_format import dense_names, stored_shapes
+        from maskllm.inference.compressed_format import dense_tensors, stored_shapes
         from maskllm.inference.sparse_linear import SparseLinear
 
         if not checkpoint_files:
@@ -78,7 +78,7 @@ class MaskLLMQuantizer(HfQuantizer):
         self._tensors = HFTensors(paths[0].parent, [path.name for path in paths])
         self._names: dict[str, str] = {}
         names = ParameterNames(model)
-        tensors = dense_names(self._tensors, self.quantization_config.matrices)
+        tensors = dense_tensors(self._tensors, self.quantization_config.matrices)
         if missing := _missing_parameters(model, names.parameters(tensors)):
             raise MaskLLMError(
                 f"{paths[0].parent}: has no tensor for {missing[0]}"
