@@ -12,7 +12,7 @@ from maskllm.ops.extension import kernels
 _FEW_ROWS = {
     dtype: FEW_ROWS_NATIVELY if computes_natively(dtype) else FEW_ROWS for dtype in (torch.bfloat16, torch.float16)
 }  # a table, which torch.compile reads as constants
-if (module := kernels()) is not None and module.instruction_set() == "portable":
+if (_compiled := kernels()) is not None and _compiled.instruction_set() == "portable":
     _FEW_ROWS = {}  # torch's products are faster than loops without vector instructions
 
 
