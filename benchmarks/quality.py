@@ -3,9 +3,9 @@
     python -m benchmarks.quality --hf DIR --train-data FILE... --eval-data FILE [--tasks-data DIR [--limit N]] --work DIR --row ROW
         [--json FILE]
 
-A ROW is dense, a one-shot mask (magnitude, wanda, sparsegpt), `RECIPE:RATE` or `RECIPE:RATE:SEED`, such as `weights-kl:6e-4:1`. The
-one-shot mask is made first, calibrated on the first training file, and the recipe trained from it; then the model is trimmed, exported
-and evaluated, all by public commands.
+A ROW is dense, a one-shot model (magnitude, wanda, sparsegpt, sparsegpt-fitted), `RECIPE:RATE` or `RECIPE:RATE:SEED`, such as
+`weights-kl:6e-4:1`. The one-shot model is made first, calibrated on the first training file, and the recipe trained from it; then the
+model is trimmed, exported and evaluated, all by public commands.
 Rows share the folder --work: steps that are done are skipped, and an interrupted training goes on.
 """
 
@@ -23,9 +23,11 @@ from maskllm.failures import run_guarded
 from maskllm.files import read_json_object, write_json
 from maskllm.quickstart.steps import Steps
 
-ONE_SHOT = ("magnitude", "wanda", "sparsegpt")
+ONE_SHOT = ("magnitude", "wanda", "sparsegpt", "sparsegpt-fitted")
 PRIOR = "sparsegpt"
 """The one-shot mask that training starts from."""
+FITTED = "sparsegpt-fitted"
+"""SparseGPT's mask with weights by least squares, calibrated on eight times as many samples as the others."""
 BATCH = 2
 TASKS = ("piqa", "arc_easy")
 CE_KL = ["--ce-loss-coeff", "0.67", "--kl-loss-coeff", "0.33"]
@@ -65,6 +67,7 @@ RECIPES = {
     "both-ce-kl": Recipe(["--train", "both", *CE_KL, *BOTH]),
     "cast": Recipe(["--train", "weights", "--weights-optimizer", "cast", "--pattern", "2:4", *CE_KL, *CAST], start="dense"),
     "both-kl": Recipe(["--train", "both", *KL, *BOTH]),
+    "fitted-kl": Recipe(["--train", "weights", *KL], start=FITTED),
 }
 
 
@@ -88,17 +91,17 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     common.run("convert", megatron / "dense", [*maskllm, "convert", "--hf", arguments.hf, "--output", megatron / "dense"])
     if start in ONE_SHOT:
         one_shot = Steps(_made(work / start))
-        data = [
-            "--calibration-data", datasets[0], "--calibration-samples", arguments.calibration_samples, "--seq-length", seq_length, "--pack",
-            "--params-dtype", arguments.params_dtype,
-        ]  # fmt: skip
+        options = ["--method", start]
+        if start == FITTED:
+            options = ["--method", PRIOR, "--least-squares"]
+        if start != "magnitude":
+            options += [
+                "--calibration-data", datasets[0], "--calibration-samples", arguments.calibration_samples * (8 if start == FITTED else 1),
+                "--seq-length", seq_length, "--pack", "--params-dtype", arguments.params_dtype,
+            ]  # fmt: skip
         one_shot.run(
-            "prune", megatron / start,
-            [
-                *maskllm, "prune", "--load", megatron / "dense", "--output", megatron / start, "--method", start,
-                *([] if start == "magnitude" else data),
-            ],
-        )  # fmt: skip
+            "prune", megatron / start, [*maskllm, "prune", "--load", megatron / "dense", "--output", megatron / start, *options]
+        )
 
     folder = _made(work / row)
     steps = Steps(folder)
@@ -112,7 +115,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             "--save-interval", max(25, iterations // 10), "--keep-last", 1, "--split", "100,0,0",
             "--data-path", *(part for dataset in datasets for part in (1, dataset)),
             "--eval-iters", "0", "--seq-length", seq_length, "--global-batch-size", BATCH,
-            "--micro-batch-size", BATCH // arguments.processes, "--params-dtype", arguments.params_dtype, "--log-interval", "5", *options,
+            "--micro-batch-size", BATCH // arguments.processes, "--params-dtype", arguments.params_dtype, "--log-interval", "5",
+            *(["--teacher", megatron / "dense"] if start == FITTED else []), *options,
         ]  # fmt: skip
         steps.run("train", checkpoint, training, can_resume=True)
     directory = Path(arguments.hf)

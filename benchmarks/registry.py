@@ -93,11 +93,13 @@ QUALITY_ROWS = {
     "both-ce-kl": ("6e-4", "1e-3", "2e-3"),
     "both-kl": ("6e-4", "1e-3", "2e-3"),
     "cast": ("3e-4", "1e-3", "2e-3"),
+    "fitted-kl": ("6e-4", "1e-3", "2e-3"),
 }
 """The learning rates that are tried for each recipe of benchmarks/quality.py. `6e-4:1` is a rate with another seed."""
-QUALITY_LONG_ROWS = ("weights-kl:1e-3", "both-kl:1e-3")
+QUALITY_LONG_ROWS = ("weights-kl:1e-3", "fitted-kl:1e-3")
 """What is also trained with a million tokens."""
 
+QUALITY_TESTED = (("weights-kl", "6e-4"), ("fitted-kl", "1e-3"))
 TINY_QUALITY = "--tokens 64 --seq-length 32 --calibration-samples 2 --eval-seq-length 32 --eval-windows 1 --limit 2"
 
 
@@ -179,9 +181,9 @@ _ALL = [
         (*TRAINING, *ZERO_SHOT),
         tiny="--limit 2",
     ),
-    *(_quality(row, 5) for row in ("dense", "magnitude", "wanda", "sparsegpt")),
+    *(_quality(row, 5) for row in ("dense", "magnitude", "wanda", "sparsegpt", "sparsegpt-fitted")),
     *(
-        _quality(f"{recipe}:{rate}", 30, TINY_QUALITY if (recipe, rate) == ("weights-kl", "6e-4") else None)
+        _quality(f"{recipe}:{rate}", 30, TINY_QUALITY if (recipe, rate) in QUALITY_TESTED else None)
         for recipe, rates in QUALITY_ROWS.items()
         for rate in rates
     ),

@@ -45,7 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     target.add_argument(
         "--sparsity", type=float, metavar="SHARE", help="remove this share of the weights, in any places (unstructured)"
     )
-    parser.add_argument("--update-weights", action="store_true", help="store SparseGPT's updated weights")
+    update = parser.add_mutually_exclusive_group()
+    update.add_argument("--update-weights", action="store_true", help="store SparseGPT's updated weights")
+    update.add_argument(
+        "--least-squares",
+        action="store_true",
+        help="with any method: store the kept weights that bring each matrix's outputs closest to the dense matrix's",
+    )
     parser.add_argument(
         "--no-sequential",
         action="store_true",
@@ -69,11 +75,15 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger("maskllm").setLevel(logging.INFO)
     sparsity = Pattern.parse(args.pattern) if args.sparsity is None else args.sparsity
     masks = _mask_file(args)
-    settings = PruneSettings(args.method, sparsity, args.update_weights, sequential=not args.no_sequential, mask_file=masks)
+    settings = PruneSettings(
+        args.method, sparsity, args.update_weights, args.least_squares, sequential=not args.no_sequential, mask_file=masks
+    )
     calibration = calibration_of(args, BY_FLAG[args.params_dtype])
     if calibration is None:
         if args.method not in ("magnitude", MASK_FILE):
             raise MaskLLMError(f"--method {args.method} needs --calibration-data")
+        if args.least_squares:
+            raise MaskLLMError("--least-squares needs --calibration-data, whose outputs it fits")
         work = functools.partial(_without_data, args, settings)
     else:
         work = functools.partial(_with_data, args, settings, calibration)
@@ -93,7 +103,8 @@ def _mask_file(args: argparse.Namespace) -> MaskFile | None:
         raise MaskLLMError(f"--sparsity: --method {MASK_FILE} wants the file's pattern, as --pattern N:M")
     if args.update_weights:
         raise MaskLLMError(
-            f"--update-weights: --method {MASK_FILE} takes a mask only; updating the weights needs --method sparsegpt"
+            f"--update-weights: --method {MASK_FILE} takes a mask only; SparseGPT's update needs --method sparsegpt, and "
+            "--least-squares goes with any"
         )
     return open_mask_file(args.mask, args.mask_base)
 

@@ -121,6 +121,8 @@ def _kept_weights(checkpoint: Checkpoint) -> str | None:
     details = checkpoint.info.details
     if checkpoint.info.weights_dtype is not None:
         return TRAINED
+    if details.get("least_squares"):
+        return "fitted by least squares"
     return f"updated by {checkpoint.info.method}" if details.get("update_weights") else None
 
 

@@ -276,7 +276,7 @@ def _broadcast(
     dist.broadcast(bits, group_src=source, group=group)
     dist.broadcast_object_list(report, group_src=source, group=group)
     updated = None
-    if settings.update_weights:
+    if settings.changes_weights:
         empty = torch.empty(stored.shape, dtype=stored.dtype, device=layer.device)
         updated = solved.weight.contiguous() if solved else empty
         dist.broadcast(updated, group_src=source, group=group)

@@ -136,7 +136,8 @@ def prune_calibrated(
     if rank == 0:
         errors = [m["relative_error"] for layer in layers for m in layer["matrices"].values() if m["relative_error"] is not None]
         details = {
-            "update_weights": settings.update_weights,
+            "update_weights": settings.changes_weights,
+            "least_squares": settings.least_squares,
             "sequential": settings.sequential,
             "calibration": run["calibration"],
             "mean_relative_error": sum(errors) / len(errors) if errors else None,
@@ -146,7 +147,7 @@ def prune_calibrated(
             output,
             settings,
             functools.partial(stored, "mask_bits"),
-            weight=functools.partial(stored, "weight") if settings.update_weights else None,
+            weight=functools.partial(stored, "weight") if settings.changes_weights else None,
             details=details,
         )
         store.remove()

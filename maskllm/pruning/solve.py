@@ -13,6 +13,7 @@ from maskllm.errors import MaskLLMError
 from maskllm.huggingface.mask_file import MaskFile
 from maskllm.masking.selection import Sparsity, check_sparsity
 from maskllm.patterns import Pattern
+from maskllm.pruning.least_squares import least_squares
 from maskllm.pruning.magnitude import magnitude_mask
 from maskllm.pruning.sparsegpt import DAMPING, factor_hessian, sparsegpt
 from maskllm.pruning.statistics import InputStatistics
@@ -37,6 +38,8 @@ class PruneSettings:
     """An N:M pattern, or the share of weights to remove."""
     update_weights: bool = False
     """Keep SparseGPT's updated weights."""
+    least_squares: bool = False
+    """Keep the least-squares weights of the mask, whatever method chose it."""
     sequential: bool = True
     """Calibrate a layer on the outputs of the pruned layers before it; otherwise on the dense model's."""
     damping: float = DAMPING
@@ -56,18 +59,28 @@ class PruneSettings:
         if self.method == MASK_FILE and not isinstance(self.sparsity, Pattern):
             raise MaskLLMError(f"sparsity {self.sparsity}: method {MASK_FILE} wants the file's pattern N:M")
         if self.update_weights and self.method != "sparsegpt":
-            raise MaskLLMError(f"method {self.method} chooses a mask only; updating the weights needs sparsegpt")
+            raise MaskLLMError(
+                f"method {self.method} chooses a mask only; updating the weights needs sparsegpt, or least squares with any method"
+            )
+        if self.update_weights and self.least_squares:
+            raise MaskLLMError("SparseGPT's updated weights and least-squares weights: wanted one of them")
         if not 0 < self.damping < math.inf:
             raise MaskLLMError(f"damping {self.damping}: wanted a positive number")
         check_sparsity(self.sparsity)
+
+    @property
+    def changes_weights(self) -> bool:
+        """Whether the kept weights get new values."""
+        return self.update_weights or self.least_squares
 
     def as_dict(self) -> dict[str, Any]:
         """The settings as JSON values."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values["sparsity"] = str(self.sparsity) if isinstance(self.sparsity, Pattern) else self.sparsity
         file = values.pop("mask_file")
-        if not values["zeros_stay"]:
-            del values["zeros_stay"]
+        for name in ("zeros_stay", "least_squares"):
+            if not values[name]:
+                del values[name]
         return values if file is None else {**values, "mask_file": {"name": file.path.name, "sha256": file.digest}}
 
 
@@ -123,6 +136,9 @@ def prune_matrices(
     if settings.method == "sparsegpt":
         factor = factor_hessian(hessian.clone(), first, damping=settings.damping)
         note["damping"] = factor.damping
+    if settings.least_squares:
+        damped = hessian.clone()
+        damped.diagonal().add_(settings.damping * hessian.diagonal().mean())
 
     def solve(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if settings.method == MASK_FILE:
@@ -134,9 +150,9 @@ def prune_matrices(
         else:
             removed = weight == 0 if settings.zeros_stay else None
             mask, updated = sparsegpt(weight, factor, settings.sparsity, removed)
-            if settings.update_weights:
-                return mask, updated
-        return mask, weight * mask
+            if settings.changes_weights:
+                return mask, least_squares(weight, damped, mask, updated) if settings.least_squares else updated
+        return mask, least_squares(weight, damped, mask, weight) if settings.least_squares else weight * mask
 
     if isinstance(settings.sparsity, Pattern):
         # Rows are independent, so one sweep serves all matrices. If their dtypes differ, `cat` takes one that holds all values.
@@ -151,7 +167,7 @@ def prune_matrices(
         sparse_weight = sparse_weight.to(weight.dtype)
         error = output_norm(weight.float() - sparse_weight.float(), hessian) / output_norm(weight.float(), hessian)
         report = {"relative_error": None if error.isnan() else error.item(), "kept": mask.float().mean().item(), **note}
-        pruned[name] = PrunedMatrix(mask, sparse_weight if settings.update_weights else None, report)
+        pruned[name] = PrunedMatrix(mask, sparse_weight if settings.changes_weights else None, report)
     return pruned
 
 

@@ -197,8 +197,8 @@ def _check_can_start(checkpoint: Checkpoint, arguments: TrainArguments, pattern:
         )
     if info.stage == "pruned" and info.details.get("update_weights"):
         raise MaskLLMError(
-            f"{checkpoint.path}: its weights have zeros written in (--update-weights), which no mask can bring back; start from one "
-            "pruned without it"
+            f"{checkpoint.path}: its weights have zeros written in (--update-weights or --least-squares), which no mask can bring back; "
+            "start from one pruned without them"
         )
 
 

@@ -301,7 +301,7 @@ def test_starting_from_weights_with_zeros_written_in_is_refused(tmp_path, tiny_p
     (path / "maskllm.json").write_text(json.dumps(info | {"details": {"update_weights": True}}))
     write_manifest(path)
     arguments = dataclasses.replace(GOOD, load=str(path), seq_length=64)
-    with pytest.raises(MaskLLMError, match=r"zeros written in .*pruned without it"):
+    with pytest.raises(MaskLLMError, match=r"zeros written in .*pruned without them"):
         resolve_start(arguments, arguments.check())
 
 

@@ -1,0 +1,132 @@
+"""Least-squares weights: the normal equations of each row, every method, and checkpoints that hold them."""
+
+import copy
+
+import pytest
+import torch
+
+from maskllm.checkpoints.reading import resolve
+from maskllm.cli import main
+from maskllm.errors import MaskLLMError
+from maskllm.huggingface.weights_hash import read_hash
+from maskllm.patterns import Pattern
+from maskllm.pruning import PruneSettings, prune_hf
+from maskllm.pruning.least_squares import least_squares
+from maskllm.pruning.sparsegpt import factor_hessian, sparsegpt
+from tests.pruning.pruned import calibrated, hf_masks, hf_weights
+from tests.pruning.test_huggingface import PATTERN, tiny_llama, tokens
+from tests.pruning.test_sparsegpt import damped, problem
+
+
+def normal_equations(weight, hessian, mask):
+    """Each row by itself: with the kept inputs K, sparse_K = (H_KK)^-1 (H weight)_K."""
+    sparse = torch.zeros_like(weight, dtype=torch.float64)
+    for row, kept in enumerate(mask):
+        right = (hessian @ weight[row].double())[kept]
+        sparse[row, kept] = torch.linalg.solve(hessian[kept][:, kept], right)
+    return sparse
+
+
+@pytest.mark.parametrize("start", ["dense", "sparsegpt"])
+@pytest.mark.parametrize("sparsity", [Pattern(2, 4), Pattern(1, 8), 0.5])
+def test_each_row_solves_its_normal_equations(sparsity, start):
+    weight, hessian = problem(40, 96, seed=2)
+    mask, updated = sparsegpt(weight, factor_hessian(hessian.clone(), "layer"), sparsity)
+    hessian = damped(hessian)
+    found = least_squares(weight, hessian.float(), mask, weight if start == "dense" else updated)
+    torch.testing.assert_close(found.double(), normal_equations(weight, hessian, mask), rtol=1e-3, atol=1e-3)
+    assert (found[~mask] == 0).all()
+
+
+def test_rows_that_need_nothing_stay_finite():
+    """A row of zeros, a row that keeps nothing, and a row that keeps all its weights."""
+    weight, hessian = problem(3, 16, seed=4)
+    mask = torch.tensor([[True] * 16, [False] * 16, [True] * 16])
+    weight[0] = 0
+    found = least_squares(weight, damped(hessian).float(), mask, weight)
+    assert (found[:2] == 0).all()
+    torch.testing.assert_close(found[2], weight[2])
+
+
+def test_few_tokens_and_a_large_input_do_not_break_it():
+    """A Hessian of rank 5 with one input a thousand times as large: like the calibration of a transformer by a short text."""
+    weight, _ = problem(8, 64, seed=6)
+    inputs = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
+    inputs[:, 7] *= 1000
+    hessian = damped(inputs.T @ inputs)
+    mask = torch.arange(64) % 4 < 2
+    mask = mask.expand(8, -1)
+    found = least_squares(weight, hessian.float(), mask, weight)
+    errors = [
+        ((w.double() - weight) @ hessian * (w.double() - weight)).sum() for w in (found, normal_equations(weight, hessian, mask))
+    ]
+    assert errors[0] <= 1.001 * errors[1]
+
+
+@pytest.mark.parametrize("sparsity", [PATTERN, 0.5])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_every_methods_mask_stays_and_its_outputs_come_closer(method, sparsity):
+    dense = tiny_llama(2)
+    plain = prune_hf(copy.deepcopy(dense), tokens(), PruneSettings(method, sparsity))
+    model = copy.deepcopy(dense)
+    fitted = prune_hf(model, tokens(), PruneSettings(method, sparsity, least_squares=True))
+    first = {name: matrix["relative_error"] for name, matrix in fitted.report["layers"][0]["matrices"].items()}
+    others = [plain]
+    if method == "sparsegpt":
+        others.append(prune_hf(copy.deepcopy(dense), tokens(), PruneSettings(method, sparsity, update_weights=True)))
+    for other in others:
+        for name, matrix in other.report["layers"][0]["matrices"].items():
+            assert torch.equal(other.masks[f"{name}.weight"], fitted.masks[f"{name}.weight"])
+            assert first[name] < matrix["relative_error"]
+    for name, mask in fitted.unpacked(model).items():
+        assert (model.get_parameter(name)[~mask] == 0).all()
+
+
+def run(*words):
+    return main([str(word) for word in words])
+
+
+def prune(load, output, *options):
+    return run("prune", "--load", load, "--output", output, *options)
+
+
+@pytest.fixture(scope="module")
+def fitted(tiny_dense, tiny_dataset, tmp_path_factory):
+    """`tiny_dense` with Wanda's mask, fitted by least squares."""
+    path = tmp_path_factory.mktemp("fitted") / "out"
+    assert prune(tiny_dense, path, *calibrated(tiny_dataset, "wanda", "--least-squares")) == 0
+    return path
+
+
+def test_a_checkpoint_and_its_export_say_that_the_weights_were_fitted(fitted, tiny_dense, tmp_path):
+    masks, weights, dense = hf_masks(fitted), hf_weights(fitted), hf_weights(tiny_dense)
+    for name, mask in masks.items():
+        assert weights[name].dtype == torch.bfloat16
+        assert (weights[name][~mask] == 0).all()
+        assert (weights[name][mask] != dense[name][mask]).float().mean() > 0.5
+    details = resolve(fitted).info.details
+    assert (details["update_weights"], details["least_squares"]) == (True, True)
+    assert run("trim", "--load", fitted, "--output", tmp_path / "trimmed") == 0
+    assert run("export", "--load", tmp_path / "trimmed", "--output", tmp_path / "hf") == 0
+    assert read_hash(tmp_path / "hf").kept_weights == "fitted by least squares"
+
+
+def test_a_mask_file_is_fitted_too(fitted, tiny_dense, tiny_dataset, tmp_path):
+    """The same masks and the same calibration give the same weights as the method that chose the masks."""
+    file = tmp_path / "masks.npz"
+    assert run("trim", "--load", fitted, "--output", tmp_path / "trimmed") == 0
+    assert run("export", "--load", tmp_path / "trimmed", "--output", tmp_path / "hf", "--mask-file", file) == 0
+    options = calibrated(tiny_dataset, "mask-file", "--mask", file, "--least-squares")
+    assert prune(tiny_dense, tmp_path / "again", *options) == 0
+    again, weights = hf_weights(tmp_path / "again"), hf_weights(fitted)
+    assert all(torch.equal(again[name], weight) for name, weight in weights.items())
+
+
+def test_options_that_do_not_go_together_are_refused(tiny_dense, tiny_dataset, tmp_path, capsys):
+    assert prune(tiny_dense, tmp_path / "out", "--method", "magnitude", "--least-squares") == 1
+    assert "--least-squares needs --calibration-data" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        prune(tiny_dense, tmp_path / "out", *calibrated(tiny_dataset, "sparsegpt", "--least-squares", "--update-weights"))
+    assert "not allowed with argument" in capsys.readouterr().err
+    with pytest.raises(MaskLLMError, match="wanted one of them"):
+        PruneSettings(update_weights=True, least_squares=True)
