@@ -181,7 +181,8 @@ _ALL = [
         (*TRAINING, *ZERO_SHOT),
         tiny="--limit 2",
     ),
-    *(_quality(row, 5) for row in ("dense", "magnitude", "wanda", "sparsegpt", "sparsegpt-fitted")),
+    *(_quality(row, 5) for row in ("dense", "magnitude", "wanda", "sparsegpt")),
+    _quality("sparsegpt-fitted", 15),
     *(
         _quality(f"{recipe}:{rate}", 30, TINY_QUALITY if (recipe, rate) in QUALITY_TESTED else None)
         for recipe, rates in QUALITY_ROWS.items()

@@ -136,8 +136,8 @@ def prune_calibrated(
     if rank == 0:
         errors = [m["relative_error"] for layer in layers for m in layer["matrices"].values() if m["relative_error"] is not None]
         details = {
-            "update_weights": settings.changes_weights,
-            "least_squares": settings.least_squares,
+            "update_weights": settings.changes_weights,  # by either way: zeros are written in
+            **({"least_squares": True} if settings.least_squares else {}),
             "sequential": settings.sequential,
             "calibration": run["calibration"],
             "mean_relative_error": sum(errors) / len(errors) if errors else None,

@@ -43,7 +43,7 @@ class PruneSettings:
     sequential: bool = True
     """Calibrate a layer on the outputs of the pruned layers before it; otherwise on the dense model's."""
     damping: float = DAMPING
-    """SparseGPT's damping, as a share of the Hessian's mean diagonal."""
+    """Damping of SparseGPT and of least squares, as a share of the Hessian's mean diagonal."""
     mask_file: MaskFile | None = None
     """The masks of the method MASK_FILE."""
     zeros_stay: bool = False
@@ -115,8 +115,8 @@ def prune_matrices(
     """Prune `weights` (name -> [out, in], each of any float dtype), which all have the inputs of `statistics`.
 
     `given` are the masks, bool [out, in], if the method is MASK_FILE. The matrices share one factorization of the Hessian. Each
-    updated weight is rounded once, to the dtype of its matrix. Raises MaskLLMError if a weight is not finite or the pattern does not
-    fit.
+    updated weight is rounded once, to the dtype of its matrix. Raises MaskLLMError if a weight is not finite, before or after, or the
+    pattern does not fit.
     """
     first = next(iter(weights))
     for name, weight in weights.items():
@@ -137,10 +137,12 @@ def prune_matrices(
         factor = factor_hessian(hessian.clone(), first, damping=settings.damping)
         note["damping"] = factor.damping
     if settings.least_squares:
-        damped = hessian.clone()
-        damped.diagonal().add_(settings.damping * hessian.diagonal().mean())
+        # Its scale has no effect; near 1 nothing overflows. If all inputs are 0, the weights stay as they are.
+        damped = hessian / hessian.diagonal().mean().clamp(min=torch.finfo(hessian.dtype).tiny)
+        damped.diagonal().add_(note.get("damping", settings.damping))
 
     def solve(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        updated = None
         if settings.method == MASK_FILE:
             mask = torch.cat([given[name] for name in weights])
         elif settings.method == "magnitude":
@@ -150,9 +152,10 @@ def prune_matrices(
         else:
             removed = weight == 0 if settings.zeros_stay else None
             mask, updated = sparsegpt(weight, factor, settings.sparsity, removed)
-            if settings.changes_weights:
-                return mask, least_squares(weight, damped, mask, updated) if settings.least_squares else updated
-        return mask, least_squares(weight, damped, mask, weight) if settings.least_squares else weight * mask
+        if settings.least_squares:
+            start = weight if updated is None else torch.where(factor.dead, weight.to(updated.dtype), updated)
+            return mask, least_squares(weight, damped, mask, start, first)
+        return mask, updated if settings.update_weights else weight * mask
 
     if isinstance(settings.sparsity, Pattern):
         # Rows are independent, so one sweep serves all matrices. If their dtypes differ, `cat` takes one that holds all values.
@@ -165,6 +168,8 @@ def prune_matrices(
     pruned = {}
     for (name, weight), (mask, sparse_weight) in zip(weights.items(), solved, strict=True):
         sparse_weight = sparse_weight.to(weight.dtype)
+        if not sparse_weight.isfinite().all():
+            raise MaskLLMError(f"{name}: a new weight is too large for {weight.dtype}; convert the model in bf16 or fp32")
         error = output_norm(weight.float() - sparse_weight.float(), hessian) / output_norm(weight.float(), hessian)
         report = {"relative_error": None if error.isnan() else error.item(), "kept": mask.float().mean().item(), **note}
         pruned[name] = PrunedMatrix(mask, sparse_weight if settings.changes_weights else None, report)

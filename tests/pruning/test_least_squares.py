@@ -12,10 +12,12 @@ from maskllm.huggingface.weights_hash import read_hash
 from maskllm.patterns import Pattern
 from maskllm.pruning import PruneSettings, prune_hf
 from maskllm.pruning.least_squares import least_squares
+from maskllm.pruning.solve import prune_matrices
 from maskllm.pruning.sparsegpt import factor_hessian, sparsegpt
+from maskllm.pruning.statistics import InputStatistics
 from tests.pruning.pruned import calibrated, hf_masks, hf_weights
 from tests.pruning.test_huggingface import PATTERN, tiny_llama, tokens
-from tests.pruning.test_sparsegpt import damped, problem
+from tests.pruning.test_sparsegpt import correlated_inputs, damped, problem
 
 
 def normal_equations(weight, hessian, mask):
@@ -33,19 +35,60 @@ def test_each_row_solves_its_normal_equations(sparsity, start):
     weight, hessian = problem(40, 96, seed=2)
     mask, updated = sparsegpt(weight, factor_hessian(hessian.clone(), "layer"), sparsity)
     hessian = damped(hessian)
-    found = least_squares(weight, hessian.float(), mask, weight if start == "dense" else updated)
+    found = least_squares(weight, hessian.float(), mask, weight if start == "dense" else updated, "layer")
     torch.testing.assert_close(found.double(), normal_equations(weight, hessian, mask), rtol=1e-3, atol=1e-3)
     assert (found[~mask] == 0).all()
 
 
 def test_rows_that_need_nothing_stay_finite():
-    """A row of zeros, a row that keeps nothing, and a row that keeps all its weights."""
-    weight, hessian = problem(3, 16, seed=4)
-    mask = torch.tensor([[True] * 16, [False] * 16, [True] * 16])
-    weight[0] = 0
-    found = least_squares(weight, damped(hessian).float(), mask, weight)
+    """A row of zeros, a row that keeps nothing, and a row that keeps all its weights, beside rows that take many steps."""
+    weight, hessian = problem(8, 64, seed=4)
+    mask = (torch.arange(64) % 4 < 2).repeat(8, 1)
+    mask[1], mask[2], weight[0] = False, True, 0
+    found = least_squares(weight, damped(hessian).float(), mask, weight, "layer")
     assert (found[:2] == 0).all()
-    torch.testing.assert_close(found[2], weight[2])
+    assert torch.equal(found[2], weight[2])
+    torch.testing.assert_close(found.double(), normal_equations(weight, damped(hessian), mask), rtol=1e-3, atol=1e-3)
+
+
+def test_more_rows_than_are_solved_at_a_time(monkeypatch):
+    weight, hessian = problem(10, 32, seed=8)
+    mask = (torch.arange(32) % 4 < 2).repeat(10, 1)
+    hessian = damped(hessian).float()
+    whole = least_squares(weight, hessian, mask, weight, "layer")
+    monkeypatch.setattr("maskllm.pruning.least_squares._ROWS", 4)
+    torch.testing.assert_close(least_squares(weight, hessian, mask, weight, "layer"), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_rows_without_a_solution_are_reported(monkeypatch, caplog):
+    weight, hessian = problem(10, 32, seed=8)
+    mask = (torch.arange(32) % 4 < 2).repeat(10, 1)
+    monkeypatch.setattr("maskllm.pruning.least_squares._MAX_STEPS", 1)
+    found = least_squares(weight, damped(hessian).float(), mask, weight, "model.layers.0.mlp.up_proj")
+    assert found.isfinite().all()
+    assert "model.layers.0.mlp.up_proj: least squares left 10 of 10 rows after 1 steps" in caplog.text
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e10])
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
+def test_the_inputs_scale_has_no_effect_and_weights_of_dead_inputs_stay(method, scale):
+    weight, _ = problem(6, 32, seed=9)
+    inputs = correlated_inputs(128, 32, seed=9)
+    inputs[:, 5] = 0
+    statistics = InputStatistics(32, torch.device("cpu"))
+    statistics.add(inputs * scale)
+    solved = prune_matrices({"layer": weight}, statistics, PruneSettings(method, PATTERN, least_squares=True))["layer"]
+    hessian = damped(inputs.T @ inputs)
+    torch.testing.assert_close(solved.weight.double(), normal_equations(weight, hessian, solved.mask), rtol=2e-3, atol=2e-3)
+    assert torch.equal(solved.weight[:, 5], weight[:, 5] * solved.mask[:, 5])
+
+
+def test_a_new_weight_that_its_dtype_cannot_hold_is_refused():
+    weight = torch.full((1, 4), 6e4, dtype=torch.float16)
+    statistics = InputStatistics(4, torch.device("cpu"))
+    statistics.add(torch.ones(8, 4))
+    with pytest.raises(MaskLLMError, match=r"layer: a new weight is too large for torch.float16"):
+        prune_matrices({"layer": weight}, statistics, PruneSettings("magnitude", PATTERN, least_squares=True))
 
 
 def test_few_tokens_and_a_large_input_do_not_break_it():
@@ -54,9 +97,10 @@ def test_few_tokens_and_a_large_input_do_not_break_it():
     inputs = torch.randn(5, 64, generator=torch.Generator().manual_seed(1))
     inputs[:, 7] *= 1000
     hessian = damped(inputs.T @ inputs)
+    hessian /= hessian.diagonal().mean()
     mask = torch.arange(64) % 4 < 2
     mask = mask.expand(8, -1)
-    found = least_squares(weight, hessian.float(), mask, weight)
+    found = least_squares(weight, hessian.float(), mask, weight, "layer")
     errors = [
         ((w.double() - weight) @ hessian * (w.double() - weight)).sum() for w in (found, normal_equations(weight, hessian, mask))
     ]
