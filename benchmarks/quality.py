@@ -23,11 +23,17 @@ from maskllm.failures import run_guarded
 from maskllm.files import read_json_object, write_json
 from maskllm.quickstart.steps import Steps
 
-ONE_SHOT = ("magnitude", "wanda", "sparsegpt", "sparsegpt-fitted")
 PRIOR = "sparsegpt"
 """The one-shot mask that training starts from."""
 FITTED = "sparsegpt-fitted"
 """SparseGPT's mask with weights by least squares, calibrated on eight times as many samples as the others."""
+ONE_SHOT = {
+    "magnitude": ["--method", "magnitude"],
+    "wanda": ["--method", "wanda"],
+    PRIOR: ["--method", "sparsegpt"],
+    FITTED: ["--method", "sparsegpt", "--least-squares"],
+}
+"""The one-shot models and their options of `maskllm prune`."""
 BATCH = 2
 TASKS = ("piqa", "arc_easy")
 CE_KL = ["--ce-loss-coeff", "0.67", "--kl-loss-coeff", "0.33"]
@@ -91,17 +97,18 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     common.run("convert", megatron / "dense", [*maskllm, "convert", "--hf", arguments.hf, "--output", megatron / "dense"])
     if start in ONE_SHOT:
         one_shot = Steps(_made(work / start))
-        options = ["--method", start]
-        if start == FITTED:
-            options = ["--method", PRIOR, "--least-squares"]
-        if start != "magnitude":
-            options += [
-                "--calibration-data", datasets[0], "--calibration-samples", arguments.calibration_samples * (8 if start == FITTED else 1),
-                "--seq-length", seq_length, "--pack", "--params-dtype", arguments.params_dtype,
-            ]  # fmt: skip
+        samples = arguments.calibration_samples * (8 if start == FITTED else 1)
+        data = [
+            "--calibration-data", datasets[0], "--calibration-samples", samples, "--seq-length", seq_length, "--pack",
+            "--params-dtype", arguments.params_dtype,
+        ]  # fmt: skip
         one_shot.run(
-            "prune", megatron / start, [*maskllm, "prune", "--load", megatron / "dense", "--output", megatron / start, *options]
-        )
+            "prune", megatron / start,
+            [
+                *maskllm, "prune", "--load", megatron / "dense", "--output", megatron / start, *ONE_SHOT[start],
+                *([] if start == "magnitude" else data),
+            ],
+        )  # fmt: skip
 
     folder = _made(work / row)
     steps = Steps(folder)

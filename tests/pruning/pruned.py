@@ -1,4 +1,4 @@
-"""Read masks and weights of a pruned checkpoint, for tests."""
+"""Prune a checkpoint, and read its masks and weights, for tests."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from maskllm.checkpoints.reading import resolve
+from maskllm.cli import main
 from maskllm.families.registry import parameter_map
 from maskllm.patterns import unpack_mask
 
@@ -38,3 +39,8 @@ def calibrated(dataset: str | Path, method: str, *options: object) -> list[str]:
     """Options of `maskllm prune` for few and short samples in fp32. `options` come last and override them."""
     few = ["--calibration-samples", "6", "--seq-length", "48", "--seed", "3", "--params-dtype", "fp32"]
     return ["--method", method, "--calibration-data", str(dataset), *few, *map(str, options)]
+
+
+def prune(load: str | Path, output: str | Path, *options: object) -> int:
+    """Run `maskllm prune`; returns its exit status."""
+    return main(["prune", "--load", str(load), "--output", str(output), *map(str, options)])

@@ -15,7 +15,7 @@ from maskllm.pruning.least_squares import least_squares
 from maskllm.pruning.solve import prune_matrices
 from maskllm.pruning.sparsegpt import factor_hessian, sparsegpt
 from maskllm.pruning.statistics import InputStatistics
-from tests.pruning.pruned import calibrated, hf_masks, hf_weights
+from tests.pruning.pruned import calibrated, hf_masks, hf_weights, prune
 from tests.pruning.test_huggingface import PATTERN, tiny_llama, tokens
 from tests.pruning.test_sparsegpt import correlated_inputs, damped, problem
 
@@ -128,10 +128,6 @@ def test_every_methods_mask_stays_and_its_outputs_come_closer(method, sparsity):
 
 def run(*words):
     return main([str(word) for word in words])
-
-
-def prune(load, output, *options):
-    return run("prune", "--load", load, "--output", output, *options)
 
 
 @pytest.fixture(scope="module")

@@ -9,17 +9,12 @@ import torch
 from transformers import LlamaForCausalLM
 
 from maskllm.checkpoints.reading import resolve
-from maskllm.cli import main
 from maskllm.patterns import Pattern, unpack_mask
 from maskllm.pruning import PruneSettings, prune_hf
 from maskllm.pruning.calibration import open_documents, sample_windows
 from maskllm.pruning.statistics import InputStatistics
 from maskllm.pruning.store import DirectoryStore
-from tests.pruning.pruned import calibrated, hf_masks, hf_weights
-
-
-def prune(load, output, *options):
-    return main(["prune", "--load", str(load), "--output", str(output), *map(str, options)])
+from tests.pruning.pruned import calibrated, hf_masks, hf_weights, prune
 
 
 @pytest.mark.parametrize(
