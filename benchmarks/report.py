@@ -74,9 +74,11 @@ def table_lines(table: Table, found: dict[str, Result], older: Collection[str], 
     dates = sorted({result.date for result in mine.values() if result.date})
     when = f" {dates[0]}" + (f" to {dates[-1]}" if len(dates) > 1 else "") if dates else ""
     aged = [name for name in mine if name in older]
+    current = [name for name in mine if name not in older]
     code = f", with {OLDER} code" if aged else ""
-    if len(aged) < len(mine) and aged:
-        code += f" for {', '.join(f'`{name}`' for name in aged)}"
+    if aged and current:  # The shorter list says as much.
+        word, named = (" for", aged) if len(aged) <= len(current) else (", except", current)
+        code += f"{word} {', '.join(f'`{name}`' for name in named)}"
     return [*table.render(mine), "", f"{table.made}{when} on {machines}{code}; [commit and command]({overview}#measurements)."]
 
 

@@ -66,6 +66,20 @@ def test_render_writes_the_numbers_and_check_finds_others(page):
     assert report.check() == ["README.md", "docs/results.md"]
 
 
+@pytest.mark.parametrize(
+    ("older", "said"),
+    [
+        ("a", ", with older code for `a`;"),
+        ("ab", ", with older code, except `c`;"),
+        ("abc", ", with older code;"),
+        ("", " 2 threads;"),
+    ],
+)
+def test_a_table_names_the_fewer_of_older_and_current_measurements(older, said):
+    table = Table("speed", "Speed", tuple("abc"), lambda found: [])
+    assert said in report.table_lines(table, dict.fromkeys("abc", RESULT), older, "")[-1]
+
+
 def test_a_table_without_results_says_so(page):
     results.result_file("speed").unlink()
     report.render()
