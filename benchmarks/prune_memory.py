@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import megatron_patches
 from maskllm.files import write_json
+from maskllm.pruning import PruneSettings
 
 VOCABULARY = 64
 
@@ -45,11 +46,13 @@ def account(shape: Shape) -> dict[str, int]:
     product = 4 * 512 * f + 4 * s * f
     activations = 2 * s * (6 * h + 4 * f)
     solve = 5 * 4 * f * f
+    fit = 3 * 4 * f * f + 15 * h * f + 28 * min(1024, h) * f
     return {
         "weights": weights,
         "gram_matrices": grams,
         "calibrating": weights + grams + product + activations,
         "solving": weights + grams + solve,
+        "fitting": weights + grams + fit,
         "host": shape.samples * s * (2 * h + 8) + 2 * VOCABULARY * h,
     }
 
@@ -83,15 +86,13 @@ def write_model(shape: Shape, folder: Path) -> None:
     builder.finalize(str(folder / "data.idx"))
 
 
-def measure(shape: Shape, folder: Path) -> int:
+def measure(shape: Shape, folder: Path, settings: PruneSettings) -> int:
     """Prune the model in `folder`; returns the peak of the bytes allocated by PyTorch, without those allocated before."""
     from maskllm.distributed import device
     from maskllm.megatron.process_groups import parallel_processes
     from maskllm.pruning.calibration import Calibration
     from maskllm.pruning.megatron import prune_calibrated
-    from maskllm.pruning.solve import PruneSettings
 
-    settings = PruneSettings("sparsegpt", update_weights=True)
     calibration = Calibration(str(folder / "data"), shape.samples, shape.seq_length)
     with parallel_processes():
         if device().type == "cuda":
@@ -119,7 +120,7 @@ def main(argv: list[str] | None = None) -> None:
     shape = Shape(args.hidden, args.mlp, args.heads, args.samples, args.seq_length)
     with tempfile.TemporaryDirectory() as folder:
         write_model(shape, Path(folder))
-        measured = measure(shape, Path(folder))
+        measured = measure(shape, Path(folder), PruneSettings("sparsegpt", update_weights=True))
     numbers = account(shape) | {"measured": measured}
     for name, value in numbers.items():
         print(f"{name:>14}: {value / 2**20:9.1f} MiB")

@@ -1,6 +1,7 @@
 """Least-squares weights: the normal equations of each row, every method, and checkpoints that hold them."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -160,6 +161,18 @@ def test_a_mask_file_is_fitted_too(fitted, tiny_dense, tiny_dataset, tmp_path):
     assert prune(tiny_dense, tmp_path / "again", *options) == 0
     again, weights = hf_weights(tmp_path / "again"), hf_weights(fitted)
     assert all(torch.equal(again[name], weight) for name, weight in weights.items())
+
+
+def test_a_killed_run_continues_to_the_same_weights(fitted, tiny_dense, tiny_dataset, tmp_path, ranks):
+    options = calibrated(tiny_dataset, "wanda", "--least-squares", "--json", tmp_path / "report.json")
+    command = ["prune", "--load", tiny_dense, "--output", tmp_path / "out", *options]
+    assert ranks(1, "tests.pruning.killed_worker", *command, check=False).returncode != 0
+    assert not (tmp_path / "out").exists()
+    assert prune(tiny_dense, tmp_path / "out", *options) == 0
+    layers = json.loads((tmp_path / "report.json").read_text())["layers"]
+    assert [layer["resumed"] for layer in layers] == [True, False, False, False]
+    found, wanted = hf_weights(tmp_path / "out"), hf_weights(fitted)
+    assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
 
 
 def test_options_that_do_not_go_together_are_refused(tiny_dense, tiny_dataset, tmp_path, capsys):

@@ -14,6 +14,7 @@ from tests.pruning.pruned import calibrated, hf_masks, hf_weights
 
 LAYOUTS = {"tp2": (2, 1), "pp2": (1, 2), "dp2": (1, 1)}
 SPARSEGPT = ("sparsegpt", "--update-weights", "--params-dtype", "bf16")
+FITTED = ("sparsegpt", "--least-squares", "--params-dtype", "bf16")
 
 pytestmark = pytest.mark.slow
 
@@ -46,6 +47,7 @@ def job(tmp_path_factory, ranks, tiny_dense, tiny_dataset) -> Job:
     commands = {
         "bad pattern": prune(tiny_dense, "never", "--pattern", "half"),
         "sparsegpt": prune(tiny_dense, "sparsegpt", *calibrated(tiny_dataset, *SPARSEGPT)),
+        "least squares": prune(tiny_dense, "fitted", *calibrated(tiny_dataset, *FITTED)),
         "bad usage": prune(tiny_dense, "never", "--method", "guess"),
         "magnitude": prune(tiny_dense, "magnitude", "--method", "magnitude"),
         "bad path": prune(folder / "nowhere", "never", "--method", "magnitude"),
@@ -80,6 +82,12 @@ def test_two_ranks_find_the_same_masks_as_one(job, one_rank):
     """Bit for bit, including updated weights, although the ranks split the samples and the matrices."""
     assert job.statuses["sparsegpt"] == [0, 0]
     assert_same(one_rank, job.folder / "sparsegpt")
+
+
+def test_two_ranks_fit_the_same_weights_as_one(job, tiny_dense, tiny_dataset, tmp_path):
+    assert job.statuses["least squares"] == [0, 0]
+    assert main(["prune", "--load", str(tiny_dense), "--output", str(tmp_path / "out"), *calibrated(tiny_dataset, *FITTED)]) == 0
+    assert_same(tmp_path / "out", job.folder / "fitted")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
