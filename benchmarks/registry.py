@@ -87,15 +87,15 @@ C4, WIKITEXT = "{data}/c4-sample.train.json", "{data}/wikitext-2-raw.test.txt"
 QUALITY_ROWS = {
     "masks": ("5e-4", "1e-3", "2e-3"),
     "weights-ce": ("6e-4", "1e-3", "2e-3"),
-    "weights-kl": ("6e-4", "1e-3", "2e-3"),
+    "weights-kl": ("6e-4", "1e-3", "2e-3", "1e-3:1", "1e-3:2"),
     "weights-squarehead": ("6e-4", "1e-3", "2e-3"),
     "weights-ce-kl": ("6e-4", "1e-3", "2e-3"),
     "both-ce-kl": ("6e-4", "1e-3", "2e-3"),
     "both-kl": ("6e-4", "1e-3", "2e-3"),
     "cast": ("3e-4", "1e-3", "2e-3"),
-    "fitted-kl": ("3e-4", "6e-4", "1e-3"),
+    "fitted-kl": ("3e-4", "6e-4", "1e-3", "1e-3:1", "1e-3:2"),
 }
-"""The learning rates that are tried for each recipe of benchmarks/quality.py. `6e-4:1` is a rate with another seed."""
+"""The learning rates that are tried for each recipe of benchmarks/quality.py. `1e-3:1` is a rate with another seed."""
 QUALITY_LONG_ROWS = ("weights-kl:1e-3", "fitted-kl:6e-4")
 """What is also trained with a million tokens."""
 
