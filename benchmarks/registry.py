@@ -93,7 +93,7 @@ QUALITY_ROWS = {
     "both-ce-kl": ("6e-4", "1e-3", "2e-3"),
     "both-kl": ("6e-4", "1e-3", "2e-3"),
     "cast": ("3e-4", "1e-3", "2e-3"),
-    "fitted-kl": ("3e-4", "6e-4", "1e-3", "1e-3:1", "1e-3:2"),
+    "fitted-kl": ("3e-4", "6e-4", "1e-3", "6e-4:1", "6e-4:2"),
 }
 """The learning rates that are tried for each recipe of benchmarks/quality.py. `1e-3:1` is a rate with another seed."""
 QUALITY_LONG_ROWS = ("weights-kl:1e-3", "fitted-kl:6e-4")
