@@ -35,6 +35,15 @@ def hf_weights(path: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
+def assert_same(one: Path, other: Path) -> None:
+    """Two prunings of `tiny_dense` have the same masks and the same weights, bit for bit."""
+    for read in (hf_masks, hf_weights):
+        expected, found = read(one), read(other)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert len(hf_masks(one)) == 28
+
+
 def calibrated(dataset: str | Path, method: str, *options: object) -> list[str]:
     """Options of `maskllm prune` for few and short samples in fp32. `options` come last and override them."""
     few = ["--calibration-samples", "6", "--seq-length", "48", "--seed", "3", "--params-dtype", "fp32"]

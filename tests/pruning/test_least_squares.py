@@ -16,7 +16,7 @@ from maskllm.pruning.least_squares import least_squares
 from maskllm.pruning.solve import prune_matrices
 from maskllm.pruning.sparsegpt import factor_hessian, sparsegpt
 from maskllm.pruning.statistics import InputStatistics
-from tests.pruning.pruned import calibrated, hf_masks, hf_weights, prune
+from tests.pruning.pruned import assert_same, calibrated, hf_masks, hf_weights, prune
 from tests.pruning.test_huggingface import PATTERN, tiny_llama, tokens
 from tests.pruning.test_sparsegpt import correlated_inputs, damped, problem
 
@@ -159,8 +159,7 @@ def test_a_mask_file_is_fitted_too(fitted, tiny_dense, tiny_dataset, tmp_path):
     assert run("export", "--load", tmp_path / "trimmed", "--output", tmp_path / "hf", "--mask-file", file) == 0
     options = calibrated(tiny_dataset, "mask-file", "--mask", file, "--least-squares")
     assert prune(tiny_dense, tmp_path / "again", *options) == 0
-    again, weights = hf_weights(tmp_path / "again"), hf_weights(fitted)
-    assert all(torch.equal(again[name], weight) for name, weight in weights.items())
+    assert_same(fitted, tmp_path / "again")
 
 
 def test_a_killed_run_continues_to_the_same_weights(fitted, tiny_dense, tiny_dataset, tmp_path, ranks):
@@ -171,8 +170,7 @@ def test_a_killed_run_continues_to_the_same_weights(fitted, tiny_dense, tiny_dat
     assert prune(tiny_dense, tmp_path / "out", *options) == 0
     layers = json.loads((tmp_path / "report.json").read_text())["layers"]
     assert [layer["resumed"] for layer in layers] == [True, False, False, False]
-    found, wanted = hf_weights(tmp_path / "out"), hf_weights(fitted)
-    assert all(torch.equal(found[name], weight) for name, weight in wanted.items())
+    assert_same(fitted, tmp_path / "out")
 
 
 def test_options_that_do_not_go_together_are_refused(tiny_dense, tiny_dataset, tmp_path, capsys):

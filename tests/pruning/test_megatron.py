@@ -14,7 +14,7 @@ from maskllm.pruning import PruneSettings, prune_hf
 from maskllm.pruning.calibration import open_documents, sample_windows
 from maskllm.pruning.statistics import InputStatistics
 from maskllm.pruning.store import DirectoryStore
-from tests.pruning.pruned import calibrated, hf_masks, hf_weights, prune
+from tests.pruning.pruned import assert_same, calibrated, hf_masks, hf_weights, prune
 
 
 @pytest.mark.parametrize(
@@ -143,13 +143,6 @@ def test_memory_holds_one_layer(tiny_dense, tiny_dataset, tmp_path, monkeypatch,
     assert len(seen) == 4 * 4
     per_layer = [max(seen[i : i + len(seen) // 4]) for i in range(0, len(seen), len(seen) // 4)]
     assert max(per_layer[1:]) - min(per_layer[1:]) < 4096, "memory accumulates from layer to layer"
-
-
-def assert_same(one, other):
-    for read in (hf_masks, hf_weights):
-        expected, found = read(one), read(other)
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_an_interrupted_run_continues_after_its_last_layer(updated, tiny_dense, tiny_dataset, tmp_path, monkeypatch):

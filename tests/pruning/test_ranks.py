@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
 from maskllm.cli import main
-from tests.pruning.pruned import calibrated, hf_masks, hf_weights
+from tests.pruning.pruned import assert_same, calibrated
 
 LAYOUTS = {"tp2": (2, 1), "pp2": (1, 2), "dp2": (1, 1)}
 SPARSEGPT = ("sparsegpt", "--update-weights", "--params-dtype", "bf16")
@@ -68,14 +67,6 @@ def one_rank(tmp_path_factory, tiny_dense, tiny_dataset) -> Path:
     path = tmp_path_factory.mktemp("one") / "pruned"
     assert main(["prune", "--load", str(tiny_dense), "--output", str(path), *calibrated(tiny_dataset, *SPARSEGPT)]) == 0
     return path
-
-
-def assert_same(one: Path, other: Path) -> None:
-    for read in (hf_masks, hf_weights):
-        expected, found = read(one), read(other)
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(expected[name], found[name]) for name in expected)
-    assert len(hf_masks(one)) == 28
 
 
 def test_two_ranks_find_the_same_masks_as_one(job, one_rank):
